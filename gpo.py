@@ -1,0 +1,412 @@
+"""GPO: the two-player game and its training, after "Toward Optimal LLM Alignments Using Two-Player Games"
+(Zheng et al., arXiv 2406.10977).
+
+    Eq. (3.1)  max_pi min_mu J(pi, mu) = E_{x ~ mu, y ~ pi(.|x)} [ R(x, y) - R_div(x) ]
+
+The attacker mu writes prompts x, the defender pi answers with y, a judge gives R = P(safe). Both are trained
+in turn with token-level PPO: `play` collects an exchange, `ppo_update` improves the mover. The policies'
+averages (`PolicyAverage`) are what the theory speaks of; `solve_matrix_game` is that theory on small tables.
+
+Differs from the paper: (1) the KL anchor is the initial policy by default, as in the authors' code; the
+previous round's with `--kl_anchor previous`. (2) The KL penalty is the k1 estimate on sampled tokens, inside
+the reward. (3) Theorem 3.2 averages distributions; of two language models one can only mix episodes (exact)
+or average weights (an approximation): both are here.
+"""
+
+import copy
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from diversity import set_similarity
+from model import Policy, Rollout, demonstrations, frozen_copy, generate, logprobs_and_values, pack
+from reward import call_judge
+
+
+# --- PPO, the mathematics: everything is (B, T), and zero outside the response mask --------------------
+def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
+    """Per-token rewards (B, T): -kl_coef * k1 at each response token, plus the score (B,) at the last one.
+
+    k1 = logprob - ref_logprob, whose mean over samples is KL(policy || reference), Eq. (3.3).
+    """
+    rewards = -kl_coef * (logprobs - ref_logprobs) * mask
+    last = mask.shape[1] - 1 - mask.flip(1).long().argmax(1)  # (B,) index of the last True
+    rewards[torch.arange(len(rewards), device=mask.device), last] += scores
+    return rewards
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalised advantage estimation (Schulman et al., 2016) over the response tokens: (advantages, returns)."""
+    advantages = torch.zeros_like(rewards)
+    next_value = next_advantage = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = (delta + gamma * lam * next_advantage) * mask[:, t]
+        advantages[:, t] = next_advantage = advantage
+        next_value = values[:, t] * mask[:, t]  # no value beyond the response: it has ended
+    return advantages, (advantages + values) * mask
+
+
+def masked_mean(x, mask):
+    return (x * mask).sum() / mask.sum()
+
+
+def whiten(x, mask):
+    """Zero mean and unit variance over the True entries of mask, zero elsewhere."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
+
+
+def policy_loss(logprobs, old_logprobs, advantages, mask, clip, n_tokens):
+    """PPO's clipped surrogate (Schulman et al., 2017), summed over tokens and divided by `n_tokens`, the
+    tokens of the whole optimizer step, so that micro-batches add up to the same gradient."""
+    ratio = ((logprobs - old_logprobs) * mask).exp()
+    unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
+    return -(torch.minimum(unclipped, clipped) * mask).sum() / n_tokens
+
+
+def value_loss(values, old_values, returns, mask, clip, n_tokens):
+    """Half the squared error; the larger of it and that of the value clipped around its old self."""
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * (torch.maximum((values - returns) ** 2, (clipped - returns) ** 2) * mask).sum() / n_tokens
+
+
+def supervised_loss(policy, demos):
+    """Mean negative log-likelihood per response token of a Rollout of demonstrations."""
+    logprobs, _, _ = logprobs_and_values(policy, demos, with_values=False)
+    return -masked_mean(logprobs, demos.response_mask)
+
+
+# --- players ------------------------------------------------------------------------------------------------
+@dataclass
+class Player:
+    """One side of the game: its policy with its own critic, its own reference and its own optimizer."""
+
+    name: str  # "attacker" or "defender": the prefix of its metrics
+    policy: Policy
+    max_new_tokens: int
+    learning_rate: float = 1e-5
+    kl_coef: float = 0.05
+    entropy_coef: float = 0.0  # eta_H of Eq. (3.7), on the attacker
+    epochs: int = 2
+    minibatches: int = 2
+    micro_batch: int = 0  # rows per forward and backward; 0 is the whole minibatch
+    clip: float = 0.2
+    value_clip: float = 0.2
+    value_coef: float = 0.5
+    gamma: float = 1.0
+    lam: float = 0.95
+    max_grad_norm: float = 1.0
+    missing_eos_penalty: float = 0.5  # taken off the score of a response that was cut off, not ended
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    reference: Policy = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
+    skipped_steps: int = 0  # optimizer steps not taken because the gradient was not finite
+
+    def __post_init__(self):
+        self.anchor()
+        self.new_optimizer()
+
+    def anchor(self):
+        """The KL penalty is measured from the policy as it is now."""
+        self.reference = frozen_copy(self.policy)
+
+    def new_optimizer(self):
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=self.learning_rate, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+
+    def speak(self, prompts, seed, temperature=None):
+        """One sampled response to each prompt (temperature 0: greedy), as a Rollout."""
+        temperature = self.temperature if temperature is None else temperature
+        return generate(self.policy, prompts, self.max_new_tokens, temperature, self.top_k, self.top_p, seed, clip_prompts=True)
+
+
+def ppo_update(player, rollout, scores, seed, demos=None, ptx_coef=0.0):
+    """One PPO update of a player on its own rollout; returns its metrics as a dict of floats.
+
+    scores (B,): one number for each response. demos: a Rollout of demonstrations whose likelihood is kept up
+    during the update with weight ptx_coef (PPO-ptx, Ouyang et al., 2022).
+    """
+    policy, mask = player.policy, rollout.response_mask  # (B, T), True on sampled tokens
+    generator = torch.Generator().manual_seed(seed)
+    B = len(rollout)
+
+    # 1. Which rows are forwarded together. Old log-probs come from the very batches of the first epoch:
+    #    the same shapes give the same bits, so the ratio before the first step is exactly 1.
+    epochs = [[split_rows(rows, player.micro_batch) for rows in torch.randperm(B, generator=generator).chunk(player.minibatches)]
+              for _ in range(player.epochs)]
+    old_logprobs, values, entropy = forward_rows(policy, rollout, sum(epochs[0], []))
+    ref_logprobs, _, _ = forward_rows(player.reference, rollout, sum(epochs[0], []), with_values=False)
+
+    # 2. Scores -> token rewards -> advantages and returns, whitened over the whole rollout.
+    scores = torch.as_tensor(scores, dtype=torch.float32, device=policy.device)
+    penalised = scores - player.missing_eos_penalty * ~rollout.ended
+    rewards = token_rewards(penalised, old_logprobs, ref_logprobs, mask, player.kl_coef)
+    advantages, returns = gae(rewards, values, mask, player.gamma, player.lam)
+    advantages = whiten(advantages, mask)
+
+    # 3. Minibatch steps.
+    stats = []
+    for e, minibatches in enumerate(epochs):
+        for m, micro_batches in enumerate(minibatches):
+            n_tokens = mask[torch.cat(micro_batches)].sum()
+            step_stats = 0
+            for rows in micro_batches:
+                part, T = rollout.select(rows), int(rollout.lengths[rows].max())
+                cut = lambda x: x[rows, :T]
+                new_logprobs, new_values, new_entropy = logprobs_and_values(policy, part, entropy_grad=player.entropy_coef > 0)
+                loss_p = policy_loss(new_logprobs, cut(old_logprobs), cut(advantages), cut(mask), player.clip, n_tokens)
+                loss_v = value_loss(new_values, cut(values), cut(returns), cut(mask), player.value_clip, n_tokens)
+                loss_h = -(new_entropy * cut(mask)).sum() / n_tokens  # Eq. (3.7): mu also maximises its entropy
+                (loss_p + player.value_coef * loss_v + player.entropy_coef * loss_h).backward()
+                micro_stats = step_metrics(player, new_logprobs, cut(old_logprobs), new_values, cut(values), cut(mask), loss_p, loss_v, n_tokens)
+                if e == m == 0 and not (new_logprobs.detach() == cut(old_logprobs)).all():
+                    raise RuntimeError(f"{player.name}: the PPO ratio must be exactly 1 before the first step; the training forward differs "
+                                       f"from the scoring forward by up to {(new_logprobs - cut(old_logprobs)).abs().max():.2e}")
+                step_stats = step_stats + micro_stats
+            if demos is not None and ptx_coef > 0:
+                rows = torch.arange(m, len(demos), player.minibatches)
+                (ptx_coef * supervised_loss(policy, demos.select(rows))).backward()
+            optimizer_step(player)
+            stats.append(step_stats)
+
+    names = ("policy/approxkl", "policy/clipfrac", "policy/ratio", "val/clipfrac", "loss/policy", "loss/value")
+    metrics = dict(zip(names, torch.stack(stats).mean(0).tolist()))
+    metrics["objective/kl"] = ((old_logprobs - ref_logprobs) * mask).sum(1).mean().item()  # nats per response
+    metrics["objective/entropy"] = masked_mean(entropy, mask).item()  # nats per token
+    metrics["objective/scores"] = scores.mean().item()
+    metrics["response_length"] = mask.sum(1).float().mean().item()
+    metrics["skipped_steps"] = player.skipped_steps
+    return {f"{player.name}/{name}": value for name, value in metrics.items()}
+
+
+def split_rows(rows, size):
+    return list(rows.split(size)) if size else [rows]
+
+
+@torch.no_grad()
+def forward_rows(policy, rollout, groups, with_values=True):
+    """`logprobs_and_values` of a whole rollout, computed group of rows by group of rows."""
+    outputs = [torch.zeros(rollout.tokens.shape, device=policy.device) for _ in range(3)]
+    for rows in groups:
+        part = rollout.select(rows)
+        for whole, piece in zip(outputs, logprobs_and_values(policy, part, with_values=with_values)):
+            if piece is not None:
+                whole[rows, :piece.shape[1]] = piece
+    return outputs
+
+
+@torch.no_grad()
+def step_metrics(player, logprobs, old_logprobs, values, old_values, mask, loss_p, loss_v, n_tokens):
+    """This micro-batch's share of a step's metrics: approxkl, clipfrac, ratio, value clipfrac, two losses."""
+    difference = (logprobs - old_logprobs) * mask
+    ratio = difference.exp()
+    share = lambda x: (x * mask).sum() / n_tokens
+    return torch.stack([share(ratio - 1 - difference), share((ratio - 1).abs() > player.clip), share(ratio),  # approxkl is k3
+                        share((values - old_values).abs() > player.value_clip), loss_p, loss_v])
+
+
+def optimizer_step(player):
+    """Clip and step; a gradient that is not finite is thrown away, counted and named."""
+    norm = torch.nn.utils.clip_grad_norm_(player.policy.parameters(), player.max_grad_norm)
+    if torch.isfinite(norm):
+        player.optimizer.step()
+    else:
+        player.skipped_steps += 1
+        print(f"{player.name}: gradient norm is {norm.item()}, optimizer step skipped ({player.skipped_steps} so far)")
+    player.optimizer.zero_grad(set_to_none=True)
+
+
+def sft(policy, pairs, steps, batch_size, learning_rate, seed, bar=None):
+    """Supervised fine-tuning on (prompt, response) pairs; one-cycle learning rate. Returns the last loss."""
+    optimizer = torch.optim.AdamW(policy.lm.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, max(2, steps), pct_start=0.1)
+    rng = np.random.default_rng(seed)
+    demos, loss = demonstrations(policy, pairs), torch.tensor(float("nan"))
+    for _ in range(steps):
+        rows = torch.from_numpy(rng.integers(len(pairs), size=batch_size)).to(policy.device)
+        loss = supervised_loss(policy, demos.select(rows))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.lm.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        if bar is not None:
+            bar.update(1)
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    return loss.item()
+
+
+# --- the game -------------------------------------------------------------------------------------------------
+@dataclass
+class Game:
+    """A batch of exchanges: seed -> attack -> response -> P(safe)."""
+
+    seeds: list
+    attacks: Rollout | None  # None: the prompts were given, nobody wrote them
+    prompts: list
+    responses: Rollout
+    p_safe: np.ndarray  # (B,)
+    score_seconds: float  # how long the judge took
+
+
+def play(attacker, defender, seeds, judge, seed, template="{}"):
+    """The attacker rewrites each seed (put into `template`), the defender answers, the judge scores.
+
+    attacker and defender are anything that can `speak`: a Player or a PolicyAverage. With attacker None the
+    seeds themselves are the prompts. The players meet in text: each reads with its own tokenizer.
+    """
+    attacks = attacker.speak([template.format(s) for s in seeds], 2 * seed) if attacker else None
+    prompts = attacks.texts if attacks else list(seeds)
+    responses = defender.speak(prompts, 2 * seed + 1)
+    clock = time.time()
+    p_safe = call_judge(judge, prompts, responses.texts)
+    return Game(list(seeds), attacks, prompts, responses, p_safe, time.time() - clock)
+
+
+def evaluate(attacker, defender, seeds, test_prompts, benign_prompts, judge, held_out_judge, refused, helpful=None,
+             embedder=None, third_party=None, template="{}"):
+    """The row of numbers that is written before and after training. The defender answers greedily.
+
+    Attack success rates on `test_prompts` by both judges; over-refusal and (where it can be told)
+    helpfulness on `benign_prompts`; the attacker's success, by the held-out judge, against `third_party`
+    (the defender of the start), and how alike its prompts are.
+    """
+    answers = defender.speak(test_prompts, 0, temperature=0).texts
+    benign = defender.speak(benign_prompts, 0, temperature=0).texts
+    attacks = attacker.speak([template.format(s) for s in seeds], 0).texts if attacker else list(seeds)
+    broken = 1 - call_judge(held_out_judge, attacks, (third_party or defender).speak(attacks, 0, temperature=0).texts)
+    alike = set_similarity(attacks, embedder)
+    return {
+        "asr_held_out_judge": float(np.mean(1 - call_judge(held_out_judge, test_prompts, answers) > 0.5)),
+        "asr_train_judge": float(np.mean(1 - call_judge(judge, test_prompts, answers) > 0.5)),
+        "over_refusal": float(np.mean(refused(benign))) if benign else None,
+        "helpfulness": float(np.mean(helpful(benign_prompts, benign))) if helpful else None,
+        "attacker_success": float(np.mean(broken > 0.5)), **alike}
+
+
+# --- averages of policies ---------------------------------------------------------------------------------------
+class PolicyAverage:
+    """The average policy of Theorem 3.2, in two forms.
+
+    kind "mixture": the uniform mixture over all policies added so far; one member is drawn for each episode.
+    At most `capacity` of them are kept, a uniform sample of all (reservoir sampling, Vitter 1985).
+    kind "weights": one policy whose weights are the mean of theirs: cheap, and an approximation only.
+    Members are language-model weights without critics, kept on the CPU.
+    """
+
+    def __init__(self, kind="mixture", capacity=16, seed=0):
+        if kind not in ("mixture", "weights") or capacity < 1:
+            raise ValueError(f"PolicyAverage needs kind 'mixture' or 'weights' and capacity >= 1, got {kind!r} and {capacity}")
+        self.kind, self.capacity, self.seed = kind, capacity if kind == "mixture" else 1, seed
+        self.members, self.count = [], 0  # list of {name: tensor}; how many policies were added
+
+    def add(self, policy):
+        weights = {k: v.detach().cpu().clone() for k, v in policy.lm.state_dict().items()}
+        self.count += 1
+        if len(self.members) < self.capacity:
+            self.members.append(weights)
+        elif self.kind == "weights":
+            for name, mean in self.members[0].items():
+                if mean.is_floating_point():
+                    mean += (weights[name] - mean) / self.count
+        else:  # the n-th policy enters with probability capacity / n, in place of a random member
+            slot = int(np.random.default_rng([self.seed, self.count]).integers(self.count))
+            if slot < self.capacity:
+                self.members[slot] = weights
+
+    def policy(self, like, member=0):
+        """A frozen policy with a member's weights; `like` gives architecture and tokenizer."""
+        twin = frozen_copy(like)
+        twin.lm.load_state_dict(self.members[member])
+        return twin
+
+    def speaker(self, player):
+        """Something that speaks like this average: (prompts, seed, temperature) -> Rollout."""
+        return Speaker([self.policy(player.policy, i) for i in range(len(self.members))], player)
+
+    def state_dict(self):
+        return {f"{i}.{k}": v for i, member in enumerate(self.members) for k, v in member.items()}, {"count": self.count}
+
+    def load_state_dict(self, tensors, numbers):
+        members = {}
+        for key, tensor in tensors.items():
+            index, name = key.split(".", 1)
+            members.setdefault(int(index), {})[name] = tensor
+        self.members, self.count = [members[i] for i in sorted(members)], numbers["count"]
+
+
+@dataclass
+class Speaker:
+    """Several frozen policies that speak as one: each episode is given to one of them, drawn uniformly."""
+
+    policies: list
+    player: Player
+
+    def speak(self, prompts, seed, temperature=None):
+        drawn = np.random.default_rng(seed).integers(len(self.policies), size=len(prompts))
+        texts, prompt_ids, response_ids = [""] * len(prompts), [[]] * len(prompts), [[]] * len(prompts)
+        for member, policy in enumerate(self.policies):
+            rows = np.flatnonzero(drawn == member)
+            if not len(rows):
+                continue
+            one = copy.copy(self.player)
+            one.policy = policy
+            rollout = one.speak([prompts[i] for i in rows], seed, temperature)
+            for i, text, tokens, start, end in zip(rows, rollout.texts, rollout.tokens.tolist(), rollout.prompt_lengths, rollout.lengths):
+                texts[i], prompt_ids[i], response_ids[i] = text, tokens[:start], tokens[start:end]
+        return pack(self.policies[0], prompts, texts, prompt_ids, response_ids, self.player.temperature)
+
+
+# --- the theory on tables: Algorithms 2 and 3 --------------------------------------------------------------------
+def solve_matrix_game(payoff, rounds, entropy=0.0, blind=False):
+    """Algorithm 2 (Algorithm 3 with `entropy` eta_H > 0) on payoff (X prompts, Y responses) in [0, 1].
+
+    pi_{t+1}(y|x) ~ pi_t(y|x) exp(R(x, y) / beta),  mu_{t+1}(x) ~ mu_t(x) exp(-V_{pi_t}(x) / eta), from uniform,
+    with beta = sqrt(T / (8 ln Y)) and eta = sqrt(T / (8 ln X)). blind: a defender that cannot tell prompts
+    apart, one response distribution for all x. Returns (defender (X, Y), attacker (X,), last defender, last
+    attacker): the averages first. Raises ValueError on a payoff outside [0, 1] or an impossible number.
+    """
+    R = np.asarray(payoff, dtype=np.float64)
+    if R.ndim != 2 or min(R.shape) < 2 or not (R >= 0).all() or not (R <= 1).all() or rounds < 1 or entropy < 0:
+        raise ValueError(f"solve_matrix_game needs a payoff (X >= 2, Y >= 2) in [0, 1], rounds >= 1 and entropy >= 0, "
+                         f"got shape {R.shape}, rounds {rounds}, entropy {entropy}")
+    X, Y = R.shape
+    beta, eta = np.sqrt(rounds / (8 * np.log(Y))), np.sqrt(rounds / (8 * np.log(X)))
+    log_pi, log_mu = np.zeros((X, Y)), np.zeros(X)
+    sum_pi, sum_mu = np.zeros((X, Y)), np.zeros(X)
+    for _ in range(rounds):
+        pi, mu = _softmax(log_pi), _softmax(log_mu)
+        sum_pi, sum_mu = sum_pi + pi, sum_mu + mu
+        V = (pi * R).sum(1)  # V_pi(x) = E_{y ~ pi(.|x)} R(x, y)
+        log_pi = log_pi + (mu @ R if blind else R) / beta
+        log_mu = (eta * log_mu - V) / (eta + entropy)  # entropy 0: log_mu - V / eta
+    return sum_pi / rounds, sum_mu / rounds, pi, mu
+
+
+def nash_gap(payoff, defender, attacker, entropy=0.0, blind=False):
+    """Eq. (3.6): NEGap(pi, mu) = max_pi' J(pi', mu) - min_mu' J(pi, mu'), J = E[R] - eta_H H(mu) (Eq. 3.7).
+
+    payoff (X, Y), defender (X, Y) rows sum to 1, attacker (X,) sums to 1. blind: pi' too is one for all x.
+    """
+    R, pi, mu = (np.asarray(a, dtype=np.float64) for a in (payoff, defender, attacker))
+    best_defence = (mu @ R).max() if blind else (mu * R.max(1)).sum()
+    V = (pi * R).sum(1)
+    if entropy == 0:
+        return float(best_defence - V.min())
+    H = -(mu * np.log(np.maximum(mu, 1e-300))).sum()
+    best_attack = -entropy * _logsumexp(-V / entropy)  # min_mu' <V, mu'> - eta_H H(mu')
+    return float(best_defence - entropy * H - best_attack)
+
+
+def _logsumexp(z):
+    return z.max() + np.log(np.exp(z - z.max()).sum())
+
+
+def _softmax(z):
+    p = np.exp(z - z.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)

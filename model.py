@@ -1,0 +1,393 @@
+"""Policies and rollouts: a transformers causal language model with a value head, its sampler, its log-probs.
+
+One convention holds in the whole project. A rollout is right-padded: each row is prompt, response, padding.
+**Index t always speaks of tokens[:, t]**: logprobs[:, t] is the log-probability of that token given the
+tokens before it, values[:, t] the value of the state before it. Both come from the hidden state at t - 1;
+`logprobs_and_values` is the one place where that shift happens.
+
+Masks come from lengths, never from token ids, so a pad token that equals EOS is harmless. With padding only
+on the right, causal attention alone keeps it out of every real position.
+"""
+
+import copy
+import csv
+import gzip
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kernel import linear_logprob
+
+PLAIN_TEMPLATE = "Human: {} AI:"  # for tokenizers without a chat template, as in the authors' code
+
+
+class Policy(nn.Module):
+    """A causal language model, its tokenizer and its critic.
+
+    critic "shared": the value head reads the policy's own hidden states. critic "separate": it reads a
+    body of its own, at first a copy of the policy's. The value head starts at zero (section 2, point 13).
+    The module stays in eval mode for ever: dropout would make the PPO ratio differ from 1.
+    """
+
+    def __init__(self, lm, tokenizer, critic="shared", dtype=torch.float32):
+        super().__init__()
+        if critic not in ("shared", "separate"):
+            raise ValueError(f"critic must be 'shared' or 'separate', got {critic!r}")
+        self.lm, self.tokenizer, self.compute_dtype = lm, tokenizer, dtype
+        self.critic_body = copy.deepcopy(lm.base_model) if critic == "separate" else None
+        self.value_head = nn.Linear(lm.get_output_embeddings().in_features, 1, device=lm.device)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        eos = lm.generation_config.eos_token_id if lm.generation_config else None
+        eos = eos if isinstance(eos, list) else [eos]
+        self.eos_ids = sorted({i for i in [tokenizer.eos_token_id, *eos] if i is not None})
+        if not self.eos_ids:
+            raise ValueError(f"a policy needs an end-of-sequence token, {lm.config.name_or_path or 'the model'} has none; "
+                             "set eos_token in its tokenizer")
+        config = lm.config.get_text_config()
+        self.context = getattr(config, "max_position_embeddings", None) or 2**30
+        self.eval()
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    @property
+    def device(self):
+        return self.value_head.weight.device
+
+    @property
+    def head(self):
+        return self.lm.get_output_embeddings()  # weight (V, D), bias (V,) or None
+
+    def autocast(self):
+        """fp32 master weights; matrix products in the compute dtype (section 2, point 9)."""
+        enabled = self.compute_dtype != torch.float32
+        return torch.autocast(self.device.type, self.compute_dtype, enabled=enabled)
+
+    def hidden(self, tokens, body=None):
+        """Last hidden states (B, T, D) of right-padded tokens (B, T)."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        body = self.lm.base_model if body is None else body
+        return body(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
+
+    def encode(self, prompts):
+        """Token ids of each prompt in the model's own chat format, ready to be answered."""
+        if self.tokenizer.chat_template:
+            chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            texts = self.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+            rows = self.tokenizer(texts, add_special_tokens=False).input_ids
+        else:
+            rows = self.tokenizer([PLAIN_TEMPLATE.format(prompt) for prompt in prompts]).input_ids
+            rows = [ids[:-1] if ids and ids[-1] in self.eos_ids else ids for ids in rows]  # some tokenizers append EOS
+        return [ids or self.eos_ids[:1] for ids in rows]
+
+    def encode_responses(self, responses):
+        """Token ids of each response, EOS included."""
+        space = "" if self.tokenizer.chat_template else " "
+        rows = self.tokenizer([space + response for response in responses], add_special_tokens=False).input_ids
+        return [[*ids, self.eos_ids[0]] for ids in rows]
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+@dataclass
+class Rollout:
+    """Prompts, what was said to them, and the tokens by which it was said.
+
+    tokens (B, T) int64, right-padded; a row's first `prompt_lengths[b]` tokens are its prompt, the next, up
+    to `lengths[b]`, its response with its EOS; `ended` (B,) is True where an EOS was sampled. `temperature`
+    (and `support` (B, T, V), True where a top-k / top-p filter left a token possible) are replayed whenever
+    log-probs are computed.
+    """
+
+    prompts: list
+    texts: list
+    tokens: torch.Tensor
+    prompt_lengths: torch.Tensor
+    lengths: torch.Tensor
+    ended: torch.Tensor
+    temperature: float = 1.0
+    support: torch.Tensor | None = None
+
+    def __len__(self):
+        return len(self.prompts)
+
+    @property
+    def response_mask(self):
+        """(B, T) bool, True on response tokens: the sampled actions, first EOS included, nothing after it."""
+        t = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return (t >= self.prompt_lengths[:, None]) & (t < self.lengths[:, None])
+
+    def select(self, rows):
+        """The given rows, trimmed to the longest of them."""
+        T = int(self.lengths[rows].max())
+        index = rows.tolist()
+        return replace(
+            self, prompts=[self.prompts[i] for i in index], texts=[self.texts[i] for i in index], tokens=self.tokens[rows, :T],
+            prompt_lengths=self.prompt_lengths[rows], lengths=self.lengths[rows], ended=self.ended[rows],
+            support=None if self.support is None else self.support[rows, :T])
+
+
+def pack(policy, prompts, texts, prompt_ids, response_ids, temperature=1.0):
+    """A Rollout from lists of token ids; `ended` is read off the responses' last tokens."""
+    rows = [p + r for p, r in zip(prompt_ids, response_ids, strict=True)]
+    T = max(map(len, rows))
+    tokens = torch.tensor([row + [policy.eos_ids[0]] * (T - len(row)) for row in rows], device=policy.device)  # (B, T)
+    lengths = [torch.tensor([len(x) for x in ids], device=policy.device) for ids in (prompt_ids, rows)]
+    ended = torch.tensor([bool(r) and r[-1] in policy.eos_ids for r in response_ids], device=policy.device)
+    return Rollout(list(prompts), list(texts), tokens, *lengths, ended, temperature)
+
+
+def demonstrations(policy, pairs):
+    """A Rollout of given (prompt, response) pairs, for supervised training; rows beyond the context are cut."""
+    prompts, texts = zip(*pairs)
+    response_ids = [ids[:policy.context // 2] for ids in policy.encode_responses(texts)]
+    prompt_ids = [ids[-(policy.context - len(r)):] for ids, r in zip(policy.encode(prompts), response_ids)]
+    return pack(policy, prompts, texts, prompt_ids, response_ids)
+
+
+@torch.no_grad()
+def generate(policy, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=None, clip_prompts=False, batch_size=256):
+    """Sample one response to each prompt (list of str) with a KV cache; returns a Rollout.
+
+    temperature 0 is greedy. top_k = 0 and top_p = 1 sample the full distribution. The same `seed` gives the
+    same tokens. Raises ValueError when a prompt leaves no room for `max_new_tokens` in the model's context
+    (with `clip_prompts` its left part is cut off instead) or a number is impossible.
+    """
+    if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError("generate needs max_new_tokens >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
+                         f"{max_new_tokens}, {temperature}, {top_k}, {top_p}")
+    room = policy.context - max_new_tokens
+    prompt_ids = policy.encode(prompts) if prompts else []
+    longest = max(map(len, prompt_ids), default=0)
+    if room < 1 or (longest > room and not clip_prompts):
+        raise ValueError(f"a prompt may have at most {room} tokens (context {policy.context} less {max_new_tokens} new ones), "
+                         f"got {longest}; shorten it or lower the number of new tokens")
+    prompt_ids = [ids[-room:] for ids in prompt_ids]
+    generator = torch.Generator(policy.device)
+    generator.manual_seed(torch.seed() if seed is None else seed)
+    response_ids, supports = [], []
+    with policy.autocast():
+        for start in range(0, len(prompts), batch_size):
+            responses, support = _decode(policy, prompt_ids[start:start + batch_size], max_new_tokens, temperature, top_k, top_p, generator)
+            response_ids += responses
+            supports += support
+    rollout = pack(policy, prompts, [policy.decode(r) for r in response_ids], prompt_ids, response_ids, temperature or 1.0)
+    if temperature > 0 and (top_k > 0 or top_p < 1):
+        B, T = rollout.tokens.shape
+        rollout.support = torch.zeros(B, T, supports[0].shape[-1], dtype=torch.bool, device=policy.device)
+        for row, prompt, kept in zip(rollout.support, prompt_ids, supports):
+            row[len(prompt):len(prompt) + len(kept)] = kept[:T - len(prompt)]
+    return rollout
+
+
+def _decode(policy, prompt_ids, max_new_tokens, temperature, top_k, top_p, generator):
+    """Sample until every row has ended. Prompts are padded on the *left* here, so that one column is one
+    step; positions count real tokens only. Returns ids per row and, with a filter, its (R, V) supports."""
+    B, P = len(prompt_ids), max(map(len, prompt_ids))
+    eos = torch.tensor(policy.eos_ids, device=policy.device)
+    inputs = torch.tensor([[policy.eos_ids[0]] * (P - len(ids)) + ids for ids in prompt_ids], device=policy.device)  # (B, P)
+    mask = torch.tensor([[0] * (P - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=policy.device)  # (B, P), 1 = real
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    ended = torch.zeros(B, dtype=torch.bool, device=policy.device)
+    cache, sampled, supports = None, [], []
+    for _ in range(max_new_tokens):
+        out = policy.lm.base_model(input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        logits = policy.head(out.last_hidden_state[:, -1]).float()  # (B, V)
+        if temperature > 0 and (top_k > 0 or top_p < 1):
+            logits, support = filter_logits(logits / temperature, top_k, top_p)
+            supports.append(support)
+            token = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        elif temperature > 0:
+            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+        else:
+            token = logits.argmax(-1)
+        sampled.append(torch.where(ended, -1, token))  # -1: after the end
+        ended = ended | torch.isin(token, eos)
+        if ended.all():
+            break
+        inputs, positions = token[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(B, 1)], 1)
+    responses = [[i for i in row if i >= 0] for row in torch.stack(sampled, 1).tolist()]
+    return responses, list(torch.stack(supports, 1)) if supports else []
+
+
+def filter_logits(logits, top_k, top_p):
+    """Top-k, then nucleus (top-p), filter. logits (B, V) -> (logits with -inf outside, support (B, V) bool)."""
+    ranked, order = logits.sort(-1, descending=True)
+    keep = torch.ones_like(ranked, dtype=torch.bool)
+    if top_k > 0:
+        keep[:, top_k:] = False
+    if top_p < 1:
+        p = ranked.masked_fill(~keep, -torch.inf).softmax(-1)
+        keep &= p.cumsum(-1) - p < top_p  # a token stays while the mass before it is below top_p
+    support = torch.zeros_like(keep).scatter(-1, order, keep)
+    return logits.masked_fill(~support, -torch.inf), support
+
+
+def logprobs_and_values(policy, rollout, entropy_grad=False, with_values=True):
+    """Log-probs, values and entropies of the response tokens, from one forward.
+
+    Returns (logprobs, values, entropy), each (B, T) fp32, zero outside `rollout.response_mask`. The head is
+    applied to response positions only, never to prompts or padding. values is None without `with_values`.
+    """
+    mask = rollout.response_mask  # (B, T)
+    before = mask[:, 1:]  # (B, T - 1): the state at t - 1 acts tokens[t]
+    with policy.autocast():
+        hidden = policy.hidden(rollout.tokens)[:, :-1]
+        h, targets = hidden[before], rollout.tokens[mask]  # (N, D), (N,)
+        if rollout.support is None:
+            logp, entropy = linear_logprob(h, policy.head.weight, targets, policy.head.bias, rollout.temperature, entropy_grad)
+        else:  # the filter that sampling applied is applied again
+            logits = policy.head(h).float() / rollout.temperature
+            logp_all = logits.masked_fill(~rollout.support[mask], -torch.inf).log_softmax(-1)  # (N, V)
+            logp = logp_all.gather(-1, targets[:, None])[:, 0]
+            entropy = torch.special.entr(logp_all.exp()).sum(-1)
+        values = None
+        if with_values:
+            if policy.critic_body is not None:
+                h = policy.hidden(rollout.tokens, policy.critic_body)[:, :-1][before]
+            with torch.autocast(policy.device.type, enabled=False):
+                values = policy.value_head(h.float())[:, 0]  # (N,)
+    spread = lambda x: None if x is None else torch.zeros(mask.shape, device=x.device).masked_scatter(mask, x)
+    return spread(logp), spread(values), spread(entropy)
+
+
+def frozen_copy(policy):
+    """A copy that no gradient reaches, without a critic: the reference policy of the KL penalty."""
+    body, policy.critic_body = policy.critic_body, None
+    twin = copy.deepcopy(policy)
+    policy.critic_body = body
+    return twin.requires_grad_(False)
+
+
+def load_policy(name_or_dir, critic="shared", dtype=torch.float32, device="cpu", trust_remote_code=False):
+    """A Policy from a model folder or hub id; also reads the value head that `save_policy` wrote beside it.
+
+    Raises ValueError, in one line, when it cannot be had, is no causal language model, lacks a tokenizer, or
+    computes its logits by more than a linear head on `last_hidden_state`.
+    """
+    try:
+        kwargs = dict(trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_dir, **kwargs)
+        lm = AutoModelForCausalLM.from_pretrained(name_or_dir, dtype=torch.float32, **kwargs).to(device)
+    except Exception as error:  # transformers raises a dozen kinds here
+        where = "is the folder complete?" if Path(name_or_dir).is_dir() else "no such folder here, and the hub could not give it; pass a local folder"
+        raise ValueError(f"cannot load {str(name_or_dir)!r} as a causal language model ({where}): {_first_line(error)}") from error
+    if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
+        raise ValueError(f"{name_or_dir}: the tokenizer has {len(tokenizer)} tokens but the model only {lm.get_input_embeddings().num_embeddings}")
+    policy = Policy(lm, tokenizer, critic, dtype)
+    probe = torch.tensor([policy.eos_ids[:1] * 2], device=device)
+    with torch.no_grad():
+        if not torch.allclose(policy.head(policy.hidden(probe)), lm(probe).logits, atol=1e-3, rtol=1e-3):
+            raise ValueError(f"{name_or_dir}: logits must be a linear head on the last hidden state, {lm.config.model_type} computes more")
+    critic_file = Path(name_or_dir) / "critic.safetensors"
+    if critic_file.exists():
+        state = load_file(critic_file, device=str(device))
+        if policy.critic_body is None or any(k.startswith("critic_body") for k in state):
+            policy.load_state_dict(state, strict=False)
+    return policy
+
+
+def save_policy(policy, folder, card=""):
+    """Write a `save_pretrained` folder with tokenizer and model card, and the critic beside it."""
+    folder = Path(folder)
+    policy.lm.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+    critic = {k: v for k, v in policy.state_dict().items() if not k.startswith("lm.")}
+    save_file({k: v.contiguous().clone() for k, v in critic.items()}, folder / "critic.safetensors")
+    if card:
+        (folder / "README.md").write_text(card)
+
+
+def _first_line(error):
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+# --- data -----------------------------------------------------------------------------------------------
+def read_rows(path):
+    """Rows of a .jsonl, .json, .csv or .txt file (each also .gz) as dicts with "prompt" and, where the data
+    has them, "response" or "chosen" and "rejected".
+
+    A row may be a string, a one-element list, {"prompt", ["response" | "chosen", "rejected"]}, {"messages"}
+    or a message list, or an HH transcript pair {"chosen", "rejected"}. Earlier turns of a transcript stay in
+    the prompt. Raises ValueError with file and line on anything else, and on a file without rows.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"a data file must exist, got {str(path)!r}")
+    kind = path.suffixes[-2:][0] if path.suffix == ".gz" else path.suffix
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
+            if kind == ".json":
+                numbered = list(enumerate(json.load(file), 1))
+            elif kind == ".jsonl":
+                numbered = [(n, _parse_line(path, n, line)) for n, line in enumerate(file, 1) if line.strip()]
+            elif kind == ".csv":
+                numbered = list(enumerate(csv.DictReader(file), 2))
+            elif kind == ".txt":
+                numbered = [(n, line.strip()) for n, line in enumerate(file, 1) if line.strip()]
+            else:
+                raise ValueError("the name must end in .jsonl, .json, .csv or .txt, or one of them and .gz")
+        rows = [_parse_row(path, n, row) for n, row in numbered]
+    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"cannot read {path}: {_first_line(error)}") from error
+    except ValueError as error:
+        raise error if str(path) in str(error) else ValueError(f"cannot read {path}: {error}")
+    if not rows:
+        raise ValueError(f"{path} must hold at least one row, got none")
+    return rows
+
+
+def _parse_line(path, n, line):
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {n}: malformed JSON ({error.msg} at column {error.colno})") from error
+
+
+def _parse_row(path, n, row):
+    """One row of any accepted form -> {"prompt": ..., ...} with stripped strings."""
+    if isinstance(row, list) and row and all(isinstance(m, dict) for m in row):
+        row = {"messages": row}
+    if isinstance(row, list) and len(row) == 1:
+        row = row[0]
+    if isinstance(row, str):
+        row = {"prompt": row}
+    if isinstance(row, dict) and isinstance(row.get("messages"), list):
+        turns = [str(m.get("content", "")) for m in row["messages"] if m.get("role") != "system"]
+        answered = row["messages"][-1].get("role") == "assistant"
+        row = {"prompt": _join_turns(turns[:-1] if answered else turns), **({"response": turns[-1]} if answered else {})}
+    if isinstance(row, dict) and "prompt" not in row and isinstance(row.get("chosen"), str):
+        row = _split_transcripts(row)
+    wanted = {k: row[k] for k in ("prompt", "response", "chosen", "rejected") if row.get(k)} if isinstance(row, dict) else {}
+    wanted = {k: v.strip() if isinstance(v, str) else v for k, v in wanted.items() if str(v).strip()}
+    if not wanted.get("prompt") or not all(isinstance(v, str) for v in wanted.values()):
+        raise ValueError(f"{path}, row {n}: a row must be a prompt, or have a non-empty text 'prompt', 'messages' or 'chosen', got {str(row)[:80]!r}")
+    return wanted  # an empty response is no response; an empty prompt is an error
+
+
+def _split_transcripts(row):
+    """HH format: "\\n\\nHuman: ... \\n\\nAssistant: ..." -> prompt, chosen, rejected (the last replies)."""
+    head, _, chosen = row["chosen"].rpartition("\n\nAssistant:")
+    rejected = str(row.get("rejected", "")).rpartition("\n\nAssistant:")[2]
+    turns = head.replace("\n\nAssistant:", "\n\nHuman:").split("\n\nHuman:")
+    return {"prompt": _join_turns([t.strip() for t in turns if t.strip()]), "chosen": chosen, "rejected": rejected}
+
+
+def _join_turns(turns):
+    """Turns human, AI, human, ... as one prompt: PLAIN_TEMPLATE puts its own words before and after."""
+    words = ["", "\n\nAI: ", "\n\nHuman: "]
+    return "".join(words[0 if i == 0 else 2 - i % 2] + turn for i, turn in enumerate(turns)).strip()
+
+
+def first_turn(prompt):
+    """The first human turn of a prompt that `read_rows` joined."""
+    return prompt.split("\n\nAI: ")[0]
