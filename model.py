@@ -246,10 +246,12 @@ def logprobs_and_values(policy, rollout, entropy_grad=False, with_values=True):
         if rollout.support is None:
             logp, entropy = linear_logprob(h, policy.head.weight, targets, policy.head.bias, rollout.temperature, entropy_grad)
         else:  # the filter that sampling applied is applied again
+            support = rollout.support[mask]  # (N, V)
             logits = policy.head(h).float() / rollout.temperature
-            logp_all = logits.masked_fill(~rollout.support[mask], -torch.inf).log_softmax(-1)  # (N, V)
+            logp_all = logits.masked_fill(~support, -torch.inf).log_softmax(-1)
             logp = logp_all.gather(-1, targets[:, None])[:, 0]
-            entropy = torch.special.entr(logp_all.exp()).sum(-1)
+            entropy = -(logp_all.exp() * logp_all.masked_fill(~support, 0)).sum(-1)
+            entropy = entropy if entropy_grad else entropy.detach()
         values = None
         if with_values:
             if policy.critic_body is not None:
