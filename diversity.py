@@ -163,7 +163,8 @@ def load_embedder(name_or_dir, device="cpu"):
     def embed(texts):
         rows = []
         for start in range(0, len(texts), 64):
-            batch = tokenizer(list(texts[start:start + 64]), padding=True, truncation=True, max_length=longest, return_tensors="pt").to(device)
+            some = [t if t.strip() else tokenizer.pad_token for t in texts[start:start + 64]]  # an encoder cannot read nothing
+            batch = tokenizer(some, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(device)
             hidden = model(**batch).last_hidden_state.double()  # (b, T, D)
             mask = batch["attention_mask"][..., None]
             rows.append(((hidden * mask).sum(1) / mask.sum(1).clamp(min=1)).cpu().numpy())

@@ -279,10 +279,13 @@ def load_policy(name_or_dir, critic="shared", dtype=torch.float32, device="cpu",
     try:
         kwargs = dict(trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(name_or_dir, **kwargs)
-        lm = AutoModelForCausalLM.from_pretrained(name_or_dir, dtype=torch.float32, **kwargs).to(device)
+        lm, info = AutoModelForCausalLM.from_pretrained(name_or_dir, dtype=torch.float32, output_loading_info=True, **kwargs)
+        lm = lm.to(device)
     except Exception as error:  # transformers raises a dozen kinds here
         where = "is the folder complete?" if Path(name_or_dir).is_dir() else "no such folder here, and the hub could not give it; pass a local folder"
         raise ValueError(f"cannot load {str(name_or_dir)!r} as a causal language model ({where}): {_first_line(error)}") from error
+    if info["missing_keys"]:  # a classifier or an encoder, say: transformers would make up the rest
+        raise ValueError(f"cannot load {str(name_or_dir)!r} as a causal language model: it has no weights for {sorted(info['missing_keys'])[0]}")
     if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
         raise ValueError(f"{name_or_dir}: the tokenizer has {len(tokenizer)} tokens but the model only {lm.get_input_embeddings().num_embeddings}")
     policy = Policy(lm, tokenizer, critic, dtype)

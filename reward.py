@@ -110,7 +110,8 @@ def unsafe_index(config, unsafe_label=None):
 
 def classifier_logits(model, tokenizer, prompts, responses):
     """Logits (B, labels) of exchanges; the judge sees the prompt too if it was trained on pairs (`train_judge`)."""
-    texts = (list(prompts), list(responses)) if getattr(model.config, "judge_input", "response") == "pair" else (list(responses),)
+    responses = [r if r.strip() else tokenizer.pad_token for r in responses]  # a classifier cannot read nothing
+    texts = (list(prompts), responses) if getattr(model.config, "judge_input", "response") == "pair" else (responses,)
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512) - 2)
     batch = tokenizer(*texts, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(model.device)
     return model(**batch).logits.float()

@@ -682,8 +682,8 @@ def classifier_folder(path, labels, seed=0):
 @pytest.mark.parametrize("labels, unsafe", [(["nothate", "hate"], 1), (["toxic", "neutral"], 0), (["SAFE", "other"], 1), (["non-toxic", "toxic"], 1)])
 def test_a_classifier_judge_reads_the_unsafe_label_from_its_config(tmp_path, labels, unsafe):
     model, tokenizer = classifier_folder(tmp_path, labels)
-    responses = ["a b c", "d e f g h i", "j"]
-    ours = load_judge(str(tmp_path))(["x"] * 3, responses)
+    responses = ["a b c", "d e f g h i", "j", "<pad>"]
+    ours = load_judge(str(tmp_path))(["x"] * 4, [*responses[:3], " "])  # an empty response is judged too
     with torch.no_grad():
         theirs = [1 - model(torch.tensor([tokenizer.encode(r)])).logits.softmax(-1)[0, unsafe].item() for r in responses]
     assert np.allclose(ours, theirs, atol=1e-5)

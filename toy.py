@@ -227,18 +227,15 @@ class ToyGame:
         """n pairs (seed prompt, another prompt): the topic is kept 40% of the time, else any topic;
         tricky framings are rarer than plain ones."""
         weight = np.exp([-0.4 * offset for _, offset in FRAMINGS.values()])
-        weight /= weight.sum()
-        held_out = self.held_out.reshape(self.shape)
-        pairs = []
-        for seed in self._draw_cells(n, rng, harmful_share=0.9):
-            keep_topic = rng.random() < 0.4
-            while True:  # any cell that is not held out
-                topic = seed[0] if keep_topic else self._draw_cells(1, rng)[0][0]
-                cell = (topic, rng.integers(3), rng.choice(len(weight), p=weight), rng.integers(len(SUFFIXES)))
-                if not held_out[cell]:
-                    break
-            pairs.append((self.prompt(seed), self.prompt(cell)))
-        return pairs
+        seeds = np.array(self._draw_cells(n, rng, harmful_share=0.9))
+        targets = np.array(self._draw_cells(n, rng))
+        keep_topic, wrong = rng.random(n) < 0.4, np.ones(n, dtype=bool)
+        targets[keep_topic, 0] = seeds[keep_topic, 0]
+        while wrong.any():  # until no target is a held-out cell
+            k = int(wrong.sum())
+            targets[wrong, 1:] = np.stack([rng.integers(3, size=k), rng.choice(len(weight), k, p=weight / weight.sum()), rng.integers(len(SUFFIXES), size=k)], 1)
+            wrong = self.held_out.reshape(self.shape)[tuple(targets.T)]
+        return [(self.prompt(s), self.prompt(t)) for s, t in zip(seeds, targets)]
 
     def judge_samples(self, n, rng, extra_prompts=()):
         """n labelled triples (prompt, response, safe), 3% of the labels flipped: clean exchanges, wrong

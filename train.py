@@ -341,7 +341,8 @@ def toy_world(config, start=None):
     rng = np.random.default_rng([config.seed, 2**20])
     torch.manual_seed(config.seed)
     tokenizer = game.tokenizer()
-    samples = {"defender": game.defender_sft(30_000, rng), "attacker": game.attacker_sft(30_000, rng)}
+    n = min(30_000, 64 * config.sft_steps + 1000)
+    samples = {"defender": game.defender_sft(n, rng), "attacker": game.attacker_sft(n, rng)}
     policies = {}
     for i, (name, pairs) in enumerate(samples.items()):
         if start:
@@ -354,12 +355,13 @@ def toy_world(config, start=None):
     known, judge_to_save = {"truth": game.ground_truth}, None
     if config.judge == "toy" and not start:
         attacks = Player("attacker", policies["attacker"], config.attack_tokens).speak(draw(game.fixed_prompts, 3000, rng), config.seed).texts
-        triples = list(zip(*game.judge_samples(30_000, rng, attacks)))
+        triples = list(zip(*game.judge_samples(min(30_000, 64 * config.judge_steps), rng, attacks)))
         with bar("training the judge", config.judge_steps) as progress:
             known["toy"] = judge_to_save = train_judge(toy_classifier(tokenizer).to(config.device), tokenizer, triples, config.judge_steps, 64, 2e-3, config.seed, progress)
     judge_name = str(start / "judge") if config.judge == "toy" and start else config.judge
     judge, held_out = (load_judge(name, config.unsafe_label, known, config.device) for name in (judge_name, config.held_out_judge))
     demos = [pair for pair in samples["defender"] if game.is_demonstration(*pair)]
+    rng = np.random.default_rng([config.seed, 2**20 + 1])  # the test sets are the same whatever was trained above
     embedder = {"toy": game.embed, "words": word_embedder}.get(config.embedder) or load_embedder(config.embedder, config.device)
     return World(policies["attacker"], policies["defender"], game.fixed_prompts, game.sample_prompts(config.eval_prompts, rng, True, True),
                  game.sample_prompts(config.eval_prompts // 2, rng, False, True), demos, judge, held_out, game.refused, game.helpful, embedder, judge_to_save)
@@ -623,7 +625,7 @@ def resolve(config):
         raise ValueError(f"--top_p must lie in (0, 1] and --replay in [0, 1], got {config.top_p} and {config.replay}")
     if config.minibatches > config.batch_size:
         raise ValueError(f"--minibatches must be at most --batch_size, got {config.minibatches} and {config.batch_size}")
-    if config.template.replace("{}", "", 1) != config.template.format(""):
+    if config.template.count("{}") != 1 or any(brace in config.template.replace("{}", "") for brace in "{}"):
         raise ValueError(f"--template must hold {{}} once, for the seed, got {config.template!r}")
     config.out = config.out or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config.method}_s{config.seed}"
     if not config.resume and Path(config.out).exists() and (not Path(config.out).is_dir() or any(Path(config.out).iterdir())):
@@ -642,10 +644,10 @@ def main(argv):
         world = (own_world if config.attacker else toy_world)(config, start if start.exists() else None)
         players = make_players(config, world)
         run = Run(config, folder, world, players)
-        if not start.exists():
-            prepare(run, start)
         run.load()
         run.before = run.before or run.evaluate()
+        if not start.exists():  # only now: whatever can be wrong with the input has been tried
+            prepare(run, start)
     except (ValueError, OSError) as error:  # a user's mistake: one line, nothing left behind
         fail(error)
     print(f"attack success on held-out prompts before the game: {run.before['asr_held_out_judge']:.1%}")
