@@ -510,7 +510,7 @@ def draw_curves(folder, rows):
     if rows["before"]["over_refusal"] is not None:
         axes[0, 0].plot(x, [rows["before"]["over_refusal"]] + [m["game/over_refusal"] for m in rounds], "--", color="grey", label="over-refusal, harmless prompts")
     axes[0, 0].set_ylim(0, 1)
-    axes[0, 1].set_title("reward from the judge and diversity, mean of the round")
+    axes[0, 1].set_title("mean reward of the round")
     per_round(axes[0, 1], "objective/scores")
     axes[1, 0].set_title("how alike the attacks are")
     for key, label, look in (("self_bleu", "SelfBLEU", "-"), ("cosine", "cosine of embeddings", "--")):
