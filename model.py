@@ -163,9 +163,11 @@ def generate(policy, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.
     if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError("generate needs max_new_tokens >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
                          f"{max_new_tokens}, {temperature}, {top_k}, {top_p}")
+    if not prompts:
+        raise ValueError("generate needs at least one prompt, got none")
     room = policy.context - max_new_tokens
-    prompt_ids = policy.encode(prompts) if prompts else []
-    longest = max(map(len, prompt_ids), default=0)
+    prompt_ids = policy.encode(prompts)
+    longest = max(map(len, prompt_ids))
     if room < 1 or (longest > room and not clip_prompts):
         raise ValueError(f"a prompt may have at most {room} tokens (context {policy.context} less {max_new_tokens} new ones), "
                          f"got {longest}; shorten it or lower the number of new tokens")

@@ -1113,6 +1113,9 @@ def own(tmp_path_factory):
 
 
 def test_your_own_models_with_four_different_tokenizers_are_trained(own):
+    without_benign = [*SMALL, "--method", "sft", "--out", "unmeasured"]  # what cannot be measured is null, not an error
+    program(HERE / "train.py", *OWN[:-2], *without_benign, cwd=own)
+    assert json.loads((own / "unmeasured" / "summary.json").read_text())["after"]["over_refusal"] is None
     program(HERE / "train.py", *OWN, *SMALL, "--out", "run", cwd=own)
     row = json.loads((own / "run" / "summary.json").read_text())["after"]
     assert row["over_refusal"] is not None and row["helpfulness"] is None

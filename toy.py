@@ -308,3 +308,22 @@ class ToyGame:
         texts = [set(words(self.prompt(c))) for c in self.cells[:: 7]]
         vocabulary = sorted({w for text in texts for w in text})
         return {w: (i, np.log(len(texts) / sum(w in text for text in texts))) for i, w in enumerate(vocabulary)}
+
+
+# --- small models for it ------------------------------------------------------------------------------
+def toy_lm(tokenizer):
+    """An untrained GPT-2 of 3 layers x 64 (about 190,000 parameters) for either player."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(
+        vocab_size=len(tokenizer), n_positions=64, n_embd=64, n_layer=3, n_head=4, activation_function="relu", resid_pdrop=0, embd_pdrop=0,
+        attn_pdrop=0, bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+
+
+def toy_classifier(tokenizer):
+    """An untrained BERT of 2 layers x 64 for the judge of training."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(BertConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256, hidden_act="relu",
+        max_position_embeddings=96, hidden_dropout_prob=0, attention_probs_dropout_prob=0, num_labels=2))

@@ -25,6 +25,7 @@ import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import torch
 import transformers
@@ -152,6 +153,7 @@ def train(config, world, players, run):
         played = time.time()
         metrics = ppo_update(mover, rollout, scores, new_seed(rng), demos, config.ptx_coef)
         metrics |= {"time/rollout": played - clock - game.score_seconds, "time/score": game.score_seconds, "time/update": time.time() - played}
+        metrics["game/attack_success"] = float(np.mean(1 - game.p_safe))  # of this batch, by the training judge
         metrics |= {f"diversity/{name}": float(novelty[term].mean()) for name, term in NOVELTY.items() if term in novelty}
         if last_of_round:
             for name, player in players.items():
@@ -335,7 +337,7 @@ def toy_world(config, start=None):
     """The embedded game: fresh small models, warm-started, and a judge trained on noisy samples.
 
     start: a folder where an earlier run left these models; nothing is trained then."""
-    from toy import ToyGame
+    from toy import ToyGame, toy_classifier, toy_lm
 
     game = ToyGame(config.seed)
     rng = np.random.default_rng([config.seed, 2**20])
@@ -365,22 +367,6 @@ def toy_world(config, start=None):
     embedder = {"toy": game.embed, "words": word_embedder}.get(config.embedder) or load_embedder(config.embedder, config.device)
     return World(policies["attacker"], policies["defender"], game.fixed_prompts, game.sample_prompts(config.eval_prompts, rng, True, True),
                  game.sample_prompts(config.eval_prompts // 2, rng, False, True), demos, judge, held_out, game.refused, game.helpful, embedder, judge_to_save)
-
-
-def toy_lm(tokenizer):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(GPT2Config(
-        vocab_size=len(tokenizer), n_positions=64, n_embd=64, n_layer=3, n_head=4, activation_function="relu", resid_pdrop=0, embd_pdrop=0,
-        attn_pdrop=0, bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-
-
-def toy_classifier(tokenizer):
-    from transformers import BertConfig, BertForSequenceClassification
-
-    return BertForSequenceClassification(BertConfig(
-        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256, hidden_act="relu",
-        max_position_embeddings=96, hidden_dropout_prob=0, attention_probs_dropout_prob=0, num_labels=2))
 
 
 def own_world(config, start=None):
@@ -504,9 +490,11 @@ def draw_curves(folder, rows):
             axis.plot([r + 1 for r in values], list(values.values()), marker="o", ms=3, label=role, **style[role])
 
     x = [0] + [m["round"] + 1 for m in rounds]
-    axes[0, 0].set_title("attack success on held-out prompts")
-    for key, label, look in (("asr_held_out_judge", "held-out judge", "-"), ("asr_train_judge", "training judge", ":")):
+    axes[0, 0].set_title("attack success")
+    for key, label, look in (("asr_held_out_judge", "held-out prompts, held-out judge", "-"), ("asr_train_judge", "held-out prompts, training judge", ":")):
         axes[0, 0].plot(x, [rows["before"][key]] + [m[f"game/{key}"] for m in rounds], look, color="black", marker="o", ms=3, label=label)
+    fresh = [np.mean([m["game/attack_success"] for m in log if m["round"] == r["round"] and m["role"] == "attacker"] or [np.nan]) for r in rounds]
+    axes[0, 0].plot(x[1:], fresh, "-.", color="#c0392b", label="of the attacker in training, training judge")
     if rows["before"]["over_refusal"] is not None:
         axes[0, 0].plot(x, [rows["before"]["over_refusal"]] + [m["game/over_refusal"] for m in rounds], "--", color="grey", label="over-refusal, harmless prompts")
     axes[0, 0].set_ylim(0, 1)
@@ -636,6 +624,7 @@ def resolve(config):
 def main(argv):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()  # its retries are not news; what could not be had is said once
     clock, config = time.time(), parse(argv)
     try:
         config = resolve(config)
