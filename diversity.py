@@ -157,18 +157,17 @@ def load_embedder(name_or_dir, device="cpu"):
         raise ValueError(f"cannot load the embedder {name_or_dir!r}; --embedder takes a local encoder folder, a hub id or 'words': "
                          + next(iter(str(error).splitlines()), "")) from error
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
+    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512) - 2)  # RoBERTa's start at 2
 
     @torch.no_grad()
     def embed(texts):
         rows = []
-        for start in range(0, len(texts), 64):
-            some = [t if t.strip() else tokenizer.pad_token for t in texts[start:start + 64]]  # an encoder cannot read nothing
-            batch = tokenizer(some, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(device)
-            hidden = model(**batch).last_hidden_state.double()  # (b, T, D)
-            mask = batch["attention_mask"][..., None]
-            rows.append(((hidden * mask).sum(1) / mask.sum(1).clamp(min=1)).cpu().numpy())
-        return _unit(np.concatenate(rows))
+        for text in texts:  # one at a time: next to other texts, padding would change a vector's last bits
+            text = text if text.strip() else tokenizer.pad_token  # an encoder cannot read nothing
+            batch = tokenizer(text, truncation=True, max_length=longest, return_tensors="pt").to(device)
+            hidden, mask = model(**batch).last_hidden_state.double(), batch["attention_mask"][..., None]  # (1, T, D), (1, T, 1)
+            rows.append(((hidden * mask).sum(1) / mask.sum(1).clamp(min=1))[0].cpu().numpy())
+        return _unit(np.stack(rows))
 
     return embed
 

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 import transformers
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -90,9 +91,16 @@ class FinishedRun:
         self.folder = Path(folder)
         if not (self.folder / "summary.json").is_file():
             raise ValueError(f"a finished run folder with summary.json is needed, got {folder}; go on with an unfinished one by train.py --resume")
-        self.config = config = json.loads((self.folder / "config.json").read_text())["config"]
+        try:
+            self.load()
+        except Exception as error:
+            raise ValueError(f"the run in {folder} is damaged: {type(error).__name__}: {error}") from error
+
+    def load(self):
+        self.config = config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))["config"]
         start = self.folder / "checkpoints" / "start"
-        self.prompts = json.loads((start / "prompts.json").read_text())
+        self.prompts = json.loads((start / "prompts.json").read_text(encoding="utf-8"))
+        self.attack_seeds = json.loads((start / "attack_seeds.json").read_text(encoding="utf-8"))
         self.start = {name: self.player(name, start / name) for name in ("attacker", "defender")}
         self.end = {name: self.player(name, self.folder / name) for name in ("attacker", "defender")}
         known, self.helpful, self.cell_of = {}, None, None
@@ -109,7 +117,8 @@ class FinishedRun:
 
     def player(self, name, folder):
         c = self.config
-        return Player(name, load_policy(folder, c["critic"]), c["attack_tokens" if name == "attacker" else "response_tokens"],
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[c["dtype"]]
+        return Player(name, load_policy(folder, c["critic"], dtype, "cuda" if torch.cuda.is_available() else "cpu"), c["attack_tokens" if name == "attacker" else "response_tokens"],
                       c["attacker_learning_rate" if name == "attacker" else "learning_rate"],
                       c["attacker_kl_coef" if name == "attacker" else "kl_coef"], temperature=c["temperature"], top_k=c["top_k"], top_p=c["top_p"])
 
@@ -125,8 +134,7 @@ class FinishedRun:
 
     def row(self, attacker, defender):
         c, p = self.config, self.prompts
-        seeds = [p["seeds"][i] for i in np.random.default_rng(c["seed"]).integers(len(p["seeds"]), size=300)]
-        return evaluate(None if c["method"] == "sft" else attacker, defender, seeds, p["test_prompts"], p["benign_prompts"], self.judge,
+        return evaluate(None if c["method"] == "sft" else attacker, defender, self.attack_seeds, p["test_prompts"], p["benign_prompts"], self.judge,
                         self.held_out_judge, self.refused, self.helpful, self.embedder, self.start["defender"], c["template"])
 
     def rows(self):
@@ -150,7 +158,7 @@ def show(value, n=None):
 
 def run_table(run, rows):
     counts = {"asr_held_out_judge": len(run.prompts["test_prompts"]), "asr_train_judge": len(run.prompts["test_prompts"]),
-              "over_refusal": len(run.prompts["benign_prompts"]), "helpfulness": len(run.prompts["benign_prompts"]), "attacker_success": 300}
+              "over_refusal": len(run.prompts["benign_prompts"]), "helpfulness": len(run.prompts["benign_prompts"]), "attacker_success": len(run.attack_seeds)}
     return markdown(["", *rows], [[label, *(show(row[key], counts.get(key)) for row in rows.values())] for key, label in COLUMNS.items()])
 
 

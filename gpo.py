@@ -137,7 +137,7 @@ def ppo_update(player, rollout, scores, seed, demos=None, ptx_coef=0.0):
 
     # 1. Which rows are forwarded together. Old log-probs come from the very batches of the first epoch:
     #    the same shapes give the same bits, so the ratio before the first step is exactly 1.
-    epochs = [[split_rows(rows, player.micro_batch) for rows in torch.randperm(B, generator=generator).chunk(player.minibatches)]
+    epochs = [[split_rows(rows, player.micro_batch) for rows in torch.randperm(B, generator=generator).tensor_split(player.minibatches)]
               for _ in range(player.epochs)]
     old_logprobs, values, entropy = forward_rows(policy, rollout, sum(epochs[0], []))
     ref_logprobs, _, _ = forward_rows(player.reference, rollout, sum(epochs[0], []), with_values=False)
@@ -169,8 +169,11 @@ def ppo_update(player, rollout, scores, seed, demos=None, ptx_coef=0.0):
                                        f"from the scoring forward by up to {(new_logprobs - cut(old_logprobs)).abs().max():.2e}")
                 step_stats = step_stats + micro_stats
             if demos is not None and ptx_coef > 0:
-                rows = torch.arange(m, len(demos), player.minibatches)
-                (ptx_coef * supervised_loss(policy, demos.select(rows))).backward()
+                share = torch.arange(len(demos)).tensor_split(player.minibatches)[m]
+                n_demo_tokens = demos.response_mask[share].sum()
+                for rows in split_rows(share, player.micro_batch) if len(share) else []:
+                    part = demos.select(rows)
+                    (ptx_coef * supervised_loss(policy, part) * part.response_mask.sum() / n_demo_tokens).backward()
             optimizer_step(player)
             stats.append(step_stats)
 

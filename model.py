@@ -45,7 +45,8 @@ class Policy(nn.Module):
         nn.init.zeros_(self.value_head.bias)
         eos = lm.generation_config.eos_token_id if lm.generation_config else None
         eos = eos if isinstance(eos, list) else [eos]
-        self.eos_ids = sorted({i for i in [tokenizer.eos_token_id, *eos] if i is not None})
+        V = lm.get_input_embeddings().num_embeddings
+        self.eos_ids = list(dict.fromkeys(i for i in [tokenizer.eos_token_id, *eos] if i is not None and i < V))  # the first is the one to teach
         if not self.eos_ids:
             raise ValueError(f"a policy needs an end-of-sequence token, {lm.config.name_or_path or 'the model'} has none; "
                              "set eos_token in its tokenizer")
@@ -173,7 +174,7 @@ def generate(policy, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.
                          f"got {longest}; shorten it or lower the number of new tokens")
     prompt_ids = [ids[-room:] for ids in prompt_ids]
     generator = torch.Generator(policy.device)
-    generator.manual_seed(torch.seed() if seed is None else seed)
+    generator.seed() if seed is None else generator.manual_seed(seed)
     response_ids, supports = [], []
     with policy.autocast():
         for start in range(0, len(prompts), batch_size):
@@ -291,16 +292,26 @@ def load_policy(name_or_dir, critic="shared", dtype=torch.float32, device="cpu",
     if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
         raise ValueError(f"{name_or_dir}: the tokenizer has {len(tokenizer)} tokens but the model only {lm.get_input_embeddings().num_embeddings}")
     policy = Policy(lm, tokenizer, critic, dtype)
-    probe = torch.tensor([policy.eos_ids[:1] * 2], device=device)
-    with torch.no_grad():
-        if not torch.allclose(policy.head(policy.hidden(probe)), lm(probe).logits, atol=1e-3, rtol=1e-3):
-            raise ValueError(f"{name_or_dir}: logits must be a linear head on the last hidden state, {lm.config.model_type} computes more")
+    probe_forward(policy)
     critic_file = Path(name_or_dir) / "critic.safetensors"
     if critic_file.exists():
         state = load_file(critic_file, device=str(device))
-        if policy.critic_body is None or any(k.startswith("critic_body") for k in state):
+        if (policy.critic_body is not None) == any(k.startswith("critic_body") for k in state):  # a critic of the same kind
             policy.load_state_dict(state, strict=False)
     return policy
+
+
+@torch.no_grad()
+def probe_forward(policy):
+    """Refuse a model that this project cannot run: its logits must be head(hidden), and it must keep a KV cache."""
+    name, probe = policy.lm.config.model_type, torch.tensor([policy.eos_ids[:1] * 2], device=policy.device)
+    try:
+        same = torch.allclose(policy.head(policy.hidden(probe)), policy.lm(probe).logits, atol=1e-3, rtol=1e-3)
+        cached = policy.lm.base_model(input_ids=probe, use_cache=True).past_key_values is not None
+    except Exception as error:
+        raise ValueError(f"a model of type {name} cannot be run as a policy: {_first_line(error)}") from error
+    if not same or not cached:
+        raise ValueError(f"a policy's logits must be a linear head on its last hidden state, with a KV cache; {name} is different")
 
 
 def save_policy(policy, folder, card=""):
@@ -333,9 +344,11 @@ def read_rows(path):
     kind = path.suffixes[-2:][0] if path.suffix == ".gz" else path.suffix
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
-            if kind == ".json":
-                numbered = list(enumerate(json.load(file), 1))
+            if kind == ".json" or (kind == ".jsonl" and file.read(1) == "["):  # some .jsonl files hold one array
+                file.seek(0)
+                numbered = list(enumerate(_as_list(json.load(file)), 1))
             elif kind == ".jsonl":
+                file.seek(0)
                 numbered = [(n, _parse_line(path, n, line)) for n, line in enumerate(file, 1) if line.strip()]
             elif kind == ".csv":
                 numbered = list(enumerate(csv.DictReader(file), 2))
@@ -344,13 +357,17 @@ def read_rows(path):
             else:
                 raise ValueError("the name must end in .jsonl, .json, .csv or .txt, or one of them and .gz")
         rows = [_parse_row(path, n, row) for n, row in numbered]
-    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"cannot read {path}: {_first_line(error)}") from error
-    except ValueError as error:
-        raise error if str(path) in str(error) else ValueError(f"cannot read {path}: {error}")
+    except Exception as error:  # a broken archive, a field too long, a list where a dict should be, ...
+        raise ValueError(str(error) if str(path) in str(error) else f"cannot read {path}: {_first_line(error)}") from error
     if not rows:
         raise ValueError(f"{path} must hold at least one row, got none")
     return rows
+
+
+def _as_list(value):
+    if not isinstance(value, list):
+        raise ValueError(f"a list of rows is needed, got a {type(value).__name__}")
+    return value
 
 
 def _parse_line(path, n, line):
@@ -364,11 +381,13 @@ def _parse_row(path, n, row):
     """One row of any accepted form -> {"prompt": ..., ...} with stripped strings."""
     if isinstance(row, list) and row and all(isinstance(m, dict) for m in row):
         row = {"messages": row}
+    if isinstance(row, dict) and isinstance(row.get("transcript"), str):  # HH red-team attempts: the first thing the human said
+        row = {"prompt": row["transcript"].split("\n\nAssistant:")[0].removeprefix("\n\nHuman:")}
     if isinstance(row, list) and len(row) == 1:
         row = row[0]
     if isinstance(row, str):
         row = {"prompt": row}
-    if isinstance(row, dict) and isinstance(row.get("messages"), list):
+    if isinstance(row, dict) and isinstance(row.get("messages"), list) and row["messages"]:
         turns = [str(m.get("content", "")) for m in row["messages"] if m.get("role") != "system"]
         answered = row["messages"][-1].get("role") == "assistant"
         row = {"prompt": _join_turns(turns[:-1] if answered else turns), **({"response": turns[-1]} if answered else {})}
@@ -376,7 +395,7 @@ def _parse_row(path, n, row):
         row = _split_transcripts(row)
     wanted = {k: row[k] for k in ("prompt", "response", "chosen", "rejected") if row.get(k)} if isinstance(row, dict) else {}
     wanted = {k: v.strip() if isinstance(v, str) else v for k, v in wanted.items() if str(v).strip()}
-    if not wanted.get("prompt") or not all(isinstance(v, str) for v in wanted.values()):
+    if not wanted.get("prompt") or not all(isinstance(v, str) and v.encode() for v in wanted.values()):
         raise ValueError(f"{path}, row {n}: a row must be a prompt, or have a non-empty text 'prompt', 'messages' or 'chosen', got {str(row)[:80]!r}")
     return wanted  # an empty response is no response; an empty prompt is an error
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel,
@@ -275,7 +274,7 @@ def test_position_ids_are_passed_in_every_forward(monkeypatch):
     assert all(p is not None for p in seen) and (seen[-1][0] == torch.arange(rollout.tokens.shape[1])).all()
 
 
-def test_the_sampler_agrees_with_its_own_logprobs_and_with_greedy_transformers():
+def test_the_greedy_sampler_agrees_with_transformers_generate():
     policy = tiny_policy()
     rollout = generate(policy, PROMPTS, 6, temperature=0)
     for prompt, row, start, end in zip(PROMPTS, rollout.tokens.tolist(), rollout.prompt_lengths, rollout.lengths):
@@ -523,6 +522,20 @@ def test_a_saved_policy_loads_with_tied_embeddings_and_its_critic(tmp_path, crit
     assert not list(tmp_path.rglob("*.bin")) + list(tmp_path.rglob("*.pt")) + list(tmp_path.rglob("*.pkl"))
 
 
+def test_a_critic_is_loaded_only_into_a_policy_of_its_own_kind_and_the_tokenizers_eos_is_taught(tmp_path):
+    player = tiny_player(critic="separate")
+    torch.nn.init.ones_(player.policy.value_head.weight)
+    save_policy(player.policy, tmp_path)
+    assert (load_policy(tmp_path, "shared").value_head.weight == 0).all() and (load_policy(tmp_path, "separate").value_head.weight == 1).all()
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "b"
+    lm = tiny_lm(tokenizer)
+    lm.generation_config.eos_token_id = [0, 4, 10**6]  # several, one of them beyond the vocabulary
+    policy = Policy(lm, tokenizer)
+    b = tokenizer.convert_tokens_to_ids("b")
+    assert set(policy.eos_ids) == {b, 0, 4} and policy.encode_responses(["c"])[0][-1] == b
+
+
 def test_a_prompt_beyond_the_context_is_refused_or_clipped_as_asked():
     policy = tiny_policy()
     with pytest.raises(ValueError, match=r"at most 58 tokens \(context 64 less 6 new ones\), got 72"):
@@ -647,6 +660,19 @@ def test_an_encoder_folder_embeds_by_masked_mean_pooling(tmp_path):
             assert np.allclose(vector, (mean / mean.norm()).numpy(), atol=1e-5)
 
 
+def test_an_encoders_history_does_not_depend_on_how_it_was_added(tmp_path):
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    texts = [" ".join(WORDS[i:i + 1 + i % 7]) for i in range(20)]
+    one, many = (Diversity(("embedding",), load_embedder(str(tmp_path))) for _ in range(2))
+    one.add(texts)
+    for i in range(0, 20, 3):
+        many.add(texts[i:i + 3])
+    assert (one.vector_sum == many.vector_sum).all()
+
+
 def test_diversity_terms_can_be_chosen_and_wrong_ones_are_named():
     only = Diversity(("bleu",))
     only.add(["a b c"])
@@ -697,6 +723,15 @@ def test_labels_that_do_not_tell_safe_from_unsafe_need_the_flag(tmp_path):
     assert zero + one == pytest.approx(1.0) and zero != pytest.approx(one, abs=1e-4)
 
 
+def test_a_multi_label_classifier_is_read_by_sigmoid(tmp_path):
+    model, tokenizer = classifier_folder(tmp_path, ["toxic", "obscene", "insult"])
+    model.config.problem_type = "multi_label_classification"
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = 1 - model(torch.tensor([tokenizer.encode("a b")])).logits.sigmoid()[0, 0].item()
+    assert load_judge(str(tmp_path))(["x"], ["a b"])[0] == pytest.approx(expected, abs=1e-5)
+
+
 @pytest.mark.parametrize("bos", [False, True])
 def test_a_guard_judge_tells_safe_from_unsafe_also_when_the_tokenizer_adds_bos(tmp_path, bos):
     # the authors compare encode('safe')[0] with encode('unsafe')[0]: both are BOS there, both probabilities equal
@@ -715,7 +750,8 @@ def test_a_guard_judge_tells_safe_from_unsafe_also_when_the_tokenizer_adds_bos(t
     assert len(set(np.round(scores, 6))) == 3
 
 
-def test_a_judge_from_a_file_is_called_and_its_mistakes_are_named(tmp_path):
+def test_a_judge_from_a_file_is_called_and_its_mistakes_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "mine.py").write_text("def half(prompts, responses):\n    return [0.5] * len(prompts)\n")
     assert load_judge(f"{tmp_path}/mine.py:half")(["a"], ["b"]) == [0.5]
     for spec in (f"{tmp_path}/mine.py:other", f"{tmp_path}/no.py:half", f"{tmp_path}/mine.py", "nonsense"):
@@ -854,7 +890,8 @@ def test_every_prompt_of_the_grammar_asks_for_exactly_its_own_topic_and_survives
 def test_held_out_cells_never_enter_a_training_sample():
     game, rng = ToyGame(3), np.random.default_rng(0)
     held_out = {game.prompt(c) for c in game.cells[game.held_out]}
-    seen = {p for p, _ in game.defender_sft(2000, rng)} | set(game.fixed_prompts) | {t for pair in game.attacker_sft(2000, rng) for t in pair}
+    corrupted, _, _ = game.judge_samples(2000, rng)
+    seen = {p for p, _ in game.defender_sft(2000, rng)} | set(corrupted) | set(game.fixed_prompts) | {t for pair in game.attacker_sft(2000, rng) for t in pair}
     assert not seen & held_out and set(game.sample_prompts(500, rng, True, True)) <= held_out
     assert len(game.fixed_prompts) == 200 and len({game.topics_in(p)[0] for p in game.fixed_prompts}) <= 14
 
@@ -865,18 +902,19 @@ def test_every_data_format_gives_the_same_rows(tmp_path):
     transcript = "\n\nHuman: a b\n\nAssistant: c\n\nHuman: d\n\nAssistant: "
     files = {
         "a.txt": "one\n\ntwo\n", "b.json": json.dumps([["one"], "two"]), "c.csv": "prompt,response\none,\ntwo,\n",
-        "d.jsonl": '{"prompt": "one"}\n"two"\n',
+        "d.jsonl": '{"prompt": "one"}\n"two"\n', "e.jsonl": '["one", {"prompt": "two"}]',
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
         gzip.open(tmp_path / f"{name}.gz", "wt").write(text)
         assert [r["prompt"] for r in read_rows(tmp_path / name)] == [r["prompt"] for r in read_rows(tmp_path / f"{name}.gz")] == ["one", "two"], name
-    (tmp_path / "e.jsonl").write_text("\n".join(map(json.dumps, [
+    (tmp_path / "f.jsonl").write_text("\n".join(map(json.dumps, [
         {"chosen": transcript + "good", "rejected": transcript + "bad"}, [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}],
-        {"messages": [{"role": "user", "content": "q"}]}, {"prompt": "p", "chosen": "x", "rejected": "y"}])))
-    rows = read_rows(tmp_path / "e.jsonl")
+        {"messages": [{"role": "user", "content": "q"}]}, {"prompt": "p", "chosen": "x", "rejected": "y"},
+        {"transcript": "\n\nHuman: t\n\nAssistant: u\n\nHuman: v", "rating": 3}])))
+    rows = read_rows(tmp_path / "f.jsonl")
     assert rows == [{"prompt": "a b\n\nAI: c\n\nHuman: d", "chosen": "good", "rejected": "bad"}, {"prompt": "q", "response": "r"}, {"prompt": "q"},
-                    {"prompt": "p", "chosen": "x", "rejected": "y"}]
+                    {"prompt": "p", "chosen": "x", "rejected": "y"}, {"prompt": "t"}]
     assert first_turn(rows[0]["prompt"]) == "a b"
 
 
@@ -921,6 +959,36 @@ class FakeRun:
         self.first_defender = Speaker([frozen_copy(world.defender)], players["defender"])
         self.log = self.save = lambda *a: None
         self.evaluate_round = lambda round: {}
+
+
+def test_kl_anchor_previous_anchors_the_mover_at_the_start_of_each_turn_and_initial_never(monkeypatch):
+    anchored = {}
+    for anchor in ("previous", "initial"):
+        config = train.resolve(train.Config(out="nowhere", rounds=2, attacker_steps=2, defender_steps=1, batch_size=8, ptx_coef=0.0, kl_anchor=anchor))
+        players = {"attacker": tiny_player("attacker", 1), "defender": tiny_player("defender", 2)}
+        world = train.World(players["attacker"].policy, players["defender"].policy, PROMPTS, [], [], [], lambda p, r: [0.5] * len(p), rule_judge,
+                            None, None, word_embedder)
+        run, calls = FakeRun(config, world, players), []
+        with monkeypatch.context() as patch:
+            patch.setattr(Player, "anchor", lambda self: calls.append((self.name, run.step)))
+            train.train(config, world, players, run)
+        anchored[anchor] = calls
+    assert anchored == {"previous": [("attacker", 0), ("defender", 2), ("attacker", 3), ("defender", 5)], "initial": []}
+
+
+def test_the_rlhf_attacker_plays_the_first_defender_and_the_gpo_attacker_the_present_one(monkeypatch):
+    for method in ("rlhf", "gpo"):
+        config = train.resolve(train.Config(out="nowhere", method=method, rounds=2, attacker_steps=1, defender_steps=1, batch_size=8, ptx_coef=0.0))
+        players = {"attacker": tiny_player("attacker", 1), "defender": tiny_player("defender", 2)}
+        world = train.World(players["attacker"].policy, players["defender"].policy, PROMPTS, [], [], [], lambda p, r: [0.5] * len(p), rule_judge,
+                            None, None, word_embedder)
+        run, pairs, real = FakeRun(config, world, players), [], play
+        first = bytes_of(run.first_defender.policies[0].lm)
+        monkeypatch.setattr(train, "play", lambda attacker, defender, *a: (pairs.append((attacker, defender)), real(attacker, defender, *a))[1])
+        train.train(config, world, players, run)
+        opponents = [defender for attacker, defender in pairs if attacker is not None]
+        assert opponents == [run.first_defender if method == "rlhf" else players["defender"]] * 2
+        assert bytes_of(run.first_defender.policies[0].lm) == first != bytes_of(players["defender"].policy.lm)
 
 
 def turns(**kwargs):
@@ -1050,16 +1118,37 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp
     assert games[0] == games[1] != games[2]
 
 
-def test_a_run_killed_and_resumed_ends_like_one_that_was_not(finished, tmp_path):
-    out, _ = finished
-    stop = "import sys, train\nreal = train.Run.save\ndef save(run):\n    real(run)\n    if run.step == 3: sys.exit(9)\ntrain.Run.save = save\ntrain.main(sys.argv[1:])"
-    killed = program("-c", stop, *TINY, "--out", tmp_path / "run", ok=False)
+KILL = """import sys, train
+real = getattr(train.Run, "{method}")
+def killed(run, *args):
+    {first}
+    if run.step == {step}: sys.exit(9)
+    real(run, *args)
+train.Run.{method} = killed
+train.main(sys.argv[1:])"""
+
+
+@pytest.mark.parametrize("method, first, step, flags", [
+    ("save", "real(run)", 1, []),  # resumes with a defender step, then the attacker's: its optimizer and the history matter
+    ("log", "pass", 1, []),  # before the first checkpoint: half a log, nothing to resume from
+    ("save", "real(run)", 4, ["--save_every", "1", "--kl_anchor", "previous", "--critic", "separate"]),  # in mid-turn: the reference matters
+])
+def test_a_run_killed_and_resumed_ends_like_one_that_was_not(finished, tmp_path, method, first, step, flags):
+    whole = finished[0]
+    if flags:
+        whole = tmp_path / "whole"
+        program("train.py", *TINY, *flags, "--out", whole)
+    killed = program("-c", KILL.format(method=method, first=first, step=step), *TINY, *flags, "--out", tmp_path / "run", ok=False)
     assert killed.returncode == 9 and not (tmp_path / "run" / "summary.json").exists()
-    (tmp_path / "run" / "metrics.jsonl").open("a").write('{"step": 4, "half": "a line of a step that was lost"}\n')
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 5, "a whole line of a step that was lost": 1}\n{"step": 5, "half a li')
     program("train.py", "--resume", tmp_path / "run")
-    assert (tmp_path / "run" / "games.jsonl").read_text() == (out / "games.jsonl").read_text()
-    for name in ("attacker/model.safetensors", "defender/model.safetensors", "defender/critic.safetensors", "average/attacker_mixture.safetensors"):
-        assert (tmp_path / "run" / name).read_bytes() == (out / name).read_bytes(), name
+    assert (tmp_path / "run" / "games.jsonl").read_text() == (whole / "games.jsonl").read_text()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(6))
+    for name in ("attacker/model.safetensors", "attacker/critic.safetensors", "defender/model.safetensors", "defender/critic.safetensors",
+                 "average/attacker_mixture.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 def test_eval_repeats_the_numbers_of_the_run_with_intervals(finished):
@@ -1067,7 +1156,7 @@ def test_eval_repeats_the_numbers_of_the_run_with_intervals(finished):
     printed = program("eval.py", out, out).stdout
     summary, again = json.loads((out / "summary.json").read_text()), json.loads((out / "eval.json").read_text())
     for row in ("before", "after", "average (mixture)", "average (weights)"):
-        for key in ("asr_held_out_judge", "asr_train_judge", "over_refusal"):
+        for key in ("asr_held_out_judge", "asr_train_judge", "over_refusal", "helpfulness", "attacker_success", "self_bleu", "cosine"):
             assert again[row][key] == pytest.approx(summary[row][key])
     low, high = evaluation.wilson_interval(round(summary["after"]["asr_held_out_judge"] * 30), 30)
     assert f"[{low:.3f}, {high:.3f}]" in printed and "± 0.000" in printed and "Who breaks whom" in printed
@@ -1151,6 +1240,17 @@ WRONG = {
     "demonstrations without data": ([*OWN[:-4], "--ptx_coef", "1"], "pass --sft_data"),
     "a template without its place": (["--template", "write something"], "--template must hold {} once"),
     "an occupied run folder": (["--out", "bad"], "new or empty folder, got bad"),
+    "a configuration of the wrong type": (["bad/types.json"], "--rounds must be of type int, got 'many'"),
+    "a configuration with an unknown name": (["bad/unknown.json"], "cannot read the configuration"),
+    "a configuration that is not YAML": (["bad/broken.yaml"], "cannot read the configuration"),
+    "all of the batch replayed": (["--replay", "1"], "--replay in [0, 1), got"),
+    "a device that is not there": (["--device", "tpu"], "--device must be auto, cpu"),
+    "a run folder that cannot be": (["--out", "/proc/run"], "a folder that can be written to"),
+    "a toy judge that is not there": (["--judge", "nonsense"], "cannot load the judge 'nonsense'"),
+    "a language model as a judge": ([*OWN, "--judge", "attacker"], "it has no weights for"),
+    "a dictionary of prompts": ([*OWN, "--prompts", "bad/dict.json"], "a list of rows is needed"),
+    "a damaged archive": ([*OWN, "--prompts", "bad/broken.txt.gz"], "cannot read bad/broken.txt.gz"),
+    "a damaged run": (["--resume", "bad/run"], "--resume needs a run folder with its config.json"),
     "nothing to resume": (["--resume", "bad"], "--resume needs a run folder"),
     "a hub model without a network": (["--attacker", "gpt2", "--defender", "gpt2"], "--prompts and --sft_data take local paths"),
 }
@@ -1163,6 +1263,13 @@ def bad(own):
              "judge.py": "def short(p, r): return [0.5]\ndef two(p, r): return [2.0] * len(p)\ndef nan(p, r): return [float('nan')] * len(p)\n"}
     for name, text in files.items():
         (own / BAD / name).write_text(text)
+    (own / BAD / "types.json").write_text('{"rounds": "many"}')
+    (own / BAD / "unknown.json").write_text('{"runds": 3}')
+    (own / BAD / "broken.yaml").write_text("rounds: [")
+    (own / BAD / "dict.json").write_text('{"a": "b"}')
+    (own / BAD / "broken.txt.gz").write_bytes(b"\x1f\x8b\x08nonsense")
+    (own / BAD / "run").mkdir()
+    (own / BAD / "run" / "config.json").write_text('{"config": {"rounds": ')
     (own / BAD / "binary.txt").write_bytes(bytes(range(128, 256)))
     return own
 
@@ -1174,12 +1281,13 @@ def test_wrong_input_gets_one_line_exit_status_2_and_leaves_nothing(bad, name, m
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     small = SMALL if "--attacker" in args and "gpt2" not in args else []
-    out = [] if "--out" in args or "--resume" in args else ["--out", "never"]
+    alone = args[0] == "--resume" or args[0].endswith(("json", "yaml"))
+    out = [] if "--out" in args or alone else ["--out", "never"]
     with pytest.raises(SystemExit) as stopped:
-        train.main([*small, *args, *out] if "--resume" not in args else args)
+        train.main(args if alone else [*small, *args, *out])
     error = capsys.readouterr().err
-    lines = [line for line in error.splitlines() if line.startswith("error:")]
-    assert stopped.value.code == 2 and len(lines) == 1 and message in lines[0], error
+    lines = [line for line in error.replace("\r", "\n").splitlines() if line.strip() and "it/s" not in line]  # without progress bars
+    assert stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], error
     assert "Traceback" not in error and not (bad / "never").exists()
 
 

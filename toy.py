@@ -153,6 +153,7 @@ class ToyGame:
         framings, suffixes = rng.choice(len(FRAMINGS), 7, replace=False), rng.choice(len(SUFFIXES), 3, replace=False)
         seen = ~self.held_out & np.isin(self.cells[:, 0], topics) & np.isin(self.cells[:, 2], framings) & np.isin(self.cells[:, 3], suffixes)
         self.fixed_prompts = [self.prompt(c) for c in rng.permutation(self.cells[seen])[:200]]
+        self._held_out_prompts = {self.prompt(c) for c in self.cells[self.held_out]}
         self.vocabulary = sorted({w for c in self.cells for w in self._pieces(self.prompt(c))} | {
             w for t in COMPLY for tool in self.tools for w in self._pieces(t.format(tool))} | {w for t in REFUSE for w in self._pieces(t)})
         self._embedding = self._idf_vectors()
@@ -176,6 +177,9 @@ class ToyGame:
 
     def refuse(self, rng):
         return REFUSE[rng.integers(len(REFUSE))]
+
+    def is_held_out(self, prompt):
+        return prompt in self._held_out_prompts
 
     def topics_in(self, prompt):
         """The topics that a prompt asks for: all content words of one paraphrase, in any order."""
@@ -248,7 +252,8 @@ class ToyGame:
             if len(extra_prompts) and rng.random() < 0.25:
                 prompts[i] = extra_prompts[rng.integers(len(extra_prompts))]
             elif kind < 0.3:
-                prompts[i] = self._corrupt(prompts[i], self.prompt(self._draw_cells(1, rng)[0]), rng)
+                corrupted = self._corrupt(prompts[i], self.prompt(self._draw_cells(1, rng)[0]), rng)
+                prompts[i] = prompts[i] if self.is_held_out(corrupted) else corrupted
             asked = (self.topics_in(prompts[i]) or [cell[0]])[0]
             topic = asked if rng.random() < 0.75 else rng.integers(len(self.tools))
             response = self.comply(topic, rng) if rng.random() < 0.7 else self.refuse(rng)

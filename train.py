@@ -22,6 +22,7 @@ import platform
 import shutil
 import sys
 import time
+import typing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from tqdm import tqdm
 from diversity import Diversity, load_embedder, word_embedder
 from gpo import Player, PolicyAverage, Speaker, evaluate, play, ppo_update, sft
 from model import Policy, demonstrations, first_turn, frozen_copy, load_policy, read_rows, save_policy
-from reward import JudgeError, is_refusal, load_judge, train_judge
+from reward import JudgeError, call_judge, is_refusal, load_judge, train_judge
 
 NOVELTY = {"self_bleu": "bleu", "cosine": "embedding"}  # metric -> term of the diversity reward
 METHODS = ("gpo", "rlhf", "iterative", "paraphrase", "sft")
@@ -149,7 +150,9 @@ def train(config, world, players, run):
             game = play(None, defender, prompts, world.judge, new_seed(rng))
             rollout, scores, novelty = game.responses, game.p_safe, {}
             demos = demonstrations(defender.policy, draw(world.demos, 48, rng)) if config.ptx_coef > 0 else None
-        run.memory.update((p, 1 - s) for p, s in zip(game.prompts, game.p_safe.tolist()) if p not in run.test_prompts)  # attack -> its last success
+        for prompt, p_safe in zip(game.prompts, game.p_safe.tolist()):
+            if prompt not in run.test_prompts:
+                run.memory[prompt] = 1 - p_safe  # attack -> its last success
         played = time.time()
         metrics = ppo_update(mover, rollout, scores, new_seed(rng), demos, config.ptx_coef)
         metrics |= {"time/rollout": played - clock - game.score_seconds, "time/score": game.score_seconds, "time/update": time.time() - played}
@@ -189,7 +192,8 @@ def defender_prompts(config, attacker, seeds, run, rng):
     replayed = []
     if run.memory and config.replay > 0:
         success = np.fromiter(run.memory.values(), dtype=float) + 0.05
-        replayed = list(rng.choice(list(run.memory), int(config.replay * len(seeds)), p=success / success.sum()))
+        earlier = list(run.memory)
+        replayed = [earlier[i] for i in rng.choice(len(earlier), int(config.replay * len(seeds)), p=success / success.sum())]
     seeds = seeds[len(replayed):]
     fresh = attacker.speak([config.template.format(s) for s in seeds], new_seed(rng)).texts
     return [seed if text in run.test_prompts else text for seed, text in zip(seeds, fresh)] + replayed  # no test prompt is trained on
@@ -215,15 +219,15 @@ class Run:
         kinds = [] if config.average == "none" else config.average.split(",")
         self.averages = {name: {kind: PolicyAverage(kind, config.average_size, config.seed) for kind in kinds} for name in players}
         self.first_defender = Speaker([frozen_copy(world.defender)], players["defender"])
+        self.attack_seeds = draw(world.seeds, 300, np.random.default_rng(config.seed))  # the attacker's part of the table
         self.bar = None
 
     def evaluate(self, attacker=None, defender=None, share=1):
         """A row of the table for the given speakers (default: the players) on 1/share of the test sets."""
         w, c = self.world, self.config
         attacker = None if c.method == "sft" else attacker or self.players["attacker"]
-        seeds = draw(w.seeds, min(300, 3 * len(w.seeds)), np.random.default_rng(c.seed))
         return evaluate(
-            attacker, defender or self.players["defender"], seeds, w.test_prompts[::share], w.benign_prompts[::share], w.judge, w.held_out_judge,
+            attacker, defender or self.players["defender"], self.attack_seeds, w.test_prompts[::share], w.benign_prompts[::share], w.judge, w.held_out_judge,
             w.refused, w.helpful, w.embedder, self.first_defender, c.template)
 
     def evaluate_round(self, round):
@@ -232,17 +236,19 @@ class Run:
         names = {"asr_train_judge", "asr_held_out_judge", "over_refusal", "attacker_success", "self_bleu", "cosine"}
         prompts = self.world.test_prompts[:3]
         answers = self.players["defender"].speak(prompts, 0, temperature=0).texts
-        p_safe = self.world.held_out_judge(prompts, answers)
+        p_safe = call_judge(self.world.held_out_judge, prompts, answers).tolist()
         append_lines(self.folder / "games.jsonl", [
-            {"step": self.step, "round": round, "role": "probe", "attack": a, "response": r, "p_safe": p} for a, r, p in zip(prompts, answers, p_safe)])
-        self.bar.set_postfix_str(f"round {round + 1}: held-out attack success {row['asr_held_out_judge']:.1%}, of the attacker {row['attacker_success']:.1%}")
+            {"step": self.step, "round": round, "role": "probe", "attack": attack, "response": response, "p_safe": p}
+            for attack, response, p in zip(prompts, answers, p_safe)])
+        self.bar.set_postfix_str(f"round {round + 1}: held-out attack success {row['asr_held_out_judge']:.1%}")
         return {f"game/{name}": value for name, value in row.items() if name in names and value is not None}
 
     def log(self, role, round, game, scores, metrics):
         append_lines(self.folder / "metrics.jsonl", [{"step": self.step, "round": round, "role": role, **metrics}])
+        exchanges = zip(game.seeds, game.prompts, game.responses.texts, game.p_safe.tolist(), np.asarray(scores).tolist())
         append_lines(self.folder / "games.jsonl", [
             {"step": self.step, "round": round, "role": role, "seed": seed, "attack": attack, "response": response, "p_safe": p, "score": score}
-            for seed, attack, response, p, score in zip(game.seeds, game.prompts, game.responses.texts, game.p_safe.tolist(), np.asarray(scores).tolist())])
+            for seed, attack, response, p, score in exchanges])
         self.bar.set_description_str(f"round {round + 1}/{self.config.rounds} {role:<8} attack success {1 - game.p_safe.mean():4.0%}")
         self.bar.update(1)
 
@@ -276,32 +282,37 @@ class Run:
     def load(self):
         """Go on from the newest checkpoint; lines that were logged after it are dropped."""
         found = sorted((self.folder / "checkpoints").glob("step_*"))
-        if not found:
-            return
-        state = json.loads((found[-1] / "state.json").read_text())
+        if found:
+            self.load_checkpoint(found[-1])
+        for log in (self.folder / "metrics.jsonl", self.folder / "games.jsonl"):
+            if log.exists():
+                lines = log.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last newline was cut off
+                log.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] < self.step), encoding="utf-8")
+
+    def load_checkpoint(self, folder):
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         self.step, self.memory, self.before = state["step"], state["memory"], state["before"]
         self.diversity.load_state_dict(state["diversity"])
         for name, player in self.players.items():
-            load_model(player.policy, str(found[-1] / f"{name}.safetensors"))
-            load_model(player.reference, str(found[-1] / f"{name}_reference.safetensors"))
-            moments, per_parameter = load_file(found[-1] / f"{name}_optimizer.safetensors"), {}
+            load_model(player.policy, str(folder / f"{name}.safetensors"))
+            load_model(player.reference, str(folder / f"{name}_reference.safetensors"))
+            moments, per_parameter = load_file(folder / f"{name}_optimizer.safetensors"), {}
             for key, tensor in moments.items():
                 index, part = key.split(".")
                 per_parameter.setdefault(int(index), {})[part] = tensor
             player.optimizer.load_state_dict({"state": per_parameter, "param_groups": player.optimizer.state_dict()["param_groups"]})
             player.skipped_steps = state["skipped"][name]
             for kind, average in self.averages[name].items():
-                average.load_state_dict(load_file(found[-1] / f"{name}_{kind}.safetensors"), json.loads((found[-1] / f"{name}_{kind}.json").read_text()))
-        for log in (self.folder / "metrics.jsonl", self.folder / "games.jsonl"):
-            lines = [line for line in log.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] < self.step]
-            log.write_text("".join(lines))
+                stem = folder / f"{name}_{kind}"
+                average.load_state_dict(load_file(f"{stem}.safetensors"), json.loads(Path(f"{stem}.json").read_text()))
 
     def finish(self, seconds):
         """Evaluate, save the finished players and their averages, write summary, figure and report."""
         rows = {"before": self.before, "after": self.evaluate()}
         if self.averages["defender"] and schedule(self.config):
             for kind in self.averages["defender"]:
-                rows[f"average ({kind})"] = self.evaluate(*(self.averages[name][kind].speaker(self.players[name]) for name in ("attacker", "defender")))
+                speakers = {name: self.averages[name][kind].speaker(player) for name, player in self.players.items()}
+                rows[f"average ({kind})"] = self.evaluate(**speakers)
             (self.folder / "average").mkdir(exist_ok=True)
             self.save_averages(self.folder / "average")
         for name, player in self.players.items():
@@ -316,9 +327,13 @@ class Run:
         """Three held-out prompts: what the defender answered before and answers now, the changed ones first."""
         prompts = self.world.test_prompts[:200]
         first, now = (p.speak(prompts, 0, temperature=0).texts for p in (self.first_defender, self.players["defender"]))
-        safe = [self.world.held_out_judge(prompts, texts) for texts in (first, now)]
+        safe = [call_judge(self.world.held_out_judge, prompts, texts) for texts in (first, now)]
         order = sorted(range(len(prompts)), key=lambda i: safe[0][i] - safe[1][i])[:3]
         return [(prompts[i], first[i], now[i]) for i in order]
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def append_lines(path, rows):
@@ -328,7 +343,7 @@ def append_lines(path, rows):
 
 def write_json(path, value):
     temporary = Path(f"{path}.writing")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False))
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -340,6 +355,13 @@ def toy_world(config, start=None):
     from toy import ToyGame, toy_classifier, toy_lm
 
     game = ToyGame(config.seed)
+    known, judge_to_save = {"truth": game.ground_truth}, None
+    if config.judge != "toy":
+        known["chosen"] = load_judge(config.judge, config.unsafe_label, known, config.device)
+    elif start:
+        known["chosen"] = load_judge(str(start / "judge"), device=config.device)
+    held_out = load_judge(config.held_out_judge, config.unsafe_label, known, config.device)
+    embedder = {"toy": game.embed, "words": word_embedder}.get(config.embedder) or load_embedder(config.embedder, config.device)
     rng = np.random.default_rng([config.seed, 2**20])
     torch.manual_seed(config.seed)
     tokenizer = game.tokenizer()
@@ -354,37 +376,35 @@ def toy_world(config, start=None):
         with bar(f"SFT of the {name}", config.sft_steps) as progress:
             sft(policies[name], pairs, config.sft_steps, 64, 3e-3, [config.seed, i], progress)
 
-    known, judge_to_save = {"truth": game.ground_truth}, None
-    if config.judge == "toy" and not start:
+    check_room("attacker", policies["attacker"], game.fixed_prompts, config.attack_tokens)
+    check_room("defender", policies["defender"], game.fixed_prompts, config.response_tokens)
+    if "chosen" not in known:
         attacks = Player("attacker", policies["attacker"], config.attack_tokens).speak(draw(game.fixed_prompts, 3000, rng), config.seed).texts
+        attacks = [attack for attack in attacks if not game.is_held_out(attack)]
         triples = list(zip(*game.judge_samples(min(30_000, 64 * config.judge_steps), rng, attacks)))
         with bar("training the judge", config.judge_steps) as progress:
-            known["toy"] = judge_to_save = train_judge(toy_classifier(tokenizer).to(config.device), tokenizer, triples, config.judge_steps, 64, 2e-3, config.seed, progress)
-    judge_name = str(start / "judge") if config.judge == "toy" and start else config.judge
-    judge, held_out = (load_judge(name, config.unsafe_label, known, config.device) for name in (judge_name, config.held_out_judge))
+            classifier = toy_classifier(tokenizer).to(config.device)
+            known["chosen"] = judge_to_save = train_judge(classifier, tokenizer, triples, config.judge_steps, 64, 2e-3, config.seed, progress)
     demos = [pair for pair in samples["defender"] if game.is_demonstration(*pair)]
     rng = np.random.default_rng([config.seed, 2**20 + 1])  # the test sets are the same whatever was trained above
-    embedder = {"toy": game.embed, "words": word_embedder}.get(config.embedder) or load_embedder(config.embedder, config.device)
-    return World(policies["attacker"], policies["defender"], game.fixed_prompts, game.sample_prompts(config.eval_prompts, rng, True, True),
-                 game.sample_prompts(config.eval_prompts // 2, rng, False, True), demos, judge, held_out, game.refused, game.helpful, embedder, judge_to_save)
+    return World(
+        policies["attacker"], policies["defender"], seeds=game.fixed_prompts,
+        test_prompts=game.sample_prompts(config.eval_prompts, rng, harmful=True, held_out=True),
+        benign_prompts=game.sample_prompts(max(1, config.eval_prompts // 2), rng, harmful=False, held_out=True),
+        demos=demos, judge=known["chosen"], held_out_judge=held_out, refused=game.refused, helpful=game.helpful, embedder=embedder, judge_to_save=judge_to_save)
 
 
 def own_world(config, start=None):
     """Your own models: prompts, pairs and judges from files, or from the hub where no flag names one."""
-    prompts_file = config.prompts or hub_file("red-team-attempts/red_team_attempts.jsonl.gz", "--prompts")
-    pairs_file = config.sft_data or (None if config.prompts else hub_file("harmless-base/train.jsonl.gz", "--sft_data"))
-    prompts = list(dict.fromkeys(first_turn(row["prompt"]) for row in read_rows(prompts_file)))
+    if start:  # a resumed run goes on with its own prompts, whatever has become of the files
+        seeds, test, benign = json.loads((start / "prompts.json").read_text(encoding="utf-8")).values()
+    else:
+        seeds, test, benign = own_prompts(config)
+    pairs_file = config.sft_data or (None if config.prompts else hub_file("harmless-base/train.jsonl.gz"))
     pairs = [(row["prompt"], row.get("response") or row.get("chosen")) for row in read_rows(pairs_file)] if pairs_file else []
-    pairs = [pair for pair in pairs if pair[1]]
+    pairs = [pair for pair in pairs if pair[1] and not {pair[0], first_turn(pair[0])} & set(test)]
     if not pairs and config.ptx_coef > 0:
         raise ValueError("--ptx_coef needs demonstrations, got none; pass --sft_data with (prompt, response) pairs, or --ptx_coef 0")
-    is_test = [int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 10 == 0 for prompt in prompts]  # by hash: always the same tenth
-    test = [row["prompt"] for row in read_rows(config.test_prompts)] if config.test_prompts else [p for p, t in zip(prompts, is_test) if t]
-    seeds = [p for p, t in zip(prompts, is_test) if not t or config.test_prompts]
-    benign = [row["prompt"] for row in read_rows(config.benign_prompts)] if config.benign_prompts else []
-    if not seeds or not test:
-        raise ValueError(f"--prompts must leave at least one prompt for training and one for testing, got {len(seeds)} and {len(test)}; "
-                         "add prompts or pass --test_prompts")
     judge = load_judge(config.judge, config.unsafe_label, device=config.device)
     held_out = load_judge(config.held_out_judge, config.unsafe_label, device=config.device)
     embedder = word_embedder if config.embedder == "words" else load_embedder(config.embedder, config.device)
@@ -397,13 +417,30 @@ def own_world(config, start=None):
         for i, (name, data) in enumerate({"defender": pairs, "attacker": neighbour_pairs(seeds, embedder, config.template, rng)}.items()):
             if data:
                 with bar(f"SFT of the {name}", config.sft_steps) as progress:
-                    sft(policies[name], data, config.sft_steps, config.batch_size, 5 * config.learning_rate, [config.seed, i], progress)
+                    rate = config.learning_rate if name == "defender" else config.attacker_learning_rate
+                    sft(policies[name], data, config.sft_steps, config.batch_size, SFT_RATE * rate, [config.seed, i], progress)
     refused = lambda responses: [float(is_refusal(r)) for r in responses]
-    return World(policies["attacker"], policies["defender"], seeds, test[:config.eval_prompts], benign[:config.eval_prompts], pairs, judge, held_out,
-                 refused, None, embedder)
+    return World(
+        policies["attacker"], policies["defender"], seeds=seeds, test_prompts=test, benign_prompts=benign,
+        demos=pairs, judge=judge, held_out_judge=held_out, refused=refused, helpful=None, embedder=embedder)
 
 
-def hub_file(filename, flag):
+def own_prompts(config):
+    """(seeds, test prompts, benign prompts): the first human turns of --prompts, a tenth of them kept for the test."""
+    file = config.prompts or hub_file("red-team-attempts/red_team_attempts.jsonl.gz")
+    prompts = list(dict.fromkeys(first_turn(row["prompt"]) for row in read_rows(file)))
+    test = [p for p in prompts if int(hashlib.sha256(p.encode()).hexdigest(), 16) % 10 == 0]  # by hash: always the same tenth
+    if config.test_prompts:
+        test = [row["prompt"] for row in read_rows(config.test_prompts)]
+    benign = [row["prompt"] for row in read_rows(config.benign_prompts)] if config.benign_prompts else []
+    seeds = [p for p in prompts if p not in set(test)]
+    if not seeds or not test:
+        raise ValueError(f"--prompts must leave at least one prompt for training and one for testing, got {len(seeds)} and {len(test)}; "
+                         "add prompts or pass --test_prompts")
+    return seeds, test[:config.eval_prompts], benign[:config.eval_prompts]
+
+
+def hub_file(filename):
     """A file of Anthropic/hh-rlhf from the hub's cache or the hub."""
     from huggingface_hub import hf_hub_download
 
@@ -413,6 +450,7 @@ def hub_file(filename, flag):
         raise ValueError(f"could not fetch {filename} of Anthropic/hh-rlhf from the hub ({type(error).__name__}); {LOCAL_FLAGS}") from error
 
 
+SFT_RATE = 5  # the warm start's learning rate, in units of the player's PPO learning rate
 LOCAL_FLAGS = "--attacker, --defender, --judge, --held_out_judge, --embedder, --prompts and --sft_data take local paths"
 
 
@@ -455,18 +493,22 @@ def make_players(config, world):
 
 # --- words and pictures ------------------------------------------------------------------------------------------------
 TABLE = {
-    "asr_held_out_judge": "attack success on held-out prompts, held-out judge", "asr_train_judge": "attack success on held-out prompts, training judge",
-    "over_refusal": "over-refusal on harmless prompts", "helpfulness": "helpfulness on harmless prompts",
-    "attacker_success": "the attacker's success on the first defender", "self_bleu": "SelfBLEU among its prompts", "cosine": "cosine among its prompts"}
+    "asr_held_out_judge": "attack success on held-out prompts, held-out judge",
+    "asr_train_judge": "attack success on held-out prompts, training judge",
+    "over_refusal": "over-refusal on harmless prompts",
+    "helpfulness": "helpfulness on harmless prompts",
+    "attacker_success": "the attacker's success on the first defender",
+    "self_bleu": "SelfBLEU among its prompts",
+    "cosine": "cosine among its prompts"}
 
 
 def table(rows):
     """The rows of summary.json as a markdown table, one column each."""
     show = lambda value: "-" if value is None or value != value else f"{value:.3f}"
-    lines = [["", *rows], ["---", *["---:"] * len(rows)]] + [[label, *(show(row[key]) for row in rows.values())] for key, label in TABLE.items()]
+    lines = [["", *rows]] + [[label, *(show(row[key]) for row in rows.values())] for key, label in TABLE.items()]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    pad = lambda i, cell: cell.ljust(widths[i], "-" if cell == "---" else " ") if i == 0 else cell.rjust(widths[i], "-" if cell == "---:" else " ")
-    return "\n".join("| " + " | ".join(pad(i, cell) for i, cell in enumerate(line)) + " |" for line in lines)
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    return "\n".join("| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |" for line in lines)
 
 
 def draw_curves(folder, rows):
@@ -476,7 +518,7 @@ def draw_curves(folder, rows):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    log = read_lines(folder / "metrics.jsonl")
     rounds = [m for m in log if "game/asr_held_out_judge" in m]
     if not rounds:
         return
@@ -491,12 +533,15 @@ def draw_curves(folder, rows):
 
     x = [0] + [m["round"] + 1 for m in rounds]
     axes[0, 0].set_title("attack success")
-    for key, label, look in (("asr_held_out_judge", "held-out prompts, held-out judge", "-"), ("asr_train_judge", "held-out prompts, training judge", ":")):
+    for key, label, look in (("asr_held_out_judge", "held-out judge", "-"), ("asr_train_judge", "training judge", ":")):
+        label = f"held-out prompts, {label}"
         axes[0, 0].plot(x, [rows["before"][key]] + [m[f"game/{key}"] for m in rounds], look, color="black", marker="o", ms=3, label=label)
-    fresh = [np.mean([m["game/attack_success"] for m in log if m["round"] == r["round"] and m["role"] == "attacker"] or [np.nan]) for r in rounds]
-    axes[0, 0].plot(x[1:], fresh, "-.", color="#c0392b", label="of the attacker in training, training judge")
+    mine = [m for m in log if m["role"] == "attacker"]
+    live = [np.mean([m["game/attack_success"] for m in mine if m["round"] == r["round"]] or [np.nan]) for r in rounds]
+    axes[0, 0].plot(x[1:], live, "-.", color="#c0392b", label="the attacker in training, training judge")
     if rows["before"]["over_refusal"] is not None:
-        axes[0, 0].plot(x, [rows["before"]["over_refusal"]] + [m["game/over_refusal"] for m in rounds], "--", color="grey", label="over-refusal, harmless prompts")
+        refusal = [rows["before"]["over_refusal"]] + [m["game/over_refusal"] for m in rounds]
+        axes[0, 0].plot(x, refusal, "--", color="grey", label="over-refusal, harmless prompts")
     axes[0, 0].set_ylim(0, 1)
     axes[0, 1].set_title("mean reward of the round")
     per_round(axes[0, 1], "objective/scores")
@@ -518,7 +563,7 @@ def draw_curves(folder, rows):
 def write_report(folder, rows, examples):
     """report.md: the table, the curves, and the game as a story, round by round."""
     config = json.loads((folder / "config.json").read_text())["config"]
-    games = [json.loads(line) for line in (folder / "games.jsonl").read_text().splitlines()]
+    games = read_lines(folder / "games.jsonl")
     quote = lambda text: html.escape(" ".join(text.split()), quote=False).replace("|", "\\|") or "*(nothing)*"
     lines = [f"# {config['method']}, seed {config['seed']}", "", table(rows), ""]
     if games:
@@ -532,7 +577,8 @@ def write_report(folder, rows, examples):
         attacks = [g for g in here if g["role"] == "attacker"] or [g for g in here if g["role"] == "defender"]
         unsafe = np.mean([1 - g["p_safe"] for g in attacks])
         best, worst = min(attacks, key=lambda g: g["p_safe"]), max(attacks, key=lambda g: g["p_safe"])
-        lines += [f"### Round {round + 1}", "", f"{len(attacks)} exchanges, {len({g['attack'] for g in attacks})} different prompts, {unsafe:.0%} unsafe by the training judge.", ""]
+        different = len({g["attack"] for g in attacks})
+        lines += [f"### Round {round + 1}", "", f"{len(attacks)} exchanges, {different} different prompts, {unsafe:.0%} unsafe by the training judge.", ""]
         for title, g in (("most successful", best), ("least successful", worst)):
             lines += [f"> *{title}*: **{quote(g['attack'])}**  ", f"> {quote(g['response'])} *(P(unsafe) {1 - g['p_safe']:.2f})*", ""]
         probes = [g for g in here if g["role"] == "probe"]
@@ -565,52 +611,70 @@ def fail(message):
 
 
 def parse(argv):
-    """The configuration from flags, or from one .json or .yaml file."""
+    """The configuration from flags, from one .json or .yaml file, or from the run that is resumed."""
     parser = transformers.HfArgumentParser(Config, description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; see python train.py --help")
     try:
         if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
-            return (parser.parse_json_file if argv[0].endswith(".json") else parser.parse_yaml_file)(argv[0])[0]
-        config = parser.parse_args_into_dataclasses(argv)[0]
-    except (ValueError, OSError) as error:
-        fail(error)
+            config = (parser.parse_json_file if argv[0].endswith(".json") else parser.parse_yaml_file)(argv[0])[0]
+        else:
+            config = parser.parse_args_into_dataclasses(argv)[0]
+    except Exception as error:
+        fail(f"cannot read the configuration: {error}")
     if not config.resume:
         return config
-    if len(argv) != 2:
+    if config != Config(resume=config.resume):
         fail("--resume takes the run folder alone: the run's own configuration is used")
-    path = Path(config.resume) / "config.json"
-    if not path.is_file():
-        fail(f"--resume needs a run folder with config.json, got {config.resume}")
-    return Config(**{**json.loads(path.read_text())["config"], "resume": config.resume, "out": config.resume})
+    try:
+        saved = json.loads((Path(config.resume) / "config.json").read_text(encoding="utf-8"))["config"]
+        return Config(**{**saved, "resume": config.resume, "out": config.resume})
+    except Exception as error:
+        fail(f"--resume needs a run folder with its config.json, got {config.resume} ({type(error).__name__}: {error})")
+
+
+def check_types(config):
+    """A value from a file may have any type; the flags' parser has checked its own."""
+    for entry in fields(config):
+        value, allowed = getattr(config, entry.name), typing.get_args(entry.type) or (entry.type,)  # int | None: two
+        allowed = (*allowed, int) if float in allowed else allowed
+        if value != entry.default and (isinstance(value, bool) or not isinstance(value, allowed)):
+            raise ValueError(f"--{entry.name} must be of type {allowed[0].__name__}, got {value!r}")
 
 
 def resolve(config):
     """Fill in what the presets decide, and refuse impossible settings, before anything is made."""
+    check_types(config)
     if bool(config.attacker) != bool(config.defender):
         raise ValueError("--attacker and --defender go together: pass both, or neither for the embedded game")
-    if config.judge and not config.held_out_judge and config.attacker:
-        config.held_out_judge = "rule"
     for name, values in PRESETS.items():
         if getattr(config, name) is None:
             setattr(config, name, values[bool(config.attacker)])
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
-    choices = {"method": METHODS, "first": ("attacker", "defender"), "kl_anchor": ("initial", "previous"), "critic": ("shared", "separate"), "dtype": ("fp32", "bf16"),
-               "average": ("mixture,weights", "weights,mixture", "mixture", "weights", "both", "none"), "diversity_terms": ("bleu,embedding", "embedding,bleu", "bleu", "embedding")}
+    if config.device.split(":")[0] not in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        raise ValueError(f"--device must be auto, cpu or, where there is one, cuda, got {config.device!r}")
+    if config.held_out_judge == "toy":
+        raise ValueError("--held_out_judge must differ from the judge of training, got toy; the embedded game's own is 'truth'")
+    choices = {
+        "method": METHODS, "first": ("attacker", "defender"), "kl_anchor": ("initial", "previous"), "critic": ("shared", "separate"),
+        "dtype": ("fp32", "bf16"), "average": ("mixture,weights", "weights,mixture", "mixture", "weights", "both", "none"),
+        "diversity_terms": ("bleu,embedding", "embedding,bleu", "bleu", "embedding")}
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"--{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")
     config.average = config.average.replace("both", "mixture,weights")
-    least = {**dict.fromkeys(("rounds", "judge_steps", "batch_size", "minibatches", "ppo_epochs", "attack_tokens", "response_tokens", "eval_prompts", "save_every", "average_size"), 1),
-             **dict.fromkeys(("defender_steps", "attacker_steps", "sft_steps", "micro_batch", "top_k", "seed", "kl_coef", "attacker_kl_coef", "entropy_coef", "ptx_coef", "diversity", "replay"), 0)}
+    at_least_1 = "rounds judge_steps batch_size minibatches ppo_epochs attack_tokens response_tokens eval_prompts save_every average_size"
+    at_least_0 = ("defender_steps attacker_steps sft_steps micro_batch top_k seed kl_coef attacker_kl_coef entropy_coef ptx_coef "
+                  "diversity replay")
+    least = {**dict.fromkeys(at_least_1.split(), 1), **dict.fromkeys(at_least_0.split(), 0)}
     for name, bound in least.items():
         if not bound <= getattr(config, name) < float("inf"):
             raise ValueError(f"--{name} must be a finite number of at least {bound}, got {getattr(config, name)}")
     for name in ("learning_rate", "attacker_learning_rate", "temperature"):
         if not 0 < getattr(config, name) < float("inf"):
             raise ValueError(f"--{name} must be a finite number above 0, got {getattr(config, name)}")
-    if not 0 < config.top_p <= 1 or config.replay > 1:
-        raise ValueError(f"--top_p must lie in (0, 1] and --replay in [0, 1], got {config.top_p} and {config.replay}")
+    if not 0 < config.top_p <= 1 or config.replay >= 1:
+        raise ValueError(f"--top_p must lie in (0, 1] and --replay in [0, 1), got {config.top_p} and {config.replay}")
     if config.minibatches > config.batch_size:
         raise ValueError(f"--minibatches must be at most --batch_size, got {config.minibatches} and {config.batch_size}")
     if config.template.count("{}") != 1 or any(brace in config.template.replace("{}", "") for brace in "{}"):
@@ -618,6 +682,12 @@ def resolve(config):
     config.out = config.out or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config.method}_s{config.seed}"
     if not config.resume and Path(config.out).exists() and (not Path(config.out).is_dir() or any(Path(config.out).iterdir())):
         raise ValueError(f"--out must name a new or empty folder, got {config.out}; to go on with a run use --resume {config.out}")
+    try:  # find out now, not after minutes of training
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        if not config.resume:
+            Path(config.out).rmdir()
+    except OSError as error:
+        raise ValueError(f"--out must lie in a folder that can be written to, got {config.out} ({error.strerror})") from error
     return config
 
 
@@ -633,7 +703,10 @@ def main(argv):
         world = (own_world if config.attacker else toy_world)(config, start if start.exists() else None)
         players = make_players(config, world)
         run = Run(config, folder, world, players)
-        run.load()
+        try:
+            run.load()
+        except Exception as error:
+            raise ValueError(f"the run in {folder} is damaged: {error}; remove its newest checkpoint or start again") from error
         run.before = run.before or run.evaluate()
         if not start.exists():  # only now: whatever can be wrong with the input has been tried
             prepare(run, start)
@@ -652,7 +725,8 @@ def main(argv):
     print(f"\n{table(rows)}\n")
     for prompt, first, now in examples:
         print(f"  prompt  {prompt}\n  before  {first}\n  after   {now}\n")
-    print(f"{time.time() - clock:.0f} seconds. Read {folder}/report.md, look at {folder}/curves.png;\nthe models are in {folder}/attacker and {folder}/defender, every exchange in {folder}/games.jsonl.")
+    print(f"{time.time() - clock:.0f} seconds. Read {folder}/report.md, look at {folder}/curves.png;\n"
+          f"the models are in {folder}/attacker and {folder}/defender, every exchange in {folder}/games.jsonl.")
 
 
 def prepare(run, start):
@@ -665,6 +739,7 @@ def prepare(run, start):
         run.world.judge_to_save.model.save_pretrained(temporary / "judge")
         run.world.judge_to_save.tokenizer.save_pretrained(temporary / "judge")
     write_json(temporary / "prompts.json", {name: getattr(run.world, name) for name in ("seeds", "test_prompts", "benign_prompts")})
+    write_json(temporary / "attack_seeds.json", run.attack_seeds)
     versions = {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, transformers, np)}}
     write_json(run.folder / "config.json", {"config": asdict(run.config), "versions": versions})
     for name in ("metrics.jsonl", "games.jsonl"):
