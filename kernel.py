@@ -82,7 +82,7 @@ class ChunkedLogProb(torch.autograd.Function):
         h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
         needs_h, needs_w, _, needs_b = ctx.needs_input_grad[:4]
         dh = torch.empty_like(h) if needs_h else None  # (N, D)
-        dw = torch.zeros_like(weight, dtype=lse.dtype) if needs_w else None  # (V, D), accumulated in fp32
+        dw = None  # (V, D), accumulated in fp32
         db = torch.zeros_like(bias, dtype=lse.dtype) if bias is not None and needs_b else None
         for rows in _chunks(h, w):
             g = grad_logprob[rows, None]
@@ -95,10 +95,15 @@ class ChunkedLogProb(torch.autograd.Function):
             dz_low = dz.to(ctx.dtype)
             if needs_h:
                 dh[rows] = dz_low @ w
-            if needs_w:
+            if needs_w and dw is None:
+                dw = _upcast(dz_low.T @ h[rows])
+            elif needs_w and dw.dtype == dz_low.dtype:
+                dw.addmm_(dz_low.T, h[rows])  # in place: a second (V, D) would cost more than the chunk
+            elif needs_w:
                 dw += dz_low.T @ h[rows]
             if db is not None:
                 db += dz.sum(0)
+        dw = torch.zeros_like(weight) if needs_w and dw is None else dw  # no rows at all
         dh, dw = (dh.to(hidden.dtype) if needs_h else None), (dw.to(weight.dtype) if needs_w else None)
         return dh, dw, None, (db.to(bias.dtype) if db is not None else None), None, None, None
 
