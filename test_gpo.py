@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel,
@@ -1289,6 +1291,27 @@ def test_wrong_input_gets_one_line_exit_status_2_and_leaves_nothing(bad, name, m
     lines = [line for line in error.replace("\r", "\n").splitlines() if line.strip() and "it/s" not in line]  # without progress bars
     assert stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], error
     assert "Traceback" not in error and not (bad / "never").exists()
+
+
+@pytest.mark.parametrize("what, error, status, message", [
+    ("own_world", KeyboardInterrupt(), 130, "interrupted before the game began"), ("train", KeyboardInterrupt(), 130, "--resume stopped"),
+    ("train", JudgeError("a score of 2"), 2, "error: a score of 2; the run can go on with --resume stopped"),
+    ("save_model", SafetensorError("No space left on device"), 2, "error: No space left on device; the run can go on with --resume stopped")])
+def test_a_run_that_is_stopped_says_in_one_line_how_to_go_on(own, monkeypatch, capsys, what, error, status, message):
+    def stop(*args):
+        raise error
+
+    monkeypatch.chdir(own)
+    monkeypatch.setattr(train, what, stop)
+    shutil.rmtree("stopped", ignore_errors=True)
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*OWN, *SMALL, "--out", "stopped"])
+    assert stopped.value.code == status and message in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.undo()
+    monkeypatch.chdir(own)
+    if what != "own_world":
+        train.main(["--resume", "stopped"])  # and it does go on
+        assert Path("stopped/summary.json").exists()
 
 
 def test_wrong_input_to_eval_gets_one_line_too(tmp_path):

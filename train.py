@@ -30,6 +30,7 @@ import huggingface_hub
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from tqdm import tqdm
 
@@ -710,14 +711,17 @@ def main(argv):
         run.before = run.before or run.evaluate()
         if not start.exists():  # only now: whatever can be wrong with the input has been tried
             prepare(run, start)
-    except (ValueError, OSError) as error:  # a user's mistake: one line, nothing left behind
+    except (ValueError, OSError, SafetensorError) as error:  # a user's mistake: one line, nothing left behind
         fail(error)
+    except KeyboardInterrupt:
+        print("\ninterrupted before the game began", file=sys.stderr)
+        sys.exit(130)
     print(f"attack success on held-out prompts before the game: {run.before['asr_held_out_judge']:.1%}")
     try:
         with tqdm(total=len(schedule(config)), initial=run.step, dynamic_ncols=True) as run.bar:
             train(config, world, players, run)
         rows, examples = run.finish(time.time() - clock)
-    except (JudgeError, OSError) as error:
+    except (JudgeError, OSError, SafetensorError) as error:  # the judge broke its word, or the disk is full
         fail(f"{error}; the run can go on with --resume {folder}")
     except KeyboardInterrupt:
         print(f"\ninterrupted; go on with: python train.py --resume {folder}", file=sys.stderr)
