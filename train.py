@@ -369,16 +369,13 @@ def toy_world(config, start=None):
     n = min(30_000, 64 * config.sft_steps + 1000)
     samples = {"defender": game.defender_sft(n, rng), "attacker": game.attacker_sft(n, rng)}
     policies = {}
-    for i, (name, pairs) in enumerate(samples.items()):
-        if start:
-            policies[name] = load_policy(start / name, config.critic, dtype_of(config), config.device)
-            continue
-        policies[name] = Policy(toy_lm(tokenizer).to(config.device), tokenizer, config.critic, dtype_of(config))
+    for name, new_tokens in (("defender", config.response_tokens), ("attacker", config.attack_tokens)):
+        policies[name] = (load_policy(start / name, config.critic, dtype_of(config), config.device) if start else
+                          Policy(toy_lm(tokenizer).to(config.device), tokenizer, config.critic, dtype_of(config)))
+        check_room(name, policies[name], game.fixed_prompts, new_tokens)
+    for i, (name, pairs) in enumerate(samples.items() if not start else []):
         with bar(f"SFT of the {name}", config.sft_steps) as progress:
             sft(policies[name], pairs, config.sft_steps, 64, 3e-3, [config.seed, i], progress)
-
-    check_room("attacker", policies["attacker"], game.fixed_prompts, config.attack_tokens)
-    check_room("defender", policies["defender"], game.fixed_prompts, config.response_tokens)
     if "chosen" not in known:
         attacks = Player("attacker", policies["attacker"], config.attack_tokens).speak(draw(game.fixed_prompts, 3000, rng), config.seed).texts
         attacks = [attack for attack in attacks if not game.is_held_out(attack)]
@@ -403,7 +400,8 @@ def own_world(config, start=None):
         seeds, test, benign = own_prompts(config)
     pairs_file = config.sft_data or (None if config.prompts else hub_file("harmless-base/train.jsonl.gz"))
     pairs = [(row["prompt"], row.get("response") or row.get("chosen")) for row in read_rows(pairs_file)] if pairs_file else []
-    pairs = [pair for pair in pairs if pair[1] and not {pair[0], first_turn(pair[0])} & set(test)]
+    tested = set(test)
+    pairs = [pair for pair in pairs if pair[1] and not {pair[0], first_turn(pair[0])} & tested]
     if not pairs and config.ptx_coef > 0:
         raise ValueError("--ptx_coef needs demonstrations, got none; pass --sft_data with (prompt, response) pairs, or --ptx_coef 0")
     judge = load_judge(config.judge, config.unsafe_label, device=config.device)
@@ -434,7 +432,8 @@ def own_prompts(config):
     if config.test_prompts:
         test = [row["prompt"] for row in read_rows(config.test_prompts)]
     benign = [row["prompt"] for row in read_rows(config.benign_prompts)] if config.benign_prompts else []
-    seeds = [p for p in prompts if p not in set(test)]
+    tested = set(test)
+    seeds = [p for p in prompts if p not in tested]
     if not seeds or not test:
         raise ValueError(f"--prompts must leave at least one prompt for training and one for testing, got {len(seeds)} and {len(test)}; "
                          "add prompts or pass --test_prompts")
