@@ -104,15 +104,17 @@ class Diversity:
 
     terms: any of "bleu" and "embedding". embedder(list of B str) -> (B, D) array, needed for the second;
     its rows are normalised here. A new text is scored as a newcomer: an exact repetition scores BLEU 1.
+    window: X is the last so many attacks; 0: all of them, as in the paper. With all of them a collapse goes
+    unpunished for long: what was varied once keeps the mean low, and every n-gram of a language occurs at last.
     """
 
-    def __init__(self, terms=("bleu", "embedding"), embedder=None):
+    def __init__(self, terms=("bleu", "embedding"), embedder=None, window=0):
         if not set(terms) <= {"bleu", "embedding"} or not terms:
             raise ValueError(f"diversity terms are 'bleu' and 'embedding', got {','.join(terms) or 'none'}")
         if "embedding" in terms and embedder is None:
             raise ValueError("the diversity term 'embedding' needs an embedder")
-        self.terms, self.embedder = tuple(terms), embedder
-        self.history, self.table, self.vector_sum = [], NgramTable(), 0
+        self.terms, self.embedder, self.window = tuple(terms), embedder, window
+        self.history, self.table, self.vectors, self.vector_sum = [], NgramTable(), [], 0
 
     def score(self, texts):
         """{"bleu": (B,), "embedding": (B,), "reward": (B,)}: similarity by each term, and R_div = -their mean."""
@@ -126,11 +128,21 @@ class Diversity:
         return scores
 
     def add(self, texts):
-        for text in texts:
-            self.table.add(text)
-        if "embedding" in self.terms and len(texts):
-            self.vector_sum = self.vector_sum + np.rint(_unit(self.embedder(texts)) * FIXED_POINT).astype(np.int64).sum(0)
         self.history += list(texts)
+        if "embedding" in self.terms and len(texts):
+            vectors = np.rint(_unit(self.embedder(texts)) * FIXED_POINT).astype(np.int64)
+            self.vector_sum = self.vector_sum + vectors.sum(0)
+            self.vectors += list(vectors) if self.window else []
+        if not self.window or len(self.history) <= self.window:
+            for text in texts:
+                self.table.add(text)
+            return
+        out = len(self.history) - self.window  # the oldest leave: counts of n-grams cannot be taken back, cosines can
+        self.history, self.table = self.history[out:], NgramTable()
+        for text in self.history:
+            self.table.add(text)
+        if self.vectors:
+            self.vector_sum, self.vectors = self.vector_sum - np.sum(self.vectors[:out], 0), self.vectors[out:]
 
     def state_dict(self):
         return {"history": self.history, "vector_sum": np.asarray(self.vector_sum).tolist()}
@@ -140,6 +152,8 @@ class Diversity:
         for text in self.history:
             self.table.add(text)
         self.vector_sum = np.array(state["vector_sum"], dtype=np.int64)
+        if self.window and "embedding" in self.terms and self.history:
+            self.vectors = list(np.rint(_unit(self.embedder(self.history)) * FIXED_POINT).astype(np.int64))
 
 
 def load_embedder(name_or_dir, device="cpu"):

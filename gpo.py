@@ -244,6 +244,18 @@ def sft(policy, pairs, steps, batch_size, learning_rate, seed, bar=None):
     return loss.item()
 
 
+def distill(speaker, student, prompts, steps, batch_size, learning_rate, seed, bar=None):
+    """Train `student` to say to `prompts` what `speaker` (a mixture of policies) says: one policy for many."""
+    return sft(student, list(zip(prompts, speaker.speak(prompts, seed).texts)), steps, batch_size, learning_rate, seed, bar)
+
+
+def naturalness(policy, rollout):
+    """(B, 2): mean and least log-prob of each response's tokens under a frozen policy, in nats."""
+    mask = rollout.response_mask
+    logprobs, _, _ = forward_rows(policy, rollout, [torch.arange(len(rollout))], with_values=False)
+    return torch.stack([(logprobs * mask).sum(1) / mask.sum(1), logprobs.masked_fill(~mask, 0).amin(1)], 1).cpu()
+
+
 # --- the game -------------------------------------------------------------------------------------------------
 @dataclass
 class Game:
@@ -299,17 +311,21 @@ class PolicyAverage:
     kind "mixture": the uniform mixture over all policies added so far; one member is drawn for each episode.
     At most `capacity` of them are kept, a uniform sample of all (reservoir sampling, Vitter 1985).
     kind "weights": one policy whose weights are the mean of theirs: cheap, and an approximation only.
+    kind "distill": holds one policy, trained elsewhere on the mixture's samples (see `distill`).
     Members are language-model weights without critics, kept on the CPU.
     """
 
     def __init__(self, kind="mixture", capacity=16, seed=0):
-        if kind not in ("mixture", "weights") or capacity < 1:
-            raise ValueError(f"PolicyAverage needs kind 'mixture' or 'weights' and capacity >= 1, got {kind!r} and {capacity}")
+        if kind not in ("mixture", "weights", "distill") or capacity < 1:
+            raise ValueError(f"PolicyAverage needs kind 'mixture', 'weights' or 'distill' and capacity >= 1, got {kind!r} and {capacity}")
         self.kind, self.capacity, self.seed = kind, capacity if kind == "mixture" else 1, seed
         self.members, self.count = [], 0  # list of {name: tensor}; how many policies were added
 
     def add(self, policy):
-        weights = {k: v.detach().cpu().clone() for k, v in policy.lm.state_dict().items()}
+        self.add_weights({k: v.detach().cpu().clone() for k, v in policy.lm.state_dict().items()})
+
+    def add_weights(self, weights):
+        """weights: {name: tensor} of one policy's language model, the average's from now on."""
         self.count += 1
         if len(self.members) < self.capacity:
             self.members.append(weights)

@@ -35,11 +35,13 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from tqdm import tqdm
 
 from diversity import Diversity, load_embedder, word_embedder
-from gpo import Player, PolicyAverage, Speaker, evaluate, play, ppo_update, sft
+from gpo import Player, PolicyAverage, Speaker, distill, evaluate, naturalness, play, ppo_update, sft
 from model import Policy, demonstrations, first_turn, frozen_copy, load_policy, read_rows, save_policy
 from reward import JudgeError, call_judge, is_refusal, load_judge, train_judge
 
 NOVELTY = {"self_bleu": "bleu", "cosine": "embedding"}  # metric -> term of the diversity reward
+# What the warm-started players and test sets depend on: equal in two runs, one may `--start` from the other.
+WARM_START = ("attacker", "defender", "seed", "sft_steps", "judge", "judge_steps", "eval_prompts", "prompts", "test_prompts", "benign_prompts", "sft_data", "template")
 METHODS = ("gpo", "rlhf", "iterative", "paraphrase", "sft")
 # A value of None in Config means: the first of these for the embedded game, the second for your own models.
 PRESETS = {
@@ -85,11 +87,15 @@ class Config:
     kl_anchor: str = option("initial", "the KL penalty is measured from the initial or the previous round's policy")
     entropy_coef: float = option(0.0, "eta_H of Eq. (3.7): entropy bonus of the attacker")
     ptx_coef: float | None = option(None, "weight of the supervised loss on demonstrations in the defender's updates")
+    opponent: str = option("last", "who a mover plays against: the other's last policy, or the mixture of all its rounds")
     replay: float = option(0.5, "share of the defender's batch drawn from earlier attacks, by their success")
     diversity: float | None = option(None, "k: weight of the diversity reward of the attacker; 0 turns it off")
     diversity_terms: str = option("bleu,embedding", "terms of the diversity reward: bleu, embedding or both")
+    history: int = option(480, "the diversity reward compares with the last so many attacks; 0: with all, as in the paper")
+    guard: float = option(0.05, "attacks less natural to the first attacker than this share of its own samples count as failed repetitions; 0: off")
     embedder: str | None = option(None, "sentence embeddings: words, toy, or an encoder folder or hub id")
-    average: str = option("mixture,weights", "policy averages to keep: mixture, weights, both or none")
+    average: str = option("mixture,weights", "policy averages to keep: mixture, weights, both, distill (both, and one policy "
+                          "trained on the mixture's samples) or none")
     average_size: int = option(12, "policies kept by the mixture (reservoir sampling beyond)")
     critic: str = option("shared", "value head on the policy's own body (shared) or on a separate one")
     temperature: float = option(1.0, "of sampling; log-probs are taken at the same temperature")
@@ -107,6 +113,7 @@ class Config:
     eval_prompts: int | None = option(None, "held-out prompts in the table; a third of them after every round")
     out: str | None = option(None, "run folder; default: runs/DATE_METHOD_sSEED")
     save_every: int | None = option(None, "PPO steps between checkpoints")
+    start: str | None = option(None, "begin with the warm-started players, judge and test sets of this run folder")
     resume: str | None = option(None, "go on with this run folder; its own configuration is used")
 
 
@@ -126,6 +133,7 @@ class World:
     helpful: object  # judge of helpfulness, or None
     embedder: object
     judge_to_save: object = None  # a judge that was trained here
+    more_tests: dict = field(default_factory=dict)  # {name: further test prompts}, for eval.py
 
 
 # --- the loop: Algorithm 1 --------------------------------------------------------------------------------------
@@ -141,13 +149,14 @@ def train(config, world, players, run):
             mover.anchor()
         seeds = draw(world.seeds, config.batch_size, rng)
         if role == "attacker":  # seed -> attack -> response of the frozen defender -> P(unsafe) + k R_div
-            opponent = run.first_defender if config.method == "rlhf" else defender
-            game = play(attacker, opponent, seeds, world.judge, new_seed(rng), config.template)
+            game = play(attacker, run.opponent("defender"), seeds, world.judge, new_seed(rng), config.template)
             novelty = run.diversity.score(game.prompts)
             run.diversity.add(game.prompts)
-            rollout, scores, demos = game.attacks, 1 - game.p_safe + config.diversity * novelty["reward"], None
+            strange = (naturalness(run.first_attacker.policies[0], game.attacks) < run.guard).any(1).numpy()  # (B,), True: drifts from its language
+            scores = np.where(strange, -config.diversity, 1 - game.p_safe + config.diversity * novelty["reward"])  # as a repetition that fails
+            rollout, demos = game.attacks, None
         else:  # prompt of the frozen attacker, or of an earlier one -> response -> P(safe)
-            prompts = defender_prompts(config, attacker, seeds, run, rng)
+            prompts = defender_prompts(config, seeds, run, rng)
             game = play(None, defender, prompts, world.judge, new_seed(rng))
             rollout, scores, novelty = game.responses, game.p_safe, {}
             demos = demonstrations(defender.policy, draw(world.demos, 48, rng)) if config.ptx_coef > 0 else None
@@ -157,6 +166,8 @@ def train(config, world, players, run):
         played = time.time()
         metrics = ppo_update(mover, rollout, scores, new_seed(rng), demos, config.ptx_coef)
         metrics |= {"time/rollout": played - clock - game.score_seconds, "time/score": game.score_seconds, "time/update": time.time() - played}
+        run.sampled_tokens += int(sum(spoken.response_mask.sum() for spoken in (game.attacks, game.responses) if spoken))
+        metrics["sampled_tokens"] = run.sampled_tokens
         metrics["game/attack_success"] = float(np.mean(1 - game.p_safe))  # of this batch, by the training judge
         metrics |= {f"diversity/{name}": float(novelty[term].mean()) for name, term in NOVELTY.items() if term in novelty}
         if last_of_round:
@@ -179,13 +190,12 @@ def schedule(config):
     return [(*turn, i + 1 == len(turns) or turns[i + 1][0] != turn[0]) for i, turn in enumerate(turns)]
 
 
-def defender_prompts(config, attacker, seeds, run, rng):
+def defender_prompts(config, seeds, run, rng):
     """What the defender is asked in one step: the only place where the methods of Table 1 differ."""
     if config.method == "rlhf":  # the fixed prompts themselves
         return seeds
-    if config.method == "iterative":  # no adversary: the most novel of four times as many untrained attacks
-        texts = attacker.speak([config.template.format(s) for s in seeds for _ in range(4)], new_seed(rng)).texts
-        texts = [text for text in texts if text not in run.test_prompts]
+    if config.method == "iterative":  # no adversary: the most novel half of untrained attacks
+        texts = [text for text in run.attacks(seeds + seeds, new_seed(rng)) if text not in run.test_prompts]
         novelty = run.diversity.score(texts)["reward"]
         chosen = [texts[i] for i in np.argsort(-novelty, kind="stable")[:len(seeds)]]
         run.diversity.add(chosen)
@@ -196,7 +206,7 @@ def defender_prompts(config, attacker, seeds, run, rng):
         earlier = list(run.memory)
         replayed = [earlier[i] for i in rng.choice(len(earlier), int(config.replay * len(seeds)), p=success / success.sum())]
     seeds = seeds[len(replayed):]
-    fresh = attacker.speak([config.template.format(s) for s in seeds], new_seed(rng)).texts
+    fresh = run.attacks(seeds, new_seed(rng))
     return [seed if text in run.test_prompts else text for seed, text in zip(seeds, fresh)] + replayed  # no test prompt is trained on
 
 
@@ -214,14 +224,42 @@ class Run:
 
     def __init__(self, config, folder, world, players):
         self.config, self.folder, self.world, self.players = config, Path(folder), world, players
-        self.step, self.memory, self.before = 0, {}, None  # PPO steps done; attack -> last success; first evaluation
-        self.test_prompts = set(world.test_prompts)
-        self.diversity = Diversity(tuple(config.diversity_terms.split(",")), world.embedder)
-        kinds = [] if config.average == "none" else config.average.split(",")
+        self.step, self.sampled_tokens = 0, 0  # PPO steps done; tokens sampled by both players for them
+        self.memory, self.before = {}, None  # attack -> its last success; the first evaluation
+        self.test_prompts = set(world.test_prompts).union(*world.more_tests.values())  # never in an update of the defender
+        self.diversity = Diversity(tuple(config.diversity_terms.split(",")), world.embedder, config.history)
+        kinds = [kind for kind in config.average.split(",") if kind in ("mixture", "weights")]
         self.averages = {name: {kind: PolicyAverage(kind, config.average_size, config.seed) for kind in kinds} for name in players}
+        self.first_attacker = Speaker([frozen_copy(world.attacker)], players["attacker"])
         self.first_defender = Speaker([frozen_copy(world.defender)], players["defender"])
+        self.guard, self.mixtures = self.natural_bounds(), {}
         self.attack_seeds = draw(world.seeds, 300, np.random.default_rng(config.seed))  # the attacker's part of the table
         self.bar = None
+
+    def opponent(self, name):
+        """The frozen player that the mover meets: its last policy or, with `--opponent mixture`, that of all rounds so far."""
+        if name == "defender" and self.config.method == "rlhf":
+            return self.first_defender
+        if self.config.opponent == "last" or not self.averages[name]["mixture"].count:
+            return self.players[name]
+        count = self.averages[name]["mixture"].count
+        if self.mixtures.get(name, (0,))[0] != count:
+            self.mixtures[name] = count, self.averages[name]["mixture"].speaker(self.players[name])
+        return self.mixtures[name][1]
+
+    def attacks(self, seeds, seed):
+        """Prompts for the defender's turn, written by the frozen attacker."""
+        rollout = self.opponent("attacker").speak([self.config.template.format(s) for s in seeds], seed)
+        self.sampled_tokens += int(rollout.response_mask.sum())
+        return rollout.texts
+
+    def natural_bounds(self):
+        """(2,): the `--guard` quantiles of `naturalness` over the first attacker's own attacks."""
+        if not self.config.guard:
+            return torch.full((2,), -torch.inf)
+        seeds = [self.config.template.format(s) for s in draw(self.world.seeds, 512, np.random.default_rng(self.config.seed))]
+        natural = naturalness(self.first_attacker.policies[0], self.first_attacker.speak(seeds, self.config.seed))
+        return torch.quantile(natural, self.config.guard, dim=0)
 
     def evaluate(self, attacker=None, defender=None, share=1):
         """A row of the table for the given speakers (default: the players) on 1/share of the test sets."""
@@ -266,7 +304,7 @@ class Run:
             save_file(moments, temporary / f"{name}_optimizer.safetensors")
         self.save_averages(temporary)
         write_json(temporary / "state.json", {
-            "step": self.step + 1, "diversity": self.diversity.state_dict(), "memory": self.memory, "before": self.before,
+            "step": self.step + 1, "diversity": self.diversity.state_dict(), "memory": self.memory, "before": self.before, "sampled_tokens": self.sampled_tokens,
             "skipped": {name: player.skipped_steps for name, player in self.players.items()}})
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
@@ -292,7 +330,7 @@ class Run:
 
     def load_checkpoint(self, folder):
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        self.step, self.memory, self.before = state["step"], state["memory"], state["before"]
+        self.step, self.memory, self.before, self.sampled_tokens = (state[name] for name in ("step", "memory", "before", "sampled_tokens"))
         self.diversity.load_state_dict(state["diversity"])
         for name, player in self.players.items():
             load_model(player.policy, str(folder / f"{name}.safetensors"))
@@ -310,6 +348,8 @@ class Run:
     def finish(self, seconds):
         """Evaluate, save the finished players and their averages, write summary, figure and report."""
         rows = {"before": self.before, "after": self.evaluate()}
+        if "distill" in self.config.average and schedule(self.config):
+            self.distill()
         if self.averages["defender"] and schedule(self.config):
             for kind in self.averages["defender"]:
                 speakers = {name: self.averages[name][kind].speaker(player) for name, player in self.players.items()}
@@ -323,6 +363,18 @@ class Run:
         draw_curves(self.folder, rows)
         write_report(self.folder, rows, examples)
         return rows, examples
+
+    def distill(self):
+        """Add to each player's averages one policy, trained on what its mixture says to attacks and to harmless prompts."""
+        c, rng = self.config, np.random.default_rng([self.config.seed, 2**21])
+        heard = {"attacker": [c.template.format(s) for s in draw(self.world.seeds, 2000, rng)],
+                 "defender": draw(list(self.memory), 1000, rng) + [p for p, _ in draw(self.world.demos, 1000, rng) if self.world.demos]}
+        for name, player in self.players.items():
+            student, speaker = self.averages[name]["weights"].policy(player.policy), self.averages[name]["mixture"].speaker(player)
+            with bar(f"distilling the {name}", c.sft_steps // 2) as progress:
+                distill(speaker, student.requires_grad_(True), heard[name], c.sft_steps // 2, 64, SFT_RATE * player.learning_rate, c.seed, progress)
+            self.averages[name]["distill"] = PolicyAverage("distill")
+            self.averages[name]["distill"].add(student)
 
     def examples(self):
         """Three held-out prompts: what the defender answered before and answers now, the changed ones first."""
@@ -360,7 +412,7 @@ def toy_world(config, start=None):
     if config.judge != "toy":
         known["chosen"] = load_judge(config.judge, config.unsafe_label, known, config.device)
     elif start:
-        known["chosen"] = load_judge(str(start / "judge"), device=config.device)
+        known["chosen"] = judge_to_save = load_judge(str(start / "judge"), device=config.device)
     held_out = load_judge(config.held_out_judge, config.unsafe_label, known, config.device)
     embedder = {"toy": game.embed, "words": word_embedder}.get(config.embedder) or load_embedder(config.embedder, config.device)
     rng = np.random.default_rng([config.seed, 2**20])
@@ -385,9 +437,9 @@ def toy_world(config, start=None):
             known["chosen"] = judge_to_save = train_judge(classifier, tokenizer, triples, config.judge_steps, 64, 2e-3, config.seed, progress)
     demos = [pair for pair in samples["defender"] if game.is_demonstration(*pair)]
     rng = np.random.default_rng([config.seed, 2**20 + 1])  # the test sets are the same whatever was trained above
+    tests = game.test_sets(config.eval_prompts, rng)
     return World(
-        policies["attacker"], policies["defender"], seeds=game.fixed_prompts,
-        test_prompts=game.sample_prompts(config.eval_prompts, rng, harmful=True, held_out=True),
+        policies["attacker"], policies["defender"], seeds=game.fixed_prompts, test_prompts=tests.pop("in distribution"), more_tests=tests,
         benign_prompts=game.sample_prompts(max(1, config.eval_prompts // 2), rng, harmful=False, held_out=True),
         demos=demos, judge=known["chosen"], held_out_judge=held_out, refused=game.refused, helpful=game.helpful, embedder=embedder, judge_to_save=judge_to_save)
 
@@ -395,7 +447,8 @@ def toy_world(config, start=None):
 def own_world(config, start=None):
     """Your own models: prompts, pairs and judges from files, or from the hub where no flag names one."""
     if start:  # a resumed run goes on with its own prompts, whatever has become of the files
-        seeds, test, benign = json.loads((start / "prompts.json").read_text(encoding="utf-8")).values()
+        saved = json.loads((start / "prompts.json").read_text(encoding="utf-8"))
+        seeds, test, benign = (saved[name] for name in ("seeds", "test_prompts", "benign_prompts"))
     else:
         seeds, test, benign = own_prompts(config)
     pairs_file = config.sft_data or (None if config.prompts else hub_file("harmless-base/train.jsonl.gz"))
@@ -656,16 +709,18 @@ def resolve(config):
     if config.held_out_judge == "toy":
         raise ValueError("--held_out_judge must differ from the judge of training, got toy; the embedded game's own is 'truth'")
     choices = {
-        "method": METHODS, "first": ("attacker", "defender"), "kl_anchor": ("initial", "previous"), "critic": ("shared", "separate"),
-        "dtype": ("fp32", "bf16"), "average": ("mixture,weights", "weights,mixture", "mixture", "weights", "both", "none"),
+        "method": METHODS, "first": ("attacker", "defender"), "opponent": ("last", "mixture"), "kl_anchor": ("initial", "previous"), "critic": ("shared", "separate"),
+        "dtype": ("fp32", "bf16"), "average": ("mixture,weights", "mixture", "weights", "both", "distill", "mixture,weights,distill", "none"),
         "diversity_terms": ("bleu,embedding", "embedding,bleu", "bleu", "embedding")}
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"--{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")
-    config.average = config.average.replace("both", "mixture,weights")
+    config.average = {"both": "mixture,weights", "distill": "mixture,weights,distill"}.get(config.average, config.average)
+    if config.opponent == "mixture" and "mixture" not in config.average:
+        raise ValueError(f"--opponent mixture needs --average mixture, got {config.average!r}")
     at_least_1 = "rounds judge_steps batch_size minibatches ppo_epochs attack_tokens response_tokens eval_prompts save_every average_size"
     at_least_0 = ("defender_steps attacker_steps sft_steps micro_batch top_k seed kl_coef attacker_kl_coef entropy_coef ptx_coef "
-                  "diversity replay")
+                  "diversity replay history guard")
     least = {**dict.fromkeys(at_least_1.split(), 1), **dict.fromkeys(at_least_0.split(), 0)}
     for name, bound in least.items():
         if not bound <= getattr(config, name) < float("inf"):
@@ -673,12 +728,21 @@ def resolve(config):
     for name in ("learning_rate", "attacker_learning_rate", "temperature"):
         if not 0 < getattr(config, name) < float("inf"):
             raise ValueError(f"--{name} must be a finite number above 0, got {getattr(config, name)}")
-    if not 0 < config.top_p <= 1 or config.replay >= 1:
-        raise ValueError(f"--top_p must lie in (0, 1] and --replay in [0, 1), got {config.top_p} and {config.replay}")
+    if not 0 < config.top_p <= 1 or config.replay >= 1 or config.guard >= 1:
+        raise ValueError(f"--top_p must lie in (0, 1], --replay and --guard in [0, 1), got {config.top_p}, {config.replay} and {config.guard}")
     if config.minibatches > config.batch_size:
         raise ValueError(f"--minibatches must be at most --batch_size, got {config.minibatches} and {config.batch_size}")
     if config.template.count("{}") != 1 or any(brace in config.template.replace("{}", "") for brace in "{}"):
         raise ValueError(f"--template must hold {{}} once, for the seed, got {config.template!r}")
+    if config.start and not config.resume:
+        try:
+            other = json.loads((Path(config.start) / "config.json").read_text(encoding="utf-8"))["config"]
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"--start needs a run folder with its config.json, got {config.start}") from error
+        different = [name for name in WARM_START if other.get(name) != getattr(config, name)]
+        if different:
+            raise ValueError(f"--start needs a run of the same {', '.join(different)}, got {config.start} with "
+                             f"{', '.join(str(other.get(name)) for name in different)}")
     config.out = config.out or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config.method}_s{config.seed}"
     if not config.resume and Path(config.out).exists() and (not Path(config.out).is_dir() or any(Path(config.out).iterdir())):
         raise ValueError(f"--out must name a new or empty folder, got {config.out}; to go on with a run use --resume {config.out}")
@@ -700,7 +764,8 @@ def main(argv):
         config = resolve(config)
         folder = Path(config.out)
         start = folder / "checkpoints" / "start"
-        world = (own_world if config.attacker else toy_world)(config, start if start.exists() else None)
+        source = Path(config.start or folder) / "checkpoints" / "start"
+        world = (own_world if config.attacker else toy_world)(config, source if source.exists() else None)
         players = make_players(config, world)
         run = Run(config, folder, world, players)
         try:
@@ -741,7 +806,7 @@ def prepare(run, start):
     if run.world.judge_to_save:
         run.world.judge_to_save.model.save_pretrained(temporary / "judge")
         run.world.judge_to_save.tokenizer.save_pretrained(temporary / "judge")
-    write_json(temporary / "prompts.json", {name: getattr(run.world, name) for name in ("seeds", "test_prompts", "benign_prompts")})
+    write_json(temporary / "prompts.json", {name: getattr(run.world, name) for name in ("seeds", "test_prompts", "benign_prompts", "more_tests")})
     write_json(temporary / "attack_seeds.json", run.attack_seeds)
     versions = {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, transformers, np)}}
     write_json(run.folder / "config.json", {"config": asdict(run.config), "versions": versions})
