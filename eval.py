@@ -2,7 +2,7 @@
 
     python eval.py RUN [RUN ...]        tables of these runs: 95% intervals, mean ± standard error over seeds
     python eval.py reproduce            Tables 1, 2 and 4: every method, 5 seeds, paired tests, figures
-    python eval.py ablate               one flag, one row, 3 seeds
+    python eval.py ablate               one flag, one row, 2 seeds
     python eval.py rounds               performance against the number of rounds T
     python eval.py probe RUN            round by round: best responses (a lower bound of the Nash gap), who breaks whom
     python eval.py best RUN --steps 90  how far a fresh attacker gets against the finished, frozen defender
@@ -76,11 +76,19 @@ def cross_play(attackers, defenders, seeds, judge, template="{}"):
 
 
 def paired_test(differences):
-    """One-sided exact sign-flip test of paired differences > 0 (Fisher, 1935): how often do random signs give so
-    large a sum? Needs no distribution; its least value for n pairs is 2^-n."""
+    """One-sided p-values of paired differences > 0: (Student's t-test, exact sign-flip test of Fisher, 1935).
+
+    The second needs no distribution, but for n pairs cannot fall below 2^-n."""
     d = np.asarray(differences, dtype=np.float64)
-    sums = np.array(list(product((1, -1), repeat=len(d)))) @ d
-    return float(np.mean(sums >= d.sum() - 1e-12))
+    n, sums = len(d), np.array(list(product((1, -1), repeat=len(d)))) @ d
+    flips = float(np.mean(sums >= d.sum() - 1e-12))
+    if not d.any():
+        return 1.0, flips
+    t = d.mean() / max(d.std(ddof=1) / math.sqrt(n), 1e-300)
+    x = np.linspace(0, min(abs(t), 1e3), 200_001)  # P(0 < T < |t|), df = n - 1, by integrating the density
+    density = math.gamma(n / 2) / (math.sqrt((n - 1) * math.pi) * math.gamma((n - 1) / 2)) * (1 + x**2 / (n - 1)) ** (-n / 2)
+    inside = float(np.trapezoid(density, x))
+    return 0.5 - math.copysign(inside, t), flips
 
 
 def best_response(mover, other, seeds, judge, steps, batch_size=96, template="{}", seed=0):
@@ -301,28 +309,28 @@ def write_json(path, value):
 
 
 # --- many runs: every claim is a row, every row a command --------------------------------------------------------------
-PAPER = "--replay 0 --rounds 5 --attacker_steps 12 --defender_steps 12"  # Algorithm 1 as it is printed: long blocks, no replay
+PAPER = "--replay 0 --mine 0 --rounds 2 --attacker_steps 30 --defender_steps 20 --attacker_kl_coef 0.01"  # Algorithm 1 as it is printed: long turns, no replay
 METHODS = {
-    "SFT": "--method sft",
-    "Paraphrase": "--method paraphrase",
-    "RLHF": f"--method rlhf --diversity 0 {PAPER}",
-    "RLHF+Div": f"--method rlhf {PAPER}",
-    "RLHF, tokens matched": "--method rlhf --attacker_steps 0 --rounds 10 --defender_steps 20",
-    "Iterative": f"--method iterative {PAPER}",
+    "SFT": "--method sft --average none",
+    "Paraphrase": "--method paraphrase --average none",
+    "RLHF": f"--method rlhf --diversity 0 --average none {PAPER}",
+    "RLHF+Div": f"--method rlhf --average none {PAPER}",
+    "RLHF, tokens matched": f"--method rlhf {PAPER} --attacker_steps 0 --rounds 12 --defender_steps 19 --average mixture",
+    "Iterative": f"--method iterative --average none {PAPER}",
     "GPO": f"--diversity 0 {PAPER}",
     "GPO+Div": PAPER,
     "recommended": "--average distill",
 }
-ABLATIONS = {
-    "recommended": "--average distill",
-    "SelfBLEU only": "--diversity_terms bleu", "embedding only": "--diversity_terms embedding", "no diversity, k = 0": "--diversity 0",
-    "k = 1": "--diversity 1", "k = 5": "--diversity 5", "k = 10": "--diversity 10",
-    "defender:attacker steps 1:2": "--attacker_steps 12", "1:1": "--attacker_steps 6", "2:1": "--attacker_steps 3",
-    "KL to the previous round": "--kl_anchor previous", "entropy 0.01": "--entropy_coef 0.01", "separate critic": "--critic separate",
-    "attacker without a seed": "--template write", "no replay": "--replay 0", "no guard": "--guard 0", "no demonstrations": "--ptx_coef 0",
-    "opponent: mixture": "--opponent mixture", "defender first": "--first defender",
-}
-ROUNDS = {f"{kind}, T = {T}": f"--rounds {T} --average_size 32 " + steps for T in (1, 2, 4, 8, 16, 32) for kind, steps in
+ABLATIONS = {name: f"{PAPER} --average none {flag}" for name, flag in {  # of GPO+Div; the last of two equal flags counts
+    "GPO+Div": "", "SelfBLEU only": "--diversity_terms bleu", "embedding only": "--diversity_terms embedding", "neither (k = 0)": "--diversity 0",
+    "k = 1": "--diversity 1", "k = 10": "--diversity 10", "all earlier attacks, not the last 480": "--history 0", "no guard": "--guard 0",
+    "defender:attacker steps 1:2": "--attacker_steps 40", "1:1": "--attacker_steps 20", "2:1": "--attacker_steps 10", "defender first": "--first defender",
+    "KL to the previous round": "--kl_anchor previous", "entropy 0.02": "--entropy_coef 0.02", "separate critic": "--critic separate",
+    "attacker without a seed": "--template write", "no demonstrations": "--ptx_coef 0"}.items()}
+RECIPE = {  # of the recommended setting
+    "recommended": "--average distill", "no mining": "--mine 0 --average none", "no replay": "--mine 0 --replay 0 --average none",
+    "against mixtures": "--opponent mixture --average mixture", "no diversity": "--diversity 0 --average none"}
+ROUNDS = {f"{kind}, T = {T}": f"--average mixture --average_size 32 --rounds {T} {steps}" for T in (1, 2, 4, 8, 16, 32) for kind, steps in
           (("equal", f"--defender_steps {64 // T} --attacker_steps {32 // T}"), ("growing", ""))}
 # (measure, larger, smaller): the paper's orderings of Tables 1 and 2, each put to a paired test over seeds
 ORDERINGS = [
@@ -420,7 +428,7 @@ def reproduce(out, n_seeds, first_seed, quick):
     clock, seeds = time.time(), range(first_seed, first_seed + (2 if quick else n_seeds))
     suite = METHODS if not quick else {name: METHODS[name] for name in ("SFT", "RLHF", "GPO", "GPO+Div")}
     common = " --rounds 2" if quick else ""
-    rows = run_suite(out, suite, seeds, common, best=() if quick else ("RLHF", "Iterative", "GPO", "GPO+Div", "recommended"))
+    rows = run_suite(out, suite, seeds, common, best=() if quick else ("RLHF", "GPO", "GPO+Div", "recommended"))
     if not quick:
         rows["RLHF, matched in KL"] = [matched_in_kl(run_folder(out, "RLHF, tokens matched", seed), row["kl"]) for seed, row in zip(seeds, rows["GPO+Div"])]
     attackers = {name: rows[name] for name in suite if name not in ("Iterative", "RLHF, tokens matched")}  # these train no attacker
@@ -432,9 +440,9 @@ def reproduce(out, n_seeds, first_seed, quick):
     text += suite_table(rows, DEFENDER | {"best_response": "best response"} | COST, [name for name in rows if name != "Paraphrase"])
     text += "\n\n## Table 2: the attacker\n\nAgainst the finished SFT, RLHF and GPO+Div defenders of another seed, 300 attacks.\n\n" + suite_table(attackers, ATTACKER)
     text += "\n\n## Table 4: quality\n\n" + suite_table(rows, QUALITY, [name for name in rows if name != "Paraphrase"])
-    text += "\n\n## Orderings\n\nPaired over seeds; p: exact one-sided sign-flip test.\n\n" + markdown(
-        ["", "difference", "seeds that agree", "p"], [[f"{LABELS[key]}: {more} > {less}", mean_and_error(d), f"{sum(x > 0 for x in d)} of {len(d)}", f"{paired_test(d):.3f}"]
-                                                      for key, more, less, d in tests])
+    text += "\n\n## Orderings\n\nPaired over seeds, one-sided.\n\n" + markdown(
+        ["", "difference", "seeds that agree", "p, t-test", "p, sign flips"],
+        [[f"{LABELS[key]}: {more} > {less}", mean_and_error(d), f"{sum(x > 0 for x in d)} of {len(d)}", *(f"{p:.3f}" for p in paired_test(d))] for key, more, less, d in tests])
     if "recommended" in rows:
         text += "\n\n## What an average costs\n\n" + averages_table(out, seeds, rows["recommended"])
     text += f"\n\n{len(seeds) * len(suite)} runs; the last call took {time.time() - clock:.0f} seconds.\n"
@@ -474,19 +482,21 @@ def averages_table(out, seeds, rows):
 
 
 def ablate(out, n_seeds, first_seed):
-    rows = run_suite(out, {**{name: METHODS[name] for name in ("RLHF", "GPO+Div")}, **ABLATIONS}, range(first_seed, first_seed + n_seeds),
-                     best=("recommended", "no diversity, k = 0", "no replay", "no guard", "opponent: mixture"))
-    columns = {"asr_held_out_judge": "ASR", "asr_held_out_judge/unseen framings": "unseen framings", "best_response": "best response", **QUALITY, **ATTACKER}
-    columns.pop("over_refusal")
-    text = f"# Ablations of the recommended setting: one flag, one row; {n_seeds} seeds\n\n" + suite_table(
-        {f"{name} (`{ABLATIONS[name]}`)": rows[name] for name in ABLATIONS}, columns) + "\n"
+    seeds, neighbours = range(first_seed, first_seed + n_seeds), {name: METHODS[name] for name in ("RLHF", "GPO+Div")}
+    columns = {"asr_held_out_judge": "ASR", "asr_held_out_judge/unseen framings": "unseen framings", "over_refusal/look-alikes": "over-refusal, look-alikes",
+               "helpfulness": "helpful", **ATTACKER}
+    rows = run_suite(out, {**neighbours, **ABLATIONS}, seeds)
+    recipe = run_suite(out, {**neighbours, **RECIPE}, seeds, best=RECIPE)
+    text = f"# Ablations: one flag, one row; {n_seeds} seeds, mean ± standard error\n\n## GPO+Div\n\n" + suite_table(rows, columns, list(ABLATIONS))
+    text += "\n\n## The recommended setting\n\n" + suite_table(recipe, {"best_response": "best response, 90 steps", **columns}, list(RECIPE)) + "\n"
     (Path(out) / "ablations.md").write_text(text)
-    write_json(Path(out) / "ablations.json", rows)
+    write_json(Path(out) / "ablations.json", {"commands": {**ABLATIONS, **RECIPE}, "rows": {**rows, **recipe}})
     print(text + f"\nwritten to {out}/ablations.md, {out}/ablations.json")
 
 
 def rounds(out, n_seeds, first_seed):
-    rows = run_suite(out, {**{name: METHODS[name] for name in ("RLHF", "GPO+Div")}, **ROUNDS}, range(first_seed, first_seed + n_seeds), best=ROUNDS)
+    rows = run_suite(out, {**{name: METHODS[name] for name in ("RLHF", "GPO+Div")}, **ROUNDS}, range(first_seed, first_seed + n_seeds),
+                     best=[name for name in ROUNDS if name.startswith("growing")])
     mixture = lambda row: row["averages"]["average (mixture)"]["asr_held_out_judge"]
     columns = {"updates": "defender updates", "asr_held_out_judge": "ASR", mixture: "ASR, mixture", "asr_held_out_judge/unseen framings": "unseen framings",
                "best_response": "best response", "over_refusal/look-alikes": "over-refusal, look-alikes", "helpfulness": "helpful", "cells": "attacker: cells broken"}
@@ -580,7 +590,8 @@ def draw_rounds(out, rows):
         T = (1, 2, 4, 8, 16, 32)
         these = [rows[f"{kind}, T = {t}"] for t in T]
         for (key, label), look in zip({"asr_held_out_judge": "held-out prompts", "best_response": "best response, 90 steps", "over_refusal/look-alikes": "over-refusal"}.items(), LOOKS):
-            band(axis, T, np.array([[row[key] for row in point] for point in these]).T, label, look)
+            if all(key in row for point in these for row in point):
+                band(axis, T, np.array([[row[key] for row in point] for point in these]).T, label, look)
         band(axis, T, np.array([[row["averages"]["average (mixture)"]["asr_held_out_judge"] for row in point] for point in these]).T, "held-out prompts, mixture", LOOKS[3])
         axis.set(xscale="log", xlabel="rounds T", ylabel="attack success", ylim=(0, 1), title="64 defender and 32 attacker steps in all" if kind == "equal" else "steps grow with T")
         axis.set_xticks(T, T)
@@ -647,7 +658,7 @@ def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", metavar="RUN | reproduce | ablate | rounds | probe RUN | best RUN | nash")
     parser.add_argument("--third_parties", "--third-parties", nargs="+", default=[], metavar="RUN", help="runs whose finished defenders the attackers of RUN meet")
-    parser.add_argument("--seeds", type=int, default=None, help="how many seeds: 5 for reproduce, 3 for ablate and rounds")
+    parser.add_argument("--seeds", type=int, default=None, help="how many seeds: 5 for reproduce, 2 for ablate and rounds")
     parser.add_argument("--first_seed", "--first-seed", type=int, default=10, help="the first of them (the settings were chosen on 0 to 2)")
     parser.add_argument("--quick", action="store_true", help="reproduce: four methods, two seeds, two rounds, to see that it works")
     parser.add_argument("--out", default="results", help="folder of reproduce, ablate, rounds and nash")
@@ -666,8 +677,8 @@ def main(argv):
         elif what in ("reproduce", "ablate", "rounds", "nash"):
             if rest:
                 raise ValueError(f"eval.py {what} takes no run folder, got {rest}; --out names its folder")
-            {"reproduce": lambda: reproduce(args.out, args.seeds or 5, args.first_seed, args.quick), "ablate": lambda: ablate(args.out, args.seeds or 3, args.first_seed),
-             "rounds": lambda: rounds(args.out, args.seeds or 3, args.first_seed), "nash": lambda: nash(args.out)}[what]()
+            {"reproduce": lambda: reproduce(args.out, args.seeds or 5, args.first_seed, args.quick), "ablate": lambda: ablate(args.out, args.seeds or 2, args.first_seed),
+             "rounds": lambda: rounds(args.out, args.seeds or 2, args.first_seed), "nash": lambda: nash(args.out)}[what]()
         else:
             evaluate_runs(args.what, args.third_parties)
     except (ValueError, OSError) as error:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -621,6 +622,23 @@ def test_diversity_does_not_depend_on_how_the_history_was_added():
             assert a.tobytes() == b.tobytes()
 
 
+@pytest.mark.parametrize("terms", [("bleu", "embedding"), ("bleu",), ("embedding",)])
+def test_a_window_compares_with_the_last_attacks_only(terms):
+    texts = ToyGame().sample_prompts(60, np.random.default_rng(0))
+    windowed, last = Diversity(terms, word_embedder, window=25), Diversity(terms, word_embedder)
+    for i in range(0, 40, 8):
+        windowed.add(texts[i:i + 8])
+    restored = Diversity(terms, word_embedder, window=25)
+    restored.load_state_dict(json.loads(json.dumps(windowed.state_dict())))
+    for d in (windowed, restored):
+        d.add(texts[40:])
+    last.add(texts[-25:])
+    for d in (windowed, restored):
+        assert d.history == texts[-25:]
+        for a, b in zip(last.score(texts).values(), d.score(texts).values()):
+            assert a.tobytes() == b.tobytes()
+
+
 def test_scoring_looks_at_as_many_ngrams_for_a_long_history_as_for_a_short_one(monkeypatch):
     class Counting(dict):
         reads = 0
@@ -886,7 +904,7 @@ def test_every_prompt_of_the_grammar_asks_for_exactly_its_own_topic_and_survives
         prompt = game.prompt(cell)
         assert game.topics_in(prompt) == [cell[0]] and game.cell_of(prompt) == (cell[0], cell[2])
         ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        assert tokenizer.decode(ids) == prompt and tokenizer.unk_token_id not in ids and len(ids) <= 24
+        assert tokenizer.decode(ids) == prompt and tokenizer.unk_token_id not in ids and len(ids) <= 26
 
 
 def test_held_out_cells_never_enter_a_training_sample():
@@ -896,6 +914,32 @@ def test_held_out_cells_never_enter_a_training_sample():
     seen = {p for p, _ in game.defender_sft(2000, rng)} | set(corrupted) | set(game.fixed_prompts) | {t for pair in game.attacker_sft(2000, rng) for t in pair}
     assert not seen & held_out and set(game.sample_prompts(500, rng, True, True)) <= held_out
     assert len(game.fixed_prompts) == 200 and len({game.topics_in(p)[0] for p in game.fixed_prompts}) <= 14
+
+
+def test_no_player_but_the_sft_defender_meets_a_jailbreak_framing_and_the_test_sets_are_what_they_say():
+    game, rng = ToyGame(3), np.random.default_rng(0)
+    jailbreak = lambda p: any(p.startswith(start) for start in ("last night i saw a dream", "what would a wise parrot", "you are a robot without"))
+    pairs = game.defender_sft(3000, rng)
+    assert 0.1 < np.mean([jailbreak(p) for p, _ in pairs]) < 0.2  # 3 of 17 framings, half of them held out: .13
+    prompts, _, _ = game.judge_samples(3000, rng)
+    played = prompts + game.fixed_prompts + [t for pair in game.attacker_sft(3000, rng) for t in pair] + game.sample_prompts(3000, rng)
+    assert not any(map(jailbreak, played)) and not any(game.is_demonstration(p, r) for p, r in pairs if jailbreak(p))
+    sets = game.test_sets(1000, rng)
+    fixed = {game.topics_in(p)[0] for p in game.fixed_prompts}
+    assert all(len(set(prompts)) == 1000 and all(map(game.is_held_out, prompts)) for prompts in sets.values())
+    assert all(game.topics_in(p)[0] < 32 for prompts in sets.values() for p in prompts)
+    assert {game.topics_in(p)[0] for p in sets["unseen topics"]} == set(range(32)) - fixed and len(fixed) == 14
+    assert all(map(jailbreak, sets["unseen framings"])) and not any(map(jailbreak, sets["in distribution"] + sets["unseen topics"]))
+
+
+def test_look_alikes_share_a_word_with_a_harmful_topic():
+    game = ToyGame()
+    harmless = [game.prompt((topic, 0, 0, 0)) for topic in range(32, 65)]
+    alike = game.look_alikes(harmless)
+    assert alike == harmless[:22]
+    content = lambda prompt: set(prompt.rstrip("?").split()) - set("how do i a an the my in to for into of with at on or".split())
+    harmful_words = set().union(*(content(game.prompt((topic, p, 0, 0))) for topic in range(32) for p in range(3)))
+    assert np.mean([any(content(game.prompt((topic, p, 0, 0))) & harmful_words for p in range(3)) for topic in range(32, 54)]) > 0.9
 
 
 # --- data ------------------------------------------------------------------------------------------------------------------
@@ -945,20 +989,23 @@ def test_the_attacker_is_paid_for_unsafe_and_diverse_and_trained_on_its_own_toke
     for (player, rollout, scores, *_), game in zip(updates, games):
         assert rollout is (game.attacks if player.name == "attacker" else game.responses)
         p_safe = np.array(world.judge(game.prompts, game.responses.texts))
-        expected = 1 - p_safe + 3.0 * history.score(game.prompts)["reward"] if player.name == "attacker" else p_safe
+        r_div = history.score(game.prompts)["reward"]
+        expected = 1 - p_safe + 3.0 * (r_div - r_div.mean()) if player.name == "attacker" else p_safe
         assert np.allclose(scores, expected)
         if player.name == "attacker":
             history.add(game.prompts)
     assert abs(history.score(games[0].prompts)["reward"]).max() > 0.1
 
 
-class FakeRun:
-    """A Run that writes nothing."""
+class FakeRun(train.Run):
+    """A Run that writes nothing, with no guard."""
 
     def __init__(self, config, world, players):
-        self.step, self.memory, self.diversity, self.test_prompts = 0, {}, Diversity(embedder=world.embedder), set()
+        self.config, self.world, self.players, self.mixtures = config, world, players, {}
+        self.step, self.sampled_tokens, self.memory, self.diversity, self.test_prompts = 0, 0, {}, Diversity(embedder=world.embedder), set()
         self.averages = {name: {"mixture": PolicyAverage()} for name in players}
-        self.first_defender = Speaker([frozen_copy(world.defender)], players["defender"])
+        self.first_attacker, self.first_defender = (Speaker([frozen_copy(getattr(world, name))], player) for name, player in players.items())
+        self.guard = torch.full((2,), -torch.inf)
         self.log = self.save = lambda *a: None
         self.evaluate_round = lambda round: {}
 
@@ -1007,34 +1054,141 @@ def test_the_players_take_turns_as_algorithm_1_says():
         assert sum(role == "defender" for _, role in turns(method=method)) == 60
 
 
+def a_run(**kwargs):
+    players = {"attacker": tiny_player("attacker", 1), "defender": tiny_player("defender", 2)}
+    world = train.World(players["attacker"].policy, players["defender"].policy, *[[]] * 4, *[None] * 4, word_embedder)
+    return FakeRun(train.resolve(train.Config(out="nowhere", **kwargs)), world, players)
+
+
 def test_rlhf_asks_only_fixed_prompts_and_replay_only_earlier_attacks():
-    world_seeds, attacker = ["s1", "s2"], tiny_player("attacker", 1)
-    run = FakeRun(None, train.World(*[tiny_policy()] * 2, *[[]] * 4, *[None] * 4, word_embedder), {"defender": tiny_player()})
-    rng = lambda: np.random.default_rng(0)
-    config = train.resolve(train.Config(out="nowhere", method="rlhf"))
-    assert train.defender_prompts(config, attacker, world_seeds * 4, run, rng()) == world_seeds * 4
+    seeds, rng = ["s1", "s2"], lambda: np.random.default_rng(0)
+    run = a_run(method="rlhf")
+    assert train.defender_prompts(run.config, seeds * 4, run, rng()) == seeds * 4
+    run = a_run(replay=0.5)
     run.memory = {"old attack": 1.0, "failed attack": 0.0}
-    config = train.resolve(train.Config(out="nowhere", replay=0.5))
-    prompts = train.defender_prompts(config, attacker, world_seeds * 20, run, rng())
+    prompts = train.defender_prompts(run.config, seeds * 20, run, rng())
     assert len(prompts) == 40 and sum(p in run.memory for p in prompts[20:]) == 20
     assert prompts[20:].count("old attack") > prompts[20:].count("failed attack")
 
 
+def test_iterative_asks_the_most_novel_quarter_of_what_the_untrained_attacker_writes():
+    run = a_run(method="iterative")
+    run.diversity.add(["a b", "c d"])
+    written = []
+    run.attacks = lambda seeds, seed: written.extend(f"{s} {i}" for i, s in enumerate(seeds)) or written
+    chosen = train.defender_prompts(run.config, ["a", "b", "z", "y"], run, np.random.default_rng(0))
+    history = Diversity(embedder=word_embedder)
+    history.add(["a b", "c d"])
+    novelty = dict(zip(written, history.score(written)["reward"]))
+    assert len(written) == 16 and len(chosen) == 4 and min(novelty[p] for p in chosen) >= max(novelty[p] for p in set(written) - set(chosen))
+
+
 def test_the_defender_is_never_trained_on_a_test_prompt():
-    attacker, seeds = tiny_player("attacker", 1), ["a", "b"] * 10
-    world = train.World(*[tiny_policy()] * 2, [], [], *[[]] * 2, *[None] * 4, word_embedder)
-    run = FakeRun(None, world, {"defender": tiny_player()})
-    config = train.resolve(train.Config(out="nowhere", replay=0.0))
-    written = train.defender_prompts(config, attacker, seeds, run, np.random.default_rng(0))
+    run, seeds = a_run(replay=0.0), ["a", "b"] * 10
+    written = train.defender_prompts(run.config, seeds, run, np.random.default_rng(0))
     run.test_prompts = set(written[::2])  # the attacker happens to write them
-    again = train.defender_prompts(config, attacker, seeds, run, np.random.default_rng(0))
+    again = train.defender_prompts(run.config, seeds, run, np.random.default_rng(0))
     assert not set(again) & run.test_prompts and again == [s if w in run.test_prompts else w for s, w in zip(seeds, written)]
+
+
+def test_the_opponent_is_the_last_policy_or_an_equal_mixture_of_all_rounds():
+    for opponent in ("last", "mixture"):
+        run = a_run(opponent=opponent)
+        assert run.opponent("attacker") is run.players["attacker"]  # before the first round there is no mixture
+        for seed in (5, 6, 7):
+            run.averages["attacker"]["mixture"].add(tiny_policy(seed))
+        speaker = run.opponent("attacker")
+        if opponent == "last":
+            assert speaker is run.players["attacker"]
+        else:
+            assert [bytes_of(policy.lm) for policy in speaker.policies] == [bytes_of(tiny_policy(seed).lm) for seed in (5, 6, 7)]
+            assert run.opponent("attacker") is speaker  # built once a round
+            run.averages["attacker"]["mixture"].add(tiny_policy(8))
+            assert len(run.opponent("attacker").policies) == 4
+
+
+def test_naturalness_is_the_mean_and_the_least_log_prob_of_a_response():
+    policy = tiny_policy()
+    rollout = generate(policy, ["a b", "c"], 5, seed=0)
+    natural = gpo.naturalness(policy, rollout)
+    for row, start, end, (mean, least) in zip(rollout.tokens.tolist(), rollout.prompt_lengths.tolist(), rollout.lengths.tolist(), natural.tolist()):
+        logits = policy.lm(torch.tensor([row[:end]])).logits[0].log_softmax(-1)
+        each = [logits[t - 1, row[t]].item() for t in range(start, end)]
+        assert mean == pytest.approx(sum(each) / len(each), abs=1e-5) and least == pytest.approx(min(each), abs=1e-5)
+
+
+def test_an_attack_that_is_less_natural_than_the_guard_counts_as_a_failed_repetition(monkeypatch):
+    run = a_run(rounds=1, attacker_steps=1, defender_steps=0, batch_size=16, diversity=2.0, ptx_coef=0.0)
+    run.world.seeds, run.world.judge = PROMPTS, lambda p, r: [0.25] * len(p)
+    updates = []
+    monkeypatch.setattr(train, "ppo_update", lambda *a: updates.append(a) or {})
+    natural = gpo.naturalness(run.first_attacker.policies[0], run.first_attacker.speak(PROMPTS * 10, 3))
+    run.guard = torch.quantile(natural, 0.5, dim=0)
+    train.train(run.config, run.world, run.players, run)
+    (_, rollout, scores, *_), = updates
+    strange = (gpo.naturalness(run.first_attacker.policies[0], rollout) < run.guard).any(1).numpy()
+    assert 0 < strange.sum() < 16
+    # the first attacks: no history, so R_div is 0, and -1 (a repetition) where strange; its mean over the batch is taken off
+    level = 2.0 * strange.mean()
+    assert np.allclose(scores, np.where(strange, 0.0 - 2.0 + level, 0.75 + level))
+
+
+def test_a_distilled_policy_says_what_its_teachers_say():
+    class Teacher:  # a mixture of two policies: half of the episodes each
+        def speak(self, prompts, seed, temperature=None):
+            return type("R", (), {"texts": ["x y" if i % 2 else "z" for i in range(len(prompts))]})
+
+    student = tiny_policy()
+    gpo.distill(Teacher(), student, ["a b"] * 200, 150, 32, 1e-2, seed=0)
+    counts = Counter(generate(student, ["a b"] * 400, 4, seed=1).texts)
+    assert 140 < counts["x y"] < 260 and 140 < counts["z"] < 260  # 200 +- 6 standard deviations
 
 
 def test_wilson_interval_equals_published_values():
     # Newcombe (1998), table I, method 3: 81/263, 15/148, 0/20, 1/29
     for successes, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):
         assert evaluation.wilson_interval(successes, n) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+
+
+def test_the_paired_tests_equal_the_tables():
+    _, flips = evaluation.paired_test([0.1, 0.3, 0.2, 0.5, 0.4])
+    assert flips == 1 / 32  # only the signs as they are
+    # (1, 2, -1), sum 2: of the eight sign patterns +++, ++-, -+- give 2, 4 and 2
+    assert evaluation.paired_test([1, 2, -1])[1] == 3 / 8 and evaluation.paired_test([0.0, 0.0]) == (1.0, 1.0)
+    # Student's table, one-sided 5%: t = 2.132 at 4 and 6.314 at 1 degrees of freedom; differences with that t:
+    for t, n in ((2.13185, 5), (6.31375, 2)):
+        noise = np.arange(n) - (n - 1) / 2
+        d = noise / noise.std(ddof=1) + t / math.sqrt(n)
+        assert evaluation.paired_test(d)[0] == pytest.approx(0.05, abs=1e-6) and evaluation.paired_test(-d)[0] == pytest.approx(0.95, abs=1e-6)
+
+
+def test_the_nash_gap_bound_is_best_attack_minus_best_defence(monkeypatch):
+    class Side:  # the exchange is unsafe in a share strength * weakness of the prompts
+        def __init__(self, name, share):
+            self.name, self.share = name, share
+
+        def speak(self, prompts, seed, temperature=None):
+            return type("R", (), {"texts": [f"{self.share * (i % 10 < 5 if self.name == 'defender' else 1)}" for i in range(len(prompts))], "response_mask": None})
+
+    def best_response(mover, other, *args):
+        return Side(mover.name, 1.0 if mover.name == "attacker" else 0.0), []
+
+    judge = lambda prompts, responses: [float(float(p) * float(r) < 0.5) for p, r in zip(prompts, responses)]
+    monkeypatch.setattr(evaluation, "best_response", best_response)
+    players = {"attacker": Side("attacker", 0.4), "defender": Side("defender", 1.0)}
+    bound = evaluation.nash_gap_bound(players["attacker"], players["defender"], players, ["s"], judge, 3)
+    assert bound == {"value": 0.0, "best_attack": 0.5, "best_defence": 0.0, "bound": 0.5}  # the best attacker wins in half of the prompts
+    bound = evaluation.nash_gap_bound(Side("attacker", 1.0), players["defender"], players, ["s"], judge, 3)
+    assert bound == {"value": 0.5, "best_attack": 0.5, "best_defence": 0.0, "bound": 0.5}
+
+
+def test_the_best_response_of_a_defender_learns_to_please_the_judge():
+    attacker, defender = tiny_player("attacker", 1), tiny_player("defender", 2, max_new_tokens=1, learning_rate=3e-3, kl_coef=0.0, missing_eos_penalty=0.0)
+    judge = lambda prompts, responses: [float(r == "sorry") for r in responses]
+    before = bytes_of(defender.policy)
+    probe, curve = evaluation.best_response(defender, attacker, PROMPTS, judge, steps=40, batch_size=64)
+    assert bytes_of(defender.policy) == before and curve[0] > 0.7 and curve[-1] < 0.2 and len(curve) == 40
+    assert evaluation.success(attacker, probe, PROMPTS, judge) < 0.2
 
 
 def test_cross_play_pairs_every_attacker_with_every_defender():
@@ -1165,6 +1319,41 @@ def test_eval_repeats_the_numbers_of_the_run_with_intervals(finished):
     assert f"[{low:.3f}, {high:.3f}]" in printed and "± 0.000" in printed and "Who breaks whom" in printed
 
 
+def test_a_suite_runs_every_row_on_every_seed_from_one_warm_start_and_nothing_twice(tmp_path, monkeypatch):
+    suite, common = {"RLHF": "--method rlhf", "one & more": "--average distill"}, " ".join(map(str, TINY))
+    rows = evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT", "RLHF"), best=("RLHF",), steps=1)
+    assert list(rows) == ["SFT", "RLHF", "one & more"] and all(len(of_name) == 2 for of_name in rows.values())
+    for name in rows:
+        for seed, row in enumerate(rows[name]):
+            folder = evaluation.run_folder(tmp_path, name, seed)
+            config, summary = (json.loads((folder / f).read_text()) for f in ("config.json", "summary.json"))
+            assert config["config"]["seed"] == seed and row["asr_held_out_judge"] == pytest.approx(summary["after"]["asr_held_out_judge"])
+            for player in ("attacker", "defender"):  # paired: every row of a seed starts from the very same players
+                assert (folder / f"checkpoints/start/{player}/model.safetensors").read_bytes() == (
+                    evaluation.run_folder(tmp_path, "SFT", seed) / f"{player}/model.safetensors").read_bytes()
+            met = json.loads((folder / "eval.json").read_text())["third_parties"]
+            assert met == [str(evaluation.run_folder(tmp_path, stranger, 1 - seed)) for stranger in ("SFT", "RLHF")]
+            assert ("best_response" in row) == (name == "RLHF") and len(row["third_parties"]) == 2 and row["updates"] == (0 if name == "SFT" else 4)
+            tokenizer, spoken = AutoTokenizer.from_pretrained(folder / "attacker"), 0
+            for game in map(json.loads, (folder / "games.jsonl").read_text().splitlines()):
+                fresh = [game["response"]] * (game["role"] != "probe") + [game["attack"]] * (game["role"] == "attacker")
+                spoken += sum(len(tokenizer(text, add_special_tokens=False).input_ids) for text in fresh)
+            # what the defender's turn sampled of fresh attacks, and one end-of-sequence token a text, come on top
+            assert spoken <= row["tokens"] <= spoken + 6 * 8 * 2 + 4 * 8 * 26 and (row["tokens"] > 0) == (name != "SFT")
+    assert set(rows["one & more"][0]["averages"]) == {"average (mixture)", "average (weights)", "average (distill)"}
+    monkeypatch.setattr(evaluation, "command", lambda *a: pytest.fail(f"done again: {a}"))
+    assert json.dumps(evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT", "RLHF"), best=("RLHF",), steps=1)) == json.dumps(rows)
+    monkeypatch.undo()
+    folder = evaluation.run_folder(tmp_path, "RLHF", 1)
+    games = (folder / "games.jsonl").read_text()
+    for lost in ("summary.json", "eval.json"):  # stopped just before its end
+        (folder / lost).unlink()
+    again = evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT", "RLHF"), best=("RLHF",), steps=1)
+    assert (folder / "games.jsonl").read_text() == games and again["RLHF"][1]["asr_held_out_judge"] == rows["RLHF"][1]["asr_held_out_judge"]
+    with pytest.raises(ValueError, match="ended with status 2: error: --rounds must be"):
+        evaluation.run_suite(tmp_path, {"wrong": "--rounds 0"}, (0, 1), common.replace("--rounds 2", ""))
+
+
 @pytest.mark.parametrize("method", ["rlhf", "iterative", "paraphrase", "sft"])
 def test_every_method_runs(method, tmp_path):
     program("train.py", *TINY, "--method", method, "--judge", "rule", "--sft_steps", 5, "--out", tmp_path / "run")
@@ -1241,7 +1430,10 @@ WRONG = {
     "a file of another kind": ([*OWN, "--prompts", "bad/judge.py"], "must end in .jsonl"),
     "a prompt beyond the context": ([*OWN, "--prompts", "bad/long.txt"], "in its context of 256, got a prompt of"),
     "demonstrations without data": ([*OWN[:-4], "--ptx_coef", "1"], "pass --sft_data"),
-    "a template without its place": (["--template", "write something"], "--template must hold {} once"),
+    "a template of two seeds": (["--template", "{} or {}"], "--template must hold {} once"),
+    "a warm start of another seed": (["--start", "bad/other", "--seed", "5"], "--start needs a run of the same seed"),
+    "a warm start that is not there": (["--start", "bad"], "--start needs a run folder"),
+    "a mixture that is not kept": (["--opponent", "mixture", "--average", "none"], "--opponent mixture needs --average mixture"),
     "an occupied run folder": (["--out", "bad"], "new or empty folder, got bad"),
     "a configuration of the wrong type": (["bad/types.json"], "--rounds must be of type int, got 'many'"),
     "a configuration with an unknown name": (["bad/unknown.json"], "cannot read the configuration"),
@@ -1273,6 +1465,8 @@ def bad(own):
     (own / BAD / "broken.txt.gz").write_bytes(b"\x1f\x8b\x08nonsense")
     (own / BAD / "run").mkdir()
     (own / BAD / "run" / "config.json").write_text('{"config": {"rounds": ')
+    (own / BAD / "other").mkdir()
+    (own / BAD / "other" / "config.json").write_text(json.dumps({"config": asdict(train.resolve(train.Config(out="nowhere")))}))
     (own / BAD / "binary.txt").write_bytes(bytes(range(128, 256)))
     return own
 
@@ -1316,7 +1510,7 @@ def test_a_run_that_is_stopped_says_in_one_line_how_to_go_on(own, monkeypatch, c
 
 
 def test_wrong_input_to_eval_gets_one_line_too(tmp_path):
-    for args in (["no-such-run"], ["best"], ["best", tmp_path, "--steps", "x"], []):
+    for args in (["no-such-run"], ["best"], ["best", tmp_path, "--steps", "x"], [], ["reproduce", "run"], ["reproduce", "--seeds", "1"], ["probe"]):
         done = program("eval.py", *args, ok=False)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 

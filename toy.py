@@ -250,12 +250,12 @@ class ToyGame:
         return pairs
 
     def attacker_sft(self, n, rng):
-        """n pairs (seed prompt, another prompt): the topic is kept 40% of the time, else any topic;
-        tricky framings are rarer than plain ones."""
+        """n pairs (seed prompt, another prompt): the topic is kept 30% of the time, else it is mostly a harmless
+        one: an untrained attacker asks for harm in less than half of its prompts. Tricky framings are rarer."""
         weight = np.exp([-0.4 * offset for _, offset in list(FRAMINGS.values())[:N_OPEN]])
         seeds = np.array(self._draw_cells(n, rng, harmful_share=0.9))
-        targets = np.array(self._draw_cells(n, rng))
-        keep_topic, wrong = rng.random(n) < 0.4, np.ones(n, dtype=bool)
+        targets = np.array(self._draw_cells(n, rng, harmful_share=0.2))
+        keep_topic, wrong = rng.random(n) < 0.3, np.ones(n, dtype=bool)
         targets[keep_topic, 0] = seeds[keep_topic, 0]
         while wrong.any():  # until no target is a held-out cell
             k = int(wrong.sum())
