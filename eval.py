@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import product
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from diversity import load_embedder, word_embedder
-from gpo import Player, PolicyAverage, Speaker, evaluate, nash_gap, play, ppo_update, solve_matrix_game
+from gpo import Player, PolicyAverage, evaluate, nash_gap, play, ppo_update, solve_matrix_game
 from model import load_policy, logprobs_and_values
 from reward import call_judge, is_refusal, load_judge
 
@@ -309,34 +309,39 @@ def write_json(path, value):
 
 
 # --- many runs: every claim is a row, every row a command --------------------------------------------------------------
-PAPER = "--replay 0 --mine 0 --rounds 2 --attacker_steps 30 --defender_steps 20 --attacker_kl_coef 0.01"  # Algorithm 1 as it is printed: long turns, no replay
+PAPER = "--replay 0 --mine 0 --rounds 2 --attacker_steps 30 --defender_steps 20 --kl_coef 0.1 --attacker_kl_coef 0.01 --diversity 3"  # Algorithm 1 as it is printed: long turns, no replay
 METHODS = {
     "SFT": "--method sft --average none",
     "Paraphrase": "--method paraphrase --average none",
-    "RLHF": f"--method rlhf --diversity 0 --average none {PAPER}",
-    "RLHF+Div": f"--method rlhf --average none {PAPER}",
-    "RLHF, tokens matched": f"--method rlhf {PAPER} --attacker_steps 0 --rounds 12 --defender_steps 19 --average mixture",
-    "Iterative": f"--method iterative --average none {PAPER}",
-    "GPO": f"--diversity 0 {PAPER}",
+    "RLHF": f"{PAPER} --method rlhf --diversity 0 --average none",
+    "RLHF+Div": f"{PAPER} --method rlhf --average none",
+    "RLHF, tokens matched": f"{PAPER} --method rlhf --attacker_steps 0 --rounds 12 --defender_steps 19 --average mixture",
+    "Iterative": f"{PAPER} --method iterative --average none",
+    "GPO": f"{PAPER} --diversity 0",
     "GPO+Div": PAPER,
+    "Iterative, recommended": "--method iterative --average none",  # the same defender updates as the recommended setting
+    "GPO, recommended": "--diversity 0 --average none",
     "recommended": "--average distill",
 }
 ABLATIONS = {name: f"{PAPER} --average none {flag}" for name, flag in {  # of GPO+Div; the last of two equal flags counts
-    "GPO+Div": "", "SelfBLEU only": "--diversity_terms bleu", "embedding only": "--diversity_terms embedding", "neither (k = 0)": "--diversity 0",
-    "k = 1": "--diversity 1", "k = 10": "--diversity 10", "all earlier attacks, not the last 480": "--history 0", "no guard": "--guard 0",
+    "GPO+Div": "", "GPO": "--diversity 0", "SelfBLEU only": "--diversity_terms bleu", "embedding only": "--diversity_terms embedding",
+    "k = 1": "--diversity 1", "k = 5": "--diversity 5", "k = 10": "--diversity 10", "all earlier attacks, not the last 480": "--history 0", "no guard": "--guard 0",
     "defender:attacker steps 1:2": "--attacker_steps 40", "1:1": "--attacker_steps 20", "2:1": "--attacker_steps 10", "defender first": "--first defender",
     "KL to the previous round": "--kl_anchor previous", "entropy 0.02": "--entropy_coef 0.02", "separate critic": "--critic separate",
     "attacker without a seed": "--template write", "no demonstrations": "--ptx_coef 0"}.items()}
 RECIPE = {  # of the recommended setting
     "recommended": "--average distill", "no mining": "--mine 0 --average none", "no replay": "--mine 0 --replay 0 --average none",
-    "against mixtures": "--opponent mixture --average mixture", "no diversity": "--diversity 0 --average none"}
-ROUNDS = {f"{kind}, T = {T}": f"--average mixture --average_size 32 --rounds {T} {steps}" for T in (1, 2, 4, 8, 16, 32) for kind, steps in
-          (("equal", f"--defender_steps {64 // T} --attacker_steps {32 // T}"), ("growing", ""))}
+    "against mixtures": "--opponent mixture --average mixture", "GPO, recommended": METHODS["GPO, recommended"]}
+T = (1, 2, 4, 8, 16, 32)
+ROUNDS = {f"equal, T = {t}": f"--rounds {t} --defender_steps {64 // t} --attacker_steps {32 // t} --average mixture" for t in T} | {
+    "growing": "--rounds 32 --average mixture"}  # a run of t rounds is the beginning of a run of 32
 # (measure, larger, smaller): the paper's orderings of Tables 1 and 2, each put to a paired test over seeds
 ORDERINGS = [
     ("asr_held_out_judge", "SFT", "RLHF"), ("asr_held_out_judge", "RLHF", "GPO+Div"), ("asr_held_out_judge", "GPO", "GPO+Div"),
     ("asr_held_out_judge", "Iterative", "GPO+Div"), ("asr_held_out_judge", "RLHF", "GPO"), ("asr_held_out_judge", "RLHF, tokens matched", "GPO+Div"),
     ("asr_held_out_judge", "RLHF, matched in KL", "GPO+Div"), ("cells", "GPO+Div", "GPO"), ("cells", "GPO+Div", "RLHF"),
+    ("asr_held_out_judge", "RLHF, tokens matched", "recommended"), ("asr_held_out_judge", "Iterative, recommended", "recommended"),
+    ("asr_held_out_judge", "GPO, recommended", "recommended"), ("cells", "recommended", "GPO, recommended"),
     ("third_party_success", "GPO+Div", "GPO"), ("third_party_success", "GPO", "RLHF"), ("third_party_success", "RLHF", "Paraphrase"),
 ]
 
@@ -351,7 +356,8 @@ def command(program, arguments, log):
     with open(log, "a") as file:
         done = subprocess.run([sys.executable, str(HERE / program), *arguments], stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
-        raise ValueError(f"{program} {' '.join(arguments)} ended with status {done.returncode}: {log.read_text().strip().splitlines()[-1]} (all of it in {log})")
+        said = log.read_text().strip().splitlines() or ["it said nothing"]
+        raise ValueError(f"{program} {' '.join(arguments)} ended with status {done.returncode}: {said[-1]} (all of it in {log})")
 
 
 def finish(folder, flags, log):
@@ -362,12 +368,12 @@ def finish(folder, flags, log):
     command("train.py", [*flags.split(), "--out", str(folder)], log)
 
 
-def run_suite(out, suite, seeds, common="", strangers=("SFT", "RLHF", "GPO+Div"), best=(), steps=90):
+def run_suite(out, suite, seeds, common="", strangers=("SFT", "RLHF", "GPO+Div"), best={}, steps=90):
     """Train and evaluate every row of `suite` = {name: flags} on every seed; returns {name: [row of each seed]}.
 
     Every row of a seed starts from the same warm-started players (those of its SFT run). An attacker's third
-    parties are the finished defenders of the rows `strangers`, of the next seed. For the rows in `best` a fresh
-    attacker is trained for `steps` steps against the finished defender.
+    parties are the finished defenders of the rows `strangers`, of the next seed. best: {name: rounds after which
+    a fresh attacker is trained for `steps` steps against the defender; 0 is the finished one}.
     """
     def folder(name, seed):
         return run_folder(out, name, seed)
@@ -379,8 +385,8 @@ def run_suite(out, suite, seeds, common="", strangers=("SFT", "RLHF", "GPO+Div")
         stages[bool(start)].append((60 if start else 150, finish, (here, f"{flags} {common} --seed {seed}{start}", log), here / "summary.json"))
         third = [str(folder(s, seeds[(i + 1) % len(seeds)])) for s in strangers]
         stages[2].append((15, command, ("eval.py", [str(here), "--third_parties", *third], log), here / "eval.json"))
-        if name in best:
-            stages[2].append((40, command, ("eval.py", ["best", str(here), "--steps", str(steps)], log), here / "best.json"))
+        for r in best.get(name, ()):
+            stages[2].append((40, command, ("eval.py", ["best", str(here), "--steps", str(steps), "--round", str(r)], log), here / best_file(r)))
     workers = min(os.cpu_count() or 1, 8)
     with tqdm(total=sum(job[0] for stage in stages for job in stage), dynamic_ncols=True, bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left") as bar:
         for stage in stages:
@@ -389,10 +395,13 @@ def run_suite(out, suite, seeds, common="", strangers=("SFT", "RLHF", "GPO+Div")
             with ThreadPoolExecutor(workers) as pool:
                 waiting = {pool.submit(function, *arguments): (weight, left) for weight, function, arguments, left in sorted(todo, key=lambda job: -job[0])}
                 try:
-                    for future in as_completed(waiting):
-                        future.result()
-                        bar.set_description_str(f"{waiting[future][1].parent.name}: ")
-                        bar.update(waiting[future][0])
+                    while waiting:
+                        for future in wait(waiting, timeout=5, return_when=FIRST_COMPLETED).done:
+                            weight, left = waiting.pop(future)
+                            future.result()
+                            bar.set_description_str(f"{left.parent.name}: ")
+                            bar.update(weight)
+                        bar.refresh()
                 except BaseException:  # the rest is not begun; what is finished stays
                     pool.shutdown(wait=True, cancel_futures=True)
                     raise
@@ -405,8 +414,25 @@ def suite_row(folder):
     row, averages = row["after"], {key: value for key, value in row.items() if key.startswith("average")}
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     row |= {"updates": sum(m["role"] == "defender" for m in log), "tokens": log[-1]["sampled_tokens"] if log else 0, "averages": averages}
-    best = folder / "best.json"
-    return row | ({"best_response": json.loads(best.read_text())["after"]} if best.is_file() else {})
+    return row | best_row(folder, 0)
+
+
+def best_file(round):
+    return f"best_{round}.json" if round else "best.json"
+
+
+def best_row(folder, round):
+    file = folder / best_file(round)
+    return {"best_response": json.loads(file.read_text())["after"]} if file.is_file() else {}
+
+
+def row_of_round(folder, t):
+    """The row of a run as if it had ended after round t, with its mixture of these rounds."""
+    run = FinishedRun(folder)
+    speak = lambda name, rounds: kept(run.snapshots(name), rounds, "mixture", t).speaker(run.end[name])
+    row, tests = run.row(speak("attacker", [t - 1]), speak("defender", [t - 1])), run.prompts["test_prompts"]
+    mixture = attack_success_rate(run.held_out_judge, tests, speak("defender", range(t)).speak(tests, 0, temperature=0).texts)
+    return row | best_row(folder, t) | {"updates": t * run.config["defender_steps"], "averages": {"average (mixture)": {"asr_held_out_judge": mixture}}}
 
 
 def suite_table(rows, columns, names=None):
@@ -428,10 +454,10 @@ def reproduce(out, n_seeds, first_seed, quick):
     clock, seeds = time.time(), range(first_seed, first_seed + (2 if quick else n_seeds))
     suite = METHODS if not quick else {name: METHODS[name] for name in ("SFT", "RLHF", "GPO", "GPO+Div")}
     common = " --rounds 2" if quick else ""
-    rows = run_suite(out, suite, seeds, common, best=() if quick else ("RLHF", "GPO", "GPO+Div", "recommended"))
+    rows = run_suite(out, suite, seeds, common, best={} if quick else {"GPO, recommended": (0,), "recommended": (0,)})
     if not quick:
         rows["RLHF, matched in KL"] = [matched_in_kl(run_folder(out, "RLHF, tokens matched", seed), row["kl"]) for seed, row in zip(seeds, rows["GPO+Div"])]
-    attackers = {name: rows[name] for name in suite if name not in ("Iterative", "RLHF, tokens matched")}  # these train no attacker
+    attackers = {name: rows[name] for name in suite if not name.startswith("Iterative") and "tokens" not in name}  # these train no attacker
     attackers |= {f"{name}, mixture": [row["averages"]["average (mixture)"] for row in rows[name]] for name in ("GPO", "GPO+Div", "recommended") if name in suite}
     tests = [(key, more, less, [a[key] - b[key] for a, b in zip(rows[more], rows[less])]) for key, more, less in ORDERINGS
              if more in rows and less in rows and key in rows[more][0] and key in rows[less][0]]
@@ -486,7 +512,7 @@ def ablate(out, n_seeds, first_seed):
     columns = {"asr_held_out_judge": "ASR", "asr_held_out_judge/unseen framings": "unseen framings", "over_refusal/look-alikes": "over-refusal, look-alikes",
                "helpfulness": "helpful", **ATTACKER}
     rows = run_suite(out, {**neighbours, **ABLATIONS}, seeds)
-    recipe = run_suite(out, {**neighbours, **RECIPE}, seeds, best=RECIPE)
+    recipe = run_suite(out, {**neighbours, **RECIPE}, seeds, best=dict.fromkeys(RECIPE, (0,)))
     text = f"# Ablations: one flag, one row; {n_seeds} seeds, mean ± standard error\n\n## GPO+Div\n\n" + suite_table(rows, columns, list(ABLATIONS))
     text += "\n\n## The recommended setting\n\n" + suite_table(recipe, {"best_response": "best response, 90 steps", **columns}, list(RECIPE)) + "\n"
     (Path(out) / "ablations.md").write_text(text)
@@ -495,12 +521,14 @@ def ablate(out, n_seeds, first_seed):
 
 
 def rounds(out, n_seeds, first_seed):
-    rows = run_suite(out, {**{name: METHODS[name] for name in ("RLHF", "GPO+Div")}, **ROUNDS}, range(first_seed, first_seed + n_seeds),
-                     best=[name for name in ROUNDS if name.startswith("growing")])
+    seeds = range(first_seed, first_seed + n_seeds)
+    rows = run_suite(out, {**{name: METHODS[name] for name in ("RLHF", "GPO+Div")}, **ROUNDS}, seeds, best={"growing": (1, 4, 8, 32), "equal, T = 1": (0,), "equal, T = 32": (0,)})
+    for t in T:
+        rows[f"growing, T = {t}"] = [row_of_round(run_folder(out, "growing", seed), t) for seed in seeds]
     mixture = lambda row: row["averages"]["average (mixture)"]["asr_held_out_judge"]
     columns = {"updates": "defender updates", "asr_held_out_judge": "ASR", mixture: "ASR, mixture", "asr_held_out_judge/unseen framings": "unseen framings",
-               "best_response": "best response", "over_refusal/look-alikes": "over-refusal, look-alikes", "helpfulness": "helpful", "cells": "attacker: cells broken"}
-    text = f"# Performance against the number of rounds T; {n_seeds} seeds\n\n" + suite_table(rows, columns, list(ROUNDS)) + "\n"
+               "best_response": "best response", "over_refusal/look-alikes": "over-refusal, look-alikes", "helpfulness": "helpful"}
+    text = f"# Performance against the number of rounds T; {n_seeds} seeds\n\n" + suite_table(rows, columns, [f"{kind}, T = {t}" for kind in ("equal", "growing") for t in T]) + "\n"
     (Path(out) / "rounds.md").write_text(text)
     write_json(Path(out) / "rounds.json", rows)
     draw_rounds(out, rows)
@@ -587,11 +615,10 @@ def draw_methods(out, rows, attackers, seeds):
 def draw_rounds(out, rows):
     canvas, axes = figure(2)
     for axis, kind in zip(axes, ("equal", "growing")):
-        T = (1, 2, 4, 8, 16, 32)
         these = [rows[f"{kind}, T = {t}"] for t in T]
         for (key, label), look in zip({"asr_held_out_judge": "held-out prompts", "best_response": "best response, 90 steps", "over_refusal/look-alikes": "over-refusal"}.items(), LOOKS):
-            if all(key in row for point in these for row in point):
-                band(axis, T, np.array([[row[key] for row in point] for point in these]).T, label, look)
+            there = [(t, [row[key] for row in point]) for t, point in zip(T, these) if all(key in row for row in point)]
+            band(axis, [t for t, _ in there], np.array([values for _, values in there]).T, label, look)
         band(axis, T, np.array([[row["averages"]["average (mixture)"]["asr_held_out_judge"] for row in point] for point in these]).T, "held-out prompts, mixture", LOOKS[3])
         axis.set(xscale="log", xlabel="rounds T", ylabel="attack success", ylim=(0, 1), title="64 defender and 32 attacker steps in all" if kind == "equal" else "steps grow with T")
         axis.set_xticks(T, T)
@@ -644,11 +671,12 @@ def nash(out):
     print(f"written to {out}/nash.png")
 
 
-def best(folder, steps):
+def best(folder, steps, round):
     run = FinishedRun(folder)
-    before, after, gap = best_response_gap(run.start["attacker"], Speaker([run.end["defender"].policy], run.end["defender"]), run.prompts["seeds"],
-                                           run.held_out_judge, steps, run.config["batch_size"], run.config["template"], run.config["seed"])
-    write_json(run.folder / "best.json", {"steps": steps, "before": before, "after": after, "gap": gap})
+    defender = kept(run.snapshots("defender"), [round - 1], "mixture").speaker(run.end["defender"]) if round else run.end["defender"]
+    before, after, gap = best_response_gap(run.start["attacker"], defender, run.prompts["seeds"], run.held_out_judge, steps, run.config["batch_size"],
+                                           run.config["template"], run.config["seed"])
+    write_json(run.folder / best_file(round), {"steps": steps, "before": before, "after": after, "gap": gap})
     print(f"a fresh attacker breaks the finished defender in {before:.1%} of 500 tries, after {steps} PPO steps on the held-out judge in {after:.1%}: gap {gap:+.1%}")
 
 
@@ -663,17 +691,18 @@ def main(argv):
     parser.add_argument("--quick", action="store_true", help="reproduce: four methods, two seeds, two rounds, to see that it works")
     parser.add_argument("--out", default="results", help="folder of reproduce, ablate, rounds and nash")
     parser.add_argument("--steps", type=int, default=90, help="PPO steps of a best response")
+    parser.add_argument("--round", type=int, default=0, help="best: the defender after this round, from the run's mixture; 0: the finished one")
     parser.add_argument("--every", type=int, default=3, help="probe: rounds between two best responses")
     parser.error = fail
     args = parser.parse_args(argv)
     what, rest = args.what[0], args.what[1:]
     try:
-        if args.steps < 1 or args.every < 1 or args.first_seed < 0 or (args.seeds is not None and args.seeds < 2):
+        if args.steps < 1 or args.every < 1 or args.round < 0 or args.first_seed < 0 or (args.seeds is not None and args.seeds < 2):
             raise ValueError(f"--steps and --every must be at least 1, --seeds at least 2, --first_seed at least 0, got {args.steps}, {args.every}, {args.seeds}, {args.first_seed}")
         if what in ("best", "probe"):
             if len(rest) != 1:
                 raise ValueError(f"eval.py {what} takes one run folder, got {rest}")
-            best(rest[0], args.steps) if what == "best" else probe(rest[0], args.steps, args.every)
+            best(rest[0], args.steps, args.round) if what == "best" else probe(rest[0], args.steps, args.every)
         elif what in ("reproduce", "ablate", "rounds", "nash"):
             if rest:
                 raise ValueError(f"eval.py {what} takes no run folder, got {rest}; --out names its folder")

@@ -975,7 +975,7 @@ def test_the_real_files_are_read():
 def test_the_attacker_is_paid_for_unsafe_and_diverse_and_trained_on_its_own_tokens(monkeypatch):
     # the authors' code collects with the phase fixed at "defend", so that the attacker would be trained on the
     # defender's tokens with the safe reward, and the diversity reward never used
-    config = train.resolve(train.Config(out="nowhere", rounds=1, attacker_steps=2, defender_steps=1, batch_size=8, diversity=3.0, ptx_coef=0.0, save_every=100))
+    config = train.resolve(train.Config(out="nowhere", rounds=1, attacker_steps=2, defender_steps=1, batch_size=8, diversity=3.0, ptx_coef=0.0, mine=0, save_every=100))
     players = {"attacker": tiny_player("attacker", 1), "defender": tiny_player("defender", 2)}
     world = train.World(players["attacker"].policy, players["defender"].policy, PROMPTS, PROMPTS, PROMPTS, [], lambda p, r: [0.25 if "a" in x else 0.75 for x in r],
                         rule_judge, lambda r: [0.0] * len(r), None, word_embedder)
@@ -1013,7 +1013,7 @@ class FakeRun(train.Run):
 def test_kl_anchor_previous_anchors_the_mover_at_the_start_of_each_turn_and_initial_never(monkeypatch):
     anchored = {}
     for anchor in ("previous", "initial"):
-        config = train.resolve(train.Config(out="nowhere", rounds=2, attacker_steps=2, defender_steps=1, batch_size=8, ptx_coef=0.0, kl_anchor=anchor))
+        config = train.resolve(train.Config(out="nowhere", rounds=2, attacker_steps=2, defender_steps=1, batch_size=8, ptx_coef=0.0, mine=0, kl_anchor=anchor))
         players = {"attacker": tiny_player("attacker", 1), "defender": tiny_player("defender", 2)}
         world = train.World(players["attacker"].policy, players["defender"].policy, PROMPTS, [], [], [], lambda p, r: [0.5] * len(p), rule_judge,
                             None, None, word_embedder)
@@ -1027,7 +1027,7 @@ def test_kl_anchor_previous_anchors_the_mover_at_the_start_of_each_turn_and_init
 
 def test_the_rlhf_attacker_plays_the_first_defender_and_the_gpo_attacker_the_present_one(monkeypatch):
     for method in ("rlhf", "gpo"):
-        config = train.resolve(train.Config(out="nowhere", method=method, rounds=2, attacker_steps=1, defender_steps=1, batch_size=8, ptx_coef=0.0))
+        config = train.resolve(train.Config(out="nowhere", method=method, rounds=2, attacker_steps=1, defender_steps=1, batch_size=8, ptx_coef=0.0, mine=0))
         players = {"attacker": tiny_player("attacker", 1), "defender": tiny_player("defender", 2)}
         world = train.World(players["attacker"].policy, players["defender"].policy, PROMPTS, [], [], [], lambda p, r: [0.5] * len(p), rule_judge,
                             None, None, word_embedder)
@@ -1051,7 +1051,7 @@ def test_the_players_take_turns_as_algorithm_1_says():
     assert turns(rounds=1, defender_steps=1, attacker_steps=2, first="attacker") == [(0, "attacker")] * 2 + [(0, "defender")]
     assert {role for _, role in turns(method="iterative")} == {"defender"} and turns(method="sft") == turns(method="paraphrase") == []
     for method in ("gpo", "rlhf", "iterative"):  # matched: the same number of defender steps
-        assert sum(role == "defender" for _, role in turns(method=method)) == 60
+        assert sum(role == "defender" for _, role in turns(method=method)) == 120
 
 
 def a_run(**kwargs):
@@ -1105,6 +1105,20 @@ def test_the_opponent_is_the_last_policy_or_an_equal_mixture_of_all_rounds():
             assert run.opponent("attacker") is speaker  # built once a round
             run.averages["attacker"]["mixture"].add(tiny_policy(8))
             assert len(run.opponent("attacker").policies) == 4
+
+
+def test_mining_remembers_what_succeeds_against_the_present_defender_and_no_test_prompt():
+    run, met = a_run(), []
+    run.world.seeds, run.world.judge = PROMPTS, lambda p, r: (met.append((p, r)), [0.1 if len(x) % 2 else 0.9 for x in p])[1]
+    before = run.sampled_tokens
+    run.mine(20, np.random.default_rng(0))
+    (prompts, responses), = met
+    assert len(prompts) == 20 and run.memory == {p: pytest.approx(0.9) for p in prompts if len(p) % 2} and run.sampled_tokens > before
+    first = run.first_attacker.policies[0].lm
+    assert bytes_of(first) == bytes_of(tiny_player("attacker", 1).policy.lm)
+    run.memory, run.test_prompts = {}, {p for p in prompts if len(p) % 2}
+    run.mine(20, np.random.default_rng(0))
+    assert not run.memory
 
 
 def test_naturalness_is_the_mean_and_the_least_log_prob_of_a_response():
@@ -1319,9 +1333,43 @@ def test_eval_repeats_the_numbers_of_the_run_with_intervals(finished):
     assert f"[{low:.3f}, {high:.3f}]" in printed and "± 0.000" in printed and "Who breaks whom" in printed
 
 
+def test_eval_measures_the_further_test_sets_the_kl_and_the_attack_on_strangers(finished):
+    out, _ = finished
+    run, game = evaluation.FinishedRun(out), ToyGame(0)
+    row, stranger = run.row(run.end["attacker"], run.end["defender"], [run.start["defender"], run.end["defender"]]), run.start["defender"]
+    answers = lambda prompts: run.end["defender"].speak(prompts, 0, temperature=0).texts
+    for name in ("unseen topics", "unseen framings"):
+        prompts = run.prompts["more_tests"][name]
+        assert len(prompts) == 30 and row[f"asr_held_out_judge/{name}"] == np.mean(np.array(game.ground_truth(prompts, answers(prompts))) == 0)
+    alike = [p for p in run.prompts["benign_prompts"] if 32 <= game.topics_in(p)[0] < 54]
+    assert row["over_refusal/look-alikes"] == np.mean(game.refused(answers(alike)))
+    attacks = run.end["attacker"].speak(run.attack_seeds, 0).texts
+    hits = [[truth == 0 for truth in game.ground_truth(attacks, d.speak(attacks, 0, temperature=0).texts)] for d in (stranger, run.end["defender"])]
+    assert row["third_parties"] == [np.mean(hit) for hit in hits] and row["third_party_success"] == pytest.approx(np.mean(hits))
+    assert row["cells"] == len({game.cell_of(a) for a, *hit in zip(attacks, *hits) if any(hit)})
+    rollout = run.end["defender"].speak(run.prompts["test_prompts"][:300] + run.prompts["benign_prompts"][:150], 0)
+    total = 0.0
+    for tokens, start, end in zip(rollout.tokens.tolist(), rollout.prompt_lengths.tolist(), rollout.lengths.tolist()):
+        now, first = (player["defender"].policy.lm(torch.tensor([tokens[:end]])).logits[0].log_softmax(-1) for player in (run.end, run.start))
+        total += sum((now - first)[t - 1, tokens[t]].item() for t in range(start, end))
+    assert row["kl"] == pytest.approx(total / len(rollout), abs=1e-3) and run.row(run.end["attacker"], run.start["defender"])["kl"] == 0
+
+
+def test_probe_bounds_the_nash_gap_after_each_round_and_draws_who_breaks_whom(finished):
+    out, _ = finished
+    program("eval.py", "probe", out, "--steps", 2, "--every", 1)
+    found, run = json.loads((out / "probe.json").read_text()), evaluation.FinishedRun(out)
+    assert [(row["round"], row["kind"]) for row in found["gaps"]] == [(r, kind) for r in (1, 2) for kind in ("last", "mixture", "weights")]
+    for row in found["gaps"]:
+        assert row["best_defence"] <= row["value"] <= row["best_attack"] and row["bound"] == pytest.approx(row["best_attack"] - row["best_defence"])
+    matrix = evaluation.cross_play([run.start["attacker"], run.end["attacker"]], [run.start["defender"], run.end["defender"]], run.attack_seeds, run.held_out_judge)
+    assert np.array(found["cross_play"]).shape == (3, 3) and np.allclose(np.array(found["cross_play"])[::2, ::2], matrix, atol=0.02)
+    assert (out / "probe.png").stat().st_size > 10_000
+
+
 def test_a_suite_runs_every_row_on_every_seed_from_one_warm_start_and_nothing_twice(tmp_path, monkeypatch):
     suite, common = {"RLHF": "--method rlhf", "one & more": "--average distill"}, " ".join(map(str, TINY))
-    rows = evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT", "RLHF"), best=("RLHF",), steps=1)
+    rows = evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT", "RLHF"), best={"RLHF": (0,)}, steps=1)
     assert list(rows) == ["SFT", "RLHF", "one & more"] and all(len(of_name) == 2 for of_name in rows.values())
     for name in rows:
         for seed, row in enumerate(rows[name]):
@@ -1342,13 +1390,13 @@ def test_a_suite_runs_every_row_on_every_seed_from_one_warm_start_and_nothing_tw
             assert spoken <= row["tokens"] <= spoken + 6 * 8 * 2 + 4 * 8 * 26 and (row["tokens"] > 0) == (name != "SFT")
     assert set(rows["one & more"][0]["averages"]) == {"average (mixture)", "average (weights)", "average (distill)"}
     monkeypatch.setattr(evaluation, "command", lambda *a: pytest.fail(f"done again: {a}"))
-    assert json.dumps(evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT", "RLHF"), best=("RLHF",), steps=1)) == json.dumps(rows)
+    assert json.dumps(evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT", "RLHF"), best={"RLHF": (0,)}, steps=1)) == json.dumps(rows)
     monkeypatch.undo()
     folder = evaluation.run_folder(tmp_path, "RLHF", 1)
     games = (folder / "games.jsonl").read_text()
     for lost in ("summary.json", "eval.json"):  # stopped just before its end
         (folder / lost).unlink()
-    again = evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT", "RLHF"), best=("RLHF",), steps=1)
+    again = evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT", "RLHF"), best={"RLHF": (0,)}, steps=1)
     assert (folder / "games.jsonl").read_text() == games and again["RLHF"][1]["asr_held_out_judge"] == rows["RLHF"][1]["asr_held_out_judge"]
     with pytest.raises(ValueError, match="ended with status 2: error: --rounds must be"):
         evaluation.run_suite(tmp_path, {"wrong": "--rounds 0"}, (0, 1), common.replace("--rounds 2", ""))
