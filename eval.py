@@ -320,7 +320,6 @@ METHODS = {
     "GPO": f"{PAPER} --diversity 0",
     "GPO+Div": PAPER,
     "Iterative, recommended": "--method iterative --average none",  # the same defender updates as the recommended setting
-    "GPO, recommended": "--diversity 0 --average none",
     "recommended": "--average distill",
 }
 ABLATIONS = {name: f"{PAPER} --average none {flag}" for name, flag in {  # of GPO+Div; the last of two equal flags counts
@@ -331,17 +330,15 @@ ABLATIONS = {name: f"{PAPER} --average none {flag}" for name, flag in {  # of GP
     "attacker without a seed": "--template write", "no demonstrations": "--ptx_coef 0"}.items()}
 RECIPE = {  # of the recommended setting
     "recommended": "--average distill", "no mining": "--mine 0 --average none", "no replay": "--mine 0 --replay 0 --average none",
-    "against mixtures": "--opponent mixture --average mixture", "GPO, recommended": METHODS["GPO, recommended"]}
-T = (1, 2, 4, 8, 16, 32)
-ROUNDS = {f"equal, T = {t}": f"--rounds {t} --defender_steps {64 // t} --attacker_steps {32 // t} --average mixture" for t in T} | {
-    "growing": "--rounds 32 --average mixture"}  # a run of t rounds is the beginning of a run of 32
+    "against mixtures": "--opponent mixture --average mixture", "no diversity": "--diversity 0 --average none"}
+EQUAL, GROWING = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16, 20)  # T at equal total updates; T as the recommended run goes on
+ROUNDS = {f"equal, T = {t}": f"--rounds {t} --defender_steps {64 // t} --attacker_steps {64 // t} --average mixture" for t in EQUAL}
 # (measure, larger, smaller): the paper's orderings of Tables 1 and 2, each put to a paired test over seeds
 ORDERINGS = [
     ("asr_held_out_judge", "SFT", "RLHF"), ("asr_held_out_judge", "RLHF", "GPO+Div"), ("asr_held_out_judge", "GPO", "GPO+Div"),
     ("asr_held_out_judge", "Iterative", "GPO+Div"), ("asr_held_out_judge", "RLHF", "GPO"), ("asr_held_out_judge", "RLHF, tokens matched", "GPO+Div"),
     ("asr_held_out_judge", "RLHF, matched in KL", "GPO+Div"), ("cells", "GPO+Div", "GPO"), ("cells", "GPO+Div", "RLHF"),
     ("asr_held_out_judge", "RLHF, tokens matched", "recommended"), ("asr_held_out_judge", "Iterative, recommended", "recommended"),
-    ("asr_held_out_judge", "GPO, recommended", "recommended"), ("cells", "recommended", "GPO, recommended"),
     ("third_party_success", "GPO+Div", "GPO"), ("third_party_success", "GPO", "RLHF"), ("third_party_success", "RLHF", "Paraphrase"),
 ]
 
@@ -432,7 +429,7 @@ def row_of_round(folder, t):
     speak = lambda name, rounds: kept(run.snapshots(name), rounds, "mixture", t).speaker(run.end[name])
     row, tests = run.row(speak("attacker", [t - 1]), speak("defender", [t - 1])), run.prompts["test_prompts"]
     mixture = attack_success_rate(run.held_out_judge, tests, speak("defender", range(t)).speak(tests, 0, temperature=0).texts)
-    return row | best_row(folder, t) | {"updates": t * run.config["defender_steps"], "averages": {"average (mixture)": {"asr_held_out_judge": mixture}}}
+    return row | best_row(folder, t if t < run.config["rounds"] else 0) | {"updates": t * run.config["defender_steps"], "averages": {"average (mixture)": {"asr_held_out_judge": mixture}}}
 
 
 def suite_table(rows, columns, names=None):
@@ -454,7 +451,7 @@ def reproduce(out, n_seeds, first_seed, quick):
     clock, seeds = time.time(), range(first_seed, first_seed + (2 if quick else n_seeds))
     suite = METHODS if not quick else {name: METHODS[name] for name in ("SFT", "RLHF", "GPO", "GPO+Div")}
     common = " --rounds 2" if quick else ""
-    rows = run_suite(out, suite, seeds, common, best={} if quick else {"GPO, recommended": (0,), "recommended": (0,)})
+    rows = run_suite(out, suite, seeds, common, best={} if quick else {"Iterative, recommended": (0,), "recommended": (0,)})
     if not quick:
         rows["RLHF, matched in KL"] = [matched_in_kl(run_folder(out, "RLHF, tokens matched", seed), row["kl"]) for seed, row in zip(seeds, rows["GPO+Div"])]
     attackers = {name: rows[name] for name in suite if not name.startswith("Iterative") and "tokens" not in name}  # these train no attacker
@@ -522,13 +519,14 @@ def ablate(out, n_seeds, first_seed):
 
 def rounds(out, n_seeds, first_seed):
     seeds = range(first_seed, first_seed + n_seeds)
-    rows = run_suite(out, {**{name: METHODS[name] for name in ("RLHF", "GPO+Div")}, **ROUNDS}, seeds, best={"growing": (1, 4, 8, 32), "equal, T = 1": (0,), "equal, T = 32": (0,)})
-    for t in T:
-        rows[f"growing, T = {t}"] = [row_of_round(run_folder(out, "growing", seed), t) for seed in seeds]
+    rows = run_suite(out, {**{name: METHODS[name] for name in ("RLHF", "GPO+Div")}, "recommended": METHODS["recommended"], **ROUNDS}, seeds,
+                     best={"recommended": (0, 1, 4), "equal, T = 1": (0,), "equal, T = 32": (0,)})
+    for t in GROWING:  # a run of t rounds is the beginning of a longer one
+        rows[f"growing, T = {t}"] = [row_of_round(run_folder(out, "recommended", seed), t) for seed in seeds]
     mixture = lambda row: row["averages"]["average (mixture)"]["asr_held_out_judge"]
     columns = {"updates": "defender updates", "asr_held_out_judge": "ASR", mixture: "ASR, mixture", "asr_held_out_judge/unseen framings": "unseen framings",
                "best_response": "best response", "over_refusal/look-alikes": "over-refusal, look-alikes", "helpfulness": "helpful"}
-    text = f"# Performance against the number of rounds T; {n_seeds} seeds\n\n" + suite_table(rows, columns, [f"{kind}, T = {t}" for kind in ("equal", "growing") for t in T]) + "\n"
+    text = f"# Performance against the number of rounds T; {n_seeds} seeds\n\n" + suite_table(rows, columns, [*ROUNDS, *(f"growing, T = {t}" for t in GROWING)]) + "\n"
     (Path(out) / "rounds.md").write_text(text)
     write_json(Path(out) / "rounds.json", rows)
     draw_rounds(out, rows)
@@ -614,13 +612,13 @@ def draw_methods(out, rows, attackers, seeds):
 
 def draw_rounds(out, rows):
     canvas, axes = figure(2)
-    for axis, kind in zip(axes, ("equal", "growing")):
+    for axis, kind, T in zip(axes, ("equal", "growing"), (EQUAL, GROWING)):
         these = [rows[f"{kind}, T = {t}"] for t in T]
         for (key, label), look in zip({"asr_held_out_judge": "held-out prompts", "best_response": "best response, 90 steps", "over_refusal/look-alikes": "over-refusal"}.items(), LOOKS):
             there = [(t, [row[key] for row in point]) for t, point in zip(T, these) if all(key in row for row in point)]
             band(axis, [t for t, _ in there], np.array([values for _, values in there]).T, label, look)
         band(axis, T, np.array([[row["averages"]["average (mixture)"]["asr_held_out_judge"] for row in point] for point in these]).T, "held-out prompts, mixture", LOOKS[3])
-        axis.set(xscale="log", xlabel="rounds T", ylabel="attack success", ylim=(0, 1), title="64 defender and 32 attacker steps in all" if kind == "equal" else "steps grow with T")
+        axis.set(xscale="log", xlabel="rounds T", ylabel="attack success", ylim=(0, 1), title="64 steps of each player in all" if kind == "equal" else "steps grow with T")
         axis.set_xticks(T, T)
         axis.legend(frameon=False, fontsize=8)
     canvas.savefig(Path(out) / "rounds.png", dpi=150)
@@ -698,7 +696,7 @@ def main(argv):
     what, rest = args.what[0], args.what[1:]
     try:
         if args.steps < 1 or args.every < 1 or args.round < 0 or args.first_seed < 0 or (args.seeds is not None and args.seeds < 2):
-            raise ValueError(f"--steps and --every must be at least 1, --seeds at least 2, --first_seed at least 0, got {args.steps}, {args.every}, {args.seeds}, {args.first_seed}")
+            raise ValueError(f"--steps and --every must be at least 1, --seeds at least 2, --round and --first_seed at least 0, got {args.steps}, {args.every}, {args.seeds}, {args.first_seed}")
         if what in ("best", "probe"):
             if len(rest) != 1:
                 raise ValueError(f"eval.py {what} takes one run folder, got {rest}")

@@ -1228,7 +1228,7 @@ def test_a_best_response_is_trained_on_a_copy_and_finds_the_hole():
 
 
 # --- the programs, as a user runs them ------------------------------------------------------------------------------------
-TINY = "--sft_steps 30 --judge_steps 30 --rounds 2 --attacker_steps 1 --defender_steps 2 --batch_size 8 --eval_prompts 30 --save_every 2".split()
+TINY = "--sft_steps 30 --judge_steps 30 --rounds 2 --attacker_steps 1 --defender_steps 2 --batch_size 8 --eval_prompts 30 --save_every 2 --mine 8".split()
 
 
 def program(*args, cwd=HERE, ok=True):
@@ -1386,8 +1386,8 @@ def test_a_suite_runs_every_row_on_every_seed_from_one_warm_start_and_nothing_tw
             for game in map(json.loads, (folder / "games.jsonl").read_text().splitlines()):
                 fresh = [game["response"]] * (game["role"] != "probe") + [game["attack"]] * (game["role"] == "attacker")
                 spoken += sum(len(tokenizer(text, add_special_tokens=False).input_ids) for text in fresh)
-            # what the defender's turn sampled of fresh attacks, and one end-of-sequence token a text, come on top
-            assert spoken <= row["tokens"] <= spoken + 6 * 8 * 2 + 4 * 8 * 26 and (row["tokens"] > 0) == (name != "SFT")
+            # on top: one end-of-sequence token a text, fresh attacks in the turn of the defender, what was mined
+            assert spoken <= row["tokens"] <= spoken + 6 * 8 * 2 + 4 * 8 * 26 + 2 * 8 * 43 and (row["tokens"] > 0) == (name != "SFT")
     assert set(rows["one & more"][0]["averages"]) == {"average (mixture)", "average (weights)", "average (distill)"}
     monkeypatch.setattr(evaluation, "command", lambda *a: pytest.fail(f"done again: {a}"))
     assert json.dumps(evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT", "RLHF"), best={"RLHF": (0,)}, steps=1)) == json.dumps(rows)
@@ -1486,7 +1486,7 @@ WRONG = {
     "a configuration of the wrong type": (["bad/types.json"], "--rounds must be of type int, got 'many'"),
     "a configuration with an unknown name": (["bad/unknown.json"], "cannot read the configuration"),
     "a configuration that is not YAML": (["bad/broken.yaml"], "cannot read the configuration"),
-    "all of the batch replayed": (["--replay", "1"], "--replay in [0, 1), got"),
+    "all of the batch replayed": (["--replay", "1"], "--replay and --guard in [0, 1), got"),
     "a device that is not there": (["--device", "tpu"], "--device must be auto, cpu"),
     "a run folder that cannot be": (["--out", "/proc/run"], "a folder that can be written to"),
     "a toy judge that is not there": (["--judge", "nonsense"], "cannot load the judge 'nonsense'"),
