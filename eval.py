@@ -2,7 +2,7 @@
 
     python eval.py RUN [RUN ...]        tables of these runs: 95% intervals, mean ± standard error over seeds
     python eval.py reproduce            Tables 1, 2 and 4: every method, 5 seeds, paired tests, figures
-    python eval.py ablate               one flag, one row, 2 seeds
+    python eval.py ablate [ROW ...]     one flag, one row, 2 seeds; all rows, or those named
     python eval.py rounds               performance against the number of rounds T
     python eval.py probe RUN            round by round: best responses (a lower bound of the Nash gap), who breaks whom
     python eval.py best RUN --steps 90  how far a fresh attacker gets against the finished, frozen defender
@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import product
 from pathlib import Path
@@ -504,16 +505,22 @@ def averages_table(out, seeds, rows):
     return markdown(["", *(LABELS[key] for key in columns), "MiB a player", "s for 1,000 answers"], lines)
 
 
-def ablate(out, n_seeds, first_seed):
+def ablate(out, n_seeds, first_seed, names):
+    wrong = set(names) - {*ABLATIONS, *RECIPE}
+    if wrong:
+        raise ValueError(f"rows of ablate are {', '.join([*ABLATIONS, *RECIPE])}; got {', '.join(wrong)}")
     seeds, neighbours = range(first_seed, first_seed + n_seeds), {name: METHODS[name] for name in ("RLHF", "GPO+Div")}
     columns = {"asr_held_out_judge": "ASR", "asr_held_out_judge/unseen framings": "unseen framings", "over_refusal/look-alikes": "over-refusal, look-alikes",
                "helpfulness": "helpful", **ATTACKER}
-    rows = run_suite(out, {**neighbours, **ABLATIONS}, seeds)
-    recipe = run_suite(out, {**neighbours, **RECIPE}, seeds, best=dict.fromkeys(RECIPE, (0,)))
-    text = f"# Ablations: one flag, one row; {n_seeds} seeds, mean ± standard error\n\n## GPO+Div\n\n" + suite_table(rows, columns, list(ABLATIONS))
-    text += "\n\n## The recommended setting\n\n" + suite_table(recipe, {"best_response": "best response, 90 steps", **columns}, list(RECIPE)) + "\n"
+    text, everything = f"# Ablations: one flag, one row; {n_seeds} seeds, mean ± standard error\n", {}
+    for title, suite, best in (("GPO+Div", ABLATIONS, {}), ("The recommended setting", RECIPE, dict.fromkeys(RECIPE, (0,)))):
+        suite = {name: flags for name, flags in suite.items() if not names or name in names}
+        if suite:
+            rows = run_suite(out, {**neighbours, **suite}, seeds, best=best)
+            text += f"\n## {title}\n\n" + suite_table(rows, columns | ({"best_response": "best response, 90 steps"} if best else {}), list(suite)) + "\n"
+            everything |= {name: rows[name] for name in suite}
     (Path(out) / "ablations.md").write_text(text)
-    write_json(Path(out) / "ablations.json", {"commands": {**ABLATIONS, **RECIPE}, "rows": {**rows, **recipe}})
+    write_json(Path(out) / "ablations.json", {"commands": {**ABLATIONS, **RECIPE}, "rows": everything})
     print(text + f"\nwritten to {out}/ablations.md, {out}/ablations.json")
 
 
@@ -636,6 +643,8 @@ def draw_probe(folder, results, matrix, steps):
     image = heat.imshow(matrix, cmap="Greys", vmin=0, vmax=1, origin="lower")
     for (i, j), value in np.ndenumerate(matrix):
         heat.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=6, color="white" if value > 0.5 else "black")
+    ticks = range(0, len(matrix), max(1, len(matrix) // 5))
+    heat.set_xticks(ticks), heat.set_yticks(ticks), gaps.set_xticks(sorted({row["round"] for row in results}))
     heat.set(xlabel="defender after round (0: SFT)", ylabel="attacker after round (0: SFT)", title="who breaks whom: attack success in %")
     canvas.colorbar(image, ax=heat, shrink=0.8)
     canvas.savefig(folder / "probe.png", dpi=150)
@@ -670,19 +679,26 @@ def nash(out):
 
 
 def best(folder, steps, round):
+    """A fresh attacker against the frozen defender: its success before and after, step by step, and what it exploits."""
     run = FinishedRun(folder)
     defender = kept(run.snapshots("defender"), [round - 1], "mixture").speaker(run.end["defender"]) if round else run.end["defender"]
-    before, after, gap = best_response_gap(run.start["attacker"], defender, run.prompts["seeds"], run.held_out_judge, steps, run.config["batch_size"],
-                                           run.config["template"], run.config["seed"])
-    write_json(run.folder / best_file(round), {"steps": steps, "before": before, "after": after, "gap": gap})
-    print(f"a fresh attacker breaks the finished defender in {before:.1%} of 500 tries, after {steps} PPO steps on the held-out judge in {after:.1%}: gap {gap:+.1%}")
+    seeds, judge, c = run.prompts["seeds"], run.held_out_judge, run.config
+    before = success(run.start["attacker"], defender, seeds, judge, c["template"], c["seed"])
+    attacker, curve = best_response(run.start["attacker"], defender, seeds, judge, steps, c["batch_size"], c["template"], c["seed"])
+    after = success(attacker, defender, seeds, judge, c["template"], c["seed"])
+    game = play(attacker, defender, seeds, judge, c["seed"], c["template"])
+    exploits = Counter(prompt for prompt, p in zip(game.prompts, game.p_safe) if p < 0.5).most_common(3)
+    write_json(run.folder / best_file(round), {"steps": steps, "before": before, "after": after, "gap": after - before, "curve": curve, "exploits": exploits})
+    print(f"a fresh attacker breaks the defender in {before:.1%} of 500 tries, after {steps} PPO steps on the held-out judge in {after:.1%}: gap {after - before:+.1%}")
+    print(f"success in the batch of every tenth step: {' '.join(f'{share:.2f}' for share in curve[::10])}")
+    print("\n".join(f"{count} of {len(seeds)} times: {prompt}" for prompt, count in exploits))
 
 
 def main(argv):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", metavar="RUN | reproduce | ablate | rounds | probe RUN | best RUN | nash")
+    parser.add_argument("what", nargs="+", metavar="RUN | reproduce | ablate [ROW ...] | rounds | probe RUN | best RUN | nash")
     parser.add_argument("--third_parties", "--third-parties", nargs="+", default=[], metavar="RUN", help="runs whose finished defenders the attackers of RUN meet")
     parser.add_argument("--seeds", type=int, default=None, help="how many seeds: 5 for reproduce, 2 for ablate and rounds")
     parser.add_argument("--first_seed", "--first-seed", type=int, default=10, help="the first of them (the settings were chosen on 0 to 2)")
@@ -702,9 +718,9 @@ def main(argv):
                 raise ValueError(f"eval.py {what} takes one run folder, got {rest}")
             best(rest[0], args.steps, args.round) if what == "best" else probe(rest[0], args.steps, args.every)
         elif what in ("reproduce", "ablate", "rounds", "nash"):
-            if rest:
+            if rest and what != "ablate":
                 raise ValueError(f"eval.py {what} takes no run folder, got {rest}; --out names its folder")
-            {"reproduce": lambda: reproduce(args.out, args.seeds or 5, args.first_seed, args.quick), "ablate": lambda: ablate(args.out, args.seeds or 2, args.first_seed),
+            {"reproduce": lambda: reproduce(args.out, args.seeds or 5, args.first_seed, args.quick), "ablate": lambda: ablate(args.out, args.seeds or 2, args.first_seed, rest),
              "rounds": lambda: rounds(args.out, args.seeds or 2, args.first_seed), "nash": lambda: nash(args.out)}[what]()
         else:
             evaluate_runs(args.what, args.third_parties)
