@@ -11,6 +11,7 @@ The cosines add up in a running sum of unit vectors, kept in integers: sums are 
 depends on the order or the batches in which X was added.
 
 Differs from the paper: (1) the mean of cosines for its unnormalised sum, as the authors' code does.
+(2) X may be the last so many attacks only (`Diversity(window=...)`), so that a collapse is punished at once.
 """
 
 import math

@@ -681,6 +681,8 @@ def nash(out):
 def best(folder, steps, round):
     """A fresh attacker against the frozen defender: its success before and after, step by step, and what it exploits."""
     run = FinishedRun(folder)
+    if round > run.config["rounds"]:
+        raise ValueError(f"--round must be at most the {run.config['rounds']} rounds of {folder}, got {round}")
     defender = kept(run.snapshots("defender"), [round - 1], "mixture").speaker(run.end["defender"]) if round else run.end["defender"]
     seeds, judge, c = run.prompts["seeds"], run.held_out_judge, run.config
     before = success(run.start["attacker"], defender, seeds, judge, c["template"], c["seed"])

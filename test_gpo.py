@@ -1355,6 +1355,18 @@ def test_eval_measures_the_further_test_sets_the_kl_and_the_attack_on_strangers(
     assert row["kl"] == pytest.approx(total / len(rollout), abs=1e-3) and run.row(run.end["attacker"], run.start["defender"])["kl"] == 0
 
 
+def test_a_best_response_can_meet_an_earlier_round_and_says_what_it_exploits(finished):
+    out, _ = finished
+    printed = program("eval.py", "best", out, "--steps", 2, "--round", 1).stdout
+    row = json.loads((out / "best_1.json").read_text())
+    assert len(row["curve"]) == 2 and row["gap"] == pytest.approx(row["after"] - row["before"]) and f"in {row['after']:.1%}" in printed
+    run, game = evaluation.FinishedRun(out), ToyGame(0)
+    assert all(game.topics_in(prompt) and game.topics_in(prompt)[0] < 32 and prompt in printed for prompt, _ in row["exploits"])
+    assert row["before"] == evaluation.success(
+        run.start["attacker"], Speaker([run.snapshots("defender").policy(run.end["defender"].policy, 0)], run.end["defender"]), run.prompts["seeds"], run.held_out_judge)
+    assert "--round must be at most the 2 rounds" in program("eval.py", "best", out, "--round", 3, ok=False).stderr
+
+
 def test_probe_bounds_the_nash_gap_after_each_round_and_draws_who_breaks_whom(finished):
     out, _ = finished
     program("eval.py", "probe", out, "--steps", 2, "--every", 1)

@@ -12,6 +12,9 @@ Differs from the paper: (1) the attacker moves first by default (`--first defend
 that the defender of a finished run has answered the last attacker. (2) `--replay`: a share of the defender's
 batch is drawn from earlier attacks, the successful ones more often, so that it does not forget them.
 (3) `--ptx_coef`: the defender also keeps up the likelihood of demonstrations, against over-refusal.
+(4) `--mine`: what still succeeds of the untrained attacker's prompts is replayed too. (5) R_div is centred over
+the batch: its level, about -k for every attack, is no signal but swamps a critic that starts at zero.
+(6) `--guard`: an attack that has left the first attacker's language counts as a failed repetition.
 """
 
 import hashlib
