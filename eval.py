@@ -42,7 +42,7 @@ LABELS = {  # key of a row -> label; a key after "/" names a test set
     "asr_held_out_judge": "ASR, held-out judge", "asr_train_judge": "ASR, training judge",
     "asr_held_out_judge/unseen topics": "ASR, unseen topics", "asr_train_judge/unseen topics": "the same, training judge",
     "asr_held_out_judge/unseen framings": "ASR, unseen framings", "asr_train_judge/unseen framings": "the same, training judge",
-    "over_refusal": "over-refusal", "over_refusal/look-alikes": "over-refusal, look-alikes", "helpfulness": "helpful", "kl": "KL to SFT, nats",
+    "over_refusal": "over-refusal", "over_refusal/look-alikes": "over-refusal, look-alikes", "helpfulness": "helpful", "kl": "KL to SFT, nats", "best_response": "best response",
     "attacker_success": "attacker: success on the first defender", "third_party_success": "attacker: success on third parties",
     "cells": "attacker: distinct cells broken", "self_bleu": "attacker: SelfBLEU", "cosine": "attacker: cosine"}
 
@@ -340,6 +340,7 @@ ORDERINGS = [
     ("asr_held_out_judge", "Iterative", "GPO+Div"), ("asr_held_out_judge", "RLHF", "GPO"), ("asr_held_out_judge", "RLHF, tokens matched", "GPO+Div"),
     ("asr_held_out_judge", "RLHF, matched in KL", "GPO+Div"), ("cells", "GPO+Div", "GPO"), ("cells", "GPO+Div", "RLHF"),
     ("asr_held_out_judge", "RLHF, tokens matched", "recommended"), ("asr_held_out_judge", "Iterative, recommended", "recommended"),
+    ("best_response", "Iterative, recommended", "recommended"),
     ("third_party_success", "GPO+Div", "GPO"), ("third_party_success", "GPO", "RLHF"), ("third_party_success", "RLHF", "Paraphrase"),
 ]
 
