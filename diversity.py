@@ -131,7 +131,7 @@ class Diversity:
     def add(self, texts):
         self.history += list(texts)
         if "embedding" in self.terms and len(texts):
-            vectors = np.rint(_unit(self.embedder(texts)) * FIXED_POINT).astype(np.int64)
+            vectors = self._vectors(texts)
             self.vector_sum = self.vector_sum + vectors.sum(0)
             self.vectors += list(vectors) if self.window else []
         if not self.window or len(self.history) <= self.window:
@@ -154,7 +154,11 @@ class Diversity:
             self.table.add(text)
         self.vector_sum = np.array(state["vector_sum"], dtype=np.int64)
         if self.window and "embedding" in self.terms and self.history:
-            self.vectors = list(np.rint(_unit(self.embedder(self.history)) * FIXED_POINT).astype(np.int64))
+            self.vectors = list(self._vectors(self.history))
+
+    def _vectors(self, texts):
+        """Unit embeddings in fixed point, (B, D) int64."""
+        return np.rint(_unit(self.embedder(texts)) * FIXED_POINT).astype(np.int64)
 
 
 def load_embedder(name_or_dir, device="cpu"):

@@ -185,20 +185,22 @@ class FinishedRun:
         found = {}
         for file in sorted((self.folder / "average").glob("*.safetensors")):
             name, kind = file.stem.split("_")
-            average = PolicyAverage(kind)
-            average.load_state_dict(load_file(file), json.loads(file.with_suffix(".json").read_text()))
+            average = self.average(name, kind)
             found.setdefault(kind, {})[name] = average.speaker(self.end[name])
             if kind == "mixture" and len(average.members) > RESERVOIR:
                 found.setdefault(f"reservoir of {RESERVOIR}", {})[name] = kept(average, range(average.count), "mixture", RESERVOIR).speaker(self.end[name])
         return found
 
+    def average(self, name, kind):
+        stem, average = self.folder / "average" / f"{name}_{kind}", PolicyAverage(kind)
+        average.load_state_dict(load_file(f"{stem}.safetensors"), json.loads(Path(f"{stem}.json").read_text()))
+        return average
+
     def snapshots(self, name):
         """The player's mixture, whose members are its policies after each round."""
-        average = PolicyAverage("mixture")
-        stem = self.folder / "average" / f"{name}_mixture"
-        if not Path(f"{stem}.safetensors").is_file():
+        if not (self.folder / "average" / f"{name}_mixture.safetensors").is_file():
             raise ValueError(f"a run with --average mixture is needed, got {self.folder}, which kept none")
-        average.load_state_dict(load_file(f"{stem}.safetensors"), json.loads(Path(f"{stem}.json").read_text()))
+        average = self.average(name, "mixture")
         if average.count != len(average.members):
             raise ValueError(f"a mixture of all {average.count} rounds is needed, got one of {len(average.members)}; train with --average_size {average.count}")
         return average
@@ -277,11 +279,16 @@ def markdown(head, lines):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def standard_error(values):
+    """Of the mean over the first axis; values (seeds, ...), at least two seeds."""
+    return np.std(values, axis=0, ddof=1) / math.sqrt(len(values))
+
+
 def mean_and_error(values, digits=3):
     values = [v for v in values if v is not None]
     if not values:
         return "-"
-    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1) / math.sqrt(len(values)):.{digits}f}" if len(values) > 1 else "")
+    return f"{np.mean(values):.{digits}f}" + (f" ± {standard_error(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def evaluate_runs(folders, third_parties):
@@ -411,9 +418,13 @@ def suite_row(folder):
     """What is compared between runs: the finished players by `eval.py RUN`, the best response, and the compute."""
     row = json.loads((folder / "eval.json").read_text())
     row, averages = row["after"], {key: value for key, value in row.items() if key.startswith("average")}
-    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    log = read_log(folder)
     row |= {"updates": sum(m["role"] == "defender" for m in log), "tokens": log[-1]["sampled_tokens"] if log else 0, "averages": averages}
     return row | best_row(folder, 0)
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def best_file(round):
@@ -428,7 +439,8 @@ def best_row(folder, round):
 def row_of_round(folder, t):
     """The row of a run as if it had ended after round t, with its mixture of these rounds."""
     run = FinishedRun(folder)
-    speak = lambda name, rounds: kept(run.snapshots(name), rounds, "mixture", t).speaker(run.end[name])
+    mixtures = {name: run.snapshots(name) for name in ("attacker", "defender")}
+    speak = lambda name, rounds: kept(mixtures[name], rounds, "mixture", t).speaker(run.end[name])
     row, tests = run.row(speak("attacker", [t - 1]), speak("defender", [t - 1])), run.prompts["test_prompts"]
     mixture = attack_success_rate(run.held_out_judge, tests, speak("defender", range(t)).speak(tests, 0, temperature=0).texts)
     return row | best_row(folder, t if t < run.config["rounds"] else 0) | {"updates": t * run.config["defender_steps"], "averages": {"average (mixture)": {"asr_held_out_judge": mixture}}}
@@ -583,25 +595,24 @@ def figure(columns, width=4.6, height=3.8):
 def band(axis, x, values, label, look):
     """A line of means with a band of one standard error; values (seeds, points)."""
     values = np.asarray(values, dtype=float)
-    mean, error = values.mean(0), values.std(0, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0 * values[0]
+    mean, error = values.mean(0), standard_error(values) if len(values) > 1 else 0 * values[0]
     axis.plot(x, mean, label=label, ms=4, lw=1.5, **look)
     axis.fill_between(x, mean - error, mean + error, color=look["color"], alpha=0.15, lw=0)
 
 
 def draw_methods(out, rows, attackers, seeds):
     canvas, (curves, bars, cells) = figure(3)
+    mean_of = lambda key, of: (np.mean([row[key] for row in of]), standard_error([row[key] for row in of]))
+    sets = ["asr_held_out_judge", "asr_held_out_judge/unseen topics", "asr_held_out_judge/unseen framings"]
     shown = [name for name in ("RLHF", "Iterative", "GPO", "GPO+Div", "recommended") if name in rows]
     for name, look in zip(shown, LOOKS):
         histories = []
         for seed in seeds:
             folder = run_folder(out, name, seed)
-            log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             histories.append([json.loads((folder / "summary.json").read_text())["before"]["asr_held_out_judge"]]
-                             + [m["game/asr_held_out_judge"] for m in log if "game/asr_held_out_judge" in m])
+                             + [m["game/asr_held_out_judge"] for m in read_log(folder) if "game/asr_held_out_judge" in m])
         updates = rows[name][0]["updates"]
         band(curves, np.linspace(0, updates, len(histories[0])), histories, name, look)
-        mean_of = lambda key, of: (np.mean([row[key] for row in of]), np.std([row[key] for row in of], ddof=1) / math.sqrt(len(of)))
-        sets = ["asr_held_out_judge", "asr_held_out_judge/unseen topics", "asr_held_out_judge/unseen framings"]
         heights, errors = zip(*(mean_of(key, rows[name]) for key in sets))
         i = shown.index(name)
         bars.bar(np.arange(3) + (i - len(shown) / 2 + 0.5) * 0.16, heights, 0.15, yerr=errors, label=name, color=str(0.15 + 0.16 * i), edgecolor="black", lw=0.5,
