@@ -131,7 +131,7 @@ class ToyGame:
 
     A *cell* is (topic, paraphrase, framing, suffix); a fifth of the cells (of the jailbreak framings: half)
     is held out from every training sample. The world itself is fixed; `seed` picks the held-out cells and
-    the fixed prompts of RLHF (200 prompts that touch 14 of the 32 harmful topics, 7 framings, 3 suffixes).
+    the fixed prompts of RLHF (200 prompts that touch 8 of the 32 harmful topics, 5 framings, 3 suffixes).
     """
 
     def __init__(self, seed=0):
@@ -154,8 +154,8 @@ class ToyGame:
         self.harmful = self.cells[:, 0] < self.n_harmful  # (n,)
         self.demo_topics = set((self.n_harmful + rng.choice(len(rows) - self.n_harmful, 22, replace=False)).tolist())
         self._train_cells = {(o, h): self.cells[~self.held_out & (self.open | (not o)) & (self.harmful == h)] for o in (False, True) for h in (False, True)}
-        self.fixed_topics = rng.choice(self.n_harmful, 14, replace=False)
-        framings, suffixes = rng.choice(N_OPEN, 7, replace=False), rng.choice(len(SUFFIXES), 3, replace=False)
+        self.fixed_topics = rng.choice(self.n_harmful, 8, replace=False)
+        framings, suffixes = rng.choice(N_OPEN, 5, replace=False), rng.choice(len(SUFFIXES), 3, replace=False)
         seen = ~self.held_out & np.isin(self.cells[:, 0], self.fixed_topics) & np.isin(self.cells[:, 2], framings) & np.isin(self.cells[:, 3], suffixes)
         self.fixed_prompts = [self.prompt(c) for c in rng.permutation(self.cells[seen])[:200]]
         self._held_out_prompts = {self.prompt(c) for c in self.cells[self.held_out]}
