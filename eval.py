@@ -358,7 +358,6 @@ def run_folder(out, name, seed):
 
 def command(program, arguments, log):
     """Run one of our programs with one thread; what it prints goes to a log. Raises ValueError when it fails."""
-    log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as file:
         done = subprocess.run([sys.executable, str(HERE / program), *arguments], stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
@@ -366,12 +365,14 @@ def command(program, arguments, log):
         raise ValueError(f"{program} {' '.join(arguments)} ended with status {done.returncode}: {said[-1]} (all of it in {log})")
 
 
-def finish(folder, flags, log):
-    """Train one run to its end, from nothing or from where it stopped."""
+def finish(folder, flags, start, log):
+    """Train one run to its end, from nothing or from where it stopped. The log's first line says what it is."""
     if (folder / "config.json").is_file():
         return command("train.py", ["--resume", str(folder)], log)
     shutil.rmtree(folder, ignore_errors=True)  # it was stopped before it had begun
-    command("train.py", [*flags.split(), "--out", str(folder)], log)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text(f"{flags}\n")
+    command("train.py", [*flags.split(), *start, "--out", str(folder)], log)
 
 
 def run_suite(out, suite, seeds, common="", strangers=("SFT", "RLHF", "GPO+Div"), best={}, steps=90):
@@ -386,9 +387,11 @@ def run_suite(out, suite, seeds, common="", strangers=("SFT", "RLHF", "GPO+Div")
 
     stages = [[], [], []]  # jobs (weight in seconds, function, arguments, what it leaves); a stage needs the ones before
     for (name, flags), (i, seed) in product({"SFT": METHODS["SFT"], **suite}.items(), enumerate(seeds)):
-        here, log = folder(name, seed), Path(f"{folder(name, seed)}.log")
-        start = "" if name == "SFT" or "--template" in flags else f" --start {folder('SFT', seed)}"
-        stages[bool(start)].append((60 if start else 150, finish, (here, f"{flags} {common} --seed {seed}{start}", log), here / "summary.json"))
+        here, log, flags = folder(name, seed), Path(f"{folder(name, seed)}.log"), f"{flags} {common} --seed {seed}"
+        if (made := log.read_text().split("\n")[0] if log.is_file() else flags) != flags:
+            raise ValueError(f"{here} must be a run of train.py {flags}, got one of train.py {made}; pass another --out")
+        start = [] if name == "SFT" or "--template" in flags else ["--start", str(folder("SFT", seed))]
+        stages[bool(start)].append((60 if start else 150, finish, (here, flags, start, log), here / "summary.json"))
         third = [str(folder(s, seeds[(i + 1) % len(seeds)])) for s in strangers]
         stages[2].append((15, command, ("eval.py", [str(here), "--third_parties", *third], log), here / "eval.json"))
         for r in best.get(name, ()):
