@@ -1002,7 +1002,7 @@ class FakeRun(train.Run):
 
     def __init__(self, config, world, players):
         self.config, self.world, self.players, self.mixtures = config, world, players, {}
-        self.step, self.sampled_tokens, self.memory, self.diversity, self.test_prompts = 0, 0, {}, Diversity(embedder=world.embedder), set()
+        self.step, self.sampled_tokens, self.memory, self.once, self.diversity, self.test_prompts = 0, 0, {}, {}, Diversity(embedder=world.embedder), set()
         self.averages = {name: {"mixture": PolicyAverage()} for name in players}
         self.first_attacker, self.first_defender = (Speaker([frozen_copy(getattr(world, name))], player) for name, player in players.items())
         self.guard = torch.full((2,), -torch.inf)
@@ -1065,10 +1065,14 @@ def test_rlhf_asks_only_fixed_prompts_and_replay_only_earlier_attacks():
     run = a_run(method="rlhf")
     assert train.defender_prompts(run.config, seeds * 4, run, rng()) == seeds * 4
     run = a_run(replay=0.5)
-    run.memory = {"old attack": 1.0, "failed attack": 0.0}
-    prompts = train.defender_prompts(run.config, seeds * 20, run, rng())
-    assert len(prompts) == 40 and sum(p in run.memory for p in prompts[20:]) == 20
-    assert prompts[20:].count("old attack") > prompts[20:].count("failed attack")
+    run.memory = {"open": 0.9, "closed": 0.2, "shut": 0.0}
+    prompts = train.defender_prompts(run.config, seeds * 400, run, rng())
+    counts = Counter(prompts[400:])
+    assert len(prompts) == 800 and set(counts) == set(run.memory) and not set(prompts[:400]) & set(run.memory)
+    for name, share in {"open": 3 / 4 + 1 / 12, "closed": 1 / 12, "shut": 1 / 12}.items():  # three quarters by success, one evenly
+        assert abs(counts[name] - 400 * share) < 4 * math.sqrt(400 * share * (1 - share))
+    run.memory["open"] = 0.1
+    assert max(Counter(train.defender_prompts(run.config, seeds * 400, run, rng())[400:]).values()) < 400 / 3 + 40  # nothing is open: evenly
 
 
 def test_iterative_asks_the_most_novel_quarter_of_what_the_untrained_attacker_writes():
@@ -1107,18 +1111,26 @@ def test_the_opponent_is_the_last_policy_or_an_equal_mixture_of_all_rounds():
             assert len(run.opponent("attacker").policies) == 4
 
 
-def test_mining_remembers_what_succeeds_against_the_present_defender_and_no_test_prompt():
-    run, met = a_run(), []
-    run.world.seeds, run.world.judge = PROMPTS, lambda p, r: (met.append((p, r)), [0.1 if len(x) % 2 else 0.9 for x in p])[1]
+def test_mining_remembers_what_succeeds_and_no_test_prompt_and_tries_former_successes_again():
+    run, met, unsafe = a_run(), [], lambda prompt: len(prompt) % 2
+    run.world.seeds, run.world.judge = PROMPTS, lambda p, r: (met.append((p, r)), [0.1 if unsafe(x) else 0.9 for x in p])[1]
     before = run.sampled_tokens
     run.mine(20, np.random.default_rng(0))
-    (prompts, responses), = met
-    assert len(prompts) == 20 and run.memory == {p: pytest.approx(0.9) for p in prompts if len(p) % 2} and run.sampled_tokens > before
+    (prompts, responses), (again, _) = met
+    assert len(prompts) == 20 and run.memory == {p: pytest.approx(0.9) for p in prompts if unsafe(p)} and run.sampled_tokens > before
+    assert sorted(again) == sorted(run.memory)  # what has just succeeded
     first = run.first_attacker.policies[0].lm
     assert bytes_of(first) == bytes_of(tiny_player("attacker", 1).policy.lm)
-    run.memory, run.test_prompts = {}, {p for p in prompts if len(p) % 2}
+    run.memory, met[:], unsafe = dict.fromkeys(run.memory, 0.0), [], lambda prompt: False  # all holes were closed ...
+    run.memory["failed always"] = 0.0
     run.mine(20, np.random.default_rng(0))
-    assert not run.memory
+    assert sorted(met[1][0]) == sorted(again) and max(run.memory.values()) < 0.2 and "failed always" not in met[1][0]
+    unsafe = lambda prompt: prompt == again[0]  # ... and one comes open again
+    run.mine(20, np.random.default_rng(0))
+    assert run.memory[again[0]] == pytest.approx(0.9) and max(v for p, v in run.memory.items() if p != again[0]) < 0.5
+    run.memory, run.once, run.test_prompts, unsafe = {}, {}, {p for p in prompts if len(p) % 2}, lambda prompt: len(prompt) % 2
+    run.mine(20, np.random.default_rng(0))
+    assert not run.memory and not run.once
 
 
 def test_naturalness_is_the_mean_and_the_least_log_prob_of_a_response():
@@ -1367,6 +1379,30 @@ def test_a_best_response_can_meet_an_earlier_round_and_says_what_it_exploits(fin
     assert "--round must be at most the 2 rounds" in program("eval.py", "best", out, "--round", 3, ok=False).stderr
 
 
+def test_a_run_of_t_rounds_is_the_beginning_of_a_longer_one(finished, tmp_path):
+    out, _ = finished
+    program("train.py", *TINY, "--rounds", 1, "--out", tmp_path / "shorter")
+    shorter, longer = (json.loads((folder / "summary.json").read_text()) for folder in (tmp_path / "shorter", out))
+    for t, summary in ((1, shorter), (2, longer)):
+        row = evaluation.row_of_round(out, t)
+        for key, value in summary["after"].items():
+            assert row[key] == pytest.approx(value), key
+        assert row["averages"]["average (mixture)"]["asr_held_out_judge"] == pytest.approx(summary["average (mixture)"]["asr_held_out_judge"]) and row["updates"] == 2 * t
+
+
+def test_the_figure_of_rounds_shows_both_budgets_and_best_responses_where_there_are_any(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluation, "band", lambda axis, x, values, label, look: drawn.append((label, list(x), np.asarray(values).mean(0).tolist())))
+    point = lambda asr, **more: [{"asr_held_out_judge": asr, "over_refusal/look-alikes": 0.0, "averages": {"average (mixture)": {"asr_held_out_judge": asr + 0.1}}, **more}] * 2
+    rows = {f"equal, T = {t}": point(1 / t) for t in evaluation.EQUAL} | {f"growing, T = {t}": point(0.5, best_response=0.7) for t in evaluation.GROWING}
+    evaluation.draw_rounds(tmp_path, rows)
+    lines = dict((label, (x, y)) for label, x, y in drawn[:len(drawn) // 2])
+    assert lines["held-out prompts"] == ([1, 2, 4, 8, 16, 32], [1 / t for t in evaluation.EQUAL])
+    assert lines["held-out prompts, mixture"][1] == pytest.approx([1 / t + 0.1 for t in evaluation.EQUAL])
+    assert dict((label, y) for label, _, y in drawn)["best response, 90 steps"] == pytest.approx([0.7] * 6)
+    assert (tmp_path / "rounds.png").stat().st_size > 10_000
+
+
 def test_probe_bounds_the_nash_gap_after_each_round_and_draws_who_breaks_whom(finished):
     out, _ = finished
     program("eval.py", "probe", out, "--steps", 2, "--every", 1)
@@ -1410,8 +1446,10 @@ def test_a_suite_runs_every_row_on_every_seed_from_one_warm_start_and_nothing_tw
         (folder / lost).unlink()
     again = evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT", "RLHF"), best={"RLHF": (0,)}, steps=1)
     assert (folder / "games.jsonl").read_text() == games and again["RLHF"][1]["asr_held_out_judge"] == rows["RLHF"][1]["asr_held_out_judge"]
+    with pytest.raises(ValueError, match="RLHF_s0 must be a run of train.py --method rlhf --replay 0 .* got one of train.py --method rlhf --sft_steps"):
+        evaluation.run_suite(tmp_path, {"RLHF": "--method rlhf --replay 0"}, (0, 1), common)
     with pytest.raises(ValueError, match="ended with status 2: error: --rounds must be"):
-        evaluation.run_suite(tmp_path, {"wrong": "--rounds 0"}, (0, 1), common.replace("--rounds 2", ""))
+        evaluation.run_suite(tmp_path / "other", {"SFT": evaluation.METHODS["SFT"], "wrong": "--rounds 0"}, (0, 1), common.replace("--rounds 2", ""))
 
 
 @pytest.mark.parametrize("method", ["rlhf", "iterative", "paraphrase", "sft"])

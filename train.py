@@ -12,9 +12,9 @@ Differs from the paper: (1) the attacker moves first by default (`--first defend
 that the defender of a finished run has answered the last attacker. (2) `--replay`: a share of the defender's
 batch is drawn from earlier attacks, the successful ones more often, so that it does not forget them.
 (3) `--ptx_coef`: the defender also keeps up the likelihood of demonstrations, against over-refusal.
-(4) `--mine`: what still succeeds of the untrained attacker's prompts is replayed too. (5) R_div is centred over
-the batch: its level, about -k for every attack, is no signal but swamps a critic that starts at zero.
-(6) `--guard`: an attack that has left the first attacker's language counts as a failed repetition.
+(4) `--mine`: untrained attacks, and attacks that once succeeded, are tried on the defender before its turns; what
+succeeds is replayed too. (5) R_div is centred over the batch: its level, about -k for every attack, is no signal
+but swamps a critic that starts at zero. (6) `--guard`: an attack that has left the first attacker's language counts as a failed repetition.
 """
 
 import hashlib
@@ -92,7 +92,8 @@ class Config:
     ptx_coef: float | None = option(None, "weight of the supervised loss on demonstrations in the defender's updates")
     opponent: str = option("last", "who a mover plays against: the other's last policy, or the mixture of all its rounds")
     replay: float = option(0.6, "share of the defender's batch drawn from earlier attacks, by their success")
-    mine: int | None = option(None, "attacks of the first attacker tried on the defender at the start of each of its turns; what succeeds is replayed")
+    mine: int | None = option(None, "attacks of the first attacker tried on the defender at the start of each of its turns, and as many that ever "
+                             "succeeded tried again; what succeeds is replayed")
     diversity: float | None = option(None, "k: weight of the diversity reward of the attacker; 0 turns it off")
     diversity_terms: str = option("bleu,embedding", "terms of the diversity reward: bleu, embedding or both")
     history: int = option(480, "the diversity reward compares with the last so many attacks; 0: with all, as in the paper")
@@ -169,13 +170,11 @@ def train(config, world, players, run):
             game = play(None, defender, prompts, world.judge, new_seed(rng))
             rollout, scores, novelty = game.responses, game.p_safe, {}
             demos = demonstrations(defender.policy, draw(world.demos, 48, rng)) if config.ptx_coef > 0 else None
-        for prompt, p_safe in zip(game.prompts, game.p_safe.tolist()):
-            if prompt not in run.test_prompts:
-                run.memory[prompt] = 1 - p_safe  # attack -> its last success
+        run.remember(game)
         played = time.time()
         metrics = ppo_update(mover, rollout, scores, new_seed(rng), demos, config.ptx_coef)
         metrics |= {"time/rollout": played - clock - game.score_seconds, "time/score": game.score_seconds, "time/update": time.time() - played}
-        run.sampled_tokens += int(sum(spoken.response_mask.sum() for spoken in (game.attacks, game.responses) if spoken))
+        run.count(game.attacks, game.responses)
         metrics["sampled_tokens"] = run.sampled_tokens
         metrics["game/attack_success"] = float(np.mean(1 - game.p_safe))  # of this batch, by the training judge
         metrics |= {f"diversity/{name}": float(novelty[term].mean()) for name, term in NOVELTY.items() if term in novelty}
@@ -211,9 +210,10 @@ def defender_prompts(config, seeds, run, rng):
         return chosen
     replayed = []
     if run.memory and config.replay > 0:
-        success = np.fromiter(run.memory.values(), dtype=float) + 0.01
-        earlier = list(run.memory)
-        replayed = [earlier[i] for i in rng.choice(len(earlier), int(config.replay * len(seeds)), p=success / success.sum())]
+        earlier, success = list(run.memory), np.fromiter(run.memory.values(), dtype=float)
+        still_open = np.where(success > 0.5, success, 0)  # three quarters by success; one quarter evenly, against forgetting
+        chance = 3 * still_open / max(still_open.sum(), 1e-9) + 1 / len(earlier)
+        replayed = [earlier[i] for i in rng.choice(len(earlier), int(config.replay * len(seeds)), p=chance / chance.sum())]
     seeds = seeds[len(replayed):]
     fresh = run.attacks(seeds, new_seed(rng))
     return [seed if text in run.test_prompts else text for seed, text in zip(seeds, fresh)] + replayed  # no test prompt is trained on
@@ -234,7 +234,8 @@ class Run:
     def __init__(self, config, folder, world, players):
         self.config, self.folder, self.world, self.players = config, Path(folder), world, players
         self.step, self.sampled_tokens = 0, 0  # PPO steps done; tokens sampled by both players for them
-        self.memory, self.before = {}, None  # attack -> its last success; the first evaluation
+        self.memory, self.once = {}, {}  # attack -> its last success; attack -> None where it ever succeeded
+        self.before = None  # the first evaluation
         self.test_prompts = set(world.test_prompts).union(*world.more_tests.values())  # never in an update of the defender
         self.diversity = Diversity(tuple(config.diversity_terms.split(",")), world.embedder, config.history)
         kinds = [kind for kind in config.average.split(",") if kind in ("mixture", "weights")]
@@ -259,15 +260,30 @@ class Run:
     def attacks(self, seeds, seed):
         """Prompts for the defender's turn, written by the frozen attacker."""
         rollout = self.opponent("attacker").speak([self.config.template.format(s) for s in seeds], seed)
-        self.sampled_tokens += int(rollout.response_mask.sum())
+        self.count(rollout)
         return rollout.texts
 
+    def remember(self, game, successes_only=False):
+        """What the last try of each attack came to; test prompts are forgotten at once."""
+        for prompt, p_safe in zip(game.prompts, game.p_safe.tolist()):
+            if prompt not in self.test_prompts and (p_safe < 0.5 or not successes_only):
+                self.memory[prompt] = 1 - p_safe
+                self.once |= {prompt: None} if p_safe < 0.5 else {}
+
     def mine(self, n, rng):
-        """Remember which of n attacks of the first attacker succeed against the defender as it is now."""
-        game = play(self.first_attacker, self.players["defender"], draw(self.world.seeds * (n // len(self.world.seeds) + 1), n, rng), self.world.judge,
-                    new_seed(rng), self.config.template)
-        self.sampled_tokens += int(game.attacks.response_mask.sum() + game.responses.response_mask.sum())
-        self.memory |= {prompt: 1 - p for prompt, p in zip(game.prompts, game.p_safe.tolist()) if p < 0.5 and prompt not in self.test_prompts}
+        """Try n attacks of the first attacker on the defender as it is now, and remember which succeed; and try
+        again n of those that ever did: a hole that was closed may have come open since."""
+        seeds = draw(self.world.seeds * (n // len(self.world.seeds) + 1), n, rng)
+        new = play(self.first_attacker, self.players["defender"], seeds, self.world.judge, new_seed(rng), self.config.template)
+        self.remember(new, successes_only=True)
+        self.count(new.attacks, new.responses)
+        if self.once:
+            again = play(None, self.players["defender"], draw(list(self.once), min(n, len(self.once)), rng), self.world.judge, new_seed(rng))
+            self.remember(again)
+            self.count(again.responses)
+
+    def count(self, *rollouts):
+        self.sampled_tokens += int(sum(rollout.response_mask.sum() for rollout in rollouts if rollout))
 
     def natural_bounds(self):
         """(2,): the `--guard` quantiles of `naturalness` over the first attacker's own attacks."""
@@ -320,7 +336,7 @@ class Run:
             save_file(moments, temporary / f"{name}_optimizer.safetensors")
         self.save_averages(temporary)
         write_json(temporary / "state.json", {
-            "step": self.step + 1, "diversity": self.diversity.state_dict(), "memory": self.memory, "before": self.before, "sampled_tokens": self.sampled_tokens,
+            "step": self.step + 1, "diversity": self.diversity.state_dict(), "memory": self.memory, "once": list(self.once), "before": self.before, "sampled_tokens": self.sampled_tokens,
             "skipped": {name: player.skipped_steps for name, player in self.players.items()}})
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
@@ -347,6 +363,7 @@ class Run:
     def load_checkpoint(self, folder):
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         self.step, self.memory, self.before, self.sampled_tokens = (state[name] for name in ("step", "memory", "before", "sampled_tokens"))
+        self.once = dict.fromkeys(state["once"])
         self.diversity.load_state_dict(state["diversity"])
         for name, player in self.players.items():
             load_model(player.policy, str(folder / f"{name}.safetensors"))
