@@ -317,13 +317,13 @@ def write_json(path, value):
 
 
 # --- many runs: every claim is a row, every row a command --------------------------------------------------------------
-PAPER = "--replay 0 --mine 0 --rounds 2 --attacker_steps 30 --defender_steps 20 --kl_coef 0.1 --attacker_kl_coef 0.01 --diversity 3"  # Algorithm 1 as it is printed: long turns, no replay
+PAPER = "--replay 0 --mine 0 --restart 0 --rounds 2 --attacker_steps 30 --defender_steps 20 --kl_coef 0.1 --attacker_kl_coef 0.01 --diversity 3"  # Algorithm 1 as it is printed: long turns, no replay
 METHODS = {
     "SFT": "--method sft --average none",
     "Paraphrase": "--method paraphrase --average none",
     "RLHF": f"{PAPER} --method rlhf --diversity 0 --average none",
     "RLHF+Div": f"{PAPER} --method rlhf --average none",
-    "RLHF, tokens matched": f"{PAPER} --method rlhf --attacker_steps 0 --rounds 12 --defender_steps 19 --average mixture",
+    "RLHF, tokens matched": f"{PAPER} --method rlhf --attacker_steps 0 --rounds 12 --defender_steps 25 --average mixture",
     "Iterative": f"{PAPER} --method iterative --average none",
     "GPO": f"{PAPER} --diversity 0",
     "GPO+Div": PAPER,
@@ -338,9 +338,10 @@ ABLATIONS = {name: f"{PAPER} --average none {flag}" for name, flag in {  # of GP
     "attacker without a seed": "--template write", "no demonstrations": "--ptx_coef 0"}.items()}
 RECIPE = {  # of the recommended setting
     "recommended": "--average distill", "no mining": "--mine 0 --average none", "no replay": "--mine 0 --replay 0 --average none",
-    "against mixtures": "--opponent mixture --average mixture", "no diversity": "--diversity 0 --average none"}
-EQUAL, GROWING = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16, 20)  # T at equal total updates; T as the recommended run goes on
-ROUNDS = {f"equal, T = {t}": f"--rounds {t} --defender_steps {64 // t} --attacker_steps {64 // t} --average mixture" for t in EQUAL}
+    "no restarts": "--restart 0 --average none", "against mixtures": "--opponent mixture --average mixture", "no diversity": "--diversity 0 --average none"}
+HORIZONS = (1, 2, 4, 8, 16, 32)  # T, the number of rounds: at equal total updates, and as one long run goes on
+ROUNDS = {f"equal, T = {t}": f"--rounds {t} --defender_steps {64 // t} --attacker_steps {64 // t} --restart 0 --average mixture" for t in HORIZONS}
+ROUNDS["growing"] = "--rounds 32 --average mixture"
 # (measure, larger, smaller): the paper's orderings of Tables 1 and 2, each put to a paired test over seeds
 ORDERINGS = [
     ("asr_held_out_judge", "SFT", "RLHF"), ("asr_held_out_judge", "RLHF", "GPO+Div"), ("asr_held_out_judge", "GPO", "GPO+Div"),
@@ -542,14 +543,14 @@ def ablate(out, n_seeds, first_seed, names):
 
 def rounds(out, n_seeds, first_seed):
     seeds = range(first_seed, first_seed + n_seeds)
-    rows = run_suite(out, {**{name: METHODS[name] for name in ("RLHF", "GPO+Div")}, "recommended": METHODS["recommended"], **ROUNDS}, seeds,
-                     best={"recommended": (0, 1, 4), "equal, T = 1": (0,), "equal, T = 32": (0,)})
-    for t in GROWING:  # a run of t rounds is the beginning of a longer one
-        rows[f"growing, T = {t}"] = [row_of_round(run_folder(out, "recommended", seed), t) for seed in seeds]
+    rows = run_suite(out, {**{name: METHODS[name] for name in ("RLHF", "GPO+Div")}, **ROUNDS}, seeds,
+                     best={"growing": (0, 1, 4, 16), "equal, T = 1": (0,), "equal, T = 8": (0,), "equal, T = 32": (0,)})
+    for t in HORIZONS:  # a run of t rounds is the beginning of a longer one
+        rows[f"growing, T = {t}"] = [row_of_round(run_folder(out, "growing", seed), t) for seed in seeds]
     mixture = lambda row: row["averages"]["average (mixture)"]["asr_held_out_judge"]
     columns = {"updates": "defender updates", "asr_held_out_judge": "ASR", mixture: "ASR, mixture", "asr_held_out_judge/unseen framings": "unseen framings",
                "best_response": "best response", "over_refusal/look-alikes": "over-refusal, look-alikes", "helpfulness": "helpful"}
-    text = f"# Performance against the number of rounds T; {n_seeds} seeds\n\n" + suite_table(rows, columns, [*ROUNDS, *(f"growing, T = {t}" for t in GROWING)]) + "\n"
+    text = f"# Performance against the number of rounds T; {n_seeds} seeds\n\n" + suite_table(rows, columns, [f"{kind}, T = {t}" for kind in ("equal", "growing") for t in HORIZONS]) + "\n"
     (Path(out) / "rounds.md").write_text(text)
     write_json(Path(out) / "rounds.json", rows)
     draw_rounds(out, rows)
@@ -634,14 +635,14 @@ def draw_methods(out, rows, attackers, seeds):
 
 def draw_rounds(out, rows):
     canvas, axes = figure(2)
-    for axis, kind, T in zip(axes, ("equal", "growing"), (EQUAL, GROWING)):
-        these = [rows[f"{kind}, T = {t}"] for t in T]
+    for axis, kind in zip(axes, ("equal", "growing")):
+        these = [rows[f"{kind}, T = {t}"] for t in HORIZONS]
         for (key, label), look in zip({"asr_held_out_judge": "held-out prompts", "best_response": "best response, 90 steps", "over_refusal/look-alikes": "over-refusal"}.items(), LOOKS):
-            there = [(t, [row[key] for row in point]) for t, point in zip(T, these) if all(key in row for row in point)]
+            there = [(t, [row[key] for row in point]) for t, point in zip(HORIZONS, these) if all(key in row for row in point)]
             band(axis, [t for t, _ in there], np.array([values for _, values in there]).T, label, look)
-        band(axis, T, np.array([[row["averages"]["average (mixture)"]["asr_held_out_judge"] for row in point] for point in these]).T, "held-out prompts, mixture", LOOKS[3])
+        band(axis, HORIZONS, np.array([[row["averages"]["average (mixture)"]["asr_held_out_judge"] for row in point] for point in these]).T, "held-out prompts, mixture", LOOKS[3])
         axis.set(xscale="log", xlabel="rounds T", ylabel="attack success", ylim=(0, 1), title="64 steps of each player in all" if kind == "equal" else "steps grow with T")
-        axis.set_xticks(T, T)
+        axis.set_xticks(HORIZONS, HORIZONS)
         axis.legend(frameon=False, fontsize=8)
     canvas.savefig(Path(out) / "rounds.png", dpi=150)
 
@@ -718,7 +719,7 @@ def main(argv):
     parser.add_argument("what", nargs="+", metavar="RUN | reproduce | ablate [ROW ...] | rounds | probe RUN | best RUN | nash")
     parser.add_argument("--third_parties", "--third-parties", nargs="+", default=[], metavar="RUN", help="runs whose finished defenders the attackers of RUN meet")
     parser.add_argument("--seeds", type=int, default=None, help="how many seeds: 5 for reproduce, 2 for ablate and rounds")
-    parser.add_argument("--first_seed", "--first-seed", type=int, default=10, help="the first of them (the settings were chosen on 0 to 2)")
+    parser.add_argument("--first_seed", "--first-seed", type=int, default=20, help="the first of them (the settings were chosen on 0 to 2, an earlier world was measured on 10 to 14)")
     parser.add_argument("--quick", action="store_true", help="reproduce: four methods, two seeds, two rounds, to see that it works")
     parser.add_argument("--out", default="results", help="folder of reproduce, ablate, rounds and nash")
     parser.add_argument("--steps", type=int, default=90, help="PPO steps of a best response")

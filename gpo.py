@@ -119,6 +119,11 @@ class Player:
     def new_optimizer(self):
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=self.learning_rate, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
 
+    def go_back(self, policy):
+        """Begin anew: the language model's weights of `policy`, and a fresh optimizer."""
+        self.policy.lm.load_state_dict(policy.lm.state_dict())
+        self.new_optimizer()
+
     def speak(self, prompts, seed, temperature=None):
         """One sampled response to each prompt (temperature 0: greedy), as a Rollout."""
         temperature = self.temperature if temperature is None else temperature

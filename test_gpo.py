@@ -1025,6 +1025,20 @@ def test_kl_anchor_previous_anchors_the_mover_at_the_start_of_each_turn_and_init
     assert anchored == {"previous": [("attacker", 0), ("defender", 2), ("attacker", 3), ("defender", 5)], "initial": []}
 
 
+def test_a_restarted_attacker_begins_its_turn_with_its_first_weights_and_the_defender_never_does(monkeypatch):
+    config = train.resolve(train.Config(out="nowhere", rounds=5, attacker_steps=2, defender_steps=1, batch_size=8, ptx_coef=0.0, mine=0, restart=2))
+    players = {"attacker": tiny_player("attacker", 1), "defender": tiny_player("defender", 2)}
+    world = train.World(players["attacker"].policy, players["defender"].policy, PROMPTS, [], [], [], lambda p, r: [0.5 + 0.01 * len(x) for x in p], rule_judge,
+                        None, None, word_embedder)
+    first, seen, run = {name: bytes_of(player.policy.lm) for name, player in players.items()}, [], FakeRun(config, world, players)
+    monkeypatch.setattr(train, "ppo_update", lambda mover, *a: (seen.append((mover.name, bytes_of(mover.policy.lm) == first[mover.name], not mover.optimizer.state)),
+                                                                ppo_update(mover, *a))[1])
+    train.train(config, world, players, run)
+    new = {name: [(same, fresh) for who, same, fresh in seen if who == name] for name in first}
+    assert new["attacker"] == [(step in (0, 4, 8),) * 2 for step in range(10)]  # weights and optimizer, at the start of rounds 1, 3 and 5
+    assert new["defender"] == [(step == 0,) * 2 for step in range(5)]
+
+
 def test_the_rlhf_attacker_plays_the_first_defender_and_the_gpo_attacker_the_present_one(monkeypatch):
     for method in ("rlhf", "gpo"):
         config = train.resolve(train.Config(out="nowhere", method=method, rounds=2, attacker_steps=1, defender_steps=1, batch_size=8, ptx_coef=0.0, mine=0))
@@ -1114,13 +1128,13 @@ def test_the_opponent_is_the_last_policy_or_an_equal_mixture_of_all_rounds():
 def test_mining_remembers_what_succeeds_and_no_test_prompt_and_tries_former_successes_again():
     run, met, unsafe = a_run(), [], lambda prompt: len(prompt) % 2
     run.world.seeds, run.world.judge = PROMPTS, lambda p, r: (met.append((p, r)), [0.1 if unsafe(x) else 0.9 for x in p])[1]
-    before = run.sampled_tokens
+    before, hot, speak = run.sampled_tokens, [], run.first_attacker.speak
+    run.first_attacker.speak = lambda prompts, seed, temperature: (hot.extend([temperature] * len(prompts)), speak(prompts, seed, temperature))[1]
     run.mine(20, np.random.default_rng(0))
     (prompts, responses), (again, _) = met
-    assert len(prompts) == 20 and run.memory == {p: pytest.approx(0.9) for p in prompts if unsafe(p)} and run.sampled_tokens > before
+    assert len(prompts) == 20 and Counter(hot) == {None: 10, 1.5: 10} and run.memory == {p: pytest.approx(0.9) for p in prompts if unsafe(p)} and run.sampled_tokens > before
     assert sorted(again) == sorted(run.memory)  # what has just succeeded
-    first = run.first_attacker.policies[0].lm
-    assert bytes_of(first) == bytes_of(tiny_player("attacker", 1).policy.lm)
+    assert bytes_of(run.first_attacker.policies[0].lm) == bytes_of(tiny_player("attacker", 1).policy.lm)
     run.memory, met[:], unsafe = dict.fromkeys(run.memory, 0.0), [], lambda prompt: False  # all holes were closed ...
     run.memory["failed always"] = 0.0
     run.mine(20, np.random.default_rng(0))
@@ -1394,11 +1408,11 @@ def test_the_figure_of_rounds_shows_both_budgets_and_best_responses_where_there_
     drawn = []
     monkeypatch.setattr(evaluation, "band", lambda axis, x, values, label, look: drawn.append((label, list(x), np.asarray(values).mean(0).tolist())))
     point = lambda asr, **more: [{"asr_held_out_judge": asr, "over_refusal/look-alikes": 0.0, "averages": {"average (mixture)": {"asr_held_out_judge": asr + 0.1}}, **more}] * 2
-    rows = {f"equal, T = {t}": point(1 / t) for t in evaluation.EQUAL} | {f"growing, T = {t}": point(0.5, best_response=0.7) for t in evaluation.GROWING}
+    rows = {f"equal, T = {t}": point(1 / t) for t in evaluation.HORIZONS} | {f"growing, T = {t}": point(0.5, best_response=0.7) for t in evaluation.HORIZONS}
     evaluation.draw_rounds(tmp_path, rows)
     lines = dict((label, (x, y)) for label, x, y in drawn[:len(drawn) // 2])
-    assert lines["held-out prompts"] == ([1, 2, 4, 8, 16, 32], [1 / t for t in evaluation.EQUAL])
-    assert lines["held-out prompts, mixture"][1] == pytest.approx([1 / t + 0.1 for t in evaluation.EQUAL])
+    assert lines["held-out prompts"] == ([1, 2, 4, 8, 16, 32], [1 / t for t in evaluation.HORIZONS])
+    assert lines["held-out prompts, mixture"][1] == pytest.approx([1 / t + 0.1 for t in evaluation.HORIZONS])
     assert dict((label, y) for label, _, y in drawn)["best response, 90 steps"] == pytest.approx([0.7] * 6)
     assert (tmp_path / "rounds.png").stat().st_size > 10_000
 
