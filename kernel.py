@@ -5,9 +5,8 @@
 
 A language model's head is its largest matrix product, and its logits the largest tensor of a PPO
 step: 2048 response tokens of GPT-2 are 412 MB of fp32 logits, and autograd would keep several such
-copies. Here rows go through in chunks of about 64 MiB, only the two numbers per row that the
-backward needs are kept, and the backward computes each chunk's logits again (four matrix products
-instead of three; the memory is one chunk).
+copies. What the backward needs is two numbers per row; it computes the logits again (four matrix
+products instead of three).
 
 The gradient, with g the incoming gradient of logprob and e that of H:
 
@@ -16,14 +15,29 @@ The gradient, with g the incoming gradient of logprob and e that of H:
     dz = (g * (onehot - p) - e * p * (log p + H)) / temperature
     dhidden = dz @ weight      dweight = dz.T @ hidden      dbias = sum_i dz
 
-`linear_logprob` is what the rest of the project calls; `linear_logprob_reference` is its plain twin.
+The forward needs, of each row, m = max z, s = sum exp(z - m) and t = sum exp(z - m) z: with them
+logsumexp = m + log s and H = logsumexp - t / s. They can be had tile by tile (the online softmax of
+Milakov and Gimelshein, 2018): two parts of a row, with (m, s, t) and (m', s', t') and M = max(m, m'), make
+(M, s e^(m-M) + s' e^(m'-M), t e^(m-M) + t' e^(m'-M)).
+
+Three ways through the same mathematics. `linear_logprob` chooses between the first two by the device:
+    Triton (CUDA)   `_forward_kernel` never writes a logit; `_gradient_kernel` writes dz of a chunk of rows, whose
+                    two products then run on the vendor's library. No atomics: the same input gives the same bits.
+    row chunks      the same with torch, a chunk of rows at a time, in place.
+    whole logits    `linear_logprob_reference`, the plain twin that the tests compare with.
 Under autocast the matrix products run in the autocast dtype; the softmax and the sums stay fp32.
 """
 
 import torch
 import torch.nn.functional as F
 
-CHUNK_BYTES = 64 * 2**20  # of fp32 logits at a time: bounds memory, and stays large enough for a GEMM
+try:  # comes with the CUDA builds of torch
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of fp32 logits at a time: bounds memory, and stays large enough for a GEMM
 
 
 def linear_logprob_reference(hidden, weight, targets, bias=None, temperature=1.0, entropy_grad=False):
@@ -53,59 +67,72 @@ def linear_logprob(hidden, weight, targets, bias=None, temperature=1.0, entropy_
         raise ValueError(f"linear_logprob needs temperature > 0, got {temperature}")
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return ChunkedLogProb.apply(hidden, weight, targets, bias, temperature, entropy_grad, dtype)
+    return LinearLogProb.apply(hidden, weight, targets, bias, temperature, entropy_grad, dtype)
 
 
-class ChunkedLogProb(torch.autograd.Function):
-    """Row-chunked forward, recomputing backward; see the module's header for the mathematics."""
+class LinearLogProb(torch.autograd.Function):
+    """What is the same for both ways: what is saved, in which dtype, and the two products of the backward."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, bias, temperature, entropy_grad, dtype):
-        h, w = hidden.to(dtype), weight.to(dtype)  # (N, D), (V, D)
-        out = torch.float64 if dtype == torch.float64 else torch.float32
-        logprobs, entropy, lse = (torch.empty(len(h), dtype=out, device=h.device) for _ in range(3))
-        for rows in _chunks(h, w):
-            z = _logits(h[rows], w, bias, temperature)  # (n, V)
-            lse[rows] = z.logsumexp(-1)
-            logprobs[rows] = z.gather(-1, targets[rows, None])[:, 0] - lse[rows]
-            p = (z - lse[rows, None]).exp_()
-            entropy[rows] = lse[rows] - p.mul_(z).sum(-1)  # H = logsumexp(z) - E_p[z]
+        h, w = hidden.to(dtype).contiguous(), weight.to(dtype).contiguous()  # (N, D), (V, D)
+        target_logit, lse, entropy = (triton_forward if _use_triton(h) else chunked_forward)(h, w, targets, bias, temperature)  # (N,) each
         ctx.save_for_backward(hidden, weight, targets, bias, lse, entropy)
-        ctx.temperature, ctx.dtype = temperature, dtype
+        ctx.temperature, ctx.dtype, ctx.entropy_grad = temperature, dtype, entropy_grad
         if not entropy_grad:
             ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        return target_logit - lse, entropy
 
     @staticmethod
     def backward(ctx, grad_logprob, grad_entropy):
         hidden, weight, targets, bias, lse, entropy = ctx.saved_tensors
-        h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
+        h, w = hidden.to(ctx.dtype).contiguous(), weight.to(ctx.dtype).contiguous()
         needs_h, needs_w, _, needs_b = ctx.needs_input_grad[:4]
+        e = grad_entropy if ctx.entropy_grad else None
+        gradient = triton_gradient if _use_triton(h) else chunked_gradient
         dh = torch.empty_like(h) if needs_h else None  # (N, D)
         dw = None  # (V, D), accumulated in fp32
         db = torch.zeros_like(bias, dtype=lse.dtype) if bias is not None and needs_b else None
         for rows in _chunks(h, w):
-            g = grad_logprob[rows, None]
-            logp = _logits(h[rows], w, bias, ctx.temperature).sub_(lse[rows, None])  # (n, V)
-            if grad_entropy is None or not grad_entropy[rows].any():
-                dz = logp.exp_().mul_(-g)
-            else:
-                dz = -logp.exp() * (g + grad_entropy[rows, None] * (logp + entropy[rows, None]))
-            dz.scatter_add_(1, targets[rows, None], g).div_(ctx.temperature)
-            dz_low = dz.to(ctx.dtype)
-            if needs_h:
-                dh[rows] = dz_low @ w
-            if needs_w and dw is None:
-                dw = _upcast(dz_low.T @ h[rows])
-            elif needs_w and dw.dtype == dz_low.dtype:
-                dw.addmm_(dz_low.T, h[rows])  # in place: a second (V, D) would cost more than the chunk
-            elif needs_w:
-                dw += dz_low.T @ h[rows]
+            cut = lambda x: None if x is None else x[rows]
+            dz = gradient(h[rows], w, targets[rows], bias, ctx.temperature, lse[rows], entropy[rows], grad_logprob[rows], cut(e))  # (n, V)
             if db is not None:
                 db += dz.sum(0)
+            dz = dz.to(ctx.dtype)
+            if needs_h:
+                dh[rows] = dz @ w
+            if needs_w and dw is None:
+                dw = _upcast(dz.T @ h[rows])
+            elif needs_w and dw.dtype == dz.dtype:
+                dw.addmm_(dz.T, h[rows])  # in place: a second (V, D) would cost more than the chunk
+            elif needs_w:
+                dw += dz.T @ h[rows]
         dw = torch.zeros_like(weight) if needs_w and dw is None else dw  # no rows at all
         dh, dw = (dh.to(hidden.dtype) if needs_h else None), (dw.to(weight.dtype) if needs_w else None)
         return dh, dw, None, (db.to(bias.dtype) if db is not None else None), None, None, None
+
+
+# --- row chunks: torch, in place ------------------------------------------------------------------------------
+def chunked_forward(h, w, targets, bias, temperature):
+    """h (N, D), w (V, D), targets (N,), bias (V,) or None -> (target logit, logsumexp, entropy), (N,) each."""
+    target_logit, lse, entropy = torch.empty(3, len(h), dtype=_upcast(h[:0]).dtype, device=h.device)
+    for rows in _chunks(h, w):
+        z = _logits(h[rows], w, bias, temperature)  # (n, V)
+        lse[rows] = z.logsumexp(-1)
+        target_logit[rows] = z.gather(-1, targets[rows, None])[:, 0]
+        p = (z - lse[rows, None]).exp_()
+        entropy[rows] = lse[rows] - p.mul_(z).sum(-1)  # H = logsumexp(z) - E_p[z]
+    return target_logit, lse, entropy
+
+
+def chunked_gradient(h, w, targets, bias, temperature, lse, entropy, g, e):
+    """dz (n, V) in fp32 of the rows h (n, D); lse, entropy, g and e (or None) are (n,)."""
+    logp = _logits(h, w, bias, temperature).sub_(lse[:, None])  # (n, V)
+    if e is None:
+        dz = logp.exp_().mul_(-g[:, None])
+    else:
+        dz = -logp.exp() * (g[:, None] + e[:, None] * (logp + entropy[:, None]))
+    return dz.scatter_add_(1, targets[:, None], g[:, None]).div_(temperature)
 
 
 def _upcast(x):
@@ -121,7 +148,106 @@ def _logits(h, w, bias, temperature):
 
 
 def _chunks(h, w):
-    """Row slices whose fp32 logits fill at most CHUNK_BYTES. They depend on N and V alone, so that
+    """Row slices whose fp32 logits fill at most CHUNK_BYTES. They depend on N, V and the device alone, so that
     the same rows give the same bits with and without gradients."""
-    step = max(1, CHUNK_BYTES // (4 * len(w)))
+    step = max(1, CHUNK_BYTES[h.device.type] // (4 * len(w)))
     return [slice(i, min(i + step, len(h))) for i in range(0, len(h), step)]
+
+
+# --- Triton: tile by tile ---------------------------------------------------------------------------------------
+def _use_triton(h):
+    """Whether the Triton kernels take this (N, D) input."""
+    return triton is not None and h.is_cuda and h.dtype != torch.float64
+
+
+if triton is not None:
+    @triton.jit
+    def _logits_tile(h, w, bias, rows, columns, N, D, V, inv_temperature, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr):
+        """z[rows, columns] in fp32 of h (N, D) and w (V, D), from rows (n,) and columns (v,); -inf beyond column V."""
+        z = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+        for start in range(0, D, BLOCK_D):
+            inner = start + tl.arange(0, BLOCK_D)
+            h_tile = tl.load(h + rows[:, None].to(tl.int64) * D + inner, mask=(rows[:, None] < N) & (inner < D), other=0.0)  # (n, d)
+            w_tile = tl.load(w + columns[:, None].to(tl.int64) * D + inner, mask=(columns[:, None] < V) & (inner < D), other=0.0)  # (v, d)
+            if PRECISION == "interpreted":  # the interpreter has no products of bf16
+                h_tile, w_tile = h_tile.to(tl.float32), w_tile.to(tl.float32)
+            z = tl.dot(h_tile, w_tile.T, z, input_precision="ieee" if PRECISION == "interpreted" else PRECISION)
+        if HAS_BIAS:
+            z += tl.load(bias + columns, mask=columns < V, other=0.0).to(tl.float32)
+        return tl.where(columns < V, z * inv_temperature, -float("inf"))
+
+    @triton.jit
+    def _forward_kernel(h, w, targets, bias, partial, N, D, V, columns_per_split, inv_temperature, HAS_BIAS: tl.constexpr,
+                        PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
+        """One program: a block of rows x one split of the vocabulary, tile after tile, into
+        partial (4, splits, N): of this split m, s, t (see the header) and the target's logit, 0 where it is not here."""
+        rows, split = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1)
+        y = tl.load(targets + rows, mask=rows < N, other=-1)
+        m = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+        s, t, target_logit = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+        for start in range(split * columns_per_split, tl.minimum((split + 1) * columns_per_split, V), BLOCK_V):
+            columns = start + tl.arange(0, BLOCK_V)
+            z = _logits_tile(h, w, bias, rows, columns, N, D, V, inv_temperature, HAS_BIAS, PRECISION, BLOCK_D)
+            new_m = tl.maximum(m, tl.max(z, 1))
+            p = tl.exp(z - new_m[:, None])
+            s = s * tl.exp(m - new_m) + tl.sum(p, 1)
+            t = t * tl.exp(m - new_m) + tl.sum(p * tl.where(columns < V, z, 0.0), 1)  # never 0 * -inf
+            target_logit += tl.sum(tl.where(columns == y[:, None], z, 0.0), 1)
+            m = new_m
+        at = partial + split * N + rows
+        size = tl.num_programs(1) * N
+        tl.store(at, m, mask=rows < N)
+        tl.store(at + size, s, mask=rows < N)
+        tl.store(at + 2 * size, t, mask=rows < N)
+        tl.store(at + 3 * size, target_logit, mask=rows < N)
+
+    @triton.jit
+    def _gradient_kernel(h, w, targets, bias, lse, entropy, g, e, dz, N, D, V, inv_temperature, HAS_BIAS: tl.constexpr, HAS_E: tl.constexpr,
+                         PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
+        """One program: one tile of dz (N, V); lse, entropy, g and e are (N,) fp32."""
+        i, j = tl.swizzle2d(tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1), 8)  # neighbours share tiles in the cache
+        rows, columns = i * BLOCK_N + tl.arange(0, BLOCK_N), j * BLOCK_V + tl.arange(0, BLOCK_V)
+        z = _logits_tile(h, w, bias, rows, columns, N, D, V, inv_temperature, HAS_BIAS, PRECISION, BLOCK_D)
+        here = rows < N
+        logp = z - tl.load(lse + rows, mask=here, other=0.0)[:, None]
+        g_rows = tl.load(g + rows, mask=here, other=0.0)[:, None]
+        slope = g_rows
+        if HAS_E:
+            slope += tl.load(e + rows, mask=here, other=0.0)[:, None] * (logp + tl.load(entropy + rows, mask=here, other=0.0)[:, None])
+        is_target = columns == tl.load(targets + rows, mask=here, other=-1)[:, None]
+        gradient = (tl.where(is_target, g_rows, 0.0) - tl.exp(logp) * slope) * inv_temperature
+        tl.store(dz + rows[:, None].to(tl.int64) * V + columns, gradient.to(dz.dtype.element_ty), mask=here[:, None] & (columns < V))
+
+
+def _blocks(h):
+    """(tile sizes, number of warps, precision of the products) for h's dtype."""
+    if h.dtype == torch.float32:
+        precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        return dict(BLOCK_N=64, BLOCK_V=64, BLOCK_D=32, num_warps=4, PRECISION=precision)
+    return dict(BLOCK_N=128, BLOCK_V=128, BLOCK_D=64, num_warps=8, PRECISION="ieee" if h.is_cuda else "interpreted")
+
+
+def triton_forward(h, w, targets, bias, temperature, splits=8):
+    """The same as `chunked_forward`; `splits` programs share a row's vocabulary, so that few rows fill the GPU too."""
+    (N, D), V, blocks = h.shape, len(w), _blocks(h)
+    per_split = triton.cdiv(triton.cdiv(V, splits), blocks["BLOCK_V"]) * blocks["BLOCK_V"]
+    splits = triton.cdiv(V, per_split)
+    partial = torch.empty(4, splits, N, dtype=torch.float32, device=h.device)
+    if N:
+        _forward_kernel[(triton.cdiv(N, blocks["BLOCK_N"]), splits)](
+            h, w, targets, w if bias is None else bias, partial, N, D, V, per_split, 1 / temperature, HAS_BIAS=bias is not None, **blocks)
+    m, s, t, target_logit = partial  # (splits, N)
+    scale = (m - m.amax(0)).exp()
+    s, t = (s * scale).sum(0), (t * scale).sum(0)
+    lse = m.amax(0) + s.log()
+    return target_logit.sum(0), lse, lse - t / s
+
+
+def triton_gradient(h, w, targets, bias, temperature, lse, entropy, g, e):
+    """The same as `chunked_gradient`, in h's dtype."""
+    (N, D), V, blocks = h.shape, len(w), _blocks(h)
+    dz = torch.empty(N, V, dtype=h.dtype, device=h.device)
+    _gradient_kernel[(triton.cdiv(N, blocks["BLOCK_N"]), triton.cdiv(V, blocks["BLOCK_V"]))](
+        h, w, targets, w if bias is None else bias, lse, entropy, g.contiguous(), lse if e is None else e.contiguous(), dz,
+        N, D, V, 1 / temperature, HAS_BIAS=bias is not None, HAS_E=e is not None, **blocks)
+    return dz

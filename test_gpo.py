@@ -19,6 +19,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined: they run as plain Python then
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -27,6 +30,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, BertConfig, BertF
 
 import eval as evaluation
 import gpo
+import kernel
 import train
 from diversity import Diversity, NgramTable, cosine_to_history, load_embedder, self_bleu, set_similarity, word_embedder
 from gpo import Player, PolicyAverage, Speaker, gae, nash_gap, play, policy_loss, ppo_update, solve_matrix_game, token_rewards, value_loss, whiten
@@ -127,14 +131,68 @@ def test_entropy_has_no_gradient_unless_it_is_asked_for():
 
 
 def test_fused_logprob_never_holds_all_logits(monkeypatch):
-    import kernel
     largest = []
     real = kernel._logits
     monkeypatch.setattr(kernel, "_logits", lambda *a: (largest.append((out := real(*a)).numel()), out)[1])
-    monkeypatch.setattr(kernel, "CHUNK_BYTES", 4 * 1000 * 16)
+    monkeypatch.setattr(kernel, "CHUNK_BYTES", {"cpu": 4 * 1000 * 16})
     hidden = torch.randn(200, 8, requires_grad=True)
     linear_logprob(hidden, torch.randn(1000, 8), torch.randint(1000, (200,)))[0].sum().backward()
     assert max(largest) == 16 * 1000  # of 200 * 1000
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2**-8)])  # the interpreter cuts bf16 off where a GPU rounds
+@pytest.mark.parametrize("N, D, V, temperature, bias", [(1, 77, 507, 0.7, True), (123, 77, 507, 1.0, False), (123, 768, 507, 0.7, True), (3, 16, 50257, 1.0, True)])
+def test_triton_kernels_are_as_exact_as_eager_of_the_same_dtype(N, D, V, temperature, bias, dtype, tolerance, monkeypatch):
+    pytest.importorskip("triton", reason="pip install triton, as the README's section Test says")
+    torch.manual_seed(0)
+    inputs = [torch.randn(N, D), torch.randn(V, D) / D**0.5] + ([torch.randn(V)] if bias else [])
+    inputs = [x.to(dtype) for x in inputs]
+    targets, g, e = torch.randint(V, (N,)), torch.randn(N), torch.randn(N)
+
+    def run(dtype, function):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        logprobs, entropy = function(*leaves[:2], targets, leaves[2] if bias else None, temperature, True)
+        ((logprobs * g).sum() + (entropy * e).sum()).backward()
+        return [x.double() for x in (logprobs.detach(), entropy.detach(), *(x.grad for x in leaves))]
+
+    exact, eager = run(torch.float64, linear_logprob_reference), run(dtype, linear_logprob_reference)
+    used = []
+    monkeypatch.setattr(kernel, "_use_triton", lambda h: used.append(h.dtype) or True)
+    for truth, theirs, mine in zip(exact, eager, run(dtype, linear_logprob)):
+        assert (mine - truth).abs().max() <= 1.5 * (theirs - truth).abs().max() + tolerance * (1 + truth.abs().max())
+    assert used == [dtype] * 2  # the forward and the backward
+
+
+def test_triton_kernels_do_not_depend_on_how_the_vocabulary_is_split(monkeypatch):
+    pytest.importorskip("triton")
+    h, w, targets = torch.randn(3, 16), torch.randn(300, 16), torch.tensor([0, 299, 128])
+    logits = h.double() @ w.double().T
+    for splits in (1, 2, 5):
+        target_logit, lse, entropy = kernel.triton_forward(h, w, targets, None, 1.0, splits)
+        assert torch.allclose(target_logit.double(), logits[torch.arange(3), targets], atol=1e-4)
+        assert torch.allclose(lse.double(), logits.logsumexp(-1), atol=1e-4)
+        assert torch.allclose(entropy.double(), torch.distributions.Categorical(logits=logits).entropy(), atol=1e-4)
+
+
+COMPILE = """import torch, triton, kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+    blocks = kernel._blocks(torch.empty(0, dtype=dtype)) | {"PRECISION": "ieee"}
+    warps, N = blocks.pop("num_warps"), {name: "i32" for name in ("N", "D", "V")}
+    rows = dict.fromkeys(("bias", "lse", "entropy", "g", "e", "partial"), "*fp32") | dict.fromkeys(("h", "w", "dz"), "*" + name) | {"targets": "*i64"}
+    for function, flags in ((kernel._forward_kernel, {"HAS_BIAS": True}), (kernel._gradient_kernel, {"HAS_BIAS": True, "HAS_E": True})):
+        constants = flags | blocks
+        types = {a: "constexpr" if a in constants else (rows | N | {"columns_per_split": "i32", "inv_temperature": "fp32"})[a] for a in function.arg_names}
+        built = triton.compile(ASTSource(function, types, constants), target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+        assert "cubin" in built.asm and built.metadata.shared < 227 * 1024
+print("compiled")"""
+
+
+def test_triton_kernels_compile_for_a_gpu_without_one():
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=HERE, env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, capture_output=True, text=True)
+    assert done.stdout.strip() == "compiled", done.stderr[-2000:]
 
 
 def test_fused_logprob_names_what_does_not_fit():
