@@ -28,6 +28,8 @@ Three ways through the same mathematics. `linear_logprob` chooses between the fi
 Under autocast the matrix products run in the autocast dtype; the softmax and the sums stay fp32.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 
@@ -75,7 +77,7 @@ class LinearLogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, bias, temperature, entropy_grad, dtype):
-        h, w = hidden.to(dtype).contiguous(), weight.to(dtype).contiguous()  # (N, D), (V, D)
+        h, w, targets = hidden.to(dtype).contiguous(), weight.to(dtype).contiguous(), targets.contiguous()  # (N, D), (V, D), (N,)
         target_logit, lse, entropy = (triton_forward if _use_triton(h) else chunked_forward)(h, w, targets, bias, temperature)  # (N,) each
         ctx.save_for_backward(hidden, weight, targets, bias, lse, entropy)
         ctx.temperature, ctx.dtype, ctx.entropy_grad = temperature, dtype, entropy_grad
@@ -84,6 +86,7 @@ class LinearLogProb(torch.autograd.Function):
         return target_logit - lse, entropy
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprob, grad_entropy):
         hidden, weight, targets, bias, lse, entropy = ctx.saved_tensors
         h, w = hidden.to(ctx.dtype).contiguous(), weight.to(ctx.dtype).contiguous()
@@ -219,6 +222,11 @@ if triton is not None:
         tl.store(dz + rows[:, None].to(tl.int64) * V + columns, gradient.to(dz.dtype.element_ty), mask=here[:, None] & (columns < V))
 
 
+def _on(h):
+    """Triton launches on the current GPU, which need not be the one of the tensors."""
+    return torch.cuda.device(h.device) if h.is_cuda else contextlib.nullcontext()
+
+
 def _blocks(h):
     """(tile sizes, number of warps, precision of the products) for h's dtype."""
     if h.dtype == torch.float32:
@@ -234,8 +242,9 @@ def triton_forward(h, w, targets, bias, temperature, splits=8):
     splits = triton.cdiv(V, per_split)
     partial = torch.empty(4, splits, N, dtype=torch.float32, device=h.device)
     if N:
-        _forward_kernel[(triton.cdiv(N, blocks["BLOCK_N"]), splits)](
-            h, w, targets, w if bias is None else bias, partial, N, D, V, per_split, 1 / temperature, HAS_BIAS=bias is not None, **blocks)
+        with _on(h):
+            _forward_kernel[(triton.cdiv(N, blocks["BLOCK_N"]), splits)](
+                h, w, targets, w if bias is None else bias.contiguous(), partial, N, D, V, per_split, 1 / temperature, HAS_BIAS=bias is not None, **blocks)
     m, s, t, target_logit = partial  # (splits, N)
     scale = (m - m.amax(0)).exp()
     s, t = (s * scale).sum(0), (t * scale).sum(0)
@@ -247,7 +256,8 @@ def triton_gradient(h, w, targets, bias, temperature, lse, entropy, g, e):
     """The same as `chunked_gradient`, in h's dtype."""
     (N, D), V, blocks = h.shape, len(w), _blocks(h)
     dz = torch.empty(N, V, dtype=h.dtype, device=h.device)
-    _gradient_kernel[(triton.cdiv(N, blocks["BLOCK_N"]), triton.cdiv(V, blocks["BLOCK_V"]))](
-        h, w, targets, w if bias is None else bias, lse, entropy, g.contiguous(), lse if e is None else e.contiguous(), dz,
-        N, D, V, 1 / temperature, HAS_BIAS=bias is not None, HAS_E=e is not None, **blocks)
+    with _on(h):
+        _gradient_kernel[(triton.cdiv(N, blocks["BLOCK_N"]), triton.cdiv(V, blocks["BLOCK_V"]))](
+            h, w, targets, w if bias is None else bias.contiguous(), lse, entropy, g.contiguous(), lse if e is None else e.contiguous(), dz,
+            N, D, V, 1 / temperature, HAS_BIAS=bias is not None, HAS_E=e is not None, **blocks)
     return dz
