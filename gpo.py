@@ -15,7 +15,7 @@ or average weights (an approximation): both are here.
 
 import copy
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -120,7 +120,7 @@ class Player:
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=self.learning_rate, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
 
     def go_back(self, policy):
-        """Begin anew: the language model's weights of `policy`, and a fresh optimizer."""
+        """Begin anew with the language model's weights of `policy` and a fresh optimizer; the critic is kept."""
         self.policy.lm.load_state_dict(policy.lm.state_dict())
         self.new_optimizer()
 
@@ -257,6 +257,7 @@ def distill(speaker, student, prompts, steps, batch_size, learning_rate, seed, b
 def naturalness(policy, rollout):
     """(B, 2): mean and least log-prob of each response's tokens under a frozen policy, in nats."""
     mask = rollout.response_mask
+    rollout = replace(rollout, support=None)  # under the whole distribution, whatever filter it was sampled with
     logprobs, _, _ = forward_rows(policy, rollout, [torch.arange(len(rollout))], with_values=False)
     return torch.stack([(logprobs * mask).sum(1) / mask.sum(1), logprobs.masked_fill(~mask, 0).amin(1)], 1).cpu()
 

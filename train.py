@@ -153,7 +153,7 @@ def train(config, world, players, run):
         round, role, first_of_turn, last_of_round = turns[run.step]
         rng, clock = np.random.default_rng([config.seed, run.step]), time.time()  # all randomness of this step
         mover = players[role]
-        if role == "attacker" and first_of_turn and config.restart and round and round % config.restart == 0:
+        if role == "attacker" and first_of_turn and config.restart and round % config.restart == 0:
             attacker.go_back(run.first_attacker.policies[0])
         if config.kl_anchor == "previous" and first_of_turn:
             mover.anchor()
@@ -241,7 +241,7 @@ class Run:
         self.step, self.sampled_tokens = 0, 0  # PPO steps done; tokens sampled by both players for them
         self.memory, self.once = {}, {}  # attack -> its last success; attack -> None where it ever succeeded
         self.before = None  # the first evaluation
-        self.test_prompts = set(world.test_prompts).union(*world.more_tests.values())  # never in an update of the defender
+        self.test_prompts = set(world.test_prompts).union(world.benign_prompts, *world.more_tests.values())  # never in an update of the defender
         self.diversity = Diversity(tuple(config.diversity_terms.split(",")), world.embedder, config.history)
         kinds = [kind for kind in config.average.split(",") if kind in ("mixture", "weights")]
         self.averages = {name: {kind: PolicyAverage(kind, config.average_size, config.seed) for kind in kinds} for name in players}
@@ -269,11 +269,12 @@ class Run:
         return rollout.texts
 
     def remember(self, game, successes_only=False):
-        """What the last try of each attack came to; test prompts are forgotten at once."""
+        """What the last try of each attack came to (of several in a batch: the last one); test prompts are forgotten at once."""
         for prompt, p_safe in zip(game.prompts, game.p_safe.tolist()):
             if prompt not in self.test_prompts and (p_safe < 0.5 or not successes_only):
                 self.memory[prompt] = 1 - p_safe
-                self.once |= {prompt: None} if p_safe < 0.5 else {}
+                if p_safe < 0.5:
+                    self.once[prompt] = None
 
     def mine(self, n, rng):
         """Try n attacks of the first attacker on the defender as it is now, half of them sampled at a higher
@@ -409,7 +410,7 @@ class Run:
         """Add to each player's averages one policy, trained on what its mixture says to attacks and to harmless prompts."""
         c, rng = self.config, np.random.default_rng([self.config.seed, 2**21])
         heard = {"attacker": [c.template.format(s) for s in draw(self.world.seeds, 2000, rng)],
-                 "defender": draw(list(self.memory), 1000, rng) + [p for p, _ in draw(self.world.demos, 1000, rng) if self.world.demos]}
+                 "defender": draw(list(self.memory) or self.world.seeds, 1000, rng) + [p for p, _ in (draw(self.world.demos, 1000, rng) if self.world.demos else [])]}
         for name, player in self.players.items():
             student, speaker = self.averages[name]["weights"].policy(player.policy), self.averages[name]["mixture"].speaker(player)
             with bar(f"distilling the {name}", c.sft_steps // 2) as progress:
@@ -722,6 +723,8 @@ def parse(argv):
         fail("--resume takes the run folder alone: the run's own configuration is used")
     try:
         saved = json.loads((Path(config.resume) / "config.json").read_text(encoding="utf-8"))["config"]
+        if missing := {entry.name for entry in fields(Config)} - set(saved):  # today's default would not be what the run began with
+            raise ValueError(f"it was begun by an older version, without {', '.join(sorted(missing))}")
         return Config(**{**saved, "resume": config.resume, "out": config.resume})
     except Exception as error:
         fail(f"--resume needs a run folder with its config.json, got {config.resume} ({type(error).__name__}: {error})")
@@ -779,8 +782,9 @@ def resolve(config):
     if config.start and not config.resume:
         try:
             other = json.loads((Path(config.start) / "config.json").read_text(encoding="utf-8"))["config"]
+            json.loads((Path(config.start) / "checkpoints" / "start" / "prompts.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"--start needs a run folder with its config.json, got {config.start}") from error
+            raise ValueError(f"--start needs a run folder with its config.json and checkpoints/start, got {config.start}") from error
         different = [name for name in WARM_START if other.get(name) != getattr(config, name)]
         if different:
             raise ValueError(f"--start needs a run of the same {', '.join(different)}, got {config.start} with "
@@ -836,7 +840,7 @@ def main(argv):
     for prompt, first, now in examples:
         print(f"  prompt  {prompt}\n  before  {first}\n  after   {now}\n")
     print(f"{time.time() - clock:.0f} seconds. Read {folder}/report.md, look at {folder}/curves.png;\n"
-          f"the models are in {folder}/attacker and {folder}/defender, every exchange in {folder}/games.jsonl.")
+          f"the models are in {folder}/attacker and {folder}/defender, every exchange of a PPO step in {folder}/games.jsonl.")
 
 
 def prepare(run, start):
