@@ -188,7 +188,7 @@ class FinishedRun:
             average = self.average(name, kind)
             found.setdefault(kind, {})[name] = average.speaker(self.end[name])
             if kind == "mixture" and len(average.members) > RESERVOIR:
-                found.setdefault(f"reservoir of {RESERVOIR}", {})[name] = kept(average, range(average.count), "mixture", RESERVOIR).speaker(self.end[name])
+                found.setdefault(f"reservoir of {RESERVOIR}", {})[name] = kept(average, range(len(average.members)), "mixture", RESERVOIR, self.config["seed"]).speaker(self.end[name])
         return found
 
     def average(self, name, kind):
@@ -246,9 +246,9 @@ class FinishedRun:
 RESERVOIR = 4
 
 
-def kept(mixture, rounds, kind, capacity=16):
-    """A PolicyAverage of another kind or size, of some rounds of a mixture that kept them all."""
-    average = PolicyAverage(kind, capacity)
+def kept(mixture, rounds, kind, capacity=16, seed=0):
+    """A PolicyAverage of another kind or size, of some members of a mixture."""
+    average = PolicyAverage(kind, capacity, seed)
     for i in rounds:
         average.add_weights({k: v.clone() for k, v in mixture.members[i].items()})
     return average
@@ -317,7 +317,7 @@ def write_json(path, value):
 
 
 # --- many runs: every claim is a row, every row a command --------------------------------------------------------------
-PAPER = "--replay 0 --mine 0 --restart 0 --rounds 2 --attacker_steps 30 --defender_steps 20 --kl_coef 0.1 --attacker_kl_coef 0.01 --diversity 3"  # Algorithm 1 as it is printed: long turns, no replay
+PAPER = "--replay 0 --mine 0 --restart 0 --rounds 2 --attacker_steps 30 --defender_steps 20 --kl_coef 0.1 --attacker_kl_coef 0.01 --diversity 3"  # Algorithm 1: long turns, no replay
 METHODS = {
     "SFT": "--method sft --average none",
     "Paraphrase": "--method paraphrase --average none",
@@ -330,25 +330,28 @@ METHODS = {
     "Iterative, recommended": "--method iterative --average none",  # the same defender updates as the recommended setting
     "recommended": "--average distill",
 }
-ABLATIONS = {name: f"{PAPER} --average none {flag}" for name, flag in {  # of GPO+Div; the last of two equal flags counts
-    "GPO+Div": "", "GPO": "--diversity 0", "SelfBLEU only": "--diversity_terms bleu", "embedding only": "--diversity_terms embedding",
+ABLATIONS = {name: METHODS[name] for name in ("GPO+Div", "GPO")} | {name: f"{PAPER} --average none {flag}" for name, flag in {  # the last of two equal flags counts
+    "SelfBLEU only": "--diversity_terms bleu", "embedding only": "--diversity_terms embedding",
     "k = 1": "--diversity 1", "k = 5": "--diversity 5", "k = 10": "--diversity 10", "all earlier attacks, not the last 480": "--history 0", "no guard": "--guard 0",
     "defender:attacker steps 1:2": "--attacker_steps 40", "1:1": "--attacker_steps 20", "2:1": "--attacker_steps 10", "defender first": "--first defender",
     "KL to the previous round": "--kl_anchor previous", "entropy 0.02": "--entropy_coef 0.02", "separate critic": "--critic separate",
     "attacker without a seed": "--template write", "no demonstrations": "--ptx_coef 0"}.items()}
 RECIPE = {  # of the recommended setting
-    "recommended": "--average distill", "no mining": "--mine 0 --average none", "no replay": "--mine 0 --replay 0 --average none",
+    "recommended": METHODS["recommended"], "no mining": "--mine 0 --average none", "mining at temperature 1": "--mine_temperature 1 --average none",
+    "no mining, no replay": "--mine 0 --replay 0 --average none",
     "no restarts": "--restart 0 --average none", "against mixtures": "--opponent mixture --average mixture", "no diversity": "--diversity 0 --average none"}
-HORIZONS = (1, 2, 4, 8, 16, 32)  # T, the number of rounds: at equal total updates, and as one long run goes on
-ROUNDS = {f"equal, T = {t}": f"--rounds {t} --defender_steps {64 // t} --attacker_steps {64 // t} --restart 0 --average mixture" for t in HORIZONS}
-ROUNDS["growing"] = "--rounds 32 --average mixture"
-# (measure, larger, smaller): the paper's orderings of Tables 1 and 2, each put to a paired test over seeds
+HORIZONS = (1, 2, 4, 8, 16, 32)  # T, the number of rounds: at equal total updates and mined attacks, and as one long run goes on
+ROUNDS = {f"equal, T = {t}": f"--rounds {t} --defender_steps {64 // t} --attacker_steps {64 // t} --mine {4800 // t} --restart 0 --average mixture" for t in HORIZONS}
+ROUNDS["growing"] = "--rounds 32 --defender_steps 6 --attacker_steps 6 --restart 0 --average mixture"
+# (measure, larger, smaller[, margin]): the paper's orderings of Tables 1 and 2, each put to a paired test over seeds
+# of larger + margin > smaller
 ORDERINGS = [
     ("asr_held_out_judge", "SFT", "RLHF"), ("asr_held_out_judge", "RLHF", "GPO+Div"), ("asr_held_out_judge", "GPO", "GPO+Div"),
     ("asr_held_out_judge", "Iterative", "GPO+Div"), ("asr_held_out_judge", "RLHF", "GPO"), ("asr_held_out_judge", "RLHF, tokens matched", "GPO+Div"),
     ("asr_held_out_judge", "RLHF, matched in KL", "GPO+Div"), ("cells", "GPO+Div", "GPO"), ("cells", "GPO+Div", "RLHF"),
     ("asr_held_out_judge", "RLHF, tokens matched", "recommended"), ("asr_held_out_judge", "Iterative, recommended", "recommended"),
     ("best_response", "Iterative, recommended", "recommended"),
+    *((key, *pair, 0.05) for method in ("GPO+Div", "recommended") for key, pair in {"over_refusal/look-alikes": ("RLHF", method), "helpfulness": (method, "RLHF")}.items()),
     ("third_party_success", "GPO+Div", "GPO"), ("third_party_success", "GPO", "RLHF"), ("third_party_success", "RLHF", "Paraphrase"),
 ]
 
@@ -376,11 +379,17 @@ def finish(folder, flags, start, log):
     command("train.py", [*flags.split(), *start, "--out", str(folder)], log)
 
 
-def run_suite(out, suite, seeds, common="", strangers=("SFT", "RLHF", "GPO+Div"), best={}, steps=90):
+def forget(file, key, value):
+    """Remove a finished file that says something else under `key`, so that it is made again."""
+    if file.is_file() and json.loads(file.read_text()).get(key) != value:
+        file.unlink()
+
+
+def run_suite(out, suite, seeds, common="", strangers=("SFT", "RLHF", "GPO+Div"), probes={}, steps=90):
     """Train and evaluate every row of `suite` = {name: flags} on every seed; returns {name: [row of each seed]}.
 
     Every row of a seed starts from the same warm-started players (those of its SFT run). An attacker's third
-    parties are the finished defenders of the rows `strangers`, of the next seed. best: {name: rounds after which
+    parties are the finished defenders of the rows `strangers`, of the seed before (of the second for the first). probes: {name: rounds after which
     a fresh attacker is trained for `steps` steps against the defender; 0 is the finished one}.
     """
     def folder(name, seed):
@@ -393,9 +402,11 @@ def run_suite(out, suite, seeds, common="", strangers=("SFT", "RLHF", "GPO+Div")
             raise ValueError(f"{here} must be a run of train.py {flags}, got one of train.py {made}; pass another --out")
         start = [] if name == "SFT" or "--template" in flags else ["--start", str(folder("SFT", seed))]
         stages[bool(start)].append((60 if start else 150, finish, (here, flags, start, log), here / "summary.json"))
-        third = [str(folder(s, seeds[(i + 1) % len(seeds)])) for s in strangers]
+        third = [str(folder(s, seeds[i - 1 if i else 1])) for s in strangers]
+        forget(here / "eval.json", "third_parties", third)
         stages[2].append((15, command, ("eval.py", [str(here), "--third_parties", *third], log), here / "eval.json"))
-        for r in best.get(name, ()):
+        for r in probes.get(name, ()):
+            forget(here / best_file(r), "steps", steps)
             stages[2].append((40, command, ("eval.py", ["best", str(here), "--steps", str(steps), "--round", str(r)], log), here / best_file(r)))
     workers = min(os.cpu_count() or 1, 8)
     with tqdm(total=sum(job[0] for stage in stages for job in stage), dynamic_ncols=True, bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left") as bar:
@@ -447,7 +458,8 @@ def row_of_round(folder, t):
     speak = lambda name, rounds: kept(mixtures[name], rounds, "mixture", t).speaker(run.end[name])
     row, tests = run.row(speak("attacker", [t - 1]), speak("defender", [t - 1])), run.prompts["test_prompts"]
     mixture = attack_success_rate(run.held_out_judge, tests, speak("defender", range(t)).speak(tests, 0, temperature=0).texts)
-    return row | best_row(folder, t if t < run.config["rounds"] else 0) | {"updates": t * run.config["defender_steps"], "averages": {"average (mixture)": {"asr_held_out_judge": mixture}}}
+    return row | best_row(folder, t if t < run.config["rounds"] else 0) | {"updates": t * run.config["defender_steps"],
+        "tokens": [m["sampled_tokens"] for m in read_log(folder) if m["round"] == t - 1][-1], "averages": {"average (mixture)": {"asr_held_out_judge": mixture}}}
 
 
 def suite_table(rows, columns, names=None):
@@ -469,13 +481,13 @@ def reproduce(out, n_seeds, first_seed, quick):
     clock, seeds = time.time(), range(first_seed, first_seed + (2 if quick else n_seeds))
     suite = METHODS if not quick else {name: METHODS[name] for name in ("SFT", "RLHF", "GPO", "GPO+Div")}
     common = " --rounds 2" if quick else ""
-    rows = run_suite(out, suite, seeds, common, best={} if quick else {"Iterative, recommended": (0,), "recommended": (0,)})
+    rows = run_suite(out, suite, seeds, common, probes={} if quick else {"Iterative, recommended": (0,), "recommended": (0,)})
     if not quick:
         rows["RLHF, matched in KL"] = [matched_in_kl(run_folder(out, "RLHF, tokens matched", seed), row["kl"]) for seed, row in zip(seeds, rows["GPO+Div"])]
-    attackers = {name: rows[name] for name in suite if not name.startswith("Iterative") and "tokens" not in name}  # these train no attacker
+    attackers = {name: rows[name] for name in suite if not name.startswith("Iterative") and "tokens" not in name}  # their rows say nothing of an attacker
     attackers |= {f"{name}, mixture": [row["averages"]["average (mixture)"] for row in rows[name]] for name in ("GPO", "GPO+Div", "recommended") if name in suite}
-    tests = [(key, more, less, [a[key] - b[key] for a, b in zip(rows[more], rows[less])]) for key, more, less in ORDERINGS
-             if more in rows and less in rows and key in rows[more][0] and key in rows[less][0]]
+    tests = [(key, f"{more} + {margin[0]}" if margin else more, less, [a[key] - b[key] + sum(margin) for a, b in zip(rows[more], rows[less])])
+             for key, more, less, *margin in ORDERINGS if more in rows and less in rows and key in rows[more][0] and key in rows[less][0]]
     text = f"# {len(seeds)} seeds ({seeds[0]} to {seeds[-1]}), mean ± standard error\n\n"
     text += "## Table 1: the defender\n\nAttack success on held-out prompts, by the held-out judge and by the training judge; 1,000 prompts in each set.\n\n"
     text += suite_table(rows, DEFENDER | {"best_response": "best response"} | COST, [name for name in rows if name != "Paraphrase"])
@@ -485,13 +497,28 @@ def reproduce(out, n_seeds, first_seed, quick):
         ["", "difference", "seeds that agree", "p, t-test", "p, sign flips"],
         [[f"{LABELS[key]}: {more} > {less}", mean_and_error(d), f"{sum(x > 0 for x in d)} of {len(d)}", *(f"{p:.3f}" for p in paired_test(d))] for key, more, less, d in tests])
     if "recommended" in rows:
+        probed = [name for name in rows if "best_response" in rows[name][0]]
+        text += "\n\n## Best responses\n\nSuccess of a fresh attacker after 90 PPO steps, and what it says most often.\n\n" + best_responses(out, seeds, probed)
         text += "\n\n## What an average costs\n\n" + averages_table(out, seeds, rows["recommended"])
     text += f"\n\n{len(seeds) * len(suite)} runs; the last call took {time.time() - clock:.0f} seconds.\n"
     (Path(out) / "table.md").write_text(text)
     write_json(Path(out) / "table.json", {"seeds": list(seeds), "commands": {name: f"python train.py {flags}{common}" for name, flags in suite.items()}, "rows": rows,
                                           "orderings": [dict(zip(("measure", "larger", "smaller", "differences"), test), p=paired_test(test[3])) for test in tests]})
     draw_methods(out, rows, attackers, seeds)
-    print(text + f"\nwritten to {out}/table.md, {out}/table.json, {out}/methods.png")
+    print(text + f"\nwritten to {out}/table.md, {out}/table.json, {out}/methods.png{', best.png' if 'recommended' in rows else ''}")
+
+
+def best_responses(out, seeds, names):
+    """markdown: of each run, how far a fresh attacker got and by which sentence; their learning curves go to best.png."""
+    found = {name: [json.loads((run_folder(out, name, seed) / best_file(0)).read_text()) for seed in seeds] for name in names}
+    canvas, (axis,) = figure(1)
+    for (name, rows), look in zip(found.items(), LOOKS):
+        band(axis, range(1, 1 + len(rows[0]["curve"])), [row["curve"] for row in rows], name, {**look, "marker": None})
+    axis.set(xlabel="PPO steps of a fresh attacker", ylabel="its success against the finished defender", ylim=(0, 1))
+    axis.legend(frameon=False, fontsize=8)
+    canvas.savefig(Path(out) / "best.png", dpi=150)
+    return markdown(["", "seed", "success", "most frequent exploit"], [[name, seed, show(row["after"], 500), f"{row['exploits'][0][1]} of 200: *{row['exploits'][0][0]}*" if row["exploits"] else "-"]
+                                                                     for name, rows in found.items() for seed, row in zip(seeds, rows)])
 
 
 def matched_in_kl(folder, target):
@@ -511,10 +538,13 @@ def averages_table(out, seeds, rows):
     run = FinishedRun(run_folder(out, "recommended", seeds[0]))
     speakers = {"last": run.end["defender"], **{f"average ({kind})": pair["defender"] for kind, pair in run.averages().items()}}
     for name, speaker in speakers.items():
-        clock = time.time()
-        speaker.speak(run.prompts["test_prompts"], 0, temperature=0)
+        seconds = []
+        for _ in range(4):
+            clock = time.time()
+            speaker.speak(run.prompts["test_prompts"], 0, temperature=0)
+            seconds.append(time.time() - clock)
         policies = getattr(speaker, "policies", [0])
-        cost[name] = (len(policies) * sum(p.numel() * 4 for p in run.end["defender"].policy.lm.parameters()) / 2**20, time.time() - clock)
+        cost[name] = (len(policies) * sum(p.numel() * 4 for p in run.end["defender"].policy.lm.parameters()) / 2**20, np.median(seconds[1:]))  # the first warms up
     lines = []
     for name in speakers:
         these = rows if name == "last" else [row["averages"][name] for row in rows]
@@ -530,11 +560,11 @@ def ablate(out, n_seeds, first_seed, names):
     columns = {"asr_held_out_judge": "ASR", "asr_held_out_judge/unseen framings": "unseen framings", "over_refusal/look-alikes": "over-refusal, look-alikes",
                "helpfulness": "helpful", **ATTACKER}
     text, everything = f"# Ablations: one flag, one row; {n_seeds} seeds, mean ± standard error\n", {}
-    for title, suite, best in (("GPO+Div", ABLATIONS, {}), ("The recommended setting", RECIPE, dict.fromkeys(RECIPE, (0,)))):
+    for title, suite, probes in (("GPO+Div", ABLATIONS, {}), ("The recommended setting", RECIPE, dict.fromkeys(RECIPE, (0,)))):
         suite = {name: flags for name, flags in suite.items() if not names or name in names}
         if suite:
-            rows = run_suite(out, {**neighbours, **suite}, seeds, best=best)
-            text += f"\n## {title}\n\n" + suite_table(rows, columns | ({"best_response": "best response, 90 steps"} if best else {}), list(suite)) + "\n"
+            rows = run_suite(out, {**neighbours, **suite}, seeds, probes=probes)
+            text += f"\n## {title}\n\n" + suite_table(rows, columns | ({"best_response": "best response, 90 steps"} if probes else {}), list(suite)) + "\n"
             everything |= {name: rows[name] for name in suite}
     (Path(out) / "ablations.md").write_text(text)
     write_json(Path(out) / "ablations.json", {"commands": {**ABLATIONS, **RECIPE}, "rows": everything})
@@ -544,11 +574,11 @@ def ablate(out, n_seeds, first_seed, names):
 def rounds(out, n_seeds, first_seed):
     seeds = range(first_seed, first_seed + n_seeds)
     rows = run_suite(out, {**{name: METHODS[name] for name in ("RLHF", "GPO+Div")}, **ROUNDS}, seeds,
-                     best={"growing": (0, 1, 4, 16), "equal, T = 1": (0,), "equal, T = 8": (0,), "equal, T = 32": (0,)})
+                     probes={"growing": (0, 1, 4, 16), "equal, T = 1": (0,), "equal, T = 8": (0,), "equal, T = 32": (0,)})
     for t in HORIZONS:  # a run of t rounds is the beginning of a longer one
         rows[f"growing, T = {t}"] = [row_of_round(run_folder(out, "growing", seed), t) for seed in seeds]
     mixture = lambda row: row["averages"]["average (mixture)"]["asr_held_out_judge"]
-    columns = {"updates": "defender updates", "asr_held_out_judge": "ASR", mixture: "ASR, mixture", "asr_held_out_judge/unseen framings": "unseen framings",
+    columns = {"updates": "defender updates", "tokens": "sampled tokens", "asr_held_out_judge": "ASR", mixture: "ASR, mixture", "asr_held_out_judge/unseen framings": "unseen framings",
                "best_response": "best response", "over_refusal/look-alikes": "over-refusal, look-alikes", "helpfulness": "helpful"}
     text = f"# Performance against the number of rounds T; {n_seeds} seeds\n\n" + suite_table(rows, columns, [f"{kind}, T = {t}" for kind in ("equal", "growing") for t in HORIZONS]) + "\n"
     (Path(out) / "rounds.md").write_text(text)
@@ -721,12 +751,13 @@ def main(argv):
     parser.add_argument("--seeds", type=int, default=None, help="how many seeds: 5 for reproduce, 2 for ablate and rounds")
     parser.add_argument("--first_seed", "--first-seed", type=int, default=20, help="the first of them (the settings were chosen on 0 to 2, an earlier world was measured on 10 to 14)")
     parser.add_argument("--quick", action="store_true", help="reproduce: four methods, two seeds, two rounds, to see that it works")
-    parser.add_argument("--out", default="results", help="folder of reproduce, ablate, rounds and nash")
+    parser.add_argument("--out", default=None, help="folder of reproduce, ablate, rounds and nash; default: results, with --quick results_quick")
     parser.add_argument("--steps", type=int, default=90, help="PPO steps of a best response")
     parser.add_argument("--round", type=int, default=0, help="best: the defender after this round, from the run's mixture; 0: the finished one")
     parser.add_argument("--every", type=int, default=3, help="probe: rounds between two best responses")
     parser.error = fail
     args = parser.parse_args(argv)
+    args.out = args.out or ("results_quick" if args.quick else "results")
     what, rest = args.what[0], args.what[1:]
     try:
         if args.steps < 1 or args.every < 1 or args.round < 0 or args.first_seed < 0 or (args.seeds is not None and args.seeds < 2):
