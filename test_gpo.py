@@ -40,6 +40,7 @@ from reward import JudgeError, call_judge, guard_judge, load_judge, rule_judge, 
 from toy import ToyGame
 
 HERE = Path(__file__).parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DATA = HERE.parent / "shared" / "data"
 WORDS = "a b c d e f g h i j k l m n o p q r s t u v w x y z safe unsafe sorry yes no Human: AI:".split()
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="needs the real data in ../shared/data")
@@ -146,8 +147,8 @@ def test_triton_kernels_are_as_exact_as_eager_of_the_same_dtype(N, D, V, tempera
     pytest.importorskip("triton", reason="pip install triton, as the README's section Test says")
     torch.manual_seed(0)
     inputs = [torch.randn(N, D), torch.randn(V, D) / D**0.5] + ([torch.randn(V)] if bias else [])
-    inputs = [x.to(dtype) for x in inputs]
-    targets, g, e = torch.randint(V, (N,)), torch.randn(N), torch.randn(N)
+    inputs = [x.to(DEVICE, dtype) for x in inputs]
+    targets, g, e = (x.to(DEVICE) for x in (torch.randint(V, (N,)), torch.randn(N), torch.randn(N)))
 
     def run(dtype, function):
         leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
@@ -165,11 +166,11 @@ def test_triton_kernels_are_as_exact_as_eager_of_the_same_dtype(N, D, V, tempera
 
 def test_triton_kernels_do_not_depend_on_how_the_vocabulary_is_split(monkeypatch):
     pytest.importorskip("triton")
-    h, w, targets = torch.randn(3, 16), torch.randn(300, 16), torch.tensor([0, 299, 128])
+    h, w, targets = (x.to(DEVICE) for x in (torch.randn(3, 16), torch.randn(300, 16), torch.tensor([0, 299, 128])))
     logits = h.double() @ w.double().T
     for splits in (1, 2, 5):
         target_logit, lse, entropy = kernel.triton_forward(h, w, targets, None, 1.0, splits)
-        assert torch.allclose(target_logit.double(), logits[torch.arange(3), targets], atol=1e-4)
+        assert torch.allclose(target_logit.double(), logits[[0, 1, 2], targets], atol=1e-4)
         assert torch.allclose(lse.double(), logits.logsumexp(-1), atol=1e-4)
         assert torch.allclose(entropy.double(), torch.distributions.Categorical(logits=logits).entropy(), atol=1e-4)
 
@@ -971,7 +972,7 @@ def test_held_out_cells_never_enter_a_training_sample():
     corrupted, _, _ = game.judge_samples(2000, rng)
     seen = {p for p, _ in game.defender_sft(2000, rng)} | set(corrupted) | set(game.fixed_prompts) | {t for pair in game.attacker_sft(2000, rng) for t in pair}
     assert not seen & held_out and set(game.sample_prompts(500, rng, True, True)) <= held_out
-    assert len(game.fixed_prompts) == 200 and len({game.topics_in(p)[0] for p in game.fixed_prompts}) <= 14
+    assert len(game.fixed_prompts) == 200 and len({game.topics_in(p)[0] for p in game.fixed_prompts}) == 8
 
 
 def test_no_player_but_the_sft_defender_meets_a_jailbreak_framing_and_the_test_sets_are_what_they_say():
@@ -986,7 +987,7 @@ def test_no_player_but_the_sft_defender_meets_a_jailbreak_framing_and_the_test_s
     fixed = {game.topics_in(p)[0] for p in game.fixed_prompts}
     assert all(len(set(prompts)) == 1000 and all(map(game.is_held_out, prompts)) for prompts in sets.values())
     assert all(game.topics_in(p)[0] < 32 for prompts in sets.values() for p in prompts)
-    assert {game.topics_in(p)[0] for p in sets["unseen topics"]} == set(range(32)) - fixed and len(fixed) == 14
+    assert {game.topics_in(p)[0] for p in sets["unseen topics"]} == set(range(32)) - fixed and len(fixed) == 8
     assert all(map(jailbreak, sets["unseen framings"])) and not any(map(jailbreak, sets["in distribution"] + sets["unseen topics"]))
 
 
@@ -1123,7 +1124,7 @@ def test_the_players_take_turns_as_algorithm_1_says():
     assert turns(rounds=1, defender_steps=1, attacker_steps=2, first="attacker") == [(0, "attacker")] * 2 + [(0, "defender")]
     assert {role for _, role in turns(method="iterative")} == {"defender"} and turns(method="sft") == turns(method="paraphrase") == []
     for method in ("gpo", "rlhf", "iterative"):  # matched: the same number of defender steps
-        assert sum(role == "defender" for _, role in turns(method=method)) == 120
+        assert sum(role == "defender" for _, role in turns(method=method)) == 15 * 6
 
 
 def a_run(**kwargs):
@@ -1153,6 +1154,11 @@ def test_iterative_asks_the_most_novel_quarter_of_what_the_untrained_attacker_wr
     written = []
     run.attacks = lambda seeds, seed: written.extend(f"{s} {i}" for i, s in enumerate(seeds)) or written
     chosen = train.defender_prompts(run.config, ["a", "b", "z", "y"], run, np.random.default_rng(0))
+    run.test_prompts = set(chosen[:2])
+    assert not run.test_prompts & set(train.defender_prompts(run.config, ["a", "b", "z", "y"], run, np.random.default_rng(0)))
+    run.diversity = Diversity(embedder=word_embedder)
+    run.diversity.add(["a b", "c d"])
+    del written[16:]
     history = Diversity(embedder=word_embedder)
     history.add(["a b", "c d"])
     novelty = dict(zip(written, history.score(written)["reward"]))
@@ -1386,7 +1392,7 @@ train.main(sys.argv[1:])"""
 @pytest.mark.parametrize("method, first, step, flags", [
     ("save", "real(run)", 1, []),  # resumes with a defender step, then the attacker's: its optimizer and the history matter
     ("log", "pass", 1, []),  # before the first checkpoint: half a log, nothing to resume from
-    ("save", "real(run)", 4, ["--save_every", "1", "--kl_anchor", "previous", "--critic", "separate"]),  # in mid-turn: the reference matters
+    ("save", "real(run)", 4, ["--save_every", "1", "--kl_anchor", "previous", "--critic", "separate", "--restart", "1"]),  # in mid-turn: the reference matters
 ])
 def test_a_run_killed_and_resumed_ends_like_one_that_was_not(finished, tmp_path, method, first, step, flags):
     whole = finished[0]
@@ -1394,6 +1400,8 @@ def test_a_run_killed_and_resumed_ends_like_one_that_was_not(finished, tmp_path,
         whole = tmp_path / "whole"
         program("train.py", *TINY, *flags, "--out", whole)
     killed = program("-c", KILL.format(method=method, first=first, step=step), *TINY, *flags, "--out", tmp_path / "run", ok=False)
+    saved = sorted((tmp_path / "run" / "checkpoints").glob("step_*/state.json"))
+    assert not saved or json.loads(saved[-1].read_text())["once"]  # mining has found something to remember
     assert killed.returncode == 9 and not (tmp_path / "run" / "summary.json").exists()
     with (tmp_path / "run" / "metrics.jsonl").open("a") as log:
         log.write('{"step": 5, "a whole line of a step that was lost": 1}\n{"step": 5, "half a li')
@@ -1481,7 +1489,7 @@ def test_probe_bounds_the_nash_gap_after_each_round_and_draws_who_breaks_whom(fi
     found, run = json.loads((out / "probe.json").read_text()), evaluation.FinishedRun(out)
     assert [(row["round"], row["kind"]) for row in found["gaps"]] == [(r, kind) for r in (1, 2) for kind in ("last", "mixture", "weights")]
     for row in found["gaps"]:
-        assert row["best_defence"] <= row["value"] <= row["best_attack"] and row["bound"] == pytest.approx(row["best_attack"] - row["best_defence"])
+        assert 0 <= row["best_defence"] <= row["value"] <= row["best_attack"] <= 1
     matrix = evaluation.cross_play([run.start["attacker"], run.end["attacker"]], [run.start["defender"], run.end["defender"]], run.attack_seeds, run.held_out_judge)
     assert np.array(found["cross_play"]).shape == (3, 3) and np.allclose(np.array(found["cross_play"])[::2, ::2], matrix, atol=0.02)
     assert (out / "probe.png").stat().st_size > 10_000
@@ -1489,7 +1497,7 @@ def test_probe_bounds_the_nash_gap_after_each_round_and_draws_who_breaks_whom(fi
 
 def test_a_suite_runs_every_row_on_every_seed_from_one_warm_start_and_nothing_twice(tmp_path, monkeypatch):
     suite, common = {"RLHF": "--method rlhf", "one & more": "--average distill"}, " ".join(map(str, TINY))
-    rows = evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT", "RLHF"), best={"RLHF": (0,)}, steps=1)
+    rows = evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT", "RLHF"), probes={"RLHF": (0,)}, steps=1)
     assert list(rows) == ["SFT", "RLHF", "one & more"] and all(len(of_name) == 2 for of_name in rows.values())
     for name in rows:
         for seed, row in enumerate(rows[name]):
@@ -1510,18 +1518,36 @@ def test_a_suite_runs_every_row_on_every_seed_from_one_warm_start_and_nothing_tw
             assert spoken <= row["tokens"] <= spoken + 6 * 8 * 2 + 4 * 8 * 26 + 2 * 8 * 43 and (row["tokens"] > 0) == (name != "SFT")
     assert set(rows["one & more"][0]["averages"]) == {"average (mixture)", "average (weights)", "average (distill)"}
     monkeypatch.setattr(evaluation, "command", lambda *a: pytest.fail(f"done again: {a}"))
-    assert json.dumps(evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT", "RLHF"), best={"RLHF": (0,)}, steps=1)) == json.dumps(rows)
+    assert json.dumps(evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT", "RLHF"), probes={"RLHF": (0,)}, steps=1)) == json.dumps(rows)
     monkeypatch.undo()
     folder = evaluation.run_folder(tmp_path, "RLHF", 1)
+    evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT",), probes={"RLHF": (0,)}, steps=2)  # other third parties, a longer probe
+    assert len(json.loads((folder / "eval.json").read_text())["third_parties"]) == 1 and json.loads((folder / "best.json").read_text())["steps"] == 2
     games = (folder / "games.jsonl").read_text()
     for lost in ("summary.json", "eval.json"):  # stopped just before its end
         (folder / lost).unlink()
-    again = evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT", "RLHF"), best={"RLHF": (0,)}, steps=1)
+    again = evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT", "RLHF"), probes={"RLHF": (0,)}, steps=1)
     assert (folder / "games.jsonl").read_text() == games and again["RLHF"][1]["asr_held_out_judge"] == rows["RLHF"][1]["asr_held_out_judge"]
     with pytest.raises(ValueError, match="RLHF_s0 must be a run of train.py --method rlhf --replay 0 .* got one of train.py --method rlhf --sft_steps"):
         evaluation.run_suite(tmp_path, {"RLHF": "--method rlhf --replay 0"}, (0, 1), common)
     with pytest.raises(ValueError, match="ended with status 2: error: --rounds must be"):
         evaluation.run_suite(tmp_path / "other", {"SFT": evaluation.METHODS["SFT"], "wrong": "--rounds 0"}, (0, 1), common.replace("--rounds 2", ""))
+
+
+def test_the_rows_of_all_suites_can_share_one_results_folder():
+    suites = (evaluation.METHODS, evaluation.ABLATIONS, evaluation.RECIPE, evaluation.ROUNDS)
+    flags = {}
+    for name, of_suite in (item for suite in suites for item in suite.items()):
+        assert flags.setdefault(str(evaluation.run_folder("results", name, 0)), of_suite) == of_suite, name  # one folder, one command
+        train.resolve(parsed(of_suite))  # every row is a possible setting
+    assert all(train.resolve(parsed(evaluation.METHODS[name])).rounds * train.resolve(parsed(evaluation.METHODS[name])).defender_steps == 40
+               for name in ("RLHF", "RLHF+Div", "Iterative", "GPO", "GPO+Div"))  # matched: the same number of defender updates
+
+
+def parsed(flags):
+    config = train.parse(flags.split())
+    config.out = "nowhere"
+    return config
 
 
 @pytest.mark.parametrize("method", ["rlhf", "iterative", "paraphrase", "sft"])
