@@ -756,7 +756,7 @@ def main(argv):
     parser.add_argument("--round", type=int, default=0, help="best: the defender after this round, from the run's mixture; 0: the finished one")
     parser.add_argument("--every", type=int, default=3, help="probe: rounds between two best responses")
     parser.error = fail
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # names of rows may follow a flag
     args.out = args.out or ("results_quick" if args.quick else "results")
     what, rest = args.what[0], args.what[1:]
     try:

@@ -1706,9 +1706,11 @@ def test_a_run_that_is_stopped_says_in_one_line_how_to_go_on(own, monkeypatch, c
 
 
 def test_wrong_input_to_eval_gets_one_line_too(tmp_path):
-    for args in (["no-such-run"], ["best"], ["best", tmp_path, "--steps", "x"], [], ["reproduce", "run"], ["reproduce", "--seeds", "1"], ["probe"]):
+    for args in (["no-such-run"], ["best"], ["best", tmp_path, "--steps", "x"], [], ["reproduce", "run"], ["reproduce", "--seeds", "1"], ["probe"],
+                 ["ablate", "--seeds", "2", "no such row"]):
         done = program("eval.py", *args, ok=False)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "got no such row" in done.stderr  # names may follow a flag
 
 
 def test_bench_prints_ratios_and_json_lines(tmp_path, monkeypatch, capsys):
