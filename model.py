@@ -265,6 +265,15 @@ def logprobs_and_values(policy, rollout, entropy_grad=False, with_values=True):
     return spread(logp), spread(values), spread(entropy)
 
 
+def best_dtype(device):
+    """The compute dtype of `--dtype auto`: bf16 where the processor multiplies it natively, else fp32."""
+    if torch.device(device).type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
 def frozen_copy(policy):
     """A copy that no gradient reaches, without a critic: the reference policy of the KL penalty."""
     body, policy.critic_body = policy.critic_body, None
