@@ -3,6 +3,9 @@
     python bench.py logprob     the chunked log-prob against eager log_softmax + gather (time and peak memory)
     python bench.py sample      our sampler against transformers' `generate`
     python bench.py ppo         a whole PPO update (sample, score, update) against plain PyTorch with `generate`
+    python bench.py ppo --trl_python PYTHON     ... and against TRL's PPOTrainer, in an interpreter with trl==0.23.1
+    python bench.py diversity   SelfBLEU of 64 new prompts against a history of 1,000 to 64,000, and nltk, fast_bleu
+    python bench.py game        seconds of a PPO step of the embedded game, by part
     python bench.py all --json FILE     everything, also as JSON lines
 
 Ours and the peer take turns, `--repeats` times; the figures are medians, the ratio is the median of the
@@ -11,10 +14,14 @@ ratios of neighbours. Random weights: speed does not depend on them.
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +30,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from gpo import Player, gae, policy_loss, ppo_update, token_rewards, value_loss, whiten
 from kernel import linear_logprob, linear_logprob_reference
-from model import Policy, generate
+from diversity import Diversity, word_embedder
+from model import Policy, best_dtype, generate
 
 SIZES = {"4x128": dict(vocab_size=512, n_embd=128, n_layer=4, n_head=4), "gpt2": dict(vocab_size=50257, n_embd=768, n_layer=12, n_head=12)}
 
@@ -87,7 +95,10 @@ def bench_logprob(repeats):
     return rows
 
 
-def make_policy(size):
+short = lambda dtype: {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
+def make_policy(size, critic="shared", dtype=torch.float32):
     """A GPT-2 of random weights whose EOS is never sampled, so that all rows have the same length."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -97,7 +108,7 @@ def make_policy(size):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=f"w{V - 1}", chat_template="{{ messages[0]['content'] }}")
     torch.manual_seed(0)
     lm = GPT2LMHeadModel(GPT2Config(**SIZES[size], n_positions=1024, bos_token_id=V - 1, eos_token_id=V - 1))
-    policy = Policy(lm, tokenizer)
+    policy = Policy(lm, tokenizer, critic, dtype)
     policy.eos_ids = [V - 1]
     return policy
 
@@ -126,19 +137,95 @@ def bench_sample(repeats):
     return rows
 
 
-def bench_ppo(repeats):
-    rows = []
+def bench_ppo(repeats, trl_python=None):
+    """Sample, score with a reward model of the policy's size, and update: 2 epochs x 4 minibatches."""
+    rows, dtype = [], best_dtype("cpu")
     for size, batch in (("4x128", 64), ("gpt2", 16)):
-        player = Player("defender", make_policy(size), 32, minibatches=4, missing_eos_penalty=0.0)
-        plain = Player("defender", make_policy(size), 32, minibatches=4, missing_eos_penalty=0.0)
-        prompts = make_prompts(player.policy, batch)
-        scores = torch.rand(batch, generator=torch.Generator().manual_seed(0))
-        ours = lambda: ppo_update(player, player.speak(prompts, 1), scores, 1)
-        rows.append(compare(f"ppo update {batch} x (16 + 32), {size}, 2 epochs x 4", ours, "plain PyTorch + generate", lambda: plain_ppo(plain, prompts, scores), repeats))
+        reward_model, scores = make_policy(size), torch.rand(batch, generator=torch.Generator().manual_seed(0))
+
+        def update(player, prompts):
+            rollout = player.speak(prompts, 1)
+            with torch.no_grad(), player.policy.autocast():
+                reward_model.hidden(rollout.tokens)  # what a reward model costs; its random values do not matter
+            ppo_update(player, rollout, scores, 1)
+
+        player = lambda **kwargs: Player("defender", make_policy(size, **kwargs), 32, minibatches=4, missing_eos_penalty=0.0)
+        ours = {"separate critic": player(critic="separate", dtype=dtype), "shared critic": player(dtype=dtype), "fp32, shared critic": player()}
+        prompts = make_prompts(reward_model, batch)
+        name = f"ppo update {batch} x (16 + 32), {size}, 2 epochs x 4"
+        if trl_python:
+            with Trl(trl_python, size, batch) as peer:
+                rows += [compare(f"{name}, {which}, {short(dtype)}", lambda: update(ours[which], prompts), f"TRL {peer.version} PPOTrainer, {peer.dtype}", peer.update, repeats)
+                         for which in ("separate critic", "shared critic")]
+        plain = player()
+        rows.append(compare(f"{name}, fp32, shared critic", lambda: update(ours["fp32, shared critic"], prompts), "plain PyTorch + generate",
+                            lambda: plain_ppo(plain, reward_model, prompts, scores), repeats))
     return rows
 
 
-def plain_ppo(player, prompts, scores):
+class Trl:
+    """TRL's PPOTrainer in another interpreter, which does one update whenever it is asked for one."""
+
+    def __init__(self, python, size, batch):
+        work = json.dumps({"config": SIZES[size], "batch": batch, "prompt": 16, "new": 32, "threads": torch.get_num_threads()})
+        self.process = subprocess.Popen([python, "-c", TRL_PROGRAM, work], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                        env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        self.version, self.dtype = self.answer()
+
+    def answer(self):
+        said = "it ended"
+        for line in self.process.stdout:
+            if line.startswith("TRL "):
+                return line.split()[1:]
+            said = line.strip() or said
+        raise ValueError(f"--trl_python must be an interpreter in which trl==0.23.1 can train, got: {said}")
+
+    def update(self):
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        self.answer()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.process.kill()
+
+
+TRL_PROGRAM = """
+import json, sys, tempfile
+import torch, trl
+from datasets import Dataset
+from tokenizers import Tokenizer, models
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
+from trl import PPOConfig, PPOTrainer
+
+work = json.loads(sys.argv[1])
+torch.set_num_threads(work["threads"])
+V, batch = work["config"]["vocab_size"], work["batch"]
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({f"w{i}": i for i in range(V)}, unk_token="w0")), eos_token=f"w{V - 1}", pad_token="w0")
+config = GPT2Config(**work["config"], n_positions=1024, bos_token_id=V - 1, eos_token_id=V - 1, pad_token_id=0, num_labels=1)
+policy, reference = GPT2LMHeadModel(config), GPT2LMHeadModel(config)
+value, reward = GPT2ForSequenceClassification(config), GPT2ForSequenceClassification(config)
+rows = Dataset.from_dict({"input_ids": torch.randint(1, 500, (batch * 4, work["prompt"])).tolist()})
+settings = PPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch // 4, num_mini_batches=4, num_ppo_epochs=2, gradient_accumulation_steps=1,
+                     local_rollout_forward_batch_size=batch, response_length=work["new"], temperature=1.0, total_episodes=batch * 10_000, num_sample_generations=0,
+                     gradient_checkpointing=False, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True)
+trainer = PPOTrainer(args=settings, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=reward, value_model=value, train_dataset=rows,
+                     eval_dataset=rows, data_collator=lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])})
+
+def wait(*_, **__):
+    print("\\nTRL", trl.__version__, "bf16" if settings.bf16 else "fp32", flush=True)
+    if not sys.stdin.readline():
+        sys.exit()
+
+trainer.log = wait  # it is called once an update
+wait()
+trainer.train()
+"""
+
+
+def plain_ppo(player, reward_model, prompts, scores):
     """The same update as straightforward PyTorch: `generate`, whole logits, eager log_softmax, same losses."""
     policy, P, R = player.policy, 16, 32
     tokens = hf_generate(policy, prompts, R)  # (B, P + R)
@@ -153,6 +240,7 @@ def plain_ppo(player, prompts, scores):
         return torch.cat([pad, logp], 1) * mask[:len(tokens)], torch.cat([pad, values], 1) * mask[:len(tokens)]
 
     with torch.no_grad():
+        reward_model.hidden(tokens)
         old_logprobs, old_values = forward(policy, tokens)
         ref_logprobs, _ = forward(player.reference, tokens)
     rewards = token_rewards(scores, old_logprobs, ref_logprobs, mask, player.kl_coef)
@@ -170,25 +258,85 @@ def plain_ppo(player, prompts, scores):
             player.optimizer.step()
 
 
+def bench_diversity(repeats):
+    """R_div of 64 new prompts: against nltk and fast_bleu where they are importable, and how it grows with the history."""
+    rng, words = np.random.default_rng(0), [f"w{i}" for i in range(500)]
+    write = lambda n: [" ".join(rng.choice(words, size=12)) for _ in range(n)]
+    new, histories = write(64), {n: Diversity(embedder=word_embedder) for n in (1000, 64_000)}
+    for n, history in histories.items():
+        history.add(write(n))
+    rows = [compare("diversity of 64 prompts, history 64,000", lambda: histories[64_000].score(new), "the same, history 1,000", lambda: histories[1000].score(new), repeats)]
+    references, few = [text.split() for text in histories[1000].history], [text.split() for text in new[:8]]
+    ours = lambda: histories[1000].table.bleu  # one text at a time, as the peers
+    peers = {}
+    try:
+        from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+        smooth = SmoothingFunction().method1
+        peers["nltk sentence_bleu"] = lambda: [sentence_bleu(references, text, [1 / n] * n, smooth) for text in few for n in (2, 3, 4, 5)]
+    except ImportError:
+        pass
+    try:
+        from fast_bleu import BLEU
+        peers["fast_bleu"] = lambda: BLEU(references, {n: [1 / n] * n for n in (2, 3, 4, 5)}).get_score(few)
+    except ImportError:
+        pass
+    return rows + [compare("SelfBLEU-2..5 of 8 prompts, history 1,000", lambda: [ours()(text) for text in new[:8]], name, peer, repeats) for name, peer in peers.items()]
+
+
+def bench_game(repeats):
+    """Seconds of a PPO step of the embedded game by part, from the log of a short run of train.py, and how near its
+    update comes to the processor's own matrix product (a product of 1024 x 1024 matrices in the same run)."""
+    a, b = torch.randn(2, 1024, 1024)
+    product = lambda: a @ b
+    limit = 2 * 1024**3 / statistics.median(timed(product) for _ in range(20))  # FLOP/s
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, str(Path(__file__).parent / "train.py"), "--sft_steps", "50", "--judge_steps", "50", "--rounds", str(repeats), "--eval_prompts", "60", "--average", "none",
+                        "--out", f"{folder}/run"], check=True, capture_output=True)
+        log = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")]
+    rows = []
+    for role in ("attacker", "defender"):
+        steps = [m for m in log if m["role"] == role][1:]
+        part = {name: statistics.median(m[f"time/{name}"] for m in steps) for name in ("rollout", "score", "update")}
+        tokens = statistics.median(m[f"{role}/response_length"] for m in steps) * 96 + 96 * 20  # response and prompt
+        flop = 2 * 150_000 * tokens * (2 * 3 + 2)  # weights of the three layers: two epochs forward and backward, two scoring forwards
+        rows.append({"bench": f"game, one step of the {role}", "ours_s": sum(part.values()), "parts": part, "share_of_gemm": flop / part["update"] / limit})
+    return rows
+
+
+def timed(work):
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
 def print_table(rows):
     print("| what | peer | ours | peer's | times faster | memory, ours / peer's |\n|---|---|---:|---:|---:|---:|")
     for r in rows:
+        if "parts" in r:
+            parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in r["parts"].items())
+            print(f"| {r['bench']}: {parts} s; update at {r['share_of_gemm']:.0%} of the matrix product | - | {r['ours_s']:.3f} s | - | - | - |")
+            continue
         memory = f"{r['ours_mib']:.0f} / {r['peer_mib']:.0f} MiB" if "ours_mib" in r else "-"
         print(f"| {r['bench']} | {r['peer']} | {r['ours_s']:.3f} s | {r['peer_s']:.3f} s | {r['times_faster']:.2f} | {memory} |")
 
 
 def main(argv):
     transformers.utils.logging.set_verbosity_error()
-    benches = {"logprob": bench_logprob, "sample": bench_sample, "ppo": bench_ppo}
+    benches = {"logprob": bench_logprob, "sample": bench_sample, "ppo": bench_ppo, "diversity": bench_diversity, "game": bench_game}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", default="all", choices=[*benches, "all"])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--trl_python", "--trl-python", help="an interpreter with trl==0.23.1, for the peer of `ppo`")
     parser.add_argument("--json", help="append each row to this file as a JSON line")
     parser.error = lambda message: (print(f"error: {message}", file=sys.stderr), sys.exit(2))
     args = parser.parse_args(argv)
     if args.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {args.repeats}")
-    rows = [row for name, bench in benches.items() if args.what in (name, "all") for row in bench(args.repeats)]
+    more = {"ppo": {"trl_python": args.trl_python}}
+    try:
+        rows = [row for name, bench in benches.items() if args.what in (name, "all") for row in bench(args.repeats, **more.get(name, {}))]
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     print_table(rows)
     if args.json:
         with open(args.json, "a") as file:

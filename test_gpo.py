@@ -35,7 +35,7 @@ import train
 from diversity import Diversity, NgramTable, cosine_to_history, load_embedder, self_bleu, set_similarity, word_embedder
 from gpo import Player, PolicyAverage, Speaker, gae, nash_gap, play, policy_loss, ppo_update, solve_matrix_game, token_rewards, value_loss, whiten
 from kernel import linear_logprob, linear_logprob_reference
-from model import Policy, demonstrations, first_turn, frozen_copy, generate, load_policy, logprobs_and_values, pack, read_rows, save_policy
+from model import Policy, best_dtype, demonstrations, first_turn, frozen_copy, generate, load_policy, logprobs_and_values, pack, read_rows, save_policy
 from reward import JudgeError, call_judge, guard_judge, load_judge, rule_judge, train_judge
 from toy import ToyGame
 
@@ -447,6 +447,14 @@ def test_bf16_keeps_fp32_weights_gradients_and_logprobs():
     assert not torch.equal(logprobs, exact) and torch.allclose(logprobs, exact, atol=0.2)  # bf16 was used; the softmax was not bf16
     logprobs.sum().backward()
     assert all(p.dtype == torch.float32 and (p.grad is None or p.grad.dtype == torch.float32) for p in player.policy.parameters())
+
+
+def test_dtype_auto_is_bf16_where_the_processor_has_it_and_the_embedded_game_stays_in_fp32(monkeypatch):
+    for native, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        monkeypatch.setattr(train, "best_dtype", lambda device: native)
+        assert train.resolve(train.Config(out="nowhere", attacker="a", defender="d")).dtype == name  # the default for models of one's own
+        assert train.resolve(train.Config(out="nowhere")).dtype == "fp32"
+    assert best_dtype("cpu") == (torch.bfloat16 if {"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()) else torch.float32)
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
@@ -1716,7 +1724,19 @@ def test_wrong_input_to_eval_gets_one_line_too(tmp_path):
 def test_bench_prints_ratios_and_json_lines(tmp_path, monkeypatch, capsys):
     import bench
     monkeypatch.setitem(bench.SIZES, "gpt2", bench.SIZES["4x128"])  # the large size takes minutes
-    bench.main(["ppo", "--repeats", "1", "--json", str(tmp_path / "rows.jsonl")])
+    for what in ("ppo", "diversity"):
+        bench.main([what, "--repeats", "1", "--json", str(tmp_path / "rows.jsonl")])
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 and all(row["times_faster"] == pytest.approx(row["peer_s"] / row["ours_s"]) for row in rows)
+    assert len(rows) >= 3 and all(row["times_faster"] == pytest.approx(row["peer_s"] / row["ours_s"]) for row in rows)
     assert "times faster" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["ppo", "--repeats", "1", "--trl_python", sys.executable])  # has no TRL
+    assert stopped.value.code == 2 and "--trl_python must be an interpreter in which trl==0.23.1 can train, got: ModuleNotFoundError" in capsys.readouterr().err
+
+
+def test_bench_game_splits_a_step_into_rollout_score_and_update():
+    import bench
+    rows = bench.bench_game(1)
+    assert [row["bench"] for row in rows] == ["game, one step of the attacker", "game, one step of the defender"]
+    for row in rows:
+        assert row["ours_s"] == pytest.approx(sum(row["parts"].values())) and set(row["parts"]) == {"rollout", "score", "update"} and 0 < row["share_of_gemm"] < 1
