@@ -1400,7 +1400,7 @@ train.main(sys.argv[1:])"""
 @pytest.mark.parametrize("method, first, step, flags", [
     ("save", "real(run)", 1, []),  # resumes with a defender step, then the attacker's: its optimizer and the history matter
     ("log", "pass", 1, []),  # before the first checkpoint: half a log, nothing to resume from
-    ("save", "real(run)", 4, ["--save_every", "1", "--kl_anchor", "previous", "--critic", "separate", "--restart", "1"]),  # in mid-turn: the reference matters
+    ("save", "real(run)", 4, ["--save_every", "1", "--kl_anchor", "previous", "--critic", "separate", "--restart", "1", "--judge", "rule"]),  # in mid-turn: the reference matters
 ])
 def test_a_run_killed_and_resumed_ends_like_one_that_was_not(finished, tmp_path, method, first, step, flags):
     whole = finished[0]
@@ -1409,7 +1409,7 @@ def test_a_run_killed_and_resumed_ends_like_one_that_was_not(finished, tmp_path,
         program("train.py", *TINY, *flags, "--out", whole)
     killed = program("-c", KILL.format(method=method, first=first, step=step), *TINY, *flags, "--out", tmp_path / "run", ok=False)
     saved = sorted((tmp_path / "run" / "checkpoints").glob("step_*/state.json"))
-    assert not saved or json.loads(saved[-1].read_text())["once"]  # mining has found something to remember
+    assert not flags or json.loads(saved[-1].read_text())["once"]  # every attack that is not refused succeeds by this judge: there is something to try again
     assert killed.returncode == 9 and not (tmp_path / "run" / "summary.json").exists()
     with (tmp_path / "run" / "metrics.jsonl").open("a") as log:
         log.write('{"step": 5, "a whole line of a step that was lost": 1}\n{"step": 5, "half a li')
@@ -1479,13 +1479,14 @@ def test_a_run_of_t_rounds_is_the_beginning_of_a_longer_one(finished, tmp_path):
 
 
 def test_the_figure_of_rounds_shows_both_budgets_and_best_responses_where_there_are_any(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(evaluation, "band", lambda axis, x, values, label, look: drawn.append((label, list(x), np.asarray(values).mean(0).tolist())))
+    drawn, real = [], evaluation.band
+    monkeypatch.setattr(evaluation, "band", lambda axis, x, values, label, look: (drawn.append((label, list(x), np.asarray(values).mean(0).tolist())), real(axis, x, values, label, look)))
     point = lambda asr, **more: [{"asr_held_out_judge": asr, "over_refusal/look-alikes": 0.0, "averages": {"average (mixture)": {"asr_held_out_judge": asr + 0.1}}, **more}] * 2
-    rows = {f"equal, T = {t}": point(1 / t) for t in evaluation.HORIZONS} | {f"growing, T = {t}": point(0.5, best_response=0.7) for t in evaluation.HORIZONS}
+    rows = {f"equal, T = {t}": point(1 / t, **({"best_response": 0.9} if t > 8 else {})) for t in evaluation.HORIZONS} | {f"growing, T = {t}": point(0.5, best_response=0.7) for t in evaluation.HORIZONS}
     evaluation.draw_rounds(tmp_path, rows)
     lines = dict((label, (x, y)) for label, x, y in drawn[:len(drawn) // 2])
     assert lines["held-out prompts"] == ([1, 2, 4, 8, 16, 32], [1 / t for t in evaluation.HORIZONS])
+    assert lines["best response, 90 steps"] == ([16, 32], [pytest.approx(0.9)] * 2)  # only where one was trained
     assert lines["held-out prompts, mixture"][1] == pytest.approx([1 / t + 0.1 for t in evaluation.HORIZONS])
     assert dict((label, y) for label, _, y in drawn)["best response, 90 steps"] == pytest.approx([0.7] * 6)
     assert (tmp_path / "rounds.png").stat().st_size > 10_000
@@ -1637,6 +1638,7 @@ WRONG = {
     "a template of two seeds": (["--template", "{} or {}"], "--template must hold {} once"),
     "a warm start of another seed": (["--start", "bad/other", "--seed", "5"], "--start needs a run of the same seed"),
     "a warm start that is not there": (["--start", "bad"], "--start needs a run folder"),
+    "a run that was stopped before its start": (["--start", "bad/unstarted"], "--start needs a run folder with its config.json and checkpoints/start"),
     "a mixture that is not kept": (["--opponent", "mixture", "--average", "none"], "--opponent mixture needs --average mixture"),
     "an occupied run folder": (["--out", "bad"], "new or empty folder, got bad"),
     "a configuration of the wrong type": (["bad/types.json"], "--rounds must be of type int, got 'many'"),
@@ -1669,8 +1671,11 @@ def bad(own):
     (own / BAD / "broken.txt.gz").write_bytes(b"\x1f\x8b\x08nonsense")
     (own / BAD / "run").mkdir()
     (own / BAD / "run" / "config.json").write_text('{"config": {"rounds": ')
-    (own / BAD / "other").mkdir()
-    (own / BAD / "other" / "config.json").write_text(json.dumps({"config": asdict(train.resolve(train.Config(out="nowhere")))}))
+    (own / BAD / "other" / "checkpoints" / "start").mkdir(parents=True)
+    (own / BAD / "other" / "checkpoints" / "start" / "prompts.json").write_text("{}")
+    (own / BAD / "unstarted").mkdir()
+    for name in ("other", "unstarted"):
+        (own / BAD / name / "config.json").write_text(json.dumps({"config": asdict(train.resolve(train.Config(out="nowhere")))}))
     (own / BAD / "binary.txt").write_bytes(bytes(range(128, 256)))
     return own
 
