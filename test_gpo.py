@@ -1,7 +1,7 @@
 """The specification of gpo. Every name is a promise; every expected value is computed by hand, by an
 independent implementation or by enumeration, never taken from our own output.
 
-    python -m pytest -q test_gpo.py        about 6 minutes on 2 cores
+    python -m pytest -q test_gpo.py        about 8 minutes on 2 cores
 """
 
 import copy
