@@ -28,12 +28,18 @@ import torch
 import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from diversity import Diversity, word_embedder
 from gpo import Player, gae, policy_loss, ppo_update, token_rewards, value_loss, whiten
 from kernel import linear_logprob, linear_logprob_reference
-from diversity import Diversity, word_embedder
-from model import Policy, best_dtype, generate
+from model import DTYPE_NAMES, Policy, best_dtype, generate
 
 SIZES = {"4x128": dict(vocab_size=512, n_embd=128, n_layer=4, n_head=4), "gpt2": dict(vocab_size=50257, n_embd=768, n_layer=12, n_head=12)}
+
+
+def timed(work):
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def compare(name, ours, peer_name, peer, repeats):
@@ -43,9 +49,7 @@ def compare(name, ours, peer_name, peer, repeats):
     for i in range(repeats):
         pair = {}
         for which in ("ours", "peer") if i % 2 == 0 else ("peer", "ours"):
-            start = time.perf_counter()
-            (ours if which == "ours" else peer)()
-            pair[which] = time.perf_counter() - start
+            pair[which] = timed(ours if which == "ours" else peer)
         seconds.append(pair)
     return {"bench": name, "peer": peer_name, "ours_s": statistics.median(s["ours"] for s in seconds), "peer_s": statistics.median(s["peer"] for s in seconds),
             "times_faster": statistics.median(s["peer"] / s["ours"] for s in seconds), "repeats": repeats, "threads": torch.get_num_threads()}
@@ -93,9 +97,6 @@ def bench_logprob(repeats):
         worst = max((a - b).abs().max().item() for a, b in zip(linear_logprob(hidden, weight, targets), linear_logprob_reference(hidden, weight, targets)))
         rows.append(row | {"largest_difference": worst})
     return rows
-
-
-short = lambda dtype: {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
 
 
 def make_policy(size, critic="shared", dtype=torch.float32):
@@ -155,7 +156,7 @@ def bench_ppo(repeats, trl_python=None):
         name = f"ppo update {batch} x (16 + 32), {size}, 2 epochs x 4"
         if trl_python:
             with Trl(trl_python, size, batch) as peer:
-                rows += [compare(f"{name}, {which}, {short(dtype)}", lambda: update(ours[which], prompts), f"TRL {peer.version} PPOTrainer, {peer.dtype}", peer.update, repeats)
+                rows += [compare(f"{name}, {which}, {DTYPE_NAMES[dtype]}", lambda: update(ours[which], prompts), f"TRL {peer.version} PPOTrainer, {peer.dtype}", peer.update, repeats)
                          for which in ("separate critic", "shared critic")]
         plain = player()
         rows.append(compare(f"{name}, fp32, shared critic", lambda: update(ours["fp32, shared critic"], prompts), "plain PyTorch + generate",
@@ -267,7 +268,7 @@ def bench_diversity(repeats):
         history.add(write(n))
     rows = [compare("diversity of 64 prompts, history 64,000", lambda: histories[64_000].score(new), "the same, history 1,000", lambda: histories[1000].score(new), repeats)]
     references, few = [text.split() for text in histories[1000].history], [text.split() for text in new[:8]]
-    ours = lambda: histories[1000].table.bleu  # one text at a time, as the peers
+    table = histories[1000].table  # scores one text at a time, as the peers do
     peers = {}
     try:
         from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
@@ -280,15 +281,14 @@ def bench_diversity(repeats):
         peers["fast_bleu"] = lambda: BLEU(references, {n: [1 / n] * n for n in (2, 3, 4, 5)}).get_score(few)
     except ImportError:
         pass
-    return rows + [compare("SelfBLEU-2..5 of 8 prompts, history 1,000", lambda: [ours()(text) for text in new[:8]], name, peer, repeats) for name, peer in peers.items()]
+    return rows + [compare("SelfBLEU-2..5 of 8 prompts, history 1,000", lambda: [table.bleu(text) for text in new[:8]], name, peer, repeats) for name, peer in peers.items()]
 
 
 def bench_game(repeats):
     """Seconds of a PPO step of the embedded game by part, from the log of a short run of train.py, and how near its
     update comes to the processor's own matrix product (a product of 1024 x 1024 matrices in the same run)."""
     a, b = torch.randn(2, 1024, 1024)
-    product = lambda: a @ b
-    limit = 2 * 1024**3 / statistics.median(timed(product) for _ in range(20))  # FLOP/s
+    limit = 2 * 1024**3 / statistics.median(timed(lambda: a @ b) for _ in range(20))  # FLOP/s
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, str(Path(__file__).parent / "train.py"), "--sft_steps", "50", "--judge_steps", "50", "--rounds", str(repeats), "--eval_prompts", "60", "--average", "none",
                         "--out", f"{folder}/run"], check=True, capture_output=True)
@@ -301,12 +301,6 @@ def bench_game(repeats):
         flop = 2 * 150_000 * tokens * (2 * 3 + 2)  # weights of the three layers: two epochs forward and backward, two scoring forwards
         rows.append({"bench": f"game, one step of the {role}", "ours_s": sum(part.values()), "parts": part, "share_of_gemm": flop / part["update"] / limit})
     return rows
-
-
-def timed(work):
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def print_table(rows):

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from diversity import load_embedder, word_embedder
 from gpo import Player, PolicyAverage, evaluate, nash_gap, play, ppo_update, solve_matrix_game
-from model import load_policy, logprobs_and_values
+from model import DTYPES, load_policy, logprobs_and_values
 from reward import call_judge, is_refusal, load_judge
 
 HERE = Path(__file__).parent
@@ -175,8 +175,7 @@ class FinishedRun:
 
     def player(self, name, folder):
         c = self.config
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[c["dtype"]]
-        return Player(name, load_policy(folder, c["critic"], dtype, "cuda" if torch.cuda.is_available() else "cpu"), c["attack_tokens" if name == "attacker" else "response_tokens"],
+        return Player(name, load_policy(folder, c["critic"], DTYPES[c["dtype"]], "cuda" if torch.cuda.is_available() else "cpu"), c["attack_tokens" if name == "attacker" else "response_tokens"],
                       c["attacker_learning_rate" if name == "attacker" else "learning_rate"],
                       c["attacker_kl_coef" if name == "attacker" else "kl_coef"], temperature=c["temperature"], top_k=c["top_k"], top_p=c["top_p"])
 

@@ -97,8 +97,8 @@ class LinearLogProb(torch.autograd.Function):
         dw = None  # (V, D), accumulated in fp32
         db = torch.zeros_like(bias, dtype=lse.dtype) if bias is not None and needs_b else None
         for rows in _chunks(h, w):
-            cut = lambda x: None if x is None else x[rows]
-            dz = gradient(h[rows], w, targets[rows], bias, ctx.temperature, lse[rows], entropy[rows], grad_logprob[rows], cut(e))  # (n, V)
+            e_rows = None if e is None else e[rows]
+            dz = gradient(h[rows], w, targets[rows], bias, ctx.temperature, lse[rows], entropy[rows], grad_logprob[rows], e_rows)  # (n, V)
             if db is not None:
                 db += dz.sum(0)
             dz = dz.to(ctx.dtype)

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from diversity import Diversity, load_embedder, word_embedder
 from gpo import Player, PolicyAverage, Speaker, distill, evaluate, naturalness, play, ppo_update, sft
-from model import Policy, best_dtype, demonstrations, first_turn, frozen_copy, load_policy, read_rows, save_policy
+from model import DTYPE_NAMES, DTYPES, Policy, best_dtype, demonstrations, first_turn, frozen_copy, load_policy, read_rows, save_policy
 from reward import JudgeError, call_judge, is_refusal, load_judge, train_judge
 
 NOVELTY = {"self_bleu": "bleu", "cosine": "embedding"}  # metric -> term of the diversity reward
@@ -464,8 +464,8 @@ def toy_world(config, start=None):
     samples = {"defender": game.defender_sft(n, rng), "attacker": [(config.template.format(p), attack) for p, attack in game.attacker_sft(n, rng)]}
     policies = {}
     for name, new_tokens in (("defender", config.response_tokens), ("attacker", config.attack_tokens)):
-        policies[name] = (load_policy(start / name, config.critic, dtype_of(config), config.device) if start else
-                          Policy(toy_lm(tokenizer).to(config.device), tokenizer, config.critic, dtype_of(config)))
+        policies[name] = (load_policy(start / name, config.critic, DTYPES[config.dtype], config.device) if start else
+                          Policy(toy_lm(tokenizer).to(config.device), tokenizer, config.critic, DTYPES[config.dtype]))
         check_room(name, policies[name], game.fixed_prompts, new_tokens)
     for i, (name, pairs) in enumerate(samples.items() if not start else []):
         with bar(f"SFT of the {name}", config.sft_steps) as progress:
@@ -503,7 +503,7 @@ def own_world(config, start=None):
     judge = load_judge(config.judge, config.unsafe_label, device=config.device)
     held_out = load_judge(config.held_out_judge, config.unsafe_label, device=config.device)
     embedder = word_embedder if config.embedder == "words" else load_embedder(config.embedder, config.device)
-    policies = {name: load_policy(start / name if start else getattr(config, name), config.critic, dtype_of(config), config.device)
+    policies = {name: load_policy(start / name if start else getattr(config, name), config.critic, DTYPES[config.dtype], config.device)
                 for name in ("attacker", "defender")}
     check_room("attacker", policies["attacker"], [config.template.format(p) for p in seeds + test], config.attack_tokens)
     check_room("defender", policies["defender"], seeds + test + benign, config.response_tokens)
@@ -571,10 +571,6 @@ def neighbour_pairs(seeds, embedder, template, rng, k=5):
 
 def bar(name, total):
     return tqdm(total=total, desc=f"{name:<22}", dynamic_ncols=True)
-
-
-def dtype_of(config):
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
 
 
 def make_players(config, world):
@@ -760,7 +756,7 @@ def resolve(config):
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"--{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")
-    config.dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[best_dtype(config.device)] if config.dtype == "auto" else config.dtype
+    config.dtype = DTYPE_NAMES[best_dtype(config.device)] if config.dtype == "auto" else config.dtype
     config.average = {"both": "mixture,weights", "distill": "mixture,weights,distill"}.get(config.average, config.average)
     if config.opponent == "mixture" and "mixture" not in config.average:
         raise ValueError(f"--opponent mixture needs --average mixture, got {config.average!r}")
