@@ -117,7 +117,7 @@ class Player:
         self.reference = frozen_copy(self.policy)
 
     def new_optimizer(self):
-        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=self.learning_rate, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=self.learning_rate, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
 
     def go_back(self, policy):
         """Begin anew with the language model's weights of `policy` and a fresh optimizer; the critic is kept."""
@@ -145,7 +145,8 @@ def ppo_update(player, rollout, scores, seed, demos=None, ptx_coef=0.0):
     epochs = [[split_rows(rows, player.micro_batch) for rows in torch.randperm(B, generator=generator).tensor_split(player.minibatches)]
               for _ in range(player.epochs)]
     old_logprobs, values, entropy = forward_rows(policy, rollout, sum(epochs[0], []))
-    ref_logprobs, _, _ = forward_rows(player.reference, rollout, sum(epochs[0], []), with_values=False)
+    by_length = split_rows(rollout.lengths.argsort(stable=True), 4 * player.micro_batch or 32)  # no gradients: larger groups, little padding
+    ref_logprobs, _, _ = forward_rows(player.reference, rollout, by_length, with_values=False)
 
     # 2. Scores -> token rewards -> advantages and returns, whitened over the whole rollout.
     scores = torch.as_tensor(scores, dtype=torch.float32, device=policy.device)
@@ -200,11 +201,12 @@ def split_rows(rows, size):
 def forward_rows(policy, rollout, groups, with_values=True):
     """`logprobs_and_values` of a whole rollout, computed group of rows by group of rows."""
     outputs = [torch.zeros(rollout.tokens.shape, device=policy.device) for _ in range(3)]
-    for rows in groups:
-        part = rollout.select(rows)
-        for whole, piece in zip(outputs, logprobs_and_values(policy, part, with_values=with_values)):
-            if piece is not None:
-                whole[rows, :piece.shape[1]] = piece
+    with policy.autocast():  # around all groups, so that it casts the weights once
+        for rows in groups:
+            part = rollout.select(rows)
+            for whole, piece in zip(outputs, logprobs_and_values(policy, part, with_values=with_values)):
+                if piece is not None:
+                    whole[rows, :piece.shape[1]] = piece
     return outputs
 
 
@@ -231,7 +233,7 @@ def optimizer_step(player):
 
 def sft(policy, pairs, steps, batch_size, learning_rate, seed, bar=None):
     """Supervised fine-tuning on (prompt, response) pairs; one-cycle learning rate. Returns the last loss."""
-    optimizer = torch.optim.AdamW(policy.lm.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(policy.lm.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, max(2, steps), pct_start=0.1)
     rng = np.random.default_rng(seed)
     demos, loss = demonstrations(policy, pairs), torch.tensor(float("nan"))
