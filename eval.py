@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from diversity import load_embedder, word_embedder
 from gpo import Player, PolicyAverage, evaluate, nash_gap, play, ppo_update, solve_matrix_game
-from model import DTYPES, load_policy, logprobs_and_values
+from model import DTYPES, keep_freed_memory, load_policy, logprobs_and_values
 from reward import call_judge, is_refusal, load_judge
 
 HERE = Path(__file__).parent
@@ -742,6 +742,7 @@ def best(folder, steps, round):
 
 
 def main(argv):
+    keep_freed_memory()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

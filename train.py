@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from diversity import Diversity, load_embedder, word_embedder
 from gpo import Player, PolicyAverage, Speaker, distill, evaluate, naturalness, play, ppo_update, sft
-from model import DTYPE_NAMES, DTYPES, Policy, best_dtype, demonstrations, first_turn, frozen_copy, load_policy, read_rows, save_policy
+from model import DTYPE_NAMES, DTYPES, Policy, best_dtype, demonstrations, first_turn, frozen_copy, keep_freed_memory, load_policy, read_rows, save_policy
 from reward import JudgeError, call_judge, is_refusal, load_judge, train_judge
 
 NOVELTY = {"self_bleu": "bleu", "cosine": "embedding"}  # metric -> term of the diversity reward
@@ -799,6 +799,7 @@ def resolve(config):
 
 
 def main(argv):
+    keep_freed_memory()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries are not news; what could not be had is said once
