@@ -1,6 +1,7 @@
 """Side-by-side speed: every row is a ratio against a peer on the same work in the same run.
 
-    python bench.py logprob     the chunked log-prob against eager log_softmax + gather (time and peak memory)
+    python bench.py logprob     the fused log-prob against eager, PyTorch's two cross entropies, and TRL's (>= 1.16), Liger's and
+                                Apple's kernels where they are importable: time and peak memory
     python bench.py sample      our sampler against transformers' `generate`
     python bench.py ppo         a whole PPO update (sample, score, update) against plain PyTorch with `generate`
     python bench.py ppo --trl_python PYTHON     ... and against TRL's PPOTrainer, in an interpreter with trl==0.23.1
@@ -13,6 +14,8 @@ ratios of neighbours. Random weights: speed does not depend on them.
 """
 
 import argparse
+import contextlib
+import ctypes
 import json
 import os
 import statistics
@@ -25,20 +28,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from diversity import Diversity, word_embedder
 from gpo import Player, gae, policy_loss, ppo_update, token_rewards, value_loss, whiten
-from kernel import linear_logprob, linear_logprob_reference
-from model import DTYPE_NAMES, Policy, best_dtype, generate
+from kernel import linear_logprob
+from model import DTYPE_NAMES, DTYPES, Policy, best_dtype, generate, keep_freed_memory
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {"4x128": dict(vocab_size=512, n_embd=128, n_layer=4, n_head=4), "gpt2": dict(vocab_size=50257, n_embd=768, n_layer=12, n_head=12)}
 
 
 def timed(work):
     start = time.perf_counter()
     work()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -56,7 +63,13 @@ def compare(name, ours, peer_name, peer, repeats):
 
 
 def extra_memory(work):
-    """Peak resident memory that `work` adds, in MiB, sampled every millisecond."""
+    """Peak memory that `work` adds, in MiB: of the GPU, or resident, sampled every millisecond."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - start) / 2**20
+    release_freed_memory()  # what an earlier `work` left behind must not hide what this one takes
     resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
     start, peak, done = resident(), [0.0], threading.Event()
 
@@ -73,30 +86,60 @@ def extra_memory(work):
     return max(0.0, peak[0] - start)
 
 
-# --- the three benches -----------------------------------------------------------------------------------
+def release_freed_memory():
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+# --- the benches -------------------------------------------------------------------------------------------
 def bench_logprob(repeats):
-    """Forward and backward of the log-prob of N hidden states under a 50257-word head of width 768."""
+    """Forward and backward of the summed log-prob of N hidden states of width D under a head of V words."""
     rows = []
-    for N in (512, 2048):
-        hidden = torch.randn(N, 768, requires_grad=True)
-        weight = (torch.randn(50257, 768) * 0.02).requires_grad_()
-        targets = torch.randint(50257, (N,))
+    shapes = [(512, 768, 50257, "fp32"), (2048, 768, 50257, "fp32"), (2048, 768, 50257, "bf16"), (8192, 768, 8192, "fp32"), (8192, 768, 50257, "fp32")]
+    for N, D, V, dtype in shapes if DEVICE == "cpu" else [(2048, 768, 50257, "bf16"), (16384, 4096, 128256, "bf16")]:
+        hidden, targets = torch.randn(N, D, device=DEVICE, requires_grad=True), torch.randint(V, (N,), device=DEVICE)
+        weight = (torch.randn(V, D, device=DEVICE) * 0.02).requires_grad_()
 
-        def step(function):
+        def step(logprob_sum):
             hidden.grad = weight.grad = None
-            function(hidden, weight, targets)[0].sum().backward()
+            with torch.autocast(DEVICE, DTYPES[dtype], enabled=dtype != "fp32"):
+                logprob_sum(hidden, weight, targets).backward()
+            return hidden.grad
 
-        def eager(hidden, weight, targets):
-            return (hidden @ weight.T).log_softmax(-1).gather(-1, targets[:, None])[:, 0], None
-
-        row = compare(f"logprob N={N} D=768 V=50257 fp32", lambda: step(linear_logprob), "eager log_softmax + gather", lambda: step(eager), repeats)
+        ours = lambda hidden, weight, targets: linear_logprob(hidden, weight, targets)[0].sum()
         weight_gradient = weight.numel() * 4 / 2**20  # both must hold it; extra memory is what comes on top
-        for which, function in (("ours_mib", linear_logprob), ("peer_mib", eager)):
+        memory, result = extra_memory(lambda: step(ours)) - weight_gradient, step(ours)
+        for name, peer in logprob_peers().items():
             hidden.grad = weight.grad = None  # so that the new gradient is counted, and can be taken off
-            row[which] = extra_memory(lambda: step(function)) - weight_gradient
-        worst = max((a - b).abs().max().item() for a, b in zip(linear_logprob(hidden, weight, targets), linear_logprob_reference(hidden, weight, targets)))
-        rows.append(row | {"largest_difference": worst})
+            row = compare(f"logprob N={N} D={D} V={V} {dtype}", lambda: step(ours), name, lambda: step(peer), repeats)
+            hidden.grad = weight.grad = None
+            row |= {"ours_mib": memory, "peer_mib": extra_memory(lambda: step(peer)) - weight_gradient}
+            rows.append(row | {"gradients_differ": ((step(peer) - result).norm() / result.norm()).item()})
     return rows
+
+
+def logprob_peers():
+    """{name: (hidden (N, D), weight (V, D), targets (N,)) -> sum of the log-probs}. Sums only: most peers give no log-probs."""
+    peers = {
+        "eager log_softmax + gather": lambda h, w, y: F.linear(h, w).float().log_softmax(-1).gather(-1, y[:, None]).sum(),
+        "cross_entropy": lambda h, w, y: -F.cross_entropy(F.linear(h, w).float(), y, reduction="sum"),
+    }
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # PyTorch's own, in chunks; it takes no autocast, so it is given the dtype
+        options = torch.nn.LinearCrossEntropyOptions()
+        cast = lambda x: x.to(torch.get_autocast_dtype(DEVICE)) if torch.is_autocast_enabled(DEVICE) else x
+        peers["linear_cross_entropy"] = lambda h, w, y: -F.linear_cross_entropy(cast(h), cast(w), y, reduction="sum", options=options)
+    with contextlib.suppress(ImportError):
+        import trl
+        import trl.trainer.utils  # the backward imports it
+        from trl.kernels import ChunkedLogProbFunction
+        peers[f"TRL {trl.__version__} ChunkedLogProbFunction"] = lambda h, w, y: ChunkedLogProbFunction.apply(h, w, None, y, 1.0, 32768, None, 1.0, ("entropy",))[0].sum()
+    if DEVICE == "cuda":  # Triton only
+        with contextlib.suppress(ImportError):
+            from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+            peers["Liger"] = lambda h, w, y: -liger_fused_linear_cross_entropy(cast(h), cast(w), y, reduction="sum")
+        with contextlib.suppress(ImportError):
+            from cut_cross_entropy import linear_cross_entropy
+            peers["Apple cut_cross_entropy"] = lambda h, w, y: -linear_cross_entropy(cast(h), cast(w), y, reduction="sum")
+    return peers
 
 
 def make_policy(size, critic="shared", dtype=torch.float32):
@@ -108,10 +151,10 @@ def make_policy(size, critic="shared", dtype=torch.float32):
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=f"w{V - 1}", chat_template="{{ messages[0]['content'] }}")
     torch.manual_seed(0)
-    lm = GPT2LMHeadModel(GPT2Config(**SIZES[size], n_positions=1024, bos_token_id=V - 1, eos_token_id=V - 1))
-    policy = Policy(lm, tokenizer, critic, dtype)
-    policy.eos_ids = [V - 1]
-    return policy
+    lm = GPT2LMHeadModel(GPT2Config(**SIZES[size], n_positions=1024, bos_token_id=V - 1, eos_token_id=V - 1)).to(DEVICE)
+    with torch.no_grad():  # the first hidden unit is always 1, and the EOS hates it: its logit is about -50
+        lm.transformer.ln_f.weight[0], lm.transformer.ln_f.bias[0], lm.transformer.wte.weight[V - 1, 0] = 0, 1, -50
+    return Policy(lm, tokenizer, critic, dtype)
 
 
 def make_prompts(policy, batch, length=16):
@@ -122,27 +165,29 @@ def make_prompts(policy, batch, length=16):
 @torch.no_grad()
 def hf_generate(policy, prompts, new_tokens):
     """transformers' own sampler on the same prompts, at temperature 1 without filters."""
-    ids = torch.tensor(policy.encode(prompts))
+    ids = torch.tensor(policy.encode(prompts), device=DEVICE)
     with policy.autocast():
         return policy.lm.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new_tokens,
                                   min_new_tokens=new_tokens, pad_token_id=policy.eos_ids[0])
 
 
 def bench_sample(repeats):
-    rows = []
+    """Against `generate` of a model held in fp32: in fp32, and under bf16 autocast as a trainer runs it."""
+    rows, dtype = [], best_dtype(DEVICE)
     for size, batch in (("4x128", 64), ("gpt2", 16)):
-        policy = make_policy(size)
-        prompts = make_prompts(policy, batch)
-        rows.append(compare(f"sample {batch} x (16 + 32), {size}", lambda: generate(policy, prompts, 32, seed=1), "transformers generate",
-                            lambda: hf_generate(policy, prompts, 32), repeats))
+        ours, plain = make_policy(size, dtype=dtype), make_policy(size)
+        prompts = make_prompts(ours, batch)
+        for peer in {plain.compute_dtype: plain, dtype: ours}.values():
+            rows.append(compare(f"sample {batch} x (16 + 32), {size}, {DTYPE_NAMES[dtype]}", lambda: generate(ours, prompts, 32, seed=1),
+                                f"transformers generate, {DTYPE_NAMES[peer.compute_dtype]}", lambda: hf_generate(peer, prompts, 32), repeats))
     return rows
 
 
 def bench_ppo(repeats, trl_python=None):
     """Sample, score with a reward model of the policy's size, and update: 2 epochs x 4 minibatches."""
-    rows, dtype = [], best_dtype("cpu")
+    rows, dtype = [], best_dtype(DEVICE)
     for size, batch in (("4x128", 64), ("gpt2", 16)):
-        reward_model, scores = make_policy(size), torch.rand(batch, generator=torch.Generator().manual_seed(0))
+        reward_model, scores = make_policy(size, dtype=dtype), torch.rand(batch, generator=torch.Generator().manual_seed(0))
 
         def update(player, prompts):
             rollout = player.speak(prompts, 1)
@@ -155,9 +200,10 @@ def bench_ppo(repeats, trl_python=None):
         prompts = make_prompts(reward_model, batch)
         name = f"ppo update {batch} x (16 + 32), {size}, 2 epochs x 4"
         if trl_python:
-            with Trl(trl_python, size, batch) as peer:
-                rows += [compare(f"{name}, {which}, {DTYPE_NAMES[dtype]}", lambda: update(ours[which], prompts), f"TRL {peer.version} PPOTrainer, {peer.dtype}", peer.update, repeats)
-                         for which in ("separate critic", "shared critic")]
+            for which, keep_memory in (("separate critic", False), ("shared critic", False), ("separate critic", True)):
+                with Trl(trl_python, size, batch, keep_memory) as peer:
+                    peer_name = f"TRL {peer.version} PPOTrainer, {peer.dtype}{', our allocator settings' * keep_memory}"
+                    rows.append(compare(f"{name}, {which}, {DTYPE_NAMES[dtype]}", lambda: update(ours[which], prompts), peer_name, peer.update, repeats))
         plain = player()
         rows.append(compare(f"{name}, fp32, shared critic", lambda: update(ours["fp32, shared critic"], prompts), "plain PyTorch + generate",
                             lambda: plain_ppo(plain, reward_model, prompts, scores), repeats))
@@ -167,10 +213,11 @@ def bench_ppo(repeats, trl_python=None):
 class Trl:
     """TRL's PPOTrainer in another interpreter, which does one update whenever it is asked for one."""
 
-    def __init__(self, python, size, batch):
+    def __init__(self, python, size, batch, keep_memory=False):
+        """keep_memory: with the settings of `keep_freed_memory` in its environment."""
         work = json.dumps({"config": SIZES[size], "batch": batch, "prompt": 16, "new": 32, "threads": torch.get_num_threads()})
         self.process = subprocess.Popen([python, "-c", TRL_PROGRAM, work], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                        env={**os.environ, "HF_HUB_OFFLINE": "1"})
+                                        env={**os.environ, "HF_HUB_OFFLINE": "1", **({"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)} if keep_memory else {})})
         self.version, self.dtype = self.answer()
 
     def answer(self):
@@ -209,7 +256,7 @@ config = GPT2Config(**work["config"], n_positions=1024, bos_token_id=V - 1, eos_
 policy, reference = GPT2LMHeadModel(config), GPT2LMHeadModel(config)
 value, reward = GPT2ForSequenceClassification(config), GPT2ForSequenceClassification(config)
 rows = Dataset.from_dict({"input_ids": torch.randint(1, 500, (batch * 4, work["prompt"])).tolist()})
-settings = PPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch // 4, num_mini_batches=4, num_ppo_epochs=2, gradient_accumulation_steps=1,
+settings = PPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch, num_mini_batches=4, num_ppo_epochs=2, gradient_accumulation_steps=1,
                      local_rollout_forward_batch_size=batch, response_length=work["new"], temperature=1.0, total_episodes=batch * 10_000, num_sample_generations=0,
                      gradient_checkpointing=False, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True)
 trainer = PPOTrainer(args=settings, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=reward, value_model=value, train_dataset=rows,
@@ -220,6 +267,7 @@ def wait(*_, **__):
     if not sys.stdin.readline():
         sys.exit()
 
+assert (trainer.args.local_batch_size, trainer.args.local_mini_batch_size) == (batch, batch // 4)
 trainer.log = wait  # it is called once an update
 wait()
 trainer.train()
@@ -230,21 +278,21 @@ def plain_ppo(player, reward_model, prompts, scores):
     """The same update as straightforward PyTorch: `generate`, whole logits, eager log_softmax, same losses."""
     policy, P, R = player.policy, 16, 32
     tokens = hf_generate(policy, prompts, R)  # (B, P + R)
-    mask = torch.zeros(tokens.shape)
+    mask = torch.zeros(tokens.shape, device=DEVICE)
     mask[:, P:] = 1
 
     def forward(model, tokens):
         out = model.lm(tokens, output_hidden_states=True)
         logp = out.logits.float().log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]  # (B, P + R - 1)
         values = model.value_head(out.hidden_states[-1])[:, :-1, 0]
-        pad = torch.zeros(len(tokens), 1)
+        pad = torch.zeros(len(tokens), 1, device=DEVICE)
         return torch.cat([pad, logp], 1) * mask[:len(tokens)], torch.cat([pad, values], 1) * mask[:len(tokens)]
 
     with torch.no_grad():
         reward_model.hidden(tokens)
         old_logprobs, old_values = forward(policy, tokens)
         ref_logprobs, _ = forward(player.reference, tokens)
-    rewards = token_rewards(scores, old_logprobs, ref_logprobs, mask, player.kl_coef)
+    rewards = token_rewards(scores.to(DEVICE), old_logprobs, ref_logprobs, mask, player.kl_coef)
     advantages, returns = gae(rewards, old_values, mask, player.gamma, player.lam)
     advantages = whiten(advantages, mask)
     for _ in range(player.epochs):
@@ -315,6 +363,7 @@ def print_table(rows):
 
 
 def main(argv):
+    keep_freed_memory()
     transformers.utils.logging.set_verbosity_error()
     benches = {"logprob": bench_logprob, "sample": bench_sample, "ppo": bench_ppo, "diversity": bench_diversity, "game": bench_game}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
