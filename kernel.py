@@ -107,8 +107,9 @@ class LinearLogProb(torch.autograd.Function):
         dw = None  # (V, D), accumulated in fp32
         db = torch.zeros_like(bias, dtype=lse.dtype) if bias is not None and needs_b else None
         kept, ctx.kept = ctx.kept, h.new_empty(0)  # used up: a second backward computes them again
-        for rows in _chunks(h, w, len(kept)):
-            if rows.stop <= len(kept):
+        n_kept = len(kept)
+        for rows in _chunks(h, w, n_kept):
+            if rows.stop <= n_kept:
                 dz = kept_gradient(kept, targets[rows], ctx.temperature, logprobs[rows], grad_logprob[rows])  # (n, V)
             else:
                 e_rows = None if e is None else e[rows]
@@ -124,6 +125,7 @@ class LinearLogProb(torch.autograd.Function):
                 dw.addmm_(dz.T, h[rows])  # in place: a second (V, D) would cost more than the chunk
             elif needs_w:
                 dw += dz.T @ h[rows]
+            kept = dz = None  # before the next chunk is made
         dw = torch.zeros_like(w) if needs_w and dw is None else dw  # no rows at all
         dh, dw = (dh.to(ctx.dtypes[0]) if needs_h else None), (dw.to(ctx.dtypes[1]) if needs_w else None)
         return dh, dw, None, (db.to(bias.dtype) if db is not None else None), None, None, None, None
@@ -141,6 +143,7 @@ def chunked_forward(h, w, targets, bias, temperature, kept):
         logprobs[rows] = z.gather(-1, targets[rows, None])[:, 0] - lse[rows]
         entropy[rows] = lse[rows] - z.mul_(p).sum(-1)  # H = logsumexp(z) - E_p[z]
         kept[rows] = p[:len(kept[rows])]
+        del z, p  # before the next chunk is made
     return logprobs, lse, entropy
 
 
