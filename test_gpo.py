@@ -1820,6 +1820,18 @@ def test_bench_prints_ratios_and_json_lines(tmp_path, monkeypatch, capsys):
     assert stopped.value.code == 2 and "--trl_python must be an interpreter in which trl==0.23.1 can train, got: ModuleNotFoundError" in capsys.readouterr().err
 
 
+def test_the_peers_of_the_logprob_bench_do_the_same_work():
+    import bench
+    torch.manual_seed(0)
+    h, w, y = torch.randn(40, 16, requires_grad=True), torch.randn(300, 16, requires_grad=True), torch.randint(300, (40,))
+    truth = torch.autograd.grad(linear_logprob(h, w, y)[0].sum(), (h, w))
+    peers = bench.logprob_peers()
+    assert {"eager log_softmax + gather", "cross_entropy", "linear_cross_entropy"} <= peers.keys()
+    for name, peer in peers.items():
+        for theirs, ours in zip(torch.autograd.grad(peer(h, w, y), (h, w)), truth):
+            assert torch.allclose(theirs, ours, atol=1e-4), name
+
+
 def test_bench_game_splits_a_step_into_rollout_score_and_update():
     import bench
     rows = bench.bench_game(1)
