@@ -32,9 +32,11 @@ import transformers
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from data import fail, read_lines, write_json
 from diversity import load_embedder, word_embedder
 from gpo import Player, PolicyAverage, evaluate, nash_gap, play, ppo_update, solve_matrix_game
 from model import DTYPES, keep_freed_memory, load_policy, logprobs_and_values
+from report import LOOKS, band, draw_methods, draw_probe, draw_rounds, figure, markdown, mean_and_error
 from reward import call_judge, is_refusal, load_judge
 
 HERE = Path(__file__).parent
@@ -273,23 +275,6 @@ def run_table(run, rows):
                                   if any(row.get(key) is not None for row in rows.values())])
 
 
-def markdown(head, lines):
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1)] + lines
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def standard_error(values):
-    """Of the mean over the first axis; values (seeds, ...), at least two seeds."""
-    return np.std(values, axis=0, ddof=1) / math.sqrt(len(values))
-
-
-def mean_and_error(values, digits=3):
-    values = [v for v in values if v is not None]
-    if not values:
-        return "-"
-    return f"{np.mean(values):.{digits}f}" + (f" ± {standard_error(values):.{digits}f}" if len(values) > 1 else "")
-
-
 def evaluate_runs(folders, third_parties):
     runs, strangers = [FinishedRun(folder) for folder in folders], [FinishedRun(folder) for folder in third_parties]  # all are checked before any work
     by_method = {}
@@ -307,12 +292,6 @@ def evaluate_runs(folders, third_parties):
         lines = [[f"{method}, {name} ({len(all_rows)})", *(mean_and_error([rows[name].get(key) for rows in all_rows]) for key in keys)]
                  for method, all_rows in by_method.items() for name in ("before", "after")]
         print("Mean ± standard error over runs (number of runs):\n\n" + markdown(["", *(LABELS[key] for key in keys)], lines))
-
-
-def write_json(path, value):
-    temporary = Path(f"{path}.writing")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)
 
 
 # --- many runs: every claim is a row, every row a command --------------------------------------------------------------
@@ -432,13 +411,15 @@ def suite_row(folder):
     """What is compared between runs: the finished players by `eval.py RUN`, the best response, and the compute."""
     row = json.loads((folder / "eval.json").read_text())
     row, averages = row["after"], {key: value for key, value in row.items() if key.startswith("average")}
-    log = read_log(folder)
+    log = read_lines(folder / "metrics.jsonl")
     row |= {"updates": sum(m["role"] == "defender" for m in log), "tokens": log[-1]["sampled_tokens"] if log else 0, "averages": averages}
     return row | best_row(folder, 0)
 
 
-def read_log(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def held_out_history(folder):
+    """Held-out attack success before the game and after each round."""
+    before = json.loads((folder / "summary.json").read_text())["before"]["asr_held_out_judge"]
+    return [before] + [m["game/asr_held_out_judge"] for m in read_lines(folder / "metrics.jsonl") if "game/asr_held_out_judge" in m]
 
 
 def best_file(round):
@@ -458,7 +439,7 @@ def row_of_round(folder, t):
     row, tests = run.row(speak("attacker", [t - 1]), speak("defender", [t - 1])), run.prompts["test_prompts"]
     mixture = attack_success_rate(run.held_out_judge, tests, speak("defender", range(t)).speak(tests, 0, temperature=0).texts)
     return row | best_row(folder, t if t < run.config["rounds"] else 0) | {"updates": t * run.config["defender_steps"],
-        "tokens": [m["sampled_tokens"] for m in read_log(folder) if m["round"] == t - 1][-1], "averages": {"average (mixture)": {"asr_held_out_judge": mixture}}}
+        "tokens": [m["sampled_tokens"] for m in read_lines(folder / "metrics.jsonl") if m["round"] == t - 1][-1], "averages": {"average (mixture)": {"asr_held_out_judge": mixture}}}
 
 
 def suite_table(rows, columns, names=None):
@@ -503,7 +484,9 @@ def reproduce(out, n_seeds, first_seed, quick):
     (Path(out) / "table.md").write_text(text)
     write_json(Path(out) / "table.json", {"seeds": list(seeds), "commands": {name: f"python train.py {flags}{common}" for name, flags in suite.items()}, "rows": rows,
                                           "orderings": [dict(zip(("measure", "larger", "smaller", "differences"), test), p=paired_test(test[3])) for test in tests]})
-    draw_methods(out, rows, attackers, seeds)
+    histories = {name: [held_out_history(run_folder(out, name, seed)) for seed in seeds]
+                 for name in ("RLHF", "Iterative", "GPO", "GPO+Div", "recommended") if name in rows}
+    draw_methods(out, rows, attackers, histories)
     print(text + f"\nwritten to {out}/table.md, {out}/table.json, {out}/methods.png{', best.png' if 'recommended' in rows else ''}")
 
 
@@ -582,7 +565,7 @@ def rounds(out, n_seeds, first_seed):
     text = f"# Performance against the number of rounds T; {n_seeds} seeds\n\n" + suite_table(rows, columns, [f"{kind}, T = {t}" for kind in ("equal", "growing") for t in HORIZONS]) + "\n"
     (Path(out) / "rounds.md").write_text(text)
     write_json(Path(out) / "rounds.json", rows)
-    draw_rounds(out, rows)
+    draw_rounds(out, rows, HORIZONS)
     print(text + f"\nwritten to {out}/rounds.md, {out}/rounds.json, {out}/rounds.png")
 
 
@@ -605,94 +588,6 @@ def probe(folder, steps, every):
     print(markdown(["round", "policy", "success", f"best attack, {steps} steps", f"best defence, {steps} steps", "Nash gap at least"],
                    [[row["round"], row["kind"], *(f"{row[key]:.3f}" for key in ("value", "best_attack", "best_defence", "bound"))] for row in results]))
     print(f"\nwritten to {run.folder}/probe.json, {run.folder}/probe.png")
-
-
-# --- figures: black, grey and hatches, so that they survive a printer ---------------------------------------------------
-LOOKS = [dict(color="#000000", ls="-", marker="o"), dict(color="#c0392b", ls="--", marker="s"), dict(color="#1f5f8b", ls="-.", marker="^"),
-         dict(color="#888888", ls=":", marker="D"), dict(color="#2e8b57", ls=(0, (5, 1)), marker="v"), dict(color="#b8860b", ls=(0, (1, 1)), marker="x")]
-
-
-def figure(columns, width=4.6, height=3.8):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    canvas, axes = plt.subplots(1, columns, figsize=(width * columns, height), layout="constrained", squeeze=False)
-    for axis in axes[0]:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-    return canvas, axes[0]
-
-
-def band(axis, x, values, label, look):
-    """A line of means with a band of one standard error; values (seeds, points)."""
-    values = np.asarray(values, dtype=float)
-    mean, error = values.mean(0), standard_error(values) if len(values) > 1 else 0 * values[0]
-    axis.plot(x, mean, label=label, ms=4, lw=1.5, **look)
-    axis.fill_between(x, mean - error, mean + error, color=look["color"], alpha=0.15, lw=0)
-
-
-def draw_methods(out, rows, attackers, seeds):
-    canvas, (curves, bars, cells) = figure(3)
-    mean_of = lambda key, of: (np.mean([row[key] for row in of]), standard_error([row[key] for row in of]))
-    sets = ["asr_held_out_judge", "asr_held_out_judge/unseen topics", "asr_held_out_judge/unseen framings"]
-    shown = [name for name in ("RLHF", "Iterative", "GPO", "GPO+Div", "recommended") if name in rows]
-    for name, look in zip(shown, LOOKS):
-        histories = []
-        for seed in seeds:
-            folder = run_folder(out, name, seed)
-            histories.append([json.loads((folder / "summary.json").read_text())["before"]["asr_held_out_judge"]]
-                             + [m["game/asr_held_out_judge"] for m in read_log(folder) if "game/asr_held_out_judge" in m])
-        updates = rows[name][0]["updates"]
-        band(curves, np.linspace(0, updates, len(histories[0])), histories, name, look)
-        heights, errors = zip(*(mean_of(key, rows[name]) for key in sets))
-        i = shown.index(name)
-        bars.bar(np.arange(3) + (i - len(shown) / 2 + 0.5) * 0.16, heights, 0.15, yerr=errors, label=name, color=str(0.15 + 0.16 * i), edgecolor="black", lw=0.5,
-                 hatch=["", "//", "..", "xx", ""][i], capsize=2)
-    bars.set_xticks(range(3), ["in distribution", "unseen topics", "unseen framings"])
-    curves.set(xlabel="defender updates", ylabel="attack success, held-out judge", ylim=(0, 1), title="defender, held-out prompts")
-    bars.set(ylabel="attack success, held-out judge", title="finished defenders")
-    for i, (name, these) in enumerate(attackers.items()):
-        (x, dx), (y, dy) = (mean_of(key, these) for key in ("cells", "third_party_success"))
-        cells.errorbar(x, y, xerr=dx, yerr=dy, fmt=LOOKS[i % 6]["marker"], color=LOOKS[i % 6]["color"], ms=5, capsize=2, label=name, mfc="white" if i > 5 else None)
-    cells.set(xlabel="distinct cells broken on third parties", ylabel="success on third parties", title="attackers")
-    for axis in (curves, bars, cells):
-        axis.legend(frameon=False, fontsize=7)
-    canvas.savefig(Path(out) / "methods.png", dpi=150)
-
-
-def draw_rounds(out, rows):
-    canvas, axes = figure(2)
-    for axis, kind in zip(axes, ("equal", "growing")):
-        these = [rows[f"{kind}, T = {t}"] for t in HORIZONS]
-        for (key, label), look in zip({"asr_held_out_judge": "held-out prompts", "best_response": "best response, 90 steps", "over_refusal/look-alikes": "over-refusal"}.items(), LOOKS):
-            there = [(t, [row[key] for row in point]) for t, point in zip(HORIZONS, these) if all(key in row for row in point)]
-            band(axis, [t for t, _ in there], np.array([values for _, values in there]).T, label, look)
-        band(axis, HORIZONS, np.array([[row["averages"]["average (mixture)"]["asr_held_out_judge"] for row in point] for point in these]).T, "held-out prompts, mixture", LOOKS[3])
-        axis.set(xscale="log", xlabel="rounds T", ylabel="attack success", ylim=(0, 1), title="64 steps of each player in all" if kind == "equal" else "steps grow with T")
-        axis.set_xticks(HORIZONS, HORIZONS)
-        axis.legend(frameon=False, fontsize=8)
-    canvas.savefig(Path(out) / "rounds.png", dpi=150)
-
-
-def draw_probe(folder, results, matrix, steps):
-    canvas, (gaps, heat) = figure(2)
-    for kind, look in zip(("last", "mixture", "weights"), LOOKS):
-        these = [row for row in results if row["kind"] == kind]
-        gaps.plot([row["round"] for row in these], [row["bound"] for row in these], label=f"{kind}: Nash gap, at least", ms=4, **look)
-        gaps.plot([row["round"] for row in these], [row["best_attack"] for row in these], color=look["color"], ls=":", lw=1, label=f"{kind}: best attack")
-    gaps.set(xlabel="round", ylabel=f"after {steps} PPO steps of a fresh player", ylim=(0, 1), title="best responses")
-    gaps.legend(frameon=False, fontsize=7)
-    heat.grid(False)
-    image = heat.imshow(matrix, cmap="Greys", vmin=0, vmax=1, origin="lower")
-    for (i, j), value in np.ndenumerate(matrix):
-        heat.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=6, color="white" if value > 0.5 else "black")
-    ticks = range(0, len(matrix), max(1, len(matrix) // 5))
-    heat.set_xticks(ticks), heat.set_yticks(ticks), gaps.set_xticks(sorted({row["round"] for row in results}))
-    heat.set(xlabel="defender after round (0: SFT)", ylabel="attacker after round (0: SFT)", title="who breaks whom: attack success in %")
-    canvas.colorbar(image, ax=heat, shrink=0.8)
-    canvas.savefig(folder / "probe.png", dpi=150)
 
 
 # --- the theory on tables -------------------------------------------------------------------------------------------
@@ -778,11 +673,6 @@ def main(argv):
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
         sys.exit(130)
-
-
-def fail(message):
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

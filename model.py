@@ -11,10 +11,7 @@ on the right, causal attention alone keeps it out of every real position.
 
 import contextlib
 import copy
-import csv
 import ctypes
-import gzip
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
+from data import first_line
 from kernel import linear_logprob
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -336,7 +334,7 @@ def load_policy(name_or_dir, critic="shared", dtype=torch.float32, device="cpu",
         lm = lm.to(device)
     except Exception as error:  # transformers raises a dozen kinds here
         where = "is the folder complete?" if Path(name_or_dir).is_dir() else "no such folder here, and the hub could not give it; pass a local folder"
-        raise ValueError(f"cannot load {str(name_or_dir)!r} as a causal language model ({where}): {_first_line(error)}") from error
+        raise ValueError(f"cannot load {str(name_or_dir)!r} as a causal language model ({where}): {first_line(error)}") from error
     if info["missing_keys"]:  # a classifier or an encoder, say: transformers would make up the rest
         raise ValueError(f"cannot load {str(name_or_dir)!r} as a causal language model: it has no weights for {sorted(info['missing_keys'])[0]}")
     if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
@@ -359,7 +357,7 @@ def probe_forward(policy):
         same = torch.allclose(policy.head(policy.hidden(probe)), policy.lm(probe).logits, atol=1e-3, rtol=1e-3)
         cached = hasattr(policy.lm.base_model(input_ids=probe, use_cache=True).past_key_values, "batch_select_indices")
     except Exception as error:
-        raise ValueError(f"a model of type {name} cannot be run as a policy: {_first_line(error)}") from error
+        raise ValueError(f"a model of type {name} cannot be run as a policy: {first_line(error)}") from error
     if not same or not cached:
         raise ValueError(f"a policy's logits must be a linear head on its last hidden state, with a KV cache; {name} is different")
 
@@ -373,97 +371,3 @@ def save_policy(policy, folder, card=""):
     save_file({k: v.contiguous().clone() for k, v in critic.items()}, folder / "critic.safetensors")
     if card:
         (folder / "README.md").write_text(card)
-
-
-def _first_line(error):
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-# --- data -----------------------------------------------------------------------------------------------
-def read_rows(path):
-    """Rows of a .jsonl, .json, .csv or .txt file (each also .gz) as dicts with "prompt" and, where the data
-    has them, "response" or "chosen" and "rejected".
-
-    A row may be a string, a one-element list, {"prompt", ["response" | "chosen", "rejected"]}, {"messages"}
-    or a message list, or an HH transcript pair {"chosen", "rejected"}. Earlier turns of a transcript stay in
-    the prompt. Raises ValueError with file and line on anything else, and on a file without rows.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"a data file must exist, got {str(path)!r}")
-    kind = path.suffixes[-2:][0] if path.suffix == ".gz" else path.suffix
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
-            if kind == ".json" or (kind == ".jsonl" and file.read(1) == "["):  # some .jsonl files hold one array
-                file.seek(0)
-                numbered = list(enumerate(_as_list(json.load(file)), 1))
-            elif kind == ".jsonl":
-                file.seek(0)
-                numbered = [(n, _parse_line(path, n, line)) for n, line in enumerate(file, 1) if line.strip()]
-            elif kind == ".csv":
-                numbered = list(enumerate(csv.DictReader(file), 2))
-            elif kind == ".txt":
-                numbered = [(n, line.strip()) for n, line in enumerate(file, 1) if line.strip()]
-            else:
-                raise ValueError("the name must end in .jsonl, .json, .csv or .txt, or one of them and .gz")
-        rows = [_parse_row(path, n, row) for n, row in numbered]
-    except Exception as error:  # a broken archive, a field too long, a list where a dict should be, ...
-        raise ValueError(str(error) if str(path) in str(error) else f"cannot read {path}: {_first_line(error)}") from error
-    if not rows:
-        raise ValueError(f"{path} must hold at least one row, got none")
-    return rows
-
-
-def _as_list(value):
-    if not isinstance(value, list):
-        raise ValueError(f"a list of rows is needed, got a {type(value).__name__}")
-    return value
-
-
-def _parse_line(path, n, line):
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {n}: malformed JSON ({error.msg} at column {error.colno})") from error
-
-
-def _parse_row(path, n, row):
-    """One row of any accepted form -> {"prompt": ..., ...} with stripped strings."""
-    if isinstance(row, list) and row and all(isinstance(m, dict) for m in row):
-        row = {"messages": row}
-    if isinstance(row, dict) and isinstance(row.get("transcript"), str):  # HH red-team attempts: the first thing the human said
-        row = {"prompt": row["transcript"].split("\n\nAssistant:")[0].removeprefix("\n\nHuman:")}
-    if isinstance(row, list) and len(row) == 1:
-        row = row[0]
-    if isinstance(row, str):
-        row = {"prompt": row}
-    if isinstance(row, dict) and isinstance(row.get("messages"), list) and row["messages"]:
-        turns = [str(m.get("content", "")) for m in row["messages"] if m.get("role") != "system"]
-        answered = row["messages"][-1].get("role") == "assistant"
-        row = {"prompt": _join_turns(turns[:-1] if answered else turns), **({"response": turns[-1]} if answered else {})}
-    if isinstance(row, dict) and "prompt" not in row and isinstance(row.get("chosen"), str):
-        row = _split_transcripts(row)
-    wanted = {k: row[k] for k in ("prompt", "response", "chosen", "rejected") if row.get(k)} if isinstance(row, dict) else {}
-    wanted = {k: v.strip() if isinstance(v, str) else v for k, v in wanted.items() if str(v).strip()}
-    if not wanted.get("prompt") or not all(isinstance(v, str) and v.encode() for v in wanted.values()):
-        raise ValueError(f"{path}, row {n}: a row must be a prompt, or have a non-empty text 'prompt', 'messages' or 'chosen', got {str(row)[:80]!r}")
-    return wanted  # an empty response is no response; an empty prompt is an error
-
-
-def _split_transcripts(row):
-    """HH format: "\\n\\nHuman: ... \\n\\nAssistant: ..." -> prompt, chosen, rejected (the last replies)."""
-    head, _, chosen = row["chosen"].rpartition("\n\nAssistant:")
-    rejected = str(row.get("rejected", "")).rpartition("\n\nAssistant:")[2]
-    turns = head.replace("\n\nAssistant:", "\n\nHuman:").split("\n\nHuman:")
-    return {"prompt": _join_turns([t.strip() for t in turns if t.strip()]), "chosen": chosen, "rejected": rejected}
-
-
-def _join_turns(turns):
-    """Turns human, AI, human, ... as one prompt: PLAIN_TEMPLATE puts its own words before and after."""
-    words = ["", "\n\nAI: ", "\n\nHuman: "]
-    return "".join(words[0 if i == 0 else 2 - i % 2] + turn for i, turn in enumerate(turns)).strip()
-
-
-def first_turn(prompt):
-    """The first human turn of a prompt that `read_rows` joined."""
-    return prompt.split("\n\nAI: ")[0]

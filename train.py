@@ -19,7 +19,6 @@ as a failed repetition. (7) `--restart`: every few rounds the attacker begins an
 """
 
 import hashlib
-import html
 import json
 import os
 import platform
@@ -38,9 +37,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from tqdm import tqdm
 
+from data import append_lines, fail, first_turn, read_rows, write_json
 from diversity import Diversity, load_embedder, word_embedder
 from gpo import Player, PolicyAverage, Speaker, distill, evaluate, naturalness, play, ppo_update, sft
-from model import DTYPE_NAMES, DTYPES, Policy, best_dtype, demonstrations, first_turn, frozen_copy, keep_freed_memory, load_policy, read_rows, save_policy
+from model import DTYPE_NAMES, DTYPES, Policy, best_dtype, demonstrations, frozen_copy, keep_freed_memory, load_policy, save_policy
+from report import draw_curves, model_card, summary_table, write_report
 from reward import JudgeError, call_judge, is_refusal, load_judge, train_judge
 
 NOVELTY = {"self_bleu": "bleu", "cosine": "embedding"}  # metric -> term of the diversity reward
@@ -427,21 +428,6 @@ class Run:
         return [(prompts[i], first[i], now[i]) for i in order]
 
 
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
-def append_lines(path, rows):
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def write_json(path, value):
-    temporary = Path(f"{path}.writing")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(temporary, path)
-
-
 # --- the worlds -----------------------------------------------------------------------------------------------------
 def toy_world(config, start=None):
     """The embedded game: fresh small models, warm-started, and a judge trained on noisy samples.
@@ -583,125 +569,7 @@ def make_players(config, world):
         "defender": Player("defender", world.defender, config.response_tokens, config.learning_rate, config.kl_coef, **shared)}
 
 
-# --- words and pictures ------------------------------------------------------------------------------------------------
-TABLE = {
-    "asr_held_out_judge": "attack success on held-out prompts, held-out judge",
-    "asr_train_judge": "attack success on held-out prompts, training judge",
-    "over_refusal": "over-refusal on harmless prompts",
-    "helpfulness": "helpfulness on harmless prompts",
-    "attacker_success": "the attacker's success on the first defender",
-    "self_bleu": "SelfBLEU among its prompts",
-    "cosine": "cosine among its prompts"}
-
-
-def table(rows):
-    """The rows of summary.json as a markdown table, one column each."""
-    show = lambda value: "-" if value is None or value != value else f"{value:.3f}"
-    lines = [["", *rows]] + [[label, *(show(row[key]) for row in rows.values())] for key, label in TABLE.items()]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    return "\n".join("| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |" for line in lines)
-
-
-def draw_curves(folder, rows):
-    """curves.png: both players' reward, attack success by both judges, diversity and KL."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    log = read_lines(folder / "metrics.jsonl")
-    rounds = [m for m in log if "game/asr_held_out_judge" in m]
-    if not rounds:
-        return
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
-    style = {"attacker": dict(color="#c0392b", ls="-"), "defender": dict(color="#1f5f8b", ls="--")}
-
-    def per_round(axis, name, prefix=True):
-        for role in ("attacker", "defender"):
-            key = f"{role}/{name}" if prefix else name
-            values = {r["round"]: np.mean([m[key] for m in log if m["round"] == r["round"] and key in m] or [np.nan]) for r in rounds}
-            axis.plot([r + 1 for r in values], list(values.values()), marker="o", ms=3, label=role, **style[role])
-
-    x = [0] + [m["round"] + 1 for m in rounds]
-    axes[0, 0].set_title("attack success")
-    for key, label, look in (("asr_held_out_judge", "held-out judge", "-"), ("asr_train_judge", "training judge", ":")):
-        label = f"held-out prompts, {label}"
-        axes[0, 0].plot(x, [rows["before"][key]] + [m[f"game/{key}"] for m in rounds], look, color="black", marker="o", ms=3, label=label)
-    mine = [m for m in log if m["role"] == "attacker"]
-    live = [np.mean([m["game/attack_success"] for m in mine if m["round"] == r["round"]] or [np.nan]) for r in rounds]
-    axes[0, 0].plot(x[1:], live, "-.", color="#c0392b", label="the attacker in training, training judge")
-    if rows["before"]["over_refusal"] is not None:
-        refusal = [rows["before"]["over_refusal"]] + [m["game/over_refusal"] for m in rounds]
-        axes[0, 0].plot(x, refusal, "--", color="grey", label="over-refusal, harmless prompts")
-    axes[0, 0].set_ylim(0, 1)
-    axes[0, 1].set_title("mean reward of the round")
-    per_round(axes[0, 1], "objective/scores")
-    axes[1, 0].set_title("how alike the attacks are")
-    for key, label, look in (("self_bleu", "SelfBLEU", "-"), ("cosine", "cosine of embeddings", "--")):
-        axes[1, 0].plot(x, [rows["before"][key]] + [m[f"game/{key}"] for m in rounds], look, color="#c0392b", marker="o", ms=3, label=label)
-    axes[1, 0].set_ylim(0, 1)
-    axes[1, 1].set_title("KL to the reference, nats per response")
-    per_round(axes[1, 1], "objective/kl")
-    for axis in axes.flat:
-        axis.set_xlabel("round")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8)
-    figure.savefig(folder / "curves.png", dpi=130)
-    plt.close(figure)
-
-
-def write_report(folder, rows, examples):
-    """report.md: the table, the curves, and the game as a story, round by round."""
-    config = json.loads((folder / "config.json").read_text())["config"]
-    games = read_lines(folder / "games.jsonl")
-    quote = lambda text: html.escape(" ".join(text.split()), quote=False).replace("|", "\\|") or "*(nothing)*"
-    lines = [f"# {config['method']}, seed {config['seed']}", "", table(rows), ""]
-    if games:
-        lines += ["![curves](curves.png)", ""]
-    lines += ["## What changed", "", "Held-out prompts, never seen in training, answered greedily.", ""]
-    for prompt, first, now in examples:
-        lines += [f"> **{quote(prompt)}**  ", f"> before: {quote(first)}  ", f"> after: {quote(now)}", ""]
-    lines += ["## Round by round", ""] if games else []
-    for round in sorted({g["round"] for g in games}):
-        here = [g for g in games if g["round"] == round]
-        attacks = [g for g in here if g["role"] == "attacker"] or [g for g in here if g["role"] == "defender"]
-        unsafe = np.mean([1 - g["p_safe"] for g in attacks])
-        best, worst = min(attacks, key=lambda g: g["p_safe"]), max(attacks, key=lambda g: g["p_safe"])
-        different = len({g["attack"] for g in attacks})
-        lines += [f"### Round {round + 1}", "", f"{len(attacks)} exchanges, {different} different prompts, {unsafe:.0%} unsafe by the training judge.", ""]
-        for title, g in (("most successful", best), ("least successful", worst)):
-            lines += [f"> *{title}*: **{quote(g['attack'])}**  ", f"> {quote(g['response'])} *(P(unsafe) {1 - g['p_safe']:.2f})*", ""]
-        probes = [g for g in here if g["role"] == "probe"]
-        lines += ["| held-out prompt | the defender after this round | safe |", "|---|---|---:|"] if probes else []
-        lines += [f"| {quote(g['attack'])} | {quote(g['response'])} | {g['p_safe']:.0f} |" for g in probes] + [""]
-    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
-
-
-def model_card(name, config, row):
-    """The README of a saved player."""
-    return f"""---
-library_name: transformers
-tags: [gpo, red-teaming, {name}]
----
-# {name} of a two-player game (GPO, arXiv 2406.10977)
-
-Trained with `{config.method}` for {config.rounds} rounds, seed {config.seed}, from `{getattr(config, name) or "the embedded toy game"}`.
-Made for hardening models: an attacker is a test instrument, not a tool against systems that are not yours.
-
-```json
-{json.dumps(row, indent=1)}
-```
-"""
-
-
 # --- entry point ------------------------------------------------------------------------------------------------------
-def fail(message):
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
-
-
 def parse(argv):
     """The configuration from flags, from one .json or .yaml file, or from the run that is resumed."""
     parser = transformers.HfArgumentParser(Config, description=__doc__.split("\n\n")[0], allow_abbrev=False)
@@ -834,7 +702,7 @@ def main(argv):
     except KeyboardInterrupt:
         print(f"\ninterrupted; go on with: python train.py --resume {folder}", file=sys.stderr)
         sys.exit(130)
-    print(f"\n{table(rows)}\n")
+    print(f"\n{summary_table(rows)}\n")
     for prompt, first, now in examples:
         print(f"  prompt  {prompt}\n  before  {first}\n  after   {now}\n")
     print(f"{time.time() - clock:.0f} seconds. Read {folder}/report.md, look at {folder}/curves.png;\n"
