@@ -32,11 +32,13 @@ import eval as evaluation
 import gpo
 import kernel
 import model
+import report
 import train
+from data import first_turn, read_rows
 from diversity import Diversity, NgramTable, cosine_to_history, load_embedder, self_bleu, set_similarity, word_embedder
 from gpo import Player, PolicyAverage, Speaker, gae, nash_gap, play, policy_loss, ppo_update, solve_matrix_game, token_rewards, value_loss, whiten
 from kernel import linear_logprob, linear_logprob_reference
-from model import Policy, best_dtype, demonstrations, first_turn, frozen_copy, generate, load_policy, logprobs_and_values, pack, read_rows, save_policy
+from model import Policy, best_dtype, demonstrations, frozen_copy, generate, load_policy, logprobs_and_values, pack, save_policy
 from reward import JudgeError, call_judge, guard_judge, load_judge, rule_judge, train_judge
 from toy import ToyGame
 
@@ -430,7 +432,7 @@ def test_gpt2_activation_in_one_operation_is_the_same_function_and_bf16_on_a_cpu
 FAULTS = """import resource, sys, torch, model
 if sys.argv[1] == "keep":
     model.keep_freed_memory()
-for _ in range(3):
+for _ in range(30):  # small blocks get in between at first: seen to settle after eleven
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     block = torch.ones(25_000_000)  # 100 MB
     del block
@@ -1560,11 +1562,11 @@ def test_a_run_of_t_rounds_is_the_beginning_of_a_longer_one(finished, tmp_path):
 
 
 def test_the_figure_of_rounds_shows_both_budgets_and_best_responses_where_there_are_any(tmp_path, monkeypatch):
-    drawn, real = [], evaluation.band
-    monkeypatch.setattr(evaluation, "band", lambda axis, x, values, label, look: (drawn.append((label, list(x), np.asarray(values).mean(0).tolist())), real(axis, x, values, label, look)))
+    drawn, real = [], report.band
+    monkeypatch.setattr(report, "band", lambda axis, x, values, label, look: (drawn.append((label, list(x), np.asarray(values).mean(0).tolist())), real(axis, x, values, label, look)))
     point = lambda asr, **more: [{"asr_held_out_judge": asr, "over_refusal/look-alikes": 0.0, "averages": {"average (mixture)": {"asr_held_out_judge": asr + 0.1}}, **more}] * 2
     rows = {f"equal, T = {t}": point(1 / t, **({"best_response": 0.9} if t > 8 else {})) for t in evaluation.HORIZONS} | {f"growing, T = {t}": point(0.5, best_response=0.7) for t in evaluation.HORIZONS}
-    evaluation.draw_rounds(tmp_path, rows)
+    report.draw_rounds(tmp_path, rows, evaluation.HORIZONS)
     lines = dict((label, (x, y)) for label, x, y in drawn[:len(drawn) // 2])
     assert lines["held-out prompts"] == ([1, 2, 4, 8, 16, 32], [1 / t for t in evaluation.HORIZONS])
     assert lines["best response, 90 steps"] == ([16, 32], [pytest.approx(0.9)] * 2)  # only where one was trained
