@@ -222,8 +222,9 @@ def step_metrics(player, logprobs, old_logprobs, values, old_values, mask, loss_
 
 def optimizer_step(player):
     """Clip and step; a gradient that is not finite is thrown away, counted and named."""
-    norm = torch.nn.utils.clip_grad_norm_(player.policy.parameters(), player.max_grad_norm)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in player.policy.parameters() if p.grad is not None])
     if torch.isfinite(norm):
+        player.optimizer.grad_scale = (norm / player.max_grad_norm).clamp(min=1)  # fused AdamW divides by it in its own pass over the gradient
         player.optimizer.step()
     else:
         player.skipped_steps += 1

@@ -274,7 +274,7 @@ def logprobs_and_values(policy, rollout, entropy_grad=False, with_values=True):
     mask = rollout.response_mask  # (B, T)
     before = mask[:, 1:]  # (B, T - 1): the state at t - 1 acts tokens[t]
     with policy.autocast():
-        hidden = policy.hidden(rollout.tokens)[:, :-1]
+        hidden = policy.hidden(rollout.tokens[:, :-1])  # (B, T - 1, D); the last token decides nothing
         h, targets = hidden[before], rollout.tokens[mask]  # (N, D), (N,)
         if rollout.support is None:
             logp, entropy = linear_logprob(h, policy.head.weight, targets, policy.head.bias, rollout.temperature, entropy_grad)
@@ -288,7 +288,7 @@ def logprobs_and_values(policy, rollout, entropy_grad=False, with_values=True):
         values = None
         if with_values:
             if policy.critic_body is not None:
-                h = policy.hidden(rollout.tokens, policy.critic_body)[:, :-1][before]
+                h = policy.hidden(rollout.tokens[:, :-1], policy.critic_body)[before]
             with torch.autocast(policy.device.type, enabled=False):
                 values = policy.value_head(h.float())[:, 0]  # (N,)
     spread = lambda x: None if x is None else torch.zeros(mask.shape, device=x.device).masked_scatter(mask, x)
