@@ -16,10 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
 from transformers.activations import NewGELUActivation
+from transformers.cache_utils import StaticLayer
 from transformers.pytorch_utils import Conv1D
 
 from data import first_line
@@ -186,8 +188,10 @@ def generate(policy, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.
     generator = torch.Generator(policy.device)
     generator.seed() if seed is None else generator.manual_seed(seed)
     response_ids, supports, lm = [], [], cast_once(policy)
+    decode = _decode_static if policy.device.type == "cuda" and has_static_shapes(lm) else _decode  # a CPU gains more by dropping rows
+    pick = lambda logits: pick_token(logits, temperature, top_k, top_p, generator)
     for start in range(0, len(prompts), batch_size):
-        responses, support = _decode(policy, lm, prompt_ids[start:start + batch_size], max_new_tokens, temperature, top_k, top_p, generator)
+        responses, support = decode(policy, lm, prompt_ids[start:start + batch_size], max_new_tokens, pick)
         response_ids += responses
         supports += support
     rollout = pack(policy, prompts, [policy.decode(r) for r in response_ids], prompt_ids, response_ids, temperature or 1.0)
@@ -211,26 +215,19 @@ def cast_once(policy):
     return lm
 
 
-def _decode(policy, lm, prompt_ids, max_new_tokens, temperature, top_k, top_p, generator):
-    """Sample until every row has ended. Prompts are padded on the *left* here, so that one column is one
-    step; positions count real tokens only. Returns ids per row and, with a filter, its (R, V) supports."""
-    B, P = len(prompt_ids), max(map(len, prompt_ids))
-    eos = torch.tensor(policy.eos_ids, device=policy.device)
-    inputs = torch.tensor([[policy.eos_ids[0]] * (P - len(ids)) + ids for ids in prompt_ids], device=policy.device)  # (B, P)
-    mask = torch.tensor([[0] * (P - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=policy.device)  # (B, P), 1 = real
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+def _decode(policy, lm, prompt_ids, max_new_tokens, pick):
+    """Sample until every row has ended. `pick` makes tokens (n,) and supports (n, V) or None from logits (n, V).
+    Returns ids per row and, with a filter, its (R, V) supports."""
+    inputs, mask, positions = left_padded(policy, prompt_ids)  # (B, P) each
+    B, eos = len(inputs), torch.tensor(policy.eos_ids, device=policy.device)
     alive = torch.arange(B, device=policy.device)  # the rows that have not ended: the others are decoded no further
     cache, sampled, supports = None, [], []
     for _ in range(max_new_tokens):
         out = lm.base_model(input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
-        logits = lm.get_output_embeddings()(out.last_hidden_state[:, -1]).float()  # (n, V)
-        if temperature > 0 and temperature != 1:
-            logits = logits / temperature
-        if temperature > 0 and (top_k > 0 or top_p < 1):
-            logits, support = filter_logits(logits, top_k, top_p)
+        token, support = pick(lm.get_output_embeddings()(out.last_hidden_state[:, -1]).float())
+        if support is not None:
             supports.append(torch.zeros(B, support.shape[1], dtype=torch.bool, device=policy.device).index_copy(0, alive, support))
-        token = draw(logits, generator) if temperature > 0 else logits.argmax(-1)  # (n,)
         sampled.append(torch.full((B,), -1, device=policy.device).index_copy(0, alive, token))  # -1: after the end
         going = (~torch.isin(token, eos)).nonzero()[:, 0]
         if not len(going):
@@ -240,8 +237,85 @@ def _decode(policy, lm, prompt_ids, max_new_tokens, temperature, top_k, top_p, g
             cache.batch_select_indices(going)
         inputs, positions = token[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
+    return responses_of(sampled, supports)
+
+
+def _decode_static(policy, lm, prompt_ids, max_new_tokens, pick):
+    """What `_decode` does, in shapes that never change: every row goes on until the last has ended, in a cache of full length.
+    So a GPU can replay one captured step: launching a small model's kernels one by one takes longer than running them."""
+    inputs, mask, positions = left_padded(policy, prompt_ids)  # (B, P) each
+    (B, P), eos = inputs.shape, torch.tensor(policy.eos_ids, device=policy.device)
+    cache, body = StaticCache(lm.config, max_cache_len=P + max_new_tokens), lm.base_model
+    seen = F.pad(mask.bool(), (0, max_new_tokens))[:, None, None, :]  # (B, 1, 1, L), True where there is a token
+    own = torch.ones(P, P + max_new_tokens, dtype=torch.bool, device=policy.device)  # a padding sees itself: no softmax over nothing
+    bias = lambda may: torch.zeros(may.shape, device=policy.device, dtype=body.dtype).masked_fill(~may, torch.finfo(body.dtype).min)
+    hidden = body(input_ids=inputs, attention_mask=bias(seen & own.tril() | own.tril() & own.triu()), position_ids=positions, past_key_values=cache).last_hidden_state
+    logits = lm.get_output_embeddings()(hidden[:, -1])  # (B, V)
+    token, position, attend = torch.zeros_like(inputs[:, :1]), positions[:, -1:].clone(), bias(seen)  # what a step reads, always in the same place
+    step = lambda: lm.get_output_embeddings()(body(input_ids=token, attention_mask=attend, position_ids=position, past_key_values=cache).last_hidden_state[:, -1])
+    graph, finished, sampled, supports = None, torch.zeros(B, dtype=torch.bool, device=policy.device), [], []
+    for t in range(max_new_tokens):
+        picked, support = pick(logits.float())
+        supports += [] if support is None else [support & ~finished[:, None]]
+        sampled.append(picked.masked_fill(finished, -1))
+        finished = finished | torch.isin(picked, eos)
+        if finished.all():
+            break
+        token.copy_(picked[:, None])
+        position += 1
+        attend[..., P + t] = 0
+        if token.is_cuda and graph is None:
+            graph, logits = capture(step, cache, P)
+        if graph:
+            graph.replay()
+        else:
+            logits = step()
+    return responses_of(sampled, supports)
+
+
+def capture(step, cache, length):
+    """step() as a CUDA graph, not yet run, and the tensor that its replays write. `length`: tokens in the cache."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()  # a rehearsal, in which libraries set themselves up
+    torch.cuda.current_stream().wait_stream(side)
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(length)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    return graph, out
+
+
+def has_static_shapes(lm):
+    """Whether a model decodes with a static cache: it says so, and no layer has a window or a state of its own."""
+    return lm._can_compile_fullgraph and all(type(layer) is StaticLayer for layer in StaticCache(lm.config, max_cache_len=1).layers)
+
+
+def left_padded(policy, prompt_ids):
+    """Prompts padded on the *left*, so that one column is one step: (tokens, mask with 1 = real, positions), (B, P) each.
+    Positions count real tokens only."""
+    P = max(map(len, prompt_ids))
+    tokens = torch.tensor([[policy.eos_ids[0]] * (P - len(ids)) + ids for ids in prompt_ids], device=policy.device)
+    mask = torch.tensor([[0] * (P - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=policy.device)
+    return tokens, mask, (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def responses_of(sampled, supports):
+    """Steps of tokens (B,), -1 after a row's end, and of supports (B, V) -> ids and supports (R, V) per row."""
     responses = [[i for i in row if i >= 0] for row in torch.stack(sampled, 1).tolist()]
     return responses, list(torch.stack(supports, 1)) if supports else []
+
+
+def pick_token(logits, temperature, top_k, top_p, generator):
+    """The next token (B,) from logits (B, V) in fp32 and, with a filter, its support (B, V), else None."""
+    if temperature == 0:
+        return logits.argmax(-1), None
+    logits, support = logits / temperature if temperature != 1 else logits, None
+    if top_k > 0 or top_p < 1:
+        logits, support = filter_logits(logits, top_k, top_p)
+    return draw(logits, generator), support
 
 
 def draw(logits, generator):

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel,
-                          LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast)
+                          LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast)
 
 import eval as evaluation
 import gpo
@@ -359,7 +359,7 @@ def test_position_ids_are_passed_in_every_forward(monkeypatch):
     rollout = generate(policy, ["a b c", "d"], 3, seed=0)
     assert seen[0].tolist() == [[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]] and seen[1].tolist() == [[5], [3]]  # Human: ... AI:
     logprobs_and_values(policy, rollout)
-    assert all(p is not None for p in seen) and (seen[-1][0] == torch.arange(rollout.tokens.shape[1])).all()
+    assert all(p is not None for p in seen) and (seen[-1][0] == torch.arange(rollout.tokens.shape[1] - 1)).all()  # the last token is not read
 
 
 def test_the_greedy_sampler_agrees_with_transformers_generate():
@@ -401,6 +401,30 @@ def test_rows_that_have_ended_are_decoded_no_further(monkeypatch):
     rollout = generate(policy, PROMPTS * 10, 8, seed=0)
     n_tokens = rollout.lengths - rollout.prompt_lengths
     assert rows == [int((n_tokens > t).sum()) for t in range(8)] and rows[-1] < rows[0]
+
+
+@pytest.mark.parametrize("family, dtype", [("gpt2", torch.float32), ("llama", torch.float32), ("gpt2", torch.bfloat16)])
+@pytest.mark.parametrize("kwargs", [{"temperature": 0}, {"temperature": 0.8}, {"temperature": 1.2, "top_k": 5, "top_p": 0.9}])
+def test_decoding_with_a_static_cache_says_what_decoding_with_a_growing_one_says(family, dtype, kwargs, monkeypatch):
+    tokenizer = tiny_tokenizer()
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, eos_token_id=0)
+    torch.manual_seed(0)
+    policy = Policy((LlamaForCausalLM(config) if family == "llama" else tiny_lm(tokenizer)).to(DEVICE), tokenizer, dtype=dtype)
+    assert model.has_static_shapes(policy.lm)
+    batches = [PROMPTS * 2] if kwargs["temperature"] == 0 else [[prompt] for prompt in PROMPTS]  # alone, a row draws the same numbers in both
+    for prompts in batches:
+        monkeypatch.setattr(model, "has_static_shapes", lambda lm: False)
+        growing = generate(policy, prompts, 9, seed=3, **kwargs)
+        monkeypatch.setattr(model, "_decode", model._decode_static)  # on a GPU `generate` takes it by itself, as a CUDA graph
+        static = generate(policy, prompts, 9, seed=3, **kwargs)
+        monkeypatch.undo()
+        assert torch.equal(static.tokens, growing.tokens) and torch.equal(static.lengths, growing.lengths) and static.texts == growing.texts
+        assert static.support is None or torch.equal(static.support, growing.support)
+
+
+def test_models_with_windows_or_states_of_their_own_are_not_decoded_with_a_static_cache():
+    window = MistralForCausalLM(MistralConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, sliding_window=4))
+    assert not model.has_static_shapes(window)
 
 
 def test_weights_are_cast_once_for_decoding_and_the_policy_keeps_its_own():
@@ -602,6 +626,22 @@ def test_metrics_do_not_see_padding():
     one, two = ppo_update(player, rollout, np.arange(8.0), 0), ppo_update(twin, wide, np.arange(8.0), 0)
     assert one == pytest.approx(two, abs=1e-6)
     assert one["defender/response_length"] == pytest.approx((rollout.lengths - rollout.prompt_lengths).float().mean().item())
+
+
+@pytest.mark.parametrize("scale", [0.01, 100.0])
+def test_an_optimizer_step_is_adamw_on_the_gradient_clipped_by_its_global_norm(scale):
+    player = tiny_player(max_grad_norm=1.0)
+    twin = [torch.nn.Parameter(p.detach().double()) for p in player.policy.parameters()]
+    optimizer = torch.optim.AdamW(twin, lr=player.learning_rate, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+    for seed in range(3):  # the second and third see moments of the first
+        torch.manual_seed(seed)
+        for p, q in zip(player.policy.parameters(), twin):
+            p.grad = scale * torch.randn_like(p) / math.sqrt(sum(x.numel() for x in twin))  # global norm: about `scale`
+            q.grad = p.grad.double()
+        torch.nn.utils.clip_grad_norm_(twin, 1.0)
+        optimizer.step()
+        gpo.optimizer_step(player)
+        assert all(torch.allclose(p.double(), q, rtol=1e-5, atol=1e-7) for p, q in zip(player.policy.parameters(), twin))
 
 
 def test_a_gradient_that_is_not_finite_skips_the_step_counts_it_and_says_so(capsys):
