@@ -4,6 +4,7 @@ independent implementation or by enumeration, never taken from our own output.
     python -m pytest -q test_gpo.py        about 8 minutes on 2 cores
 """
 
+import contextlib
 import copy
 import itertools
 import json
@@ -12,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -1627,7 +1629,24 @@ def test_probe_bounds_the_nash_gap_after_each_round_and_draws_who_breaks_whom(fi
     assert (out / "probe.png").stat().st_size > 10_000
 
 
+def in_process(command, stdout, stderr, env):
+    """What `subprocess.run` does with one of our programs, without the seconds that an interpreter takes to import torch."""
+    program = {"train.py": train, "eval.py": evaluation}[Path(command[1]).name]
+    with ONE_AT_A_TIME, contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
+        try:
+            program.main(command[2:])
+            return subprocess.CompletedProcess(command, 0)
+        except SystemExit as end:
+            return subprocess.CompletedProcess(command, end.code)
+
+
+ONE_AT_A_TIME = threading.Lock()
+
+
 def test_a_suite_runs_every_row_on_every_seed_from_one_warm_start_and_nothing_twice(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="ended with status 2: error: --rounds must be"):  # in interpreters of their own, as users have it
+        evaluation.run_suite(tmp_path / "other", {}, (0, 1), "--rounds 0", strangers=("SFT",))
+    monkeypatch.setattr(evaluation.subprocess, "run", in_process)
     suite, common = {"RLHF": "--method rlhf", "one & more": "--average distill"}, " ".join(map(str, TINY))
     rows = evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT", "RLHF"), probes={"RLHF": (0,)}, steps=1)
     assert list(rows) == ["SFT", "RLHF", "one & more"] and all(len(of_name) == 2 for of_name in rows.values())
@@ -1649,9 +1668,9 @@ def test_a_suite_runs_every_row_on_every_seed_from_one_warm_start_and_nothing_tw
             # on top: one end-of-sequence token a text, fresh attacks in the turn of the defender, what was mined
             assert spoken <= row["tokens"] <= spoken + 6 * 8 * 2 + 4 * 8 * 26 + 2 * 8 * 43 and (row["tokens"] > 0) == (name != "SFT")
     assert set(rows["one & more"][0]["averages"]) == {"average (mixture)", "average (weights)", "average (distill)"}
-    monkeypatch.setattr(evaluation, "command", lambda *a: pytest.fail(f"done again: {a}"))
-    assert json.dumps(evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT", "RLHF"), probes={"RLHF": (0,)}, steps=1)) == json.dumps(rows)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "command", lambda *a: pytest.fail(f"done again: {a}"))
+        assert json.dumps(evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT", "RLHF"), probes={"RLHF": (0,)}, steps=1)) == json.dumps(rows)
     folder = evaluation.run_folder(tmp_path, "RLHF", 1)
     evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT",), probes={"RLHF": (0,)}, steps=2)  # other third parties, a longer probe
     assert len(json.loads((folder / "eval.json").read_text())["third_parties"]) == 1 and json.loads((folder / "best.json").read_text())["steps"] == 2
@@ -1662,8 +1681,6 @@ def test_a_suite_runs_every_row_on_every_seed_from_one_warm_start_and_nothing_tw
     assert (folder / "games.jsonl").read_text() == games and again["RLHF"][1]["asr_held_out_judge"] == rows["RLHF"][1]["asr_held_out_judge"]
     with pytest.raises(ValueError, match="RLHF_s0 must be a run of train.py --method rlhf --replay 0 .* got one of train.py --method rlhf --sft_steps"):
         evaluation.run_suite(tmp_path, {"RLHF": "--method rlhf --replay 0"}, (0, 1), common)
-    with pytest.raises(ValueError, match="ended with status 2: error: --rounds must be"):
-        evaluation.run_suite(tmp_path / "other", {"SFT": evaluation.METHODS["SFT"], "wrong": "--rounds 0"}, (0, 1), common.replace("--rounds 2", ""))
 
 
 def test_the_rows_of_all_suites_can_share_one_results_folder():
