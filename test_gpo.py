@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel,
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel,
                           LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast)
 
 import eval as evaluation
@@ -727,6 +727,37 @@ def test_a_critic_is_loaded_only_into_a_policy_of_its_own_kind_and_the_tokenizer
     policy = Policy(lm, tokenizer)
     b = tokenizer.convert_tokens_to_ids("b")
     assert set(policy.eos_ids) == {b, 0, 4} and policy.encode_responses(["c"])[0][-1] == b
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family, tokens", [("gpt2", {}), ("gpt2", {"pad": False, "template": True}), ("llama", {"pad": False, "bos": True}),
+                                            ("qwen2", {"template": True}), ("qwen3", {}), ("gpt_neox", {"pad": False})])
+def test_every_decoder_family_plays_updates_and_comes_back_from_its_folder(family, tokens, tied, tmp_path):
+    tokenizer = tiny_tokenizer(**tokens)
+    names = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64} if family == "gpt2" else {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+    names |= {"num_key_value_heads": 1, "head_dim": 16} if family in ("llama", "qwen2", "qwen3") else {}  # grouped queries
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, vocab_size=len(tokenizer), tie_word_embeddings=tied, eos_token_id=0, bos_token_id=2, pad_token_id=None, **names)
+    lm = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        lm.get_output_embeddings().weight.mul_(20)  # make the distribution worth looking at
+    lm.save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    player = Player("defender", load_policy(tmp_path / "lm"), 6, 1e-3, epochs=1, minibatches=1)
+    rollout = player.speak(PROMPTS, 0)
+    logprobs, _, _ = logprobs_and_values(player.policy, rollout)
+    for row, start, end, ours in zip(rollout.tokens, rollout.prompt_lengths, rollout.lengths, logprobs):  # each row alone, by transformers
+        theirs = lm.eval()(row[None, :end]).logits[0].log_softmax(-1)[torch.arange(start - 1, end - 1), row[start:end]]
+        assert torch.allclose(ours[start:end], theirs, atol=1e-4)
+    before = bytes_of(player.policy)
+    metrics = ppo_update(player, rollout, np.arange(8.0), 0)
+    assert metrics["defender/policy/approxkl"] == 0.0 and metrics["defender/policy/ratio"] == pytest.approx(1.0, abs=1e-6)  # before its one step
+    save_policy(player.policy, tmp_path / "saved")
+    again = load_policy(tmp_path / "saved")
+    assert bytes_of(again) == bytes_of(player.policy) != before
+    assert (again.lm.get_input_embeddings().weight is again.head.weight) == tied
+    assert again.encode(PROMPTS) == player.policy.encode(PROMPTS) and torch.equal(generate(again, PROMPTS, 6, seed=1).tokens, player.speak(PROMPTS, 1).tokens)
 
 
 def test_a_prompt_beyond_the_context_is_refused_or_clipped_as_asked():
