@@ -1908,6 +1908,43 @@ def test_what_the_hub_cannot_give_is_named_with_its_flag(hub, asset, tmp_path, m
     assert not Path("never").exists()
 
 
+def test_a_dry_run_prints_what_the_models_read_and_writes_nothing(own, hub, monkeypatch, capsys):
+    def never(*args):
+        raise AssertionError("a dry run trained")
+
+    monkeypatch.chdir(own)
+    monkeypatch.setattr(train, "sft", never)
+    tokenizer = AutoTokenizer.from_pretrained("defender")
+    tokenizer.chat_template = "{% for m in messages %}<eos>{{ m['content'] }}<unk>{% endfor %}"
+    shutil.copytree("defender", "chatty")
+    tokenizer.save_pretrained("chatty")
+    Path("odd.txt").write_text("\n".join(["can \x1b i?", "Can  \x1b I?", "the box", "a cat", "what is " + "very " * 60, *"bcdefghijkl"]))
+    Path("tests.txt").write_text("THE box\n")
+    before = sorted(Path().rglob("*"))
+    gpt2 = str(next((hub[0] / "models--gpt2" / "snapshots").iterdir()))
+    train.main([*OWN, *SMALL, "--attacker", gpt2, "--defender", "chatty", "--prompts", "odd.txt", "--test_prompts", "tests.txt", "--template", "say:\n{}", "--dry_run"])
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0] == "tests.txt: 1 rows, none left out, 1 to test"
+    assert lines[1] == "odd.txt: 16 rows, 1 duplicates and 1 in another set and 1 longer than 248 tokens left out, 13 to train on, 1 to test"
+    assert lines[2] == "benign.txt: 1 rows, none left out, 1 to measure over-refusal" and lines[3] == "pairs.jsonl: 2 rows, none left out, 2 to learn from"
+    after = {line.split()[1]: lines[i + 1] for i, line in enumerate(lines) if line.endswith(" reads")}  # the first line for each
+    n, judge = len(AutoTokenizer.from_pretrained(gpt2)("Human: say:\ncan \x1b i? AI:").input_ids), AutoTokenizer.from_pretrained("judge")
+    assert after["attacker"] == f"{n:5} tokens  Human: say:\\ncan \\x1b i? AI:"
+    assert after["defender"].split() == "9 tokens <eos> c an <unk> i ? <unk>".split()  # two spaces are tokens too
+    assert after["judge"] == f"{len(judge('fine').input_ids):5} tokens  {judge.decode(judge('fine').input_ids)}"
+    assert lines[lines.index("the held-out judge reads") + 1] == "'how are you?', 'fine'"
+    assert "SFT" not in err and sorted(Path().rglob("*")) == before
+
+
+def test_a_dry_run_of_the_embedded_game_trains_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--dry_run", "--sft_steps", "9"])
+    out, err = capsys.readouterr()
+    assert [line.split(" reads")[0] for line in out.splitlines() if " reads" in line] == ["the attacker", "the defender", "the judge", "the held-out judge"]
+    assert out.count(" tokens  ") == 9 and not err and not list(tmp_path.iterdir())
+
+
 BAD = Path("bad")
 WRONG = {
     "an unknown flag": (["--attaker", "x"], "--attaker"),

@@ -122,6 +122,7 @@ class Config:
     device: str = option("auto", "auto, cpu or cuda")
     seed: int = option(0, "of everything random")
     eval_prompts: int | None = option(None, "held-out prompts in the table; a third of them after every round")
+    dry_run: bool = option(False, "print the first prompts of the players and the judges as their models read them, with token counts, and stop")
     out: str | None = option(None, "run folder; default: runs/DATE_METHOD_sSEED")
     save_every: int | None = option(None, "PPO steps between checkpoints")
     start: str | None = option(None, "begin with the warm-started players, judge and test sets of this run folder")
@@ -463,10 +464,12 @@ def toy_world(config, start=None):
         policies[name] = (load_policy(start / name, config.critic, DTYPES[config.dtype], config.device) if start else
                           Policy(toy_lm(tokenizer).to(config.device), tokenizer, config.critic, DTYPES[config.dtype]))
         check_room(name, policies[name], game.fixed_prompts, new_tokens)
-    for i, (name, pairs) in enumerate(samples.items() if not start else []):
+    for i, (name, pairs) in enumerate(samples.items() if not (start or config.dry_run) else []):
         with bar(f"SFT of the {name}", config.sft_steps) as progress:
             sft(policies[name], pairs, config.sft_steps, 64, 3e-3, [config.seed, i], progress)
-    if "chosen" not in known:
+    if "chosen" not in known and config.dry_run:
+        known["chosen"] = train_judge(toy_classifier(tokenizer).to(config.device), tokenizer, [], 0)
+    elif "chosen" not in known:
         seeds = [config.template.format(p) for p in draw(game.fixed_prompts, 3000, rng)]
         attacks = Player("attacker", policies["attacker"], config.attack_tokens).speak(seeds, config.seed).texts
         attacks = [attack for attack in attacks if not game.is_held_out(attack)]
@@ -505,7 +508,7 @@ def own_world(config, start=None):
     for flag, what in (("sft_data", "the defender is not warm-started"), ("benign_prompts", "over-refusal is not measured")):
         if not (start or flag in data or getattr(config, flag)):
             print(f"without --{flag} {what}")
-    if config.sft_steps and not start:
+    if config.sft_steps and not (start or config.dry_run):
         rng = np.random.default_rng([config.seed, 2**20])
         some = draw(seeds, min(len(seeds), 4000), rng)  # each is embedded, then compared with all others
         for i, (name, pairs_of) in enumerate({"defender": pairs, "attacker": neighbour_pairs(some, embedder, config.template, rng)}.items()):
@@ -593,6 +596,31 @@ def bar(name, total):
     return tqdm(total=total, desc=f"{name:<22}", dynamic_ncols=True)
 
 
+def show_prompts(config, world, n=3):
+    """Print the first prompts of both players and the first exchanges of both judges as their models will read them:
+    the tokens decoded again, special ones and chat template included, control characters escaped."""
+    def show(tokenizer, ids):
+        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        print(f"{len(ids):5} tokens  {''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)}")
+
+    for name, policy, prompts in (("attacker", world.attacker, [config.template.format(s) for s in world.seeds[:n]]), ("defender", world.defender, world.seeds[:n])):
+        print(f"\nthe {name} reads")
+        for ids in policy.encode(prompts):
+            show(policy.tokenizer, ids)
+    exchanges = world.demos[:n] or [(prompt, "I am sorry, I cannot help with that.") for prompt in world.seeds[:n]]
+    for name, judge in (("judge", world.judge), ("held-out judge", world.held_out_judge)):
+        print(f"\nthe {name} reads")
+        for prompt, response in exchanges:
+            if not hasattr(judge, "model"):  # a function of the two texts
+                print(f"{prompt!r}, {response!r}")
+                continue
+            seen = []  # what reaches the model itself
+            hook = judge.model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs.get("input_ids", *args)), with_kwargs=True)
+            call_judge(judge, [prompt], [response])
+            hook.remove()
+            show(judge.tokenizer, seen[0][0].tolist())
+
+
 def make_players(config, world):
     """Both players, each with its own critic, reference and optimizer."""
     shared = dict(epochs=config.ppo_epochs, minibatches=config.minibatches, micro_batch=config.micro_batch,
@@ -633,7 +661,7 @@ def check_types(config):
     for entry in fields(config):
         value, allowed = getattr(config, entry.name), typing.get_args(entry.type) or (entry.type,)  # int | None: two
         allowed = (*allowed, int) if float in allowed else allowed
-        if value != entry.default and (isinstance(value, bool) or not isinstance(value, allowed)):
+        if value != entry.default and (isinstance(value, bool) != (entry.type is bool) or not isinstance(value, allowed)):
             raise ValueError(f"--{entry.name} must be of type {allowed[0].__name__}, got {value!r}")
 
 
@@ -691,6 +719,8 @@ def resolve(config):
     config.out = config.out or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config.method}_s{config.seed}"
     if not config.resume and Path(config.out).exists() and (not Path(config.out).is_dir() or any(Path(config.out).iterdir())):
         raise ValueError(f"--out must name a new or empty folder, got {config.out}; to go on with a run use --resume {config.out}")
+    if config.dry_run:  # writes nothing
+        return config
     try:  # find out now, not after minutes of training
         Path(config.out).mkdir(parents=True, exist_ok=True)
         if not config.resume:
@@ -712,6 +742,9 @@ def main(argv):
         start = folder / "checkpoints" / "start"
         source = start if start.exists() or not config.start else Path(config.start) / "checkpoints" / "start"
         world = (own_world if config.attacker else toy_world)(config, source if source.exists() else None)
+        if config.dry_run:
+            show_prompts(config, world)
+            return  # the memory plan is printed here
         players = make_players(config, world)
         run = Run(config, folder, world, players)
         try:
