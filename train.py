@@ -50,7 +50,8 @@ METHODS = ("gpo", "rlhf", "iterative", "paraphrase", "sft")
 # A value of None in Config means: the first of these for the embedded game, the second for your own models, which suits GPT-2 (124M).
 PRESETS = {
     "rounds": (15, 5), "defender_steps": (6, 20), "attacker_steps": (12, 10), "batch_size": (96, 32), "restart": (3, 0),  # 20:10 is the authors' 400:200
-    "sft_steps": (900, 400), "learning_rate": (2.5e-4, 1e-5), "attacker_learning_rate": (6e-4, 1e-5),  # TRL takes 1.4e-5 for GPT-2, trlx 8e-6 for 125M on hh-rlhf
+    "sft_steps": (900, 400),  # 12,800 of hh-rlhf's 42,500 pairs: an untuned GPT-2 has to learn to answer and to end
+    "learning_rate": (2.5e-4, 1e-5), "attacker_learning_rate": (6e-4, 1e-5),  # TRL takes 1.4e-5 for GPT-2, trlx 8e-6 for 125M on hh-rlhf
     "kl_coef": (0.05, 0.05), "attacker_kl_coef": (0.01, 0.05),  # trlx's for 125M on hh-rlhf
     "ptx_coef": (1.0, 0.0), "mine": (600, 0), "diversity": (0.3, 1.0), "average_size": (32, 8),
     "attack_tokens": (25, 48), "response_tokens": (16, 64),  # nearly every prompt of the authors' and three of four answers of hh-rlhf are shorter
@@ -744,7 +745,7 @@ def main(argv):
         world = (own_world if config.attacker else toy_world)(config, source if source.exists() else None)
         if config.dry_run:
             show_prompts(config, world)
-            return  # the memory plan is printed here
+            return  # the memory plan goes before this line
         players = make_players(config, world)
         run = Run(config, folder, world, players)
         try:
