@@ -6,6 +6,7 @@ and line (`read_rows`).
 
 import csv
 import gzip
+import hashlib
 import json
 import os
 import sys
@@ -43,21 +44,20 @@ def read_rows(path):
     has them, "response" or "chosen" and "rejected".
 
     A row may be a string, a one-element list, {"prompt", ["response" | "chosen", "rejected"]}, {"messages"}
-    or a message list, or an HH transcript pair {"chosen", "rejected"}. Earlier turns of a transcript stay in
-    the prompt. Raises ValueError with file and line on anything else, and on a file without rows.
+    or a message list, an HH transcript pair {"chosen", "rejected"} or {"transcript"}. Earlier turns of a pair
+    stay in the prompt; that of a transcript in which the human says nothing is "". Raises ValueError with file
+    and line on anything else, and on a file without rows.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"a data file must exist, got {str(path)!r}")
     kind = path.suffixes[-2:][0] if path.suffix == ".gz" else path.suffix
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
-            if kind == ".json" or (kind == ".jsonl" and file.read(1) == "["):  # some .jsonl files hold one array
-                file.seek(0)
-                numbered = list(enumerate(_as_list(json.load(file)), 1))
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+            if kind == ".json":
+                numbered = list(enumerate(_array(json.load(file)), 1))
             elif kind == ".jsonl":
-                file.seek(0)
-                numbered = [(n, _parse_line(path, n, line)) for n, line in enumerate(file, 1) if line.strip()]
+                numbered = _parse_lines(path, file.read())
             elif kind == ".csv":
                 numbered = list(enumerate(csv.DictReader(file), 2))
             elif kind == ".txt":
@@ -72,22 +72,35 @@ def read_rows(path):
     return rows
 
 
-def _as_list(value):
+def _array(value):
+    """The rows of a file that holds one list: a conversation is one row."""
     if not isinstance(value, list):
         raise ValueError(f"a list of rows is needed, got a {type(value).__name__}")
-    return value
+    return [value] if _is_conversation(value) else value
 
 
-def _parse_line(path, n, line):
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {n}: malformed JSON ({error.msg} at column {error.colno})") from error
+def _parse_lines(path, text):
+    """Numbered rows of JSON lines. Some .jsonl files hold one array of rows; others a list, such as a conversation, in each line."""
+    rows = []
+    for n, line in enumerate(text.split("\n"), 1):
+        try:
+            if line.strip():
+                rows.append((n, json.loads(line)))
+        except json.JSONDecodeError as error:
+            if text.lstrip().startswith("["):
+                return list(enumerate(_array(json.loads(text)), 1))
+            raise ValueError(f"{path}, line {n}: malformed JSON ({error.msg} at column {error.colno})") from error
+    return list(enumerate(_array(rows[0][1]), 1)) if len(rows) == 1 and isinstance(rows[0][1], list) else rows
+
+
+def _is_conversation(row):
+    return isinstance(row, list) and bool(row) and all(isinstance(m, dict) and "role" in m for m in row)
 
 
 def _parse_row(path, n, row):
     """One row of any accepted form -> {"prompt": ..., ...} with stripped strings."""
-    if isinstance(row, list) and row and all(isinstance(m, dict) for m in row):
+    spoken = isinstance(row, dict) and any("\n\nAssistant:" in str(row.get(k)) for k in ("chosen", "transcript"))  # an HH transcript
+    if _is_conversation(row):
         row = {"messages": row}
     if isinstance(row, dict) and isinstance(row.get("transcript"), str):  # HH red-team attempts: the first thing the human said
         row = {"prompt": row["transcript"].split("\n\nAssistant:")[0].removeprefix("\n\nHuman:")}
@@ -103,9 +116,9 @@ def _parse_row(path, n, row):
         row = _split_transcripts(row)
     wanted = {k: row[k] for k in ("prompt", "response", "chosen", "rejected") if row.get(k)} if isinstance(row, dict) else {}
     wanted = {k: v.strip() if isinstance(v, str) else v for k, v in wanted.items() if str(v).strip()}
-    if not wanted.get("prompt") or not all(isinstance(v, str) and v.encode() for v in wanted.values()):
+    if not (wanted.get("prompt") or spoken) or not all(isinstance(v, str) and v.encode() for v in wanted.values()):
         raise ValueError(f"{path}, row {n}: a row must be a prompt, or have a non-empty text 'prompt', 'messages' or 'chosen', got {str(row)[:80]!r}")
-    return wanted  # an empty response is no response; an empty prompt is an error
+    return {"prompt": "", **wanted} if spoken else wanted  # an empty response is no response; an empty prompt is an error
 
 
 def _split_transcripts(row):
@@ -125,3 +138,49 @@ def _join_turns(turns):
 def first_turn(prompt):
     """The first human turn of a prompt that `read_rows` joined."""
     return prompt.split("\n\nAI: ")[0]
+
+
+# --- what may be used ---------------------------------------------------------------------------------------------
+HUB_DATA = {"prompts": "red-team-attempts/red_team_attempts.jsonl.gz", "sft_data": "harmless-base/train.jsonl.gz",
+            "benign_prompts": "helpful-base/test.jsonl.gz"}  # flag -> its default, a file of Anthropic/hh-rlhf
+
+
+def hub_file(flag):
+    """The file of Anthropic/hh-rlhf that is a flag's default, from the hub's cache or the hub."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download("Anthropic/hh-rlhf", HUB_DATA[flag], repo_type="dataset")
+    except Exception as error:
+        raise ValueError(f"could not fetch {HUB_DATA[flag]} of Anthropic/hh-rlhf, the default of --{flag}, from the hub ({type(error).__name__}); --attacker, "
+                         "--defender, --judge, --held_out_judge, --embedder, --prompts, --sft_data and --benign_prompts take local paths") from error
+
+
+def plain(text):
+    """A text as it is compared with others: case and white space hide no repetition."""
+    return " ".join(text.casefold().split())
+
+
+def is_test(prompt):
+    """True for a tenth of all prompts, always the same ones: by hash."""
+    return int(hashlib.sha256(plain(prompt).encode()).hexdigest(), 16) % 10 == 0
+
+
+def usable(name, rows, others, fit, limit):
+    """Which rows of a file may be used, and the line that says why the others may not.
+
+    rows: tuples (prompt,) or (prompt, response). No row comes twice, none lacks a text, none has a prompt or a first turn
+    among `others` (the `plain` prompts of another set), and `fit` (tuples -> list of bool) says which have at most `limit`
+    tokens. Raises ValueError when none remain.
+    """
+    whole, new = [row for row in rows if all(row)], {}
+    for row in whole:
+        new.setdefault(tuple(map(plain, row)), row)
+    apart = [row for row in new.values() if not {plain(row[0]), plain(first_turn(row[0]))} & others]
+    kept = [row for row, fits in zip(apart, fit(apart) if apart else []) if fits]
+    left_out = {"incomplete": len(rows) - len(whole), "duplicates": len(whole) - len(new), "in another set": len(new) - len(apart),
+                f"longer than {limit} tokens": len(apart) - len(kept)}
+    line = f"{name}: {len(rows)} rows, {' and '.join(f'{n} {what}' for what, n in left_out.items() if n) or 'none'} left out"
+    if not kept:
+        raise ValueError(f"{line}, and none remain; add rows, shorten them or lower --attack_tokens and --response_tokens")
+    return kept, line

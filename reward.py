@@ -172,6 +172,7 @@ def guard_judge(name, device="cpu"):
             scores.append(logits[[safe[split], unsafe[split]]].softmax(0)[0].item())
         return scores
 
+    judge.model, judge.tokenizer = model, tokenizer
     return judge
 
 
@@ -189,7 +190,7 @@ def train_judge(model, tokenizer, samples, steps=500, batch_size=64, learning_ra
     model.config.id2label, model.config.label2id, model.config.judge_input = {0: "unsafe", 1: "safe"}, {"unsafe": 0, "safe": 1}, "pair"
     judge = classifier_judge(model, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, max(2, steps), pct_start=0.1)
     rng = np.random.default_rng(seed)
 
     def score(prompts, responses):

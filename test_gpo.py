@@ -6,6 +6,8 @@ independent implementation or by enumeration, never taken from our own output.
 
 import contextlib
 import copy
+import gzip
+import hashlib
 import itertools
 import json
 import math
@@ -25,10 +27,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined: they run as plain Python then
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel,
-                          LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast)
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel,
+                          LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, RobertaConfig, RobertaForSequenceClassification)
 
 import eval as evaluation
 import gpo
@@ -36,7 +38,7 @@ import kernel
 import model
 import report
 import train
-from data import first_turn, read_rows
+from data import first_turn, is_test, read_rows, usable
 from diversity import Diversity, NgramTable, cosine_to_history, load_embedder, self_bleu, set_similarity, word_embedder
 from gpo import Player, PolicyAverage, Speaker, gae, nash_gap, play, policy_loss, ppo_update, solve_matrix_game, token_rewards, value_loss, whiten
 from kernel import linear_logprob, linear_logprob_reference
@@ -731,6 +733,37 @@ def test_a_critic_is_loaded_only_into_a_policy_of_its_own_kind_and_the_tokenizer
     assert set(policy.eos_ids) == {b, 0, 4} and policy.encode_responses(["c"])[0][-1] == b
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family, tokens", [("gpt2", {}), ("gpt2", {"pad": False, "template": True}), ("llama", {"pad": False, "bos": True}),
+                                            ("qwen2", {"template": True}), ("qwen3", {}), ("gpt_neox", {"pad": False})])
+def test_every_decoder_family_plays_updates_and_comes_back_from_its_folder(family, tokens, tied, tmp_path):
+    tokenizer = tiny_tokenizer(**tokens)
+    names = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64} if family == "gpt2" else {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+    names |= {"num_key_value_heads": 1, "head_dim": 16} if family in ("llama", "qwen2", "qwen3") else {}  # grouped queries
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, vocab_size=len(tokenizer), tie_word_embeddings=tied, eos_token_id=0, bos_token_id=2, pad_token_id=None, **names)
+    lm = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        lm.get_output_embeddings().weight.mul_(20)  # make the distribution worth looking at
+    lm.save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    player = Player("defender", load_policy(tmp_path / "lm"), 6, 1e-3, epochs=1, minibatches=1)
+    rollout = player.speak(PROMPTS, 0)
+    logprobs, _, _ = logprobs_and_values(player.policy, rollout)
+    for row, start, end, ours in zip(rollout.tokens, rollout.prompt_lengths, rollout.lengths, logprobs):  # each row alone, by transformers
+        theirs = lm.eval()(row[None, :end]).logits[0].log_softmax(-1)[torch.arange(start - 1, end - 1), row[start:end]]
+        assert torch.allclose(ours[start:end], theirs, atol=1e-4)
+    before = bytes_of(player.policy)
+    metrics = ppo_update(player, rollout, np.arange(8.0), 0)
+    assert metrics["defender/policy/approxkl"] == 0.0 and metrics["defender/policy/ratio"] == pytest.approx(1.0, abs=1e-6)  # before its one step
+    save_policy(player.policy, tmp_path / "saved")
+    again = load_policy(tmp_path / "saved")
+    assert bytes_of(again) == bytes_of(player.policy) != before
+    assert (again.lm.get_input_embeddings().weight is again.head.weight) == tied
+    assert again.encode(PROMPTS) == player.policy.encode(PROMPTS) and torch.equal(generate(again, PROMPTS, 6, seed=1).tokens, player.speak(PROMPTS, 1).tokens)
+
+
 def test_a_prompt_beyond_the_context_is_refused_or_clipped_as_asked():
     policy = tiny_policy()
     with pytest.raises(ValueError, match=r"at most 58 tokens \(context 64 less 6 new ones\), got 72"):
@@ -1136,7 +1169,6 @@ def test_look_alikes_share_a_word_with_a_harmful_topic():
 
 # --- data ------------------------------------------------------------------------------------------------------------------
 def test_every_data_format_gives_the_same_rows(tmp_path):
-    import gzip
     transcript = "\n\nHuman: a b\n\nAssistant: c\n\nHuman: d\n\nAssistant: "
     files = {
         "a.txt": "one\n\ntwo\n", "b.json": json.dumps([["one"], "two"]), "c.csv": "prompt,response\none,\ntwo,\n",
@@ -1154,6 +1186,35 @@ def test_every_data_format_gives_the_same_rows(tmp_path):
     assert rows == [{"prompt": "a b\n\nAI: c\n\nHuman: d", "chosen": "good", "rejected": "bad"}, {"prompt": "q", "response": "r"}, {"prompt": "q"},
                     {"prompt": "p", "chosen": "x", "rejected": "y"}, {"prompt": "t"}]
     assert first_turn(rows[0]["prompt"]) == "a b"
+
+
+def test_lists_in_lines_conversations_byte_order_marks_and_silent_transcripts_are_read(tmp_path):
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]
+    files = {"lists.jsonl": '["one"]\n["two"]\n', "chats.jsonl": f"{json.dumps(chat)}\n{json.dumps(chat)}", "chat.jsonl": json.dumps(chat), "chat.json": json.dumps(chat),
+             "array.jsonl": json.dumps([{"transcript": "\n\nHuman: \n\nAssistant: a"}, {"transcript": "\n\nHuman: b\n\nAssistant: a"}], indent=1), "excel.csv": "\ufeffprompt\none\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    answered = {"prompt": "q", "response": "r"}
+    assert read_rows(tmp_path / "lists.jsonl") == [{"prompt": "one"}, {"prompt": "two"}] and read_rows(tmp_path / "excel.csv") == [{"prompt": "one"}]
+    assert read_rows(tmp_path / "chats.jsonl") == [answered, answered] and read_rows(tmp_path / "chat.jsonl") == read_rows(tmp_path / "chat.json") == [answered]
+    assert read_rows(tmp_path / "array.jsonl") == [{"prompt": ""}, {"prompt": "b"}]
+    (tmp_path / "half.jsonl").write_text('["\\ud800"]')  # half a character: no file could hold it again
+    with pytest.raises(ValueError, match="cannot read"):
+        read_rows(tmp_path / "half.jsonl")
+
+
+def test_rows_left_out_are_counted_by_reason_and_case_and_space_hide_no_repetition():
+    rows = [("How are\tyou",), ("how  ARE you ",), ("",), ("in both\n\nAI: b\n\nHuman: c",), ("a b c d",), ("e",)]
+    kept, line = usable("x.txt", rows, {"in both"}, lambda rows: [len(p.split()) < 4 for p, in rows], 3)
+    assert kept == [("How are\tyou",), ("e",)]
+    assert line == "x.txt: 6 rows, 1 incomplete and 1 duplicates and 1 in another set and 1 longer than 3 tokens left out"
+    assert usable("x.txt", [("a", "b"), ("a", "c")], set(), lambda rows: [True] * 2, 3) == ([("a", "b"), ("a", "c")], "x.txt: 2 rows, none left out")
+
+
+def test_the_split_by_hash_is_a_tenth_and_the_same_for_every_way_to_write_a_prompt():
+    prompts = [f"Prompt number {i}" for i in range(2000)]
+    assert 150 < sum(map(is_test, prompts)) < 250  # a binomial of mean 200 and deviation 13.4: outside once in 5,000
+    assert all(is_test(p) == is_test(f" {p.upper()}\n") == (int(hashlib.sha256(p.lower().encode()).hexdigest(), 16) % 10 == 0) for p in prompts)
 
 
 @needs_data
@@ -1727,7 +1788,7 @@ def own_models(folder):
     (folder / "benign.txt").write_text("how do i boil an egg?\n")
 
 
-OWN = "--attacker attacker --defender defender --judge judge --embedder embedder --prompts prompts.txt --sft_data pairs.jsonl --benign_prompts benign.txt".split()
+OWN = "--attacker attacker --defender defender --judge judge --held_out_judge rule --embedder embedder --prompts prompts.txt --sft_data pairs.jsonl --benign_prompts benign.txt".split()
 SMALL = "--sft_steps 3 --rounds 1 --attacker_steps 1 --defender_steps 1 --batch_size 4 --attack_tokens 8 --response_tokens 8 --ptx_coef 0.1".split()
 
 
@@ -1749,6 +1810,156 @@ def test_your_own_models_with_four_different_tokenizers_are_trained(own):
         AutoModelForCausalLM.from_pretrained(own / "run" / name)
         assert AutoTokenizer.from_pretrained(own / "run" / name).encode("the") == AutoTokenizer.from_pretrained(own / name).encode("the")
     assert "0.000" in program(HERE / "eval.py", "run", cwd=own).stdout
+
+
+# --- the hub, from a cache that is laid out as huggingface_hub lays it out -------------------------------------------------
+HUB_ASSETS = {"models--gpt2": "--attacker", "models--facebook--roberta-hate-speech-dynabench-r4-target": "--judge",
+              "models--s-nlp--roberta_toxicity_classifier": "--held_out_judge", "models--sentence-transformers--all-MiniLM-L6-v2": "--embedder",
+              "datasets--Anthropic--hh-rlhf/snapshots/*/red-team-attempts": "--prompts", "datasets--Anthropic--hh-rlhf/snapshots/*/harmless-base": "--sft_data",
+              "datasets--Anthropic--hh-rlhf/snapshots/*/helpful-base": "--benign_prompts"}
+
+
+def put_on_hub(cache, name, files):
+    """Files of a folder as refs, blobs, and a snapshot of links to them; the folder is removed."""
+    root, commit = cache / name, hashlib.sha1(name.encode()).hexdigest()
+    for part in ("refs", "blobs"):
+        (root / part).mkdir(parents=True)
+    (root / "refs" / "main").write_text(commit)
+    for file in (file for file in files.rglob("*") if file.is_file()):
+        blob, place = root / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest(), root / "snapshots" / commit / file.relative_to(files)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, blob)
+        place.symlink_to(os.path.relpath(blob, place.parent))
+    shutil.rmtree(files)
+
+
+def byte_level_tokenizer(folder, texts, special):
+    """GPT-2's and RoBERTa's tokenizer files, learned on a few texts; returns the ids of its tokens."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    inner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    inner.model.save(str(folder))
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 512}')
+    return inner.get_vocab()
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """Tiny random models and a few mild rows under the hub names of everything that `--attacker gpt2 --defender gpt2` needs."""
+    cache, work = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("work")
+    asked = [f"how do i {a} the {b}?" for a in ("open", "close", "hide", "find") for b in ("door", "box", "cat", "key", "bag", "car")]
+    say = lambda *turns: "".join(f"\n\n{'Assistant' if i % 2 else 'Human'}: {turn}" for i, turn in enumerate(turns))
+    torch.manual_seed(0)
+    (work / "gpt2").mkdir()
+    vocabulary = byte_level_tokenizer(work / "gpt2", asked, ["<|endoftext|>"])
+    lm = GPT2LMHeadModel(GPT2Config(vocab_size=len(vocabulary), n_positions=256, n_embd=32, n_layer=1, n_head=2, eos_token_id=vocabulary["<|endoftext|>"]))
+    lm.save_pretrained(work / "gpt2")
+    body = {k: v.clone() for k, v in lm.transformer.state_dict().items()} | {"h.0.attn.bias": torch.ones(1, 1, 256, 256).tril()}
+    save_file(body, work / "gpt2" / "model.safetensors", {"format": "pt"})  # OpenAI's file: no prefix, no head, and the causal mask
+    put_on_hub(cache, "models--gpt2", work / "gpt2")
+    for name, labels in (("facebook--roberta-hate-speech-dynabench-r4-target", ["nothate", "hate"]), ("s-nlp--roberta_toxicity_classifier", ["neutral", "toxic"])):
+        (work / name).mkdir()
+        vocabulary = byte_level_tokenizer(work / name, asked, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+        judge = RobertaForSequenceClassification(RobertaConfig(vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                                                               max_position_embeddings=514, id2label=dict(enumerate(labels))))
+        judge.config.architectures = ["RobertaForSequenceClassification"]
+        judge.config.save_pretrained(work / name)
+        torch.save(judge.state_dict(), work / name / "pytorch_model.bin")  # as on the hub, before safetensors
+        put_on_hub(cache, f"models--{name}", work / name)
+    tokenizer = tiny_tokenizer()
+    encoder = BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    encoder.save_pretrained(work / "encoder")
+    tokenizer.save_pretrained(work / "encoder")
+    put_on_hub(cache, "models--sentence-transformers--all-MiniLM-L6-v2", work / "encoder")
+    silent, twice = say("", "hello"), say(f"  {asked[0].upper()}", "fine")
+    rows = {"red-team-attempts/red_team_attempts.jsonl.gz": json.dumps([{"transcript": text, "rating": 0.0, "num_params": "52B", "tags": None} for text in
+                                                                        [silent, *(say(p, "no", "why?", "because") for p in asked), twice]], indent=2),
+            "harmless-base/train.jsonl.gz": "".join(json.dumps({"chosen": say(p, "i would ask."), "rejected": say(p, "just do it.")}) + "\n" for p in asked),
+            "helpful-base/test.jsonl.gz": "".join(json.dumps({"chosen": say(f"how do i cook {p}?", "boil it.", "thanks", "sure"), "rejected": say(p, "no")}) + "\n"
+                                                  for p in ("rice", "eggs", "soup"))}
+    for name, text in rows.items():
+        (work / "data" / name).parent.mkdir(parents=True)
+        with gzip.open(work / "data" / name, "wt") as file:
+            file.write(text)
+    put_on_hub(cache, "datasets--Anthropic--hh-rlhf", work / "data")
+    return cache, asked
+
+
+HUB_SMALL = "--sft_steps 3 --rounds 1 --attacker_steps 1 --defender_steps 1 --batch_size 4 --attack_tokens 8 --response_tokens 8".split()
+
+
+def test_the_users_command_takes_everything_from_the_hub(hub, tmp_path, monkeypatch):
+    cache, asked = hub
+    tested = sum(map(is_test, asked))
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    done = program(HERE / "train.py", "--attacker", "gpt2", "--defender", "gpt2", *HUB_SMALL, "--out", "run", cwd=tmp_path)
+    at = "Anthropic/hh-rlhf/"
+    assert done.stdout.splitlines()[:3] == [
+        f"{at}red-team-attempts/red_team_attempts.jsonl.gz: 26 rows, 1 incomplete and 1 duplicates left out, {24 - tested} to train on, {tested} to test",
+        f"{at}helpful-base/test.jsonl.gz: 3 rows, none left out, 3 to measure over-refusal",
+        f"{at}harmless-base/train.jsonl.gz: 24 rows" + f", {tested} in another set left out, {24 - tested} to learn from"]
+    assert "SFT of the defender" in done.stderr and "SFT of the attacker" in done.stderr
+    start = json.loads((tmp_path / "run" / "checkpoints" / "start" / "prompts.json").read_text())
+    assert start["benign_prompts"] == ["how do i cook rice?", "how do i cook eggs?", "how do i cook soup?"]
+    assert sorted(start["seeds"] + start["test_prompts"]) == sorted(asked) and start["test_prompts"] == [p for p in asked if is_test(p)]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["after"]["over_refusal"] is not None and summary["after"]["cosine"] is not None
+    assert [summary["config"][name] for name in ("judge", "held_out_judge", "embedder")] == [
+        "facebook/roberta-hate-speech-dynabench-r4-target", "s-nlp/roberta_toxicity_classifier", "sentence-transformers/all-MiniLM-L6-v2"]
+    for name in ("attacker", "defender"):
+        assert AutoTokenizer.from_pretrained(tmp_path / "run" / name).encode("how do i") and AutoModelForCausalLM.from_pretrained(tmp_path / "run" / name)
+
+
+@pytest.mark.parametrize("asset", HUB_ASSETS)
+def test_what_the_hub_cannot_give_is_named_with_its_flag(hub, asset, tmp_path, monkeypatch, capsys):
+    cache = shutil.copytree(hub[0], tmp_path / "hub", symlinks=True)
+    for missing in cache.glob(asset):
+        shutil.rmtree(missing)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--attacker", "gpt2", "--defender", "gpt2", *HUB_SMALL, "--out", "never"])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and HUB_ASSETS[asset] in error and asset.split("--")[-1].split("/")[-1] in error
+    assert not Path("never").exists()
+
+
+def test_a_dry_run_prints_what_the_models_read_and_writes_nothing(own, hub, monkeypatch, capsys):
+    def never(*args):
+        raise AssertionError("a dry run trained")
+
+    monkeypatch.chdir(own)
+    monkeypatch.setattr(train, "sft", never)
+    tokenizer = AutoTokenizer.from_pretrained("defender")
+    tokenizer.chat_template = "{% for m in messages %}<eos>{{ m['content'] }}<unk>{% endfor %}"
+    shutil.copytree("defender", "chatty")
+    tokenizer.save_pretrained("chatty")
+    Path("odd.txt").write_text("\n".join(["can \x1b i?", "Can  \x1b I?", "the box", "a cat", "what is " + "very " * 60, *"bcdefghijkl"]))
+    Path("tests.txt").write_text("THE box\n")
+    before = sorted(Path().rglob("*"))
+    gpt2 = str(next((hub[0] / "models--gpt2" / "snapshots").iterdir()))
+    train.main([*OWN, *SMALL, "--attacker", gpt2, "--defender", "chatty", "--prompts", "odd.txt", "--test_prompts", "tests.txt", "--template", "say:\n{}", "--dry_run"])
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0] == "tests.txt: 1 rows, none left out, 1 to test"
+    assert lines[1] == "odd.txt: 16 rows, 1 duplicates and 1 in another set and 1 longer than 248 tokens left out, 13 to train on, 1 to test"
+    assert lines[2] == "benign.txt: 1 rows, none left out, 1 to measure over-refusal" and lines[3] == "pairs.jsonl: 2 rows, none left out, 2 to learn from"
+    after = {line.split()[1]: lines[i + 1] for i, line in enumerate(lines) if line.endswith(" reads")}  # the first line for each
+    n, judge = len(AutoTokenizer.from_pretrained(gpt2)("Human: say:\ncan \x1b i? AI:").input_ids), AutoTokenizer.from_pretrained("judge")
+    assert after["attacker"] == f"{n:5} tokens  Human: say:\\ncan \\x1b i? AI:"
+    assert after["defender"].split() == "9 tokens <eos> c an <unk> i ? <unk>".split()  # two spaces are tokens too
+    assert after["judge"] == f"{len(judge('fine').input_ids):5} tokens  {judge.decode(judge('fine').input_ids)}"
+    assert lines[lines.index("the held-out judge reads") + 1] == "'how are you?', 'fine'"
+    assert "SFT" not in err and sorted(Path().rglob("*")) == before
+
+
+def test_a_dry_run_of_the_embedded_game_trains_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--dry_run", "--sft_steps", "9"])
+    out, err = capsys.readouterr()
+    assert [line.split(" reads")[0] for line in out.splitlines() if " reads" in line] == ["the attacker", "the defender", "the judge", "the held-out judge"]
+    assert out.count(" tokens  ") == 9 and not err and not list(tmp_path.iterdir())
 
 
 BAD = Path("bad")
@@ -1773,7 +1984,7 @@ WRONG = {
     "a row without a prompt": ([*OWN, "--prompts", "bad/rows.jsonl"], "row 1: a row must be a prompt"),
     "a binary file": ([*OWN, "--prompts", "bad/binary.txt"], "cannot read bad/binary.txt"),
     "a file of another kind": ([*OWN, "--prompts", "bad/judge.py"], "must end in .jsonl"),
-    "a prompt beyond the context": ([*OWN, "--prompts", "bad/long.txt"], "in its context of 256, got a prompt of"),
+    "a prompt beyond the context": ([*OWN, "--prompts", "bad/long.txt"], "bad/long.txt: 2 rows, 2 longer than 248 tokens left out, and none remain"),
     "demonstrations without data": ([*OWN[:-4], "--ptx_coef", "1"], "pass --sft_data"),
     "a template of two seeds": (["--template", "{} or {}"], "--template must hold {} once"),
     "a warm start of another seed": (["--start", "bad/other", "--seed", "5"], "--start needs a run of the same seed"),
@@ -1793,14 +2004,17 @@ WRONG = {
     "a damaged archive": ([*OWN, "--prompts", "bad/broken.txt.gz"], "cannot read bad/broken.txt.gz"),
     "a damaged run": (["--resume", "bad/run"], "--resume needs a run folder with its config.json"),
     "nothing to resume": (["--resume", "bad"], "--resume needs a run folder"),
-    "a hub model without a network": (["--attacker", "gpt2", "--defender", "gpt2"], "--prompts and --sft_data take local paths"),
+    "a hub model without a network": (["--attacker", "gpt2", "--defender", "gpt2"], "--held_out_judge, --embedder, --prompts, --sft_data and --benign_prompts take local paths"),
+    "prompts alone without a network": (["--attacker", "attacker", "--defender", "defender", "--prompts", "prompts.txt"], "--judge: cannot load the judge 'facebook/roberta-hate"),
+    "a held-out judge that cannot be fetched": ([*OWN, "--held_out_judge", "s-nlp/none"], "--held_out_judge: cannot load the judge 's-nlp/none'"),
+    "pairs without responses": ([*OWN, "--sft_data", "prompts.txt"], "prompts.txt: 24 rows, 24 incomplete left out, and none remain"),
 }
 
 
 @pytest.fixture(scope="session")
 def bad(own):
     (own / BAD).mkdir()
-    files = {"empty.txt": "", "broken.jsonl": '{"prompt": "a"}\n{"prompt": \n', "rows.jsonl": '{"text": "a"}\n', "long.txt": "ab " * 300 + "\nb\nc\nd\n" * 9,
+    files = {"empty.txt": "", "broken.jsonl": '{"prompt": "a"}\n{"prompt": \n', "rows.jsonl": '{"text": "a"}\n', "long.txt": "ab " * 300 + "\n" + "cd " * 300,
              "judge.py": "def short(p, r): return [0.5]\ndef two(p, r): return [2.0] * len(p)\ndef nan(p, r): return [float('nan')] * len(p)\n"}
     for name, text in files.items():
         (own / BAD / name).write_text(text)
