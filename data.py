@@ -40,7 +40,7 @@ def write_json(path, value):
 # --- prompts and pairs ----------------------------------------------------------------------------------------
 def read_rows(path):
     """Rows of a .jsonl, .json, .csv or .txt file (each also .gz) as dicts with "prompt" and, where the data
-    has them, "response" or "chosen" and "rejected".
+    has them, "response" (and "label") or "chosen" and "rejected".
 
     A row may be a string, a one-element list, {"prompt", ["response" | "chosen", "rejected"]}, {"messages"}
     or a message list, or an HH transcript pair {"chosen", "rejected"}. Earlier turns of a transcript stay in
@@ -86,7 +86,8 @@ def _parse_line(path, n, line):
 
 
 def _parse_row(path, n, row):
-    """One row of any accepted form -> {"prompt": ..., ...} with stripped strings."""
+    """One row of any accepted form -> {"prompt": ..., ...} with stripped strings, and its "label" (or "safe") as it is."""
+    label = {"label": row[k] for k in ("label", "safe") if row.get(k) is not None} if isinstance(row, dict) else {}
     if isinstance(row, list) and row and all(isinstance(m, dict) for m in row):
         row = {"messages": row}
     if isinstance(row, dict) and isinstance(row.get("transcript"), str):  # HH red-team attempts: the first thing the human said
@@ -105,7 +106,7 @@ def _parse_row(path, n, row):
     wanted = {k: v.strip() if isinstance(v, str) else v for k, v in wanted.items() if str(v).strip()}
     if not wanted.get("prompt") or not all(isinstance(v, str) and v.encode() for v in wanted.values()):
         raise ValueError(f"{path}, row {n}: a row must be a prompt, or have a non-empty text 'prompt', 'messages' or 'chosen', got {str(row)[:80]!r}")
-    return wanted  # an empty response is no response; an empty prompt is an error
+    return wanted | label  # an empty response is no response; an empty prompt is an error
 
 
 def _split_transcripts(row):
