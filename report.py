@@ -47,7 +47,7 @@ def summary_table(rows):
     show = lambda value: "-" if value is None or value != value else f"{value:.3f}"
     lines = [["", *rows]] + [[label, *(show(row[key]) for row in rows.values())] for key, label in TABLE.items()]
     if any(row.get("undecided") for row in rows.values()):
-        lines.append(["judgements that were undecided, in no rate above", *(str(row["undecided"]) for row in rows.values())])
+        lines.append(["judgements that were undecided, in no rate above", *(str(row.get("undecided", "-")) for row in rows.values())])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     return "\n".join("| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |" for line in lines)

@@ -397,7 +397,7 @@ def main(argv):
             ("--model", None, "classifier, encoder or decoder, folder or hub id; a missing head is made new"), ("--out", None, "new folder for the judge"),
             ("--steps", 500, "of AdamW"), ("--batch_size", 32, "samples in a step"), ("--learning_rate", 2e-5, "peak of one cycle"), ("--seed", 0, "of everything random"),
             ("--max_length", 512, "tokens of prompt and response"), ("--device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")):
-        parser.add_argument(name, type=type(default or ""), default=default, help=help, **({"required": default is None} if "-" in name else {}))
+        parser.add_argument(name, type=str if default is None else type(default), default=default, help=help, **({"required": default is None} if "-" in name else {}))
     args = parser.parse_args(argv)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -1002,7 +1002,7 @@ def test_a_guard_judge_finds_the_verdict_after_a_chat_template(tmp_path, kind):
         line = first("\n")
         table = {"<head>": {line: 0.9, first("safe"): 0.05}, line: {first("safe"): 0.3, first("unsafe"): 0.5, "<eos>": 0.2}}
     else:  # as in Llama Guard 1: the word's token brings its own space
-        assert tokenizer.convert_ids_to_tokens(first("x safe"[1:])).startswith("\u2581s")
+        assert tokenizer.convert_ids_to_tokens(first(" safe")).startswith("\u2581s")
         tokenizer.chat_template = "<bos>" + TURNS + "[/INST]" + " " * ("space" in kind)
         table = {"[/INST]": {first(" safe"): 0.3, first(" unsafe"): 0.5, "<eos>": 0.2}}
     assert np.allclose(call_judge(load_judge(bigram_guard(tmp_path, tokenizer, table)), ["a", "b c"], ["d", ""]), 0.3 / 0.8, atol=1e-5)
@@ -1075,8 +1075,9 @@ def test_an_overlong_pair_loses_the_beginning_of_its_prompt_and_never_its_respon
     expected = model(torch.tensor([ids[0] + ids[1]]), token_type_ids=torch.tensor([[0] * 24 + [1] * 6])).logits
     assert torch.allclose(classifier_logits(model, tokenizer, [prompt], [response]), expected, atol=1e-5)
     long = " ".join("klmnopqrst" * 5)  # a response that is too long alone: its beginning, and the last words of the prompt
-    assert torch.isfinite(classifier_logits(model, tokenizer, [prompt, "a"], [long, long])).all()
-    assert not torch.allclose(classifier_logits(model, tokenizer, [prompt], [long]), classifier_logits(model, tokenizer, [prompt], ["z " + long]))
+    ids = tokenizer.encode(prompt)[-8:], tokenizer.encode(long)[:22]
+    expected = model(torch.tensor([ids[0] + ids[1]]), token_type_ids=torch.tensor([[0] * 8 + [1] * 22])).logits
+    assert torch.allclose(classifier_logits(model, tokenizer, [prompt, "a"], [long, long])[:1], expected, atol=1e-5)
 
 
 def test_calibration_by_hand():
@@ -1133,7 +1134,7 @@ def test_a_mistake_in_training_a_judge_is_one_line_and_leaves_nothing(tmp_path, 
     row = lambda i: {"labels": {"prompt": f"a {i}"}, "class": {"prompt": f"a {i}", "response": "b", "label": 0}, "few": {"prompt": "a", "response": "b", "label": i % 2},
                      "word": {"prompt": f"a {i}", "response": "b", "label": "perhaps"}}.get(name)
     if row(0):
-        (tmp_path / "good.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in range(40)))
+        (tmp_path / "good.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in range(80)))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(SystemExit) as stop:
@@ -1893,7 +1894,7 @@ def test_your_own_models_with_four_different_tokenizers_are_trained(own):
 
 def test_exchanges_that_the_judge_leaves_open_are_reported_and_in_no_update(own):
     (own / "open.py").write_text("def judge(p, r):\n    return [None if i == 1 else len(x + y) % 10 / 10 for i, (x, y) in enumerate(zip(p, r))]\n")
-    done = program(HERE / "train.py", *OWN, *SMALL, "--judge", "open.py:judge", "--out", "open", cwd=own)
+    done = program(HERE / "train.py", *OWN, *SMALL, "--judge", "open.py:judge", "--average", "none", "--out", "open", cwd=own)
     metrics = [json.loads(line) for line in (own / "open" / "metrics.jsonl").read_text().splitlines()]
     games = [json.loads(line) for line in (own / "open" / "games.jsonl").read_text().splitlines()]
     assert [m["game/undecided"] for m in metrics] == [1, 1] and done.stderr.count("the judge did not decide 1 of 4 exchanges") == 2
