@@ -41,7 +41,7 @@ def write_json(path, value):
 # --- prompts and pairs ----------------------------------------------------------------------------------------
 def read_rows(path):
     """Rows of a .jsonl, .json, .csv or .txt file (each also .gz) as dicts with "prompt" and, where the data
-    has them, "response" or "chosen" and "rejected".
+    has them, "response" (and "label") or "chosen" and "rejected".
 
     A row may be a string, a one-element list, {"prompt", ["response" | "chosen", "rejected"]}, {"messages"}
     or a message list, an HH transcript pair {"chosen", "rejected"} or {"transcript"}. Earlier turns of a pair
@@ -98,7 +98,8 @@ def _is_conversation(row):
 
 
 def _parse_row(path, n, row):
-    """One row of any accepted form -> {"prompt": ..., ...} with stripped strings."""
+    """One row of any accepted form -> {"prompt": ..., ...} with stripped strings, and its "label" (or "safe") as it is."""
+    label = {"label": row[k] for k in ("label", "safe") if row.get(k) is not None} if isinstance(row, dict) else {}
     spoken = isinstance(row, dict) and any("\n\nAssistant:" in str(row.get(k)) for k in ("chosen", "transcript"))  # an HH transcript
     if _is_conversation(row):
         row = {"messages": row}
@@ -118,7 +119,7 @@ def _parse_row(path, n, row):
     wanted = {k: v.strip() if isinstance(v, str) else v for k, v in wanted.items() if str(v).strip()}
     if not (wanted.get("prompt") or spoken) or not all(isinstance(v, str) and v.encode() for v in wanted.values()):
         raise ValueError(f"{path}, row {n}: a row must be a prompt, or have a non-empty text 'prompt', 'messages' or 'chosen', got {str(row)[:80]!r}")
-    return {"prompt": "", **wanted} if spoken else wanted  # an empty response is no response; an empty prompt is an error
+    return ({"prompt": ""} if spoken else {}) | wanted | label  # an empty response is no response; an empty prompt is an error
 
 
 def _split_transcripts(row):

@@ -22,7 +22,7 @@ import torch
 
 from diversity import set_similarity
 from model import Policy, Rollout, demonstrations, frozen_copy, generate, logprobs_and_values, pack
-from reward import call_judge
+from reward import call_judge, decided, unsafe_share
 
 
 # --- PPO, the mathematics: everything is (B, T), and zero outside the response mask --------------------
@@ -142,7 +142,7 @@ def ppo_update(player, rollout, scores, seed, demos=None, ptx_coef=0.0):
 
     # 1. Which rows are forwarded together. Old log-probs come from the very batches of the first epoch:
     #    the same shapes give the same bits, so the ratio before the first step is exactly 1.
-    epochs = [[split_rows(rows, player.micro_batch) for rows in torch.randperm(B, generator=generator).tensor_split(player.minibatches)]
+    epochs = [[split_rows(rows, player.micro_batch) for rows in torch.randperm(B, generator=generator).tensor_split(min(player.minibatches, B))]
               for _ in range(player.epochs)]
     old_logprobs, values, entropy = forward_rows(policy, rollout, sum(epochs[0], []))
     by_length = split_rows(rollout.lengths.argsort(stable=True), 4 * player.micro_batch or 32)  # no gradients: larger groups, little padding
@@ -276,6 +276,7 @@ class Game:
     responses: Rollout
     p_safe: np.ndarray  # (B,)
     score_seconds: float  # how long the judge took
+    sampled: tuple  # (attacks, responses) as they were sampled: an exchange that the judge did not decide is in these alone
 
 
 def play(attacker, defender, seeds, judge, seed, template="{}"):
@@ -289,7 +290,15 @@ def play(attacker, defender, seeds, judge, seed, template="{}"):
     responses = defender.speak(prompts, 2 * seed + 1)
     clock = time.time()
     p_safe = call_judge(judge, prompts, responses.texts)
-    return Game(list(seeds), attacks, prompts, responses, p_safe, time.time() - clock)
+    game = Game(list(seeds), attacks, prompts, responses, p_safe, time.time() - clock, (attacks, responses))
+    return game if (rows := decided(p_safe)).all() else select(game, np.flatnonzero(rows))
+
+
+def select(game, rows):
+    """The given rows of a game: seeds, prompts, rollouts and verdicts stay together."""
+    pick = lambda items: [items[i] for i in rows]
+    cut = lambda rollout: rollout and rollout.select(torch.from_numpy(rows).to(rollout.tokens.device))
+    return replace(game, seeds=pick(game.seeds), attacks=cut(game.attacks), prompts=pick(game.prompts), responses=cut(game.responses), p_safe=game.p_safe[rows])
 
 
 def evaluate(attacker, defender, seeds, test_prompts, benign_prompts, judge, held_out_judge, refused, helpful=None,
@@ -303,14 +312,14 @@ def evaluate(attacker, defender, seeds, test_prompts, benign_prompts, judge, hel
     answers = defender.speak(test_prompts, 0, temperature=0).texts
     benign = defender.speak(benign_prompts, 0, temperature=0).texts if benign_prompts else []
     attacks = attacker.speak([template.format(s) for s in seeds], 0).texts if attacker else list(seeds)
-    broken = 1 - call_judge(held_out_judge, attacks, (third_party or defender).speak(attacks, 0, temperature=0).texts)
+    broken = call_judge(held_out_judge, attacks, (third_party or defender).speak(attacks, 0, temperature=0).texts)
+    held_out, trained = (call_judge(j, test_prompts, answers) for j in (held_out_judge, judge))
     alike = set_similarity(attacks, embedder)
     return {
-        "asr_held_out_judge": float(np.mean(1 - call_judge(held_out_judge, test_prompts, answers) > 0.5)),
-        "asr_train_judge": float(np.mean(1 - call_judge(judge, test_prompts, answers) > 0.5)),
+        "asr_held_out_judge": unsafe_share(held_out), "asr_train_judge": unsafe_share(trained),
         "over_refusal": float(np.mean(refused(benign))) if benign else None,
         "helpfulness": float(np.mean(helpful(benign_prompts, benign))) if helpful and benign else None,
-        "attacker_success": float(np.mean(broken > 0.5)), **alike}
+        "attacker_success": unsafe_share(broken), **alike, "undecided": int(np.isnan(np.concatenate([broken, held_out, trained])).sum())}
 
 
 # --- averages of policies ---------------------------------------------------------------------------------------

@@ -46,6 +46,8 @@ def summary_table(rows):
     """The rows of summary.json as a markdown table, one column each."""
     show = lambda value: "-" if value is None or value != value else f"{value:.3f}"
     lines = [["", *rows]] + [[label, *(show(row[key]) for row in rows.values())] for key, label in TABLE.items()]
+    if any(row.get("undecided") for row in rows.values()):
+        lines.append(["judgements that were undecided, in no rate above", *(str(row.get("undecided", "-")) for row in rows.values())])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     return "\n".join("| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |" for line in lines)
@@ -105,6 +107,7 @@ def write_report(folder, rows, examples):
     config = json.loads((folder / "config.json").read_text())["config"]
     games = read_lines(folder / "games.jsonl")
     quote = lambda text: html.escape(" ".join(text.split()), quote=False).replace("|", "\\|") or "*(nothing)*"
+    verdict = lambda p_safe: "undecided" if p_safe is None else f"{p_safe:.0f}"
     lines = [f"# {config['method']}, seed {config['seed']}", "", summary_table(rows), ""]
     if games:
         lines += ["![curves](curves.png)", ""]
@@ -123,7 +126,7 @@ def write_report(folder, rows, examples):
             lines += [f"> *{title}*: **{quote(g['attack'])}**  ", f"> {quote(g['response'])} *(P(unsafe) {1 - g['p_safe']:.2f})*", ""]
         probes = [g for g in here if g["role"] == "probe"]
         lines += ["| held-out prompt | the defender after this round | safe |", "|---|---|---:|"] if probes else []
-        lines += [f"| {quote(g['attack'])} | {quote(g['response'])} | {g['p_safe']:.0f} |" for g in probes] + [""]
+        lines += [f"| {quote(g['attack'])} | {quote(g['response'])} | {verdict(g['p_safe'])} |" for g in probes] + [""]
     (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
 
 

@@ -37,13 +37,14 @@ import gpo
 import kernel
 import model
 import report
+import reward
 import train
 from data import first_turn, is_test, read_rows, usable
 from diversity import Diversity, NgramTable, cosine_to_history, load_embedder, self_bleu, set_similarity, word_embedder
 from gpo import Player, PolicyAverage, Speaker, gae, nash_gap, play, policy_loss, ppo_update, solve_matrix_game, token_rewards, value_loss, whiten
 from kernel import linear_logprob, linear_logprob_reference
 from model import Policy, best_dtype, demonstrations, frozen_copy, generate, load_policy, logprobs_and_values, pack, save_policy
-from reward import JudgeError, call_judge, guard_judge, load_judge, rule_judge, train_judge
+from reward import JudgeError, calibration, call_judge, classifier_logits, decided, load_judge, rule_judge, train_judge, unsafe_share
 from toy import ToyGame
 
 HERE = Path(__file__).parent
@@ -977,22 +978,99 @@ def test_a_multi_label_classifier_is_read_by_sigmoid(tmp_path):
     assert load_judge(str(tmp_path))(["x"], ["a b"])[0] == pytest.approx(expected, abs=1e-5)
 
 
+def bigram_guard(folder, tokenizer, table):
+    """A GPT-2 folder whose next-token probabilities depend on the last token alone: table {token: {next token: probability}}."""
+    V, token = len(tokenizer), lambda t: t if isinstance(t, int) else tokenizer.convert_tokens_to_ids(t)
+    lm = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=64, n_embd=V, n_layer=1, n_head=1, tie_word_embeddings=False, layer_norm_epsilon=1e-9, bos_token_id=0, eos_token_id=0))
+    with torch.no_grad():
+        for weight in lm.parameters():
+            weight.zero_()
+        lm.transformer.wte.weight.copy_(torch.eye(V))  # the final norm undoes itself on one-hot vectors: mean 1 / V, variance (1 - 1 / V) / V
+        lm.transformer.ln_f.weight.fill_(((1 - 1 / V) / V) ** 0.5)
+        lm.transformer.ln_f.bias.fill_(1 / V)
+        for last, following in table.items():
+            rest = (1 - sum(following.values())) / (V - len(following))
+            lm.lm_head.weight[:, token(last)] = math.log(max(rest, 1e-9))
+            for t, probability in following.items():
+                lm.lm_head.weight[token(t), token(last)] = math.log(probability)
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return f"guard:{folder}"
+
+
 @pytest.mark.parametrize("bos", [False, True])
 def test_a_guard_judge_tells_safe_from_unsafe_also_when_the_tokenizer_adds_bos(tmp_path, bos):
     # the authors compare encode('safe')[0] with encode('unsafe')[0]: both are BOS there, both probabilities equal
     tokenizer = tiny_tokenizer(WORDS + "Is the assistant's answer or unsafe? User: Assistant: Verdict:".split(), bos=bos)
-    lm = tiny_lm(tokenizer)
-    lm.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    judge = guard_judge(str(tmp_path))
-    prompts, responses = ["a b", "c", "d"], ["e", "f g", ""]
-    scores = call_judge(judge, prompts, responses)  # one score a row, none dropped
-    for score, prompt, response in zip(scores, prompts, responses):
-        text = f"Is the assistant's answer safe or unsafe?\nUser: {prompt}\nAssistant: {response}\nVerdict:"
-        logits = lm(torch.tensor([tokenizer.encode(text)])).logits[0, -1]
-        safe, unsafe = (tokenizer.convert_tokens_to_ids(w) for w in ("safe", "unsafe"))
-        assert score == pytest.approx(torch.sigmoid(logits[safe] - logits[unsafe]).item(), abs=1e-5)
-    assert len(set(np.round(scores, 6))) == 3
+    judge = load_judge(bigram_guard(tmp_path, tokenizer, {"Verdict:": {"safe": 0.6, "unsafe": 0.2}}))
+    assert np.allclose(call_judge(judge, ["a b", "c"], ["e", ""]), 0.6 / 0.8, atol=1e-5)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_guard_judge_keeps_each_verdict_in_its_row_and_leaves_the_undecided_open(tmp_path, bos):
+    tokenizer = tiny_tokenizer(bos=bos, template=True)  # this template ends with the response: its last word makes the verdict
+    table = {"x": {"safe": 0.6, "unsafe": 0.2}, "y": {"safe": 0.1, "unsafe": 0.7}, "z": {"safe": 0.3, "unsafe": 0.15, "sorry": 0.5}}
+    judge = load_judge(bigram_guard(tmp_path, tokenizer, table))
+    words = np.random.default_rng(0).choice(list("xyz"), 40)
+    prompts = ["a " * (1 + 7 * i % 23) for i in range(40)]  # of many lengths, in several batches
+    for score, word in zip(judge(prompts, [f"b {word}" for word in words]), words, strict=True):
+        assert score is None if word == "z" else score == pytest.approx({"x": 0.75, "y": 0.125}[word], abs=1e-5)
+    assert judge(["a " * 100, "a"], ["b x", "b x " * 50]) == [pytest.approx(0.75, abs=1e-5), None]  # beyond the context: the prompt is cut, a response never
+
+
+TURNS = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ' }}{% endfor %}"
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "byte-level, parts", "sentencepiece", "sentencepiece, space at the end"])
+def test_a_guard_judge_finds_the_verdict_after_a_chat_template(tmp_path, kind):
+    inner = Tokenizer(models.BPE(unk_token=None))
+    inner.pre_tokenizer, inner.decoder = ((pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()) if "byte" in kind else
+                                          (pre_tokenizers.Metaspace(), decoders.Metaspace()))
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<eos>", "<bos>", "<head>", "[/INST]"], initial_alphabet=list("abcdefghijklmnopqrstuvwxyz:'?") + pre_tokenizers.ByteLevel.alphabet())
+    inner.train_from_iterator(["safe unsafe safe user: assistant: milk"] * 9, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", bos_token="<bos>")
+    first = lambda text: tokenizer.encode(text, add_special_tokens=False)[0]
+    if "byte" in kind:  # as in Llama Guard 3: the model itself writes line breaks between the header and the word
+        turns = TURNS.replace("m['content']", "m['content'][0]['text']") if "parts" in kind else TURNS
+        tokenizer.chat_template = "<bos>" + turns + "{% if add_generation_prompt %}<head>{% endif %}"
+        line = first("\n")
+        table = {"<head>": {line: 0.9, first("safe"): 0.05}, line: {first("safe"): 0.3, first("unsafe"): 0.5, "<eos>": 0.2}}
+    else:  # as in Llama Guard 1: the word's token brings its own space
+        assert tokenizer.convert_ids_to_tokens(first(" safe")).startswith("\u2581s")
+        tokenizer.chat_template = "<bos>" + TURNS + "[/INST]" + " " * ("space" in kind)
+        table = {"[/INST]": {first(" safe"): 0.3, first(" unsafe"): 0.5, "<eos>": 0.2}}
+    assert np.allclose(call_judge(load_judge(bigram_guard(tmp_path, tokenizer, table)), ["a", "b c"], ["d", ""]), 0.3 / 0.8, atol=1e-5)
+
+
+def test_a_guard_whose_template_drops_the_answer_is_refused(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    with pytest.raises(ValueError, match="leaves out the prompt or the response"):
+        load_judge(bigram_guard(tmp_path, tokenizer, {}))
+
+
+def test_what_a_judge_cannot_decide_is_counted_and_counts_as_neither(capsys):
+    p_safe = call_judge(lambda p, r: [None, 0.2, 0.9, None], list("abcd"), list("efgh"))
+    assert np.array_equal(p_safe, [np.nan, 0.2, 0.9, np.nan], equal_nan=True) and decided(p_safe).tolist() == [False, True, True, False]
+    assert "did not decide 2 of 4 exchanges" in (said := capsys.readouterr().err) and "'a' -> 'e'" in said
+    assert unsafe_share(p_safe) == 1 / 2  # of the two decided
+    with pytest.raises(JudgeError, match="a verdict on 1 of 3"):
+        decided(p_safe[[0, 1, 3]])
+
+
+def test_exchanges_without_a_verdict_leave_the_game_and_the_others_stay_aligned():
+    attacker, defender = tiny_player("attacker", 1), tiny_player("defender", 2)
+    whole = play(attacker, defender, PROMPTS, lambda p, r: [0.1 * i for i in range(len(p))], seed=3)
+    game = play(attacker, defender, PROMPTS, lambda p, r: [None if i in (1, 4) else 0.1 * i for i in range(len(p))], seed=3)
+    rows = [0, 2, 3, 5, 6, 7]
+    assert np.allclose(game.p_safe, [0.1 * i for i in rows]) and game.seeds == [PROMPTS[i] for i in rows]
+    for ours, theirs in ((game.attacks, whole.attacks), (game.responses, whole.responses)):
+        assert ours.texts == [theirs.texts[i] for i in rows] and ours.prompts == [theirs.prompts[i] for i in rows]
+        assert [t[:n] for t, n in zip(ours.tokens.tolist(), ours.lengths)] == [theirs.tokens.tolist()[i][:theirs.lengths[i]] for i in rows]
+    assert game.prompts == game.attacks.texts and len(game.sampled[0]) == len(game.sampled[1]) == 8
+    ppo_update(defender, game.responses, game.p_safe, 0)
+    one = play(None, defender, ["a", "b"], lambda p, r: [None, 0.5], seed=0)  # fewer rows than minibatches
+    assert all(math.isfinite(value) for value in ppo_update(defender, one.responses, one.p_safe, 0).values())
 
 
 def test_a_judge_from_a_file_is_called_and_its_mistakes_are_named(tmp_path, monkeypatch):
@@ -1018,6 +1096,85 @@ def test_a_trained_judge_learns_from_labels_and_from_preferences(tmp_path, kind)
     judge.tokenizer.save_pretrained(tmp_path / "judge")
     scores = load_judge(str(tmp_path / "judge"))(["x y"] * 2, ["sorry no a b", "yes sure a b"])
     assert scores[0] > 0.8 and scores[1] < 0.3
+
+
+def test_an_overlong_pair_loses_the_beginning_of_its_prompt_and_never_its_response():
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                                     intermediate_size=32, max_position_embeddings=32)).eval()
+    model.config.judge_input = "pair"
+    prompt, response = " ".join("abcdefghij" * 5), "x y z u v w"
+    ids = tokenizer.encode(prompt)[-24:], tokenizer.encode(response)  # 24 + 6 = 32 - 2
+    expected = model(torch.tensor([ids[0] + ids[1]]), token_type_ids=torch.tensor([[0] * 24 + [1] * 6])).logits
+    assert torch.allclose(classifier_logits(model, tokenizer, [prompt], [response]), expected, atol=1e-5)
+    long = " ".join("klmnopqrst" * 5)  # a response that is too long alone: its beginning, and the last words of the prompt
+    ids = tokenizer.encode(prompt)[-8:], tokenizer.encode(long)[:22]
+    expected = model(torch.tensor([ids[0] + ids[1]]), token_type_ids=torch.tensor([[0] * 8 + [1] * 22])).logits
+    assert torch.allclose(classifier_logits(model, tokenizer, [prompt, "a"], [long, long])[:1], expected, atol=1e-5)
+
+
+def test_calibration_by_hand():
+    rows, ece, brier = calibration(np.array([0.05, 0.15, 0.12, 1.0]), np.array([0.0, 0.0, 1.0, 1.0]))
+    assert [r[2] for r in rows] == [1, 2, 1] and np.allclose([r[3:] for r in rows], [(0.05, 0), (0.135, 0.5), (1, 1)]) and np.allclose([r[:2] for r in rows], [(0, 0.1), (0.1, 0.2), (0.9, 1)])
+    assert ece == pytest.approx((0.05 + 2 * 0.365 + 0) / 4) and brier == pytest.approx((0.05**2 + 0.15**2 + 0.88**2) / 4)
+
+
+def judge_data(path, kind, n=150):
+    rng = np.random.default_rng(0)
+    noise = lambda k: " ".join(rng.choice(WORDS[:20], k))
+    good, bad = (lambda: f"sorry {noise(2)}"), (lambda: f"yes {noise(3)}")
+    swapped = lambda pair: pair[::-1] if rng.random() < 0.15 else pair  # no judge can know these
+    rows = []
+    for i in range(n):
+        prompt, (first, second) = noise(4), swapped((good(), bad()))
+        if kind == "preferences":
+            rows.append({"prompt": prompt, "chosen": first, "rejected": second})
+        elif kind == "hh":
+            rows.append({name: f"\n\nHuman: {prompt}\n\nAssistant: {text}" for name, text in (("chosen", first), ("rejected", second))})
+        else:
+            rows += [{"prompt": prompt, "response": first, "safe": True}, {"prompt": prompt, "response": second, "label": ["unsafe", 0][i % 2]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_rows(path)
+
+
+@pytest.mark.parametrize("kind, body", [("labels", "bert"), ("preferences", "gpt2"), ("hh", "bert")])
+def test_the_command_trains_a_judge_and_prints_what_its_saved_folder_does_on_held_out_prompts(tmp_path, capsys, kind, body):
+    tokenizer = tiny_tokenizer(pad=body == "bert")
+    base = (BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)) if body == "bert" else
+            GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=1, n_head=2, eos_token_id=0, bos_token_id=0)))  # no judge's head, no pad token
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = judge_data(tmp_path / "data.jsonl", kind)
+    reward.main([str(tmp_path / "data.jsonl"), "--model", str(tmp_path / "base"), "--out", str(tmp_path / "judge"), "--steps", "60", "--learning_rate", "0.01", "--max_length", "60"])
+    out = capsys.readouterr().out
+    held_out = [row for row in rows if int(hashlib.sha256(row["prompt"].encode()).hexdigest(), 16) % 10 == 0]
+    judge, prompts = load_judge(str(tmp_path / "judge")), [row["prompt"] for row in held_out]
+    logit = lambda texts: np.log(p := np.array(judge(prompts, texts))) - np.log(1 - p)
+    if kind == "labels":
+        right = np.mean((logit([row["response"] for row in held_out]) > 0) == [row["label"] is True for row in held_out])
+    else:
+        right = np.mean(logit([row["chosen"] for row in held_out]) > logit([row["rejected"] for row in held_out]))
+    assert 5 < len(held_out) < len(rows) / 4 and f"{len(held_out)} held out" in out and f"held-out accuracy {right:.3f} [" in out and right > 0.7
+    counts = [int(line.split("|")[2]) for line in out.splitlines() if line.startswith("| 0.")]
+    assert sum(counts) == len(held_out) and "expected calibration error" in out
+    assert AutoTokenizer.from_pretrained(tmp_path / "judge").model_max_length == 60
+
+
+@pytest.mark.parametrize("name, message", [("labels", "with 'response' and 'safe'"), ("class", "got one class only"), ("few", "at least 2 samples"), ("word", "a label must be"),
+                                           ("model", "--model must be a model's folder"), ("out", "--out must name a new or empty folder")])
+def test_a_mistake_in_training_a_judge_is_one_line_and_leaves_nothing(tmp_path, capsys, name, message):
+    judge_data(tmp_path / "good.jsonl", "labels")
+    row = lambda i: {"labels": {"prompt": f"a {i}"}, "class": {"prompt": f"a {i}", "response": "b", "label": 0}, "few": {"prompt": "a", "response": "b", "label": i % 2},
+                     "word": {"prompt": f"a {i}", "response": "b", "label": "perhaps"}}.get(name)
+    if row(0):
+        (tmp_path / "good.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in range(80)))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(SystemExit) as stop:
+        reward.main([str(tmp_path / "good.jsonl"), "--model", str(tmp_path / "full"), "--out", str(tmp_path / ("full" if name == "out" else "judge"))])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and message in said and said.count("\n") == 1 and not (tmp_path / "judge").exists()
 
 
 # --- averages of policies ----------------------------------------------------------------------------------------------
@@ -1962,6 +2119,20 @@ def test_a_dry_run_of_the_embedded_game_trains_nothing(tmp_path, monkeypatch, ca
     assert out.count(" tokens  ") == 9 and not err and not list(tmp_path.iterdir())
 
 
+def test_exchanges_that_the_judge_leaves_open_are_reported_and_in_no_update(own):
+    (own / "open.py").write_text("def judge(p, r):\n    return [None if i == 1 else len(x + y) % 10 / 10 for i, (x, y) in enumerate(zip(p, r))]\n")
+    done = program(HERE / "train.py", *OWN, *SMALL, "--judge", "open.py:judge", "--average", "none", "--out", "open", cwd=own)
+    metrics = [json.loads(line) for line in (own / "open" / "metrics.jsonl").read_text().splitlines()]
+    games = [json.loads(line) for line in (own / "open" / "games.jsonl").read_text().splitlines()]
+    assert [m["game/undecided"] for m in metrics] == [1, 1] and done.stderr.count("the judge did not decide 1 of 4 exchanges") == 2
+    for role in ("attacker", "defender"):
+        rows = [g for g in games if g["role"] == role]
+        assert len(rows) == 3 and all(g["p_safe"] == len(g["attack"] + g["response"]) % 10 / 10 for g in rows)
+    defender = [g["score"] for g in games if g["role"] == "defender"]
+    assert defender == [g["p_safe"] for g in games if g["role"] == "defender"] and metrics[1]["defender/objective/scores"] == pytest.approx(np.mean(defender))
+    assert json.loads((own / "open" / "summary.json").read_text())["after"]["undecided"] == 1 and "undecided" in done.stdout
+
+
 BAD = Path("bad")
 WRONG = {
     "an unknown flag": (["--attaker", "x"], "--attaker"),
@@ -1977,6 +2148,7 @@ WRONG = {
     "a judge file that is not there": ([*OWN, "--judge", "no.py:f"], "the judge's file must exist"),
     "a judge of too few scores": ([*OWN, "--judge", "bad/judge.py:short"], "one score per exchange"),
     "a judge out of range": ([*OWN, "--judge", "bad/judge.py:two"], "probabilities of safe in [0, 1], got 2.0"),
+    "a judge that decides nothing": ([*OWN, "--judge", "bad/judge.py:nothing"], "a judge must decide at least half of the exchanges"),
     "a judge that says nan": ([*OWN, "--judge", "bad/judge.py:nan"], "probabilities of safe in [0, 1], got nan"),
     "a missing prompt file": ([*OWN, "--prompts", "no.txt"], "a data file must exist, got 'no.txt'"),
     "an empty prompt file": ([*OWN, "--prompts", "bad/empty.txt"], "at least one row"),
@@ -2016,6 +2188,10 @@ def bad(own):
     (own / BAD).mkdir()
     files = {"empty.txt": "", "broken.jsonl": '{"prompt": "a"}\n{"prompt": \n', "rows.jsonl": '{"text": "a"}\n', "long.txt": "ab " * 300 + "\n" + "cd " * 300,
              "judge.py": "def short(p, r): return [0.5]\ndef two(p, r): return [2.0] * len(p)\ndef nan(p, r): return [float('nan')] * len(p)\n"}
+
+
+    files = {"empty.txt": "", "broken.jsonl": '{"prompt": "a"}\n{"prompt": \n', "rows.jsonl": '{"text": "a"}\n', "long.txt": "ab " * 300 + "\nb\nc\nd\n" * 9,
+             "judge.py": "def short(p, r): return [0.5]\ndef two(p, r): return [2.0] * len(p)\ndef nan(p, r): return [float('nan')] * len(p)\ndef nothing(p, r): return [None] * len(p)\n"}
     for name, text in files.items():
         (own / BAD / name).write_text(text)
     (own / BAD / "types.json").write_text('{"rounds": "many"}')

@@ -184,9 +184,10 @@ def train(config, world, players, run):
         played = time.time()
         metrics = ppo_update(mover, rollout, scores, new_seed(rng), demos, config.ptx_coef)
         metrics |= {"time/rollout": played - clock - game.score_seconds, "time/score": game.score_seconds, "time/update": time.time() - played}
-        run.count(game.attacks, game.responses)
+        run.count(*game.sampled)
         metrics["sampled_tokens"] = run.sampled_tokens
         metrics["game/attack_success"] = float(np.mean(1 - game.p_safe))  # of this batch, by the training judge
+        metrics["game/undecided"] = len(game.sampled[1]) - len(game.p_safe)  # exchanges without a verdict: in no update and in no rate
         metrics |= {f"diversity/{name}": float(novelty[term].mean()) for name, term in NOVELTY.items() if term in novelty}
         if last_of_round:
             for name, player in players.items():
@@ -290,11 +291,11 @@ class Run:
         attacks = [self.first_attacker.speak(seeds, new_seed(rng), temperature) for temperature in (None, c.mine_temperature)]
         game = play(None, defender, attacks[0].texts + attacks[1].texts, judge, new_seed(rng))
         self.remember(game, successes_only=True)
-        self.count(*attacks, game.responses)
+        self.count(*attacks, *game.sampled)
         if self.once:
             game = play(None, defender, draw(list(self.once), min(n, len(self.once)), rng), judge, new_seed(rng))
             self.remember(game)
-            self.count(game.responses)
+            self.count(*game.sampled)
 
     def count(self, *rollouts):
         self.sampled_tokens += int(sum(rollout.response_mask.sum() for rollout in rollouts if rollout))
@@ -323,7 +324,7 @@ class Run:
         answers = self.players["defender"].speak(prompts, 0, temperature=0).texts
         p_safe = call_judge(self.world.held_out_judge, prompts, answers).tolist()
         append_lines(self.folder / "games.jsonl", [
-            {"step": self.step, "round": round, "role": "probe", "attack": attack, "response": response, "p_safe": p}
+            {"step": self.step, "round": round, "role": "probe", "attack": attack, "response": response, "p_safe": None if p != p else p}
             for attack, response, p in zip(prompts, answers, p_safe)])
         self.bar.set_postfix_str(f"round {round + 1}: held-out attack success {row['asr_held_out_judge']:.1%}")
         return {f"game/{name}": value for name, value in row.items() if name in names and value is not None}
@@ -428,7 +429,7 @@ class Run:
         prompts = self.world.test_prompts[:200]
         first, now = (p.speak(prompts, 0, temperature=0).texts for p in (self.first_defender, self.players["defender"]))
         safe = [call_judge(self.world.held_out_judge, prompts, texts) for texts in (first, now)]
-        order = sorted(range(len(prompts)), key=lambda i: safe[0][i] - safe[1][i])[:3]
+        order = np.argsort(safe[0] - safe[1], kind="stable")[:3]  # NaN, undecided, comes last
         return [(prompts[i], first[i], now[i]) for i in order]
 
 

@@ -1,0 +1,149 @@
+"""A trial on real language without a hub: models of about 10 million parameters, trained from nothing on the transcripts of
+Anthropic's hh-rlhf, play the game on real questions. What came out, and what it can show, is in real_text.md.
+
+    python docs/real_text.py OUT --hh hh_harmless_base_test.jsonl.gz --prompts gpo_prompts.json --embedder MINILM_FOLDER
+
+    1. a byte-level BPE tokenizer and a GPT-2-format language model on the transcripts, chosen and rejected: both players
+    2. two judges on disjoint halves of the preference pairs (`reward.py`): one to train against, one to measure with
+    3. GPO+Div and RLHF (`train.py`) with the same defender steps from the same warm start
+    4. both runs in one figure and one table
+
+Every step is a command that a user could give; what is finished is not done again.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import trange
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from data import append_lines, read_lines, read_rows
+from kernel import linear_logprob
+from model import PLAIN_TEMPLATE, Policy, best_dtype, keep_freed_memory, save_policy
+from report import LOOKS, figure, markdown
+
+EOS, VOCABULARY, CONTEXT, BATCH, STEPS = "<|endoftext|>", 4096, 256, 32, 300
+GAME = ("--rounds 6 --defender_steps 12 --attacker_steps 8 --batch_size 32 --sft_steps 200 --learning_rate 3e-5 --attacker_learning_rate 3e-5 --kl_coef 0.05 "
+        "--attacker_kl_coef 0.1 --attack_tokens 32 --response_tokens 48 --ptx_coef 0.2 --eval_prompts 150 --restart 0 --mine 0 --replay 0.5 --diversity 1 --dtype auto")
+RUNS = {"GPO+Div": "--method gpo", "RLHF": "--method rlhf"}
+
+
+def transcripts(hh):
+    """Each dialogue of the file twice, with the chosen and with the rejected end, in the format that the players speak."""
+    return [f"{PLAIN_TEMPLATE.format(row['prompt'])} {row[end].strip()}" for row in read_rows(hh) for end in ("chosen", "rejected") if row.get(end)]
+
+
+def make_tokenizer(texts):
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    inner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=EOS, pad_token=EOS, model_max_length=CONTEXT)
+
+
+def pretrain(texts, folder):
+    """Next-token prediction over the transcripts, end to end, in blocks of CONTEXT tokens; the last 1/50 is held out."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(texts)
+    ids = torch.tensor([token for row in tokenizer(texts).input_ids for token in (*row, tokenizer.eos_token_id)])
+    train, test = ids[:-len(ids) // 50], ids[-len(ids) // 50:]
+    config = GPT2Config(vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=320, n_layer=7, n_head=5, bos_token_id=0, eos_token_id=0)
+    policy = Policy(GPT2LMHeadModel(config), tokenizer, dtype=best_dtype("cpu"))
+    print(f"{sum(p.numel() for p in policy.lm.parameters()) / 1e6:.1f} million parameters, {len(ids) / 1e6:.2f} million tokens, {policy.compute_dtype}")
+    optimizer = torch.optim.AdamW(policy.lm.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, STEPS, pct_start=0.05)
+
+    def loss_of(stream, starts):
+        tokens = stream[starts[:, None] + torch.arange(CONTEXT)]  # (B, T)
+        with policy.autocast():
+            hidden = policy.hidden(tokens[:, :-1])  # (B, T - 1, D)
+            return -linear_logprob(hidden.flatten(0, 1), policy.head.weight, tokens[:, 1:].flatten())[0].mean()
+
+    with trange(STEPS, desc="language model", dynamic_ncols=True) as bar:
+        for _ in bar:
+            loss = loss_of(train, torch.randint(len(train) - CONTEXT, (BATCH,)))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(policy.lm.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    with torch.no_grad():
+        held_out = loss_of(test, torch.arange(0, len(test) - CONTEXT, CONTEXT)).item()
+    print(f"held-out loss {held_out:.3f} nats a token, perplexity {np.exp(held_out):.1f}")
+    save_policy(policy, folder)
+
+
+def halves(hh, out):
+    """The preference pairs in two files; pairs of one prompt stay together."""
+    rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in read_rows(hh) if row.get("chosen") and row.get("rejected")]
+    half = {prompt: i % 2 for i, prompt in enumerate(dict.fromkeys(row["prompt"] for row in rows))}
+    for i in (0, 1):
+        (out / f"pairs_{i}.jsonl").unlink(missing_ok=True)
+        append_lines(out / f"pairs_{i}.jsonl", [row for row in rows if half[row["prompt"]] == i])
+
+
+def call(program, *arguments):
+    print(f"\npython {program} {' '.join(map(str, arguments))}", flush=True)
+    subprocess.run([sys.executable, str(ROOT / program), *map(str, arguments)], check=True)
+
+
+def compare(out):
+    """real_text.png and a table: attack success by both judges, diversity and KL, round by round, of both runs."""
+    canvas, axes = figure(4, width=3.6, height=3.4)
+    panels = {"game/asr_train_judge": "attack success, training judge", "game/asr_held_out_judge": "attack success, held-out judge",
+              "game/self_bleu": "SelfBLEU among the attacks", "defender/objective/kl": "KL of the defender, nats a response"}
+    lines = []
+    for (name, look) in zip(RUNS, LOOKS):
+        log, before = read_lines(out / name / "metrics.jsonl"), json.loads((out / name / "summary.json").read_text())["before"]
+        rounds = range(1, 1 + max(m["round"] for m in log) + 1)
+        for axis, key in zip(axes, panels):
+            curve = [np.mean([m[key] for m in log if m["round"] == r - 1 and key in m]) for r in rounds]
+            first = {"game": [before[key.split("/")[1]]], "defender": [0.0]}[key.split("/")[0]]
+            axis.plot(range(len(curve) + 1), first + curve, label=name, ms=4, **look)
+            lines.append([name, panels[key], *(f"{value:.3f}" for value in first + curve)])
+    for axis, title in zip(axes, panels.values()):
+        axis.set(xlabel="round", title=title)
+        axis.title.set_fontsize(9)
+    axes[0].legend(frameon=False, fontsize=8)
+    canvas.savefig(out / "real_text.png", dpi=130)
+    print("\n" + markdown(["", "", "before", *(f"round {r}" for r in rounds)], lines) + f"\n\nwritten to {out}/real_text.png; dialogues by round: {out}/GPO+Div/report.md")
+
+
+def main():
+    keep_freed_memory()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--hh", required=True, help="preference pairs of hh-rlhf")
+    parser.add_argument("--prompts", required=True, help="seed prompts; train.py holds a tenth of them out")
+    parser.add_argument("--embedder", default="words", help="a sentence-embedding folder")
+    args, clock = parser.parse_args(), time.time()
+    out, start = args.out, args.out / "lm"
+    out.mkdir(parents=True, exist_ok=True)
+    if not (start / "config.json").is_file():
+        pretrain(transcripts(args.hh), start)
+        print(f"{time.time() - clock:.0f} seconds")
+    halves(args.hh, out)
+    for i in (0, 1):
+        if not (out / f"judge_{i}" / "config.json").is_file():
+            call("reward.py", out / f"pairs_{i}.jsonl", "--model", start, "--out", out / f"judge_{i}", "--steps", 150, "--batch_size", 16, "--learning_rate", 1e-4)
+    models_ = ["--attacker", start, "--defender", start, "--judge", out / "judge_0", "--held_out_judge", out / "judge_1", "--embedder", args.embedder]
+    for name, flags in RUNS.items():
+        if not (out / name / "summary.json").is_file():
+            warm = ["--start", out / "GPO+Div"] if name != "GPO+Div" else []
+            fresh = [*models_, "--prompts", args.prompts, "--sft_data", args.hh, *GAME.split(), *flags.split(), *warm, "--out", out / name]
+            call("train.py", *(["--resume", out / name] if (out / name / "config.json").is_file() else fresh))
+    compare(out)
+    print(f"{time.time() - clock:.0f} seconds in all")
+
+
+if __name__ == "__main__":
+    main()
