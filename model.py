@@ -12,16 +12,19 @@ on the right, causal attention alone keeps it out of every real position.
 import contextlib
 import copy
 import ctypes
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
 from transformers.activations import NewGELUActivation
 from transformers.cache_utils import StaticLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from data import first_line
@@ -29,6 +32,7 @@ from kernel import linear_logprob
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PEFT_PREFIX = "base_model.model."  # before every name in peft's files
 PLAIN_TEMPLATE = "Human: {} AI:"  # for tokenizers without a chat template, as in the authors' code
 
 
@@ -388,11 +392,99 @@ def keep_freed_memory():
 
 
 def frozen_copy(policy):
-    """A copy that no gradient reaches, without a critic: the reference policy of the KL penalty."""
+    """A copy that no gradient reaches, without a critic: the reference policy of the KL penalty. With LoRA it holds
+    an adapter of its own and shares the base."""
     body, policy.critic_body = policy.critic_body, None
-    twin = copy.deepcopy(policy)
+    twin = copy.deepcopy(policy, frozen_base(policy.lm))
     policy.critic_body = body
     return twin.requires_grad_(False)
+
+
+# --- what saves memory: LoRA and gradient checkpointing ---------------------------------------------------------
+def adapter(module):
+    """{name: parameter} of LoRA's thin matrices in a module; empty without LoRA."""
+    return {name: p for name, p in module.named_parameters() if ".lora_" in name}
+
+
+def frozen_base(module):
+    """What copies of a module share with it, as a memo for `copy.deepcopy`: with LoRA all that is not its adapter."""
+    return {id(p): p for name, p in module.named_parameters() if ".lora_" not in name} if adapter(module) else {}
+
+
+def add_lora(policy, rank, seed=0):
+    """Freeze the language model; beside each of its matrices W but the head, train B A of the given rank (LoRA, Hu et
+    al., 2022): W + 2 B A, from B = 0, so that the policy is the base until the first step. In bf16 the frozen matrices
+    are kept in bf16: autocast would round them the same way at every forward. A separate critic begins anew, as
+    an adapter of its own on the same base. Raises ValueError without the package peft."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ValueError("--lora needs the package peft, which is not installed; pip install peft") from error
+    transposed = any(isinstance(module, Conv1D) for module in policy.lm.modules())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", fan_in_fan_out=transposed, task_type="CAUSAL_LM"), policy.lm)
+    for name, p in policy.lm.named_parameters():
+        p.requires_grad_(".lora_" in name)
+    for module in policy.lm.modules():
+        if hasattr(module, "lora_A"):
+            weight = module.get_base_layer().weight
+            weight.data = weight.data.to(policy.compute_dtype)
+            if isinstance(module.get_base_layer(), Conv1D):
+                weight.data = weight.data.T.contiguous().T  # the layout of `cast_once`, which then has nothing to copy
+    if policy.critic_body is not None:
+        policy.critic_body = copy.deepcopy(policy.lm.base_model, frozen_base(policy.lm))
+        nn.init.zeros_(policy.value_head.weight)
+        nn.init.zeros_(policy.value_head.bias)
+    policy.eval()
+
+
+@torch.no_grad()
+def merged(module, device=None):
+    """The same function without adapters: each is added, in fp32, to its matrix. All other weights are shared."""
+    if not adapter(module):
+        return module
+    plain = copy.deepcopy(module, {id(p): p for p in module.parameters()})
+    for name, layer in list(plain.named_modules()):
+        if hasattr(layer, "lora_A"):
+            base = layer.get_base_layer()
+            base.weight = nn.Parameter(base.weight.to(device, torch.float32) + layer.get_delta_weight("default").to(device))
+            plain.set_submodule(name, base)
+    return plain
+
+
+def fold_lora(policy, seed=0):
+    """Make what the adapter has learned part of the base, and begin a new one: the base is the KL penalty's anchor."""
+    if adapter(policy.lm):
+        rank, policy.lm = policy.lm.peft_config["default"].r, merged(policy.lm)
+        del policy.lm.peft_config  # else peft would take the new one for a second adapter
+        add_lora(policy, rank, seed)
+
+
+def checkpoint_blocks(policy):
+    """Gradient checkpointing: of each block keep the input for the backward, and compute the rest again. transformers'
+    own switch works in train mode only, in which a policy never is."""
+    blocks = [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks:
+        raise ValueError(f"--gradient_checkpointing needs a model of transformers' own blocks, got {policy.lm.config.model_type}")
+    for block in blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def model_size(lm):
+    """What `player_memory` must know of a language model, with or without LoRA. It may be one made under
+    `with torch.device("meta")`, which takes no memory however large it is."""
+    config, head = lm.config.get_text_config(), lm.get_output_embeddings()
+    count = lambda module: sum(p.numel() for name, p in module.named_parameters() if ".lora_" not in name)
+    matrices = [module.weight for name, module in lm.named_modules()
+                if isinstance(module, (nn.Linear, Conv1D)) and ".lora_" not in name and module is not head]
+    heads = config.num_attention_heads
+    kv_width = (getattr(config, "num_key_value_heads", None) or heads) * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return {"parameters": count(lm), "body": count(lm.base_model), "matrices": sum(w.numel() for w in matrices), "sides": sum(sum(w.shape) for w in matrices),
+            "layers": config.num_hidden_layers, "width": config.hidden_size, "kv_width": kv_width, "vocabulary": head.out_features}
+
+
+# --- saving and loading -------------------------------------------------------------------------------------------
 
 
 def load_policy(name_or_dir, critic="shared", dtype=torch.float32, device="cpu", trust_remote_code=False):
@@ -437,11 +529,34 @@ def probe_forward(policy):
 
 
 def save_policy(policy, folder, card=""):
-    """Write a `save_pretrained` folder with tokenizer and model card, and the critic beside it."""
-    folder = Path(folder)
-    policy.lm.save_pretrained(folder)
+    """Write a `save_pretrained` folder with tokenizer and model card, and the critic beside it. With LoRA the weights
+    are merged ones; the adapter alone is in the folder `adapter`, in peft's format."""
+    folder, plain = Path(folder), merged(policy, "cpu")  # not on the GPU, where there may be no room for it
+    plain.lm.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
-    critic = {k: v for k, v in policy.state_dict().items() if not k.startswith("lm.")}
+    if thin := adapter(policy.lm):
+        policy.lm.peft_config["default"].save_pretrained(folder / "adapter")
+        save_file({PEFT_PREFIX + k.replace(".default", ""): v.detach().contiguous() for k, v in thin.items()}, folder / "adapter" / "adapter_model.safetensors")
+    critic = {k: v for k, v in plain.state_dict().items() if not k.startswith("lm.")}
     save_file({k: v.contiguous().clone() for k, v in critic.items()}, folder / "critic.safetensors")
     if card:
         (folder / "README.md").write_text(card)
+
+
+def load_adapter(policy, folder):
+    """Read the adapter that `save_policy` wrote into a policy with LoRA on the base that it was trained on."""
+    tensors = load_file(Path(folder) / "adapter" / "adapter_model.safetensors")
+    policy.lm.load_state_dict({k.removeprefix(PEFT_PREFIX).replace(".weight", ".default.weight"): v for k, v in tensors.items()}, strict=False)
+
+
+def save_weights(policy, file):
+    """All weights in one file; with LoRA those of adapters and value head only, since the base does not change."""
+    if not adapter(policy):
+        return save_model(policy, str(file))
+    save_file({k: v.contiguous() for k, v in policy.state_dict().items() if ".lora_" in k or "value_head" in k}, file)
+
+
+def load_weights(policy, file):
+    if not adapter(policy):
+        return load_model(policy, str(file))
+    policy.load_state_dict(load_file(file), strict=False)
