@@ -188,6 +188,7 @@ def load_embedder(name_or_dir, device="cpu"):
             rows.append(((hidden * mask).sum(1) / mask.sum(1).clamp(min=1))[0].cpu().numpy())
         return _unit(np.stack(rows))
 
+    embed.model = model
     return embed
 
 

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from data import fail, read_lines, write_json
 from diversity import load_embedder, word_embedder
 from gpo import Player, PolicyAverage, evaluate, nash_gap, play, ppo_update, solve_matrix_game
-from model import DTYPES, keep_freed_memory, load_policy, logprobs_and_values
+from model import DTYPES, add_lora, keep_freed_memory, load_adapter, load_policy, logprobs_and_values
 from report import LOOKS, band, draw_methods, draw_probe, draw_rounds, figure, markdown, mean_and_error
 from reward import call_judge, is_refusal, load_judge, unsafe_share, wilson_interval
 
@@ -165,7 +165,13 @@ class FinishedRun:
 
     def player(self, name, folder):
         c = self.config
-        return Player(name, load_policy(folder, c["critic"], DTYPES[c["dtype"]], "cuda" if torch.cuda.is_available() else "cpu"), c["attack_tokens" if name == "attacker" else "response_tokens"],
+        lora = c.get("lora", 0)  # then the averages are adapters, on the base in checkpoints/start
+        policy = load_policy(self.folder / "checkpoints" / "start" / name if lora else folder, c["critic"], DTYPES[c["dtype"]],
+                             "cuda" if torch.cuda.is_available() else "cpu")
+        if lora:
+            add_lora(policy, lora)
+            load_adapter(policy, folder)
+        return Player(name, policy, c["attack_tokens" if name == "attacker" else "response_tokens"],
                       c["attacker_learning_rate" if name == "attacker" else "learning_rate"],
                       c["attacker_kl_coef" if name == "attacker" else "kl_coef"], temperature=c["temperature"], top_k=c["top_k"], top_p=c["top_p"])
 

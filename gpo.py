@@ -13,7 +13,9 @@ the reward. (3) Theorem 3.2 averages distributions; of two language models one c
 or average weights (an approximation): both are here.
 """
 
+import contextlib
 import copy
+import sys
 import time
 from dataclasses import dataclass, field, replace
 
@@ -21,7 +23,8 @@ import numpy as np
 import torch
 
 from diversity import set_similarity
-from model import Policy, Rollout, demonstrations, frozen_copy, generate, logprobs_and_values, pack
+from kernel import CHUNK_BYTES, KEEP_BYTES
+from model import Policy, Rollout, adapter, demonstrations, frozen_copy, generate, logprobs_and_values, pack
 from reward import call_judge, decided, unsafe_share
 
 
@@ -127,7 +130,8 @@ class Player:
     def speak(self, prompts, seed, temperature=None):
         """One sampled response to each prompt (temperature 0: greedy), as a Rollout."""
         temperature = self.temperature if temperature is None else temperature
-        return generate(self.policy, prompts, self.max_new_tokens, temperature, self.top_k, self.top_p, seed, clip_prompts=True)
+        rows = 4 * self.micro_batch or 256  # at a time: no gradients, so more than in an update
+        return generate(self.policy, prompts, self.max_new_tokens, temperature, self.top_k, self.top_p, seed, clip_prompts=True, batch_size=rows)
 
 
 def ppo_update(player, rollout, scores, seed, demos=None, ptx_coef=0.0):
@@ -232,7 +236,7 @@ def optimizer_step(player):
     player.optimizer.zero_grad(set_to_none=True)
 
 
-def sft(policy, pairs, steps, batch_size, learning_rate, seed, bar=None):
+def sft(policy, pairs, steps, batch_size, learning_rate, seed, bar=None, micro_batch=0):
     """Supervised fine-tuning on (prompt, response) pairs; one-cycle learning rate. Returns the last loss."""
     optimizer = torch.optim.AdamW(policy.lm.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, max(2, steps), pct_start=0.1)
@@ -240,8 +244,12 @@ def sft(policy, pairs, steps, batch_size, learning_rate, seed, bar=None):
     demos, loss = demonstrations(policy, pairs), torch.tensor(float("nan"))
     for _ in range(steps):
         rows = torch.from_numpy(rng.integers(len(pairs), size=batch_size)).to(policy.device)
-        loss = supervised_loss(policy, demos.select(rows))
-        loss.backward()
+        n_tokens, loss = demos.response_mask[rows].sum(), 0
+        for some in split_rows(rows, micro_batch):
+            part = demos.select(some)
+            share = supervised_loss(policy, part) * (part.response_mask.sum() / n_tokens)
+            share.backward()
+            loss = loss + share.detach()
         torch.nn.utils.clip_grad_norm_(policy.lm.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -253,7 +261,9 @@ def sft(policy, pairs, steps, batch_size, learning_rate, seed, bar=None):
 
 
 def distill(speaker, student, prompts, steps, batch_size, learning_rate, seed, bar=None):
-    """Train `student` to say to `prompts` what `speaker` (a mixture of policies) says: one policy for many."""
+    """Train `student`, a frozen copy, to say to `prompts` what `speaker` (a mixture of policies) says: one policy for many."""
+    for p in (adapter(student.lm) or dict(student.named_parameters())).values():
+        p.requires_grad_(True)
     return sft(student, list(zip(prompts, speaker.speak(prompts, seed).texts)), steps, batch_size, learning_rate, seed, bar)
 
 
@@ -261,8 +271,54 @@ def naturalness(policy, rollout):
     """(B, 2): mean and least log-prob of each response's tokens under a frozen policy, in nats."""
     mask = rollout.response_mask
     rollout = replace(rollout, support=None)  # under the whole distribution, whatever filter it was sampled with
-    logprobs, _, _ = forward_rows(policy, rollout, [torch.arange(len(rollout))], with_values=False)
+    logprobs, _, _ = forward_rows(policy, rollout, torch.arange(len(rollout)).split(256), with_values=False)
     return torch.stack([(logprobs * mask).sum(1) / mask.sum(1), logprobs.masked_fill(~mask, 0).amin(1)], 1).cpu()
+
+
+# --- memory -----------------------------------------------------------------------------------------------------
+def player_memory(parameters, body, matrices, sides, layers, width, kv_width, vocabulary, rows, prompt_tokens, new_tokens, sampled_rows=256,
+                  bf16=False, lora=0, separate_critic=False, references=1, checkpointing=False, device="cpu", ranks=1):
+    """Bytes that one player takes, {what: bytes}, from numbers alone (`model_size` gives the first eight).
+
+    Exact: parameters (4 bytes a weight; 2 in LoRA's frozen matrices in bf16), optimizer (AdamW: 8 a trained weight), reference (4 a
+    weight that is the policy's own), gradients (4). They are divided among `ranks`. Estimates: activations = tokens of
+    `rows` longest rows x (input + output of every matrix, `sides` numbers) x 4 bytes (2.5 in bf16: the residual stream stays
+    fp32), with `checkpointing` a block's input for each block and one block's activations; probabilities and two chunks of logits
+    (kernel.py). bf16 copies = 2 a weight that is not kept in bf16.
+    Sampling, `sampled_rows` at a time = KV cache, one block's activations of the prompts, three times the next logits.
+    """
+    size, bodies, thin = 2 if bf16 else 4, 1 + separate_critic, lora * sides
+    trained = (bodies * thin if lora else parameters + separate_critic * body) + width + 1  # the last two: the value head
+    frozen = matrices * size + (parameters - matrices) * 4 if lora else 0
+    token = sides * (2.5 if bf16 else 4)
+    token = 4 * layers * width + token / layers if checkpointing else token
+    logits, length = rows * new_tokens * vocabulary, prompt_tokens + new_tokens
+    kept = 0 if device == "cuda" else min(logits * size, KEEP_BYTES)
+    return {"parameters": (4 * trained + frozen) / ranks, "optimizer": 8 * trained / ranks, "reference": references * 4 * ((thin or parameters) + width + 1) / ranks,
+            "gradients": 4 * trained / ranks, "activations": bodies * rows * length * token + kept + 2 * min(4 * logits, CHUNK_BYTES[device]),
+            "bf16 copies": bf16 * 2 * (parameters - matrices + thin if lora else parameters),
+            "sampling": sampled_rows * (length * 2 * layers * kv_width * size + prompt_tokens * sides / layers * size + 3 * 4 * vocabulary)}
+
+
+def memory_plan(players, others):
+    """(the plan as a table in MiB, bytes at the largest moment: what all hold, and one player that updates or samples).
+    players: {name: `player_memory`}; others: {what: bytes}."""
+    each = list(players.values())
+    held = sum(others.values()) + sum(p["parameters"] + p["optimizer"] + p["reference"] for p in each)
+    most = held + max(p["bf16 copies"] + max(p["gradients"] + p["activations"], p["sampling"]) for p in each)
+    rows = [(what, *(p[what] for p in each)) for what in each[0]] + list(others.items()) + [("largest moment", most)]
+    lines = [f"{what:<18}" + "".join(f"{n / 2**20:12.1f}" for n in numbers) for what, *numbers in rows]
+    return "\n".join(["memory plan, MiB  " + "".join(f"{name:>12}" for name in players), *lines]), most
+
+
+def peak_memory(device):
+    """Most bytes that this process has held at a time: of the GPU's memory or, on a CPU, of main memory (0 on Windows)."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(ImportError):
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return 0
 
 
 # --- the game -------------------------------------------------------------------------------------------------
@@ -330,7 +386,8 @@ class PolicyAverage:
     At most `capacity` of them are kept, a uniform sample of all (reservoir sampling, Vitter 1985).
     kind "weights": one policy whose weights are the mean of theirs: cheap, and an approximation only.
     kind "distill": holds one policy, trained elsewhere on the mixture's samples (see `distill`).
-    Members are language-model weights without critics, kept on the CPU.
+    Members are language-model weights without critics, kept on the CPU; with LoRA adapters only (whose mean is not
+    the mean of their products: one approximation more).
     """
 
     def __init__(self, kind="mixture", capacity=16, seed=0):
@@ -340,7 +397,9 @@ class PolicyAverage:
         self.members, self.count = [], 0  # list of {name: tensor}; how many policies were added
 
     def add(self, policy):
-        self.add_weights({k: v.detach().cpu().clone() for k, v in policy.lm.state_dict().items()})
+        weights = policy.lm.state_dict()
+        thin = {k: v for k, v in weights.items() if ".lora_" in k}
+        self.add_weights({k: v.detach().cpu().clone() for k, v in (thin or weights).items()})
 
     def add_weights(self, weights):
         """weights: {name: tensor} of one policy's language model, the average's from now on."""
@@ -359,12 +418,12 @@ class PolicyAverage:
     def policy(self, like, member=0):
         """A frozen policy with a member's weights; `like` gives architecture and tokenizer."""
         twin = frozen_copy(like)
-        twin.lm.load_state_dict(self.members[member])
+        twin.lm.load_state_dict(self.members[member], strict=not adapter(twin.lm))
         return twin
 
     def speaker(self, player):
         """Something that speaks like this average: (prompts, seed, temperature) -> Rollout."""
-        return Speaker([self.policy(player.policy, i) for i in range(len(self.members))], player)
+        return Speaker(Members(self, player.policy), player)
 
     def state_dict(self):
         return {f"{i}.{k}": v for i, member in enumerate(self.members) for k, v in member.items()}, {"count": self.count}
@@ -377,26 +436,37 @@ class PolicyAverage:
         self.members, self.count = [members[i] for i in sorted(members)], numbers["count"]
 
 
+class Members:
+    """The policies of an average, each made when it is asked for: one at a time is in memory."""
+
+    def __init__(self, average, like):
+        self.average, self.like = average, like
+
+    def __len__(self):
+        return len(self.average.members)
+
+    def __getitem__(self, i):
+        return self.average.policy(self.like, i)
+
+
 @dataclass
 class Speaker:
     """Several frozen policies that speak as one: each episode is given to one of them, drawn uniformly."""
 
-    policies: list
+    policies: list | Members
     player: Player
 
     def speak(self, prompts, seed, temperature=None):
         drawn = np.random.default_rng(seed).integers(len(self.policies), size=len(prompts))
         texts, prompt_ids, response_ids = [""] * len(prompts), [[]] * len(prompts), [[]] * len(prompts)
-        for member, policy in enumerate(self.policies):
+        for member in np.unique(drawn):
             rows = np.flatnonzero(drawn == member)
-            if not len(rows):
-                continue
             one = copy.copy(self.player)
-            one.policy = policy
+            one.policy = self.policies[member]
             rollout = one.speak([prompts[i] for i in rows], seed, temperature)
             for i, text, tokens, start, end in zip(rows, rollout.texts, rollout.tokens.tolist(), rollout.prompt_lengths, rollout.lengths):
                 texts[i], prompt_ids[i], response_ids[i] = text, tokens[:start], tokens[start:end]
-        return pack(self.policies[0], prompts, texts, prompt_ids, response_ids, self.player.temperature)
+        return pack(self.player.policy, prompts, texts, prompt_ids, response_ids, self.player.temperature)
 
 
 # --- the theory on tables: Algorithms 2 and 3 --------------------------------------------------------------------

@@ -33,13 +33,14 @@ import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from data import HUB_DATA, append_lines, fail, first_turn, hub_file, is_test, plain, read_rows, usable, write_json
 from diversity import Diversity, load_embedder, word_embedder
-from gpo import Player, PolicyAverage, Speaker, distill, evaluate, naturalness, play, ppo_update, sft
-from model import DTYPE_NAMES, DTYPES, Policy, best_dtype, demonstrations, frozen_copy, keep_freed_memory, load_policy, save_policy
+from gpo import Player, PolicyAverage, Speaker, distill, evaluate, memory_plan, naturalness, peak_memory, play, player_memory, ppo_update, sft
+from model import (DTYPE_NAMES, DTYPES, Policy, add_lora, best_dtype, checkpoint_blocks, demonstrations, fold_lora, keep_freed_memory,
+                   load_policy, load_weights, model_size, save_policy, save_weights)
 from report import draw_curves, model_card, summary_table, write_report
 from reward import JudgeError, call_judge, is_refusal, load_judge, train_judge
 
@@ -118,7 +119,9 @@ class Config:
     template: str | None = option(None, "how a seed is put to the attacker; {} is the seed; without {} the attacker is free")
     ppo_epochs: int = option(2, "passes over a batch")
     minibatches: int = option(2, "optimizer steps in a pass")
-    micro_batch: int = option(0, "rows per forward and backward; 0: the whole minibatch")
+    micro_batch: int = option(0, "rows per forward and backward, four times as many without gradients; 0: the whole minibatch")
+    gradient_checkpointing: bool = option(False, "keep only the blocks' inputs for the backward: less memory, a third more time")
+    lora: int = option(0, "rank of LoRA adapters (needs peft): they alone are trained, averaged and saved; the reference is the base; 0: all weights")
     dtype: str | None = option(None, "compute dtype: fp32, bf16 (weights stay fp32), or auto: bf16 where the processor has it")
     device: str = option("auto", "auto, cpu or cuda")
     seed: int = option(0, "of everything random")
@@ -251,11 +254,10 @@ class Run:
         self.diversity = Diversity(tuple(config.diversity_terms.split(",")), world.embedder, config.history)
         kinds = [kind for kind in config.average.split(",") if kind in ("mixture", "weights")]
         self.averages = {name: {kind: PolicyAverage(kind, config.average_size, config.seed) for kind in kinds} for name in players}
-        self.first_attacker = Speaker([frozen_copy(world.attacker)], players["attacker"])
-        self.first_defender = Speaker([frozen_copy(world.defender)], players["defender"])
+        self.first_attacker, self.first_defender = (Speaker([players[name].reference], players[name]) for name in ("attacker", "defender"))
         self.guard, self.mixtures = self.natural_bounds(), {}
         self.attack_seeds = draw(world.seeds, 300, np.random.default_rng(config.seed))  # the attacker's part of the table
-        self.bar = None
+        self.bar, self.planned, self.resident = None, 0, 0  # bytes: of the memory plan; held before the models were made
 
     def opponent(self, name):
         """The frozen player that the mover meets: its last policy or, with `--opponent mixture`, that of all rounds so far."""
@@ -345,8 +347,8 @@ class Run:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, player in self.players.items():
-            save_model(player.policy, str(temporary / f"{name}.safetensors"))
-            save_model(player.reference, str(temporary / f"{name}_reference.safetensors"))
+            save_weights(player.policy, temporary / f"{name}.safetensors")
+            save_weights(player.reference, temporary / f"{name}_reference.safetensors")
             moments = {f"{i}.{k}": v for i, state in player.optimizer.state_dict()["state"].items() for k, v in state.items()}
             save_file(moments, temporary / f"{name}_optimizer.safetensors")
         self.save_averages(temporary)
@@ -381,8 +383,10 @@ class Run:
         self.once = dict.fromkeys(state["once"])
         self.diversity.load_state_dict(state["diversity"])
         for name, player in self.players.items():
-            load_model(player.policy, str(folder / f"{name}.safetensors"))
-            load_model(player.reference, str(folder / f"{name}_reference.safetensors"))
+            load_weights(player.policy, folder / f"{name}.safetensors")
+            if self.config.kl_anchor == "previous":
+                player.anchor()  # the first reference stays what it is: `first_attacker` and `first_defender` speak with it
+            load_weights(player.reference, folder / f"{name}_reference.safetensors")
             moments, per_parameter = load_file(folder / f"{name}_optimizer.safetensors"), {}
             for key, tensor in moments.items():
                 index, part = key.split(".")
@@ -406,7 +410,9 @@ class Run:
             self.save_averages(self.folder / "average")
         for name, player in self.players.items():
             save_policy(player.policy, self.folder / name, model_card(name, self.config, rows["after"]))
-        write_json(self.folder / "summary.json", {**rows, "seconds": seconds, "config": asdict(self.config)})
+        memory = {"plan_mib": self.planned / 2**20, "used_mib": (peak_memory(self.config.device) - self.resident) / 2**20}
+        print(f"memory: {memory['plan_mib']:.0f} MiB planned, {memory['used_mib']:.0f} MiB used at the peak")
+        write_json(self.folder / "summary.json", {**rows, "seconds": seconds, "memory": memory, "config": asdict(self.config)})
         examples = self.examples()
         draw_curves(self.folder, rows)
         write_report(self.folder, rows, examples)
@@ -420,7 +426,7 @@ class Run:
         for name, player in self.players.items():
             student, speaker = self.averages[name]["weights"].policy(player.policy), self.averages[name]["mixture"].speaker(player)
             with bar(f"distilling the {name}", c.sft_steps // 2) as progress:
-                distill(speaker, student.requires_grad_(True), heard[name], c.sft_steps // 2, 64, SFT_RATE * player.learning_rate, c.seed, progress)
+                distill(speaker, student, heard[name], c.sft_steps // 2, 64, SFT_RATE * player.learning_rate, c.seed, progress)
             self.averages[name]["distill"] = PolicyAverage("distill")
             self.averages[name]["distill"].add(student)
 
@@ -468,7 +474,8 @@ def toy_world(config, start=None):
         check_room(name, policies[name], game.fixed_prompts, new_tokens)
     for i, (name, pairs) in enumerate(samples.items() if not (start or config.dry_run) else []):
         with bar(f"SFT of the {name}", config.sft_steps) as progress:
-            sft(policies[name], pairs, config.sft_steps, 64, 3e-3, [config.seed, i], progress)
+            sft(policies[name], pairs, config.sft_steps, 64, 3e-3, [config.seed, i], progress, config.micro_batch)
+    policies = {name: slim(policy, config) for name, policy in policies.items()}  # only now: fresh models must learn with all of their weights
     if "chosen" not in known and config.dry_run:
         known["chosen"] = train_judge(toy_classifier(tokenizer).to(config.device), tokenizer, [], 0)
     elif "chosen" not in known:
@@ -497,7 +504,7 @@ def own_world(config, start=None):
     data = {flag: (name, read_rows(getattr(config, flag) or hub_file(flag))) for flag, name in names.items() if name}
     judge, held_out = (named(flag, load_judge, getattr(config, flag), config.unsafe_label, (), config.device) for flag in ("judge", "held_out_judge"))
     embedder = word_embedder if config.embedder == "words" else load_embedder(config.embedder, config.device)
-    policies = {name: named(name, load_policy, start / name if start else getattr(config, name), config.critic, DTYPES[config.dtype], config.device)
+    policies = {name: slim(named(name, load_policy, start / name if start else getattr(config, name), config.critic, DTYPES[config.dtype], config.device), config)
                 for name in ("attacker", "defender")}
     if start:  # a resumed run goes on with its own prompts, whatever has become of the files
         saved = json.loads((start / "prompts.json").read_text(encoding="utf-8"))
@@ -517,7 +524,8 @@ def own_world(config, start=None):
             if pairs_of:
                 with bar(f"SFT of the {name}", config.sft_steps) as progress:
                     rate = config.learning_rate if name == "defender" else config.attacker_learning_rate
-                    sft(policies[name], pairs_of, config.sft_steps, config.batch_size, SFT_RATE * rate, [config.seed, i], progress)
+                    sft(policies[name], pairs_of, config.sft_steps, config.batch_size, SFT_RATE * rate, [config.seed, i], progress, config.micro_batch)
+                fold_lora(policies[name], config.seed)
     refused = lambda responses: [float(is_refusal(r)) for r in responses]
     return World(
         policies["attacker"], policies["defender"], seeds=seeds, test_prompts=test, benign_prompts=benign,
@@ -623,6 +631,34 @@ def show_prompts(config, world, n=3):
             show(judge.tokenizer, seen[0][0].tolist())
 
 
+def slim(policy, config):
+    if config.lora:
+        add_lora(policy, config.lora, config.seed)
+    if config.gradient_checkpointing:
+        checkpoint_blocks(policy)
+    return policy
+
+
+def plan_memory(config, world, players):
+    """Print what the game will need beside its data (the warm start before it is not counted); returns its largest moment in bytes."""
+    plan, references = {}, 1 + (config.kl_anchor == "previous")  # the first policies, and those of the last round
+    for name, player in players.items():
+        prompts = [config.template.format(s) for s in world.seeds] if name == "attacker" else world.seeds + world.test_prompts
+        plan[name] = player_memory(
+            **model_size(player.policy.lm), rows=config.micro_batch or -(-config.batch_size // config.minibatches),
+            prompt_tokens=max(map(len, player.policy.encode(prompts))), new_tokens=player.max_new_tokens, sampled_rows=4 * config.micro_batch or 256,
+            bf16=config.dtype == "bf16", lora=config.lora, separate_critic=config.critic == "separate",
+            references=references, checkpointing=config.gradient_checkpointing, device=config.device.split(":")[0])
+    models = {"judge": world.judge, "held-out judge": world.held_out_judge, "embedder": world.embedder}
+    others = {what: sum(p.numel() * p.element_size() for p in f.model.parameters()) for what, f in models.items() if hasattr(getattr(f, "model", 0), "parameters")}
+    if config.device == "cpu":  # else they are in main memory
+        kept = ("mixture" in config.average) * min(config.average_size, config.rounds) + ("weights" in config.average)
+        others["averages"] = kept * sum(p["reference"] for p in plan.values()) / references
+    table, most = memory_plan(plan, others)
+    print(table)
+    return most
+
+
 def make_players(config, world):
     """Both players, each with its own critic, reference and optimizer."""
     shared = dict(epochs=config.ppo_epochs, minibatches=config.minibatches, micro_batch=config.micro_batch,
@@ -694,7 +730,7 @@ def resolve(config):
         raise ValueError(f"--opponent mixture needs --average mixture, got {config.average!r}")
     at_least_1 = "rounds judge_steps batch_size minibatches ppo_epochs attack_tokens response_tokens eval_prompts save_every average_size"
     at_least_0 = ("defender_steps attacker_steps sft_steps micro_batch top_k seed kl_coef attacker_kl_coef entropy_coef ptx_coef "
-                  "diversity restart replay mine history guard")
+                  "diversity restart replay mine history guard lora")
     least = {**dict.fromkeys(at_least_1.split(), 1), **dict.fromkeys(at_least_0.split(), 0)}
     for name, bound in least.items():
         if not bound <= getattr(config, name) < float("inf"):
@@ -740,15 +776,18 @@ def main(argv):
     clock, config = time.time(), parse(argv)
     try:
         config = resolve(config)
+        resident = peak_memory(config.device)
         folder = Path(config.out)
         start = folder / "checkpoints" / "start"
         source = start if start.exists() or not config.start else Path(config.start) / "checkpoints" / "start"
         world = (own_world if config.attacker else toy_world)(config, source if source.exists() else None)
+        players = make_players(config, world)
+        planned = plan_memory(config, world, players)
         if config.dry_run:
             show_prompts(config, world)
-            return  # the memory plan goes before this line
-        players = make_players(config, world)
+            return
         run = Run(config, folder, world, players)
+        run.planned, run.resident = planned, resident
         try:
             run.load()
         except Exception as error:
