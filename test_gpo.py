@@ -43,7 +43,8 @@ from data import first_turn, is_test, read_rows, usable
 from diversity import Diversity, NgramTable, cosine_to_history, load_embedder, self_bleu, set_similarity, word_embedder
 from gpo import Player, PolicyAverage, Speaker, gae, nash_gap, play, policy_loss, ppo_update, solve_matrix_game, token_rewards, value_loss, whiten
 from kernel import linear_logprob, linear_logprob_reference
-from model import Policy, best_dtype, demonstrations, frozen_copy, generate, load_policy, logprobs_and_values, pack, save_policy
+from model import (Policy, add_lora, best_dtype, checkpoint_blocks, demonstrations, frozen_copy, generate, load_policy, logprobs_and_values, model_size, pack,
+                   save_policy)
 from reward import JudgeError, calibration, call_judge, classifier_logits, decided, load_judge, rule_judge, train_judge, unsafe_share
 from toy import ToyGame
 
@@ -701,6 +702,181 @@ def test_sft_learns_its_pairs():
     pairs = [("a b", "yes"), ("c d", "no")]
     gpo.sft(policy, pairs, 150, 8, 1e-2, 0)
     assert generate(policy, ["a b", "c d"], 4, temperature=0).texts == ["yes", "no"]
+
+
+# --- memory: LoRA, gradient checkpointing, the plan ----------------------------------------------------------------
+def lora_player(rank=4, name="defender", seed=0, critic="shared", dtype=torch.float32, **kwargs):
+    tokenizer = tiny_tokenizer()
+    policy = Policy(tiny_lm(tokenizer, seed), tokenizer, critic, dtype)
+    add_lora(policy, rank)
+    return Player(name, policy, 6, **{"learning_rate": 1e-2, **kwargs})
+
+
+SIDES = 2 * (32 + 96 + 32 + 32 + 32 + 128 + 128 + 32)  # rows and columns of tiny_lm's matrices: attention in and out, MLP in and out, two layers
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_lora_the_reference_is_the_base_and_nothing_but_adapters_and_value_head_learns(critic, dtype):
+    player, base = lora_player(critic=critic, dtype=dtype, epochs=1, minibatches=1), tiny_policy()
+    base.compute_dtype = dtype
+    base.lm.set_attn_implementation(player.policy.lm.config._attn_implementation)
+    before = {name: p.detach().clone() for name, p in player.policy.named_parameters()}
+    metrics = ppo_update(player, player.speak(PROMPTS, 0), np.arange(8.0), 0)
+    assert metrics["defender/policy/ratio"] == pytest.approx(1, abs=1e-6) and metrics["defender/policy/approxkl"] == metrics["defender/objective/kl"] == 0
+    for step in (1, 2):  # a separate critic moves its B in the second update, when the value head is no longer zero, and then its A
+        assert ppo_update(player, player.speak(PROMPTS, step), np.arange(8.0), step)["defender/objective/kl"] != 0
+    moved = {name for name, p in player.policy.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if "lora_" in name or "value_head" in name}
+    learning = sum(p.numel() for name, p in player.policy.named_parameters() if name in moved)
+    assert learning == (2 if critic == "separate" else 1) * 4 * SIDES + 33
+    assert sum(state["exp_avg"].numel() for state in player.optimizer.state.values()) == learning
+    rollout = rollout_of(base)
+    assert torch.equal(logprobs_and_values(player.reference, rollout)[0], logprobs_and_values(base, rollout)[0])  # the very same bits, in bf16 too
+    pointers = {p.data_ptr() for p in player.policy.lm.parameters()}
+    assert sum(p.numel() for p in player.reference.lm.parameters() if p.data_ptr() not in pointers) == 4 * SIDES  # no second base
+    player.anchor()  # --kl_anchor previous
+    assert torch.equal(logprobs_and_values(player.reference, rollout)[0], logprobs_and_values(player.policy, rollout)[0])
+
+
+def test_the_saved_player_is_the_base_plus_twice_the_product_of_the_thin_matrices(tmp_path):
+    from peft import PeftModel
+    player = lora_player(critic="separate")
+    base, rollout = tiny_policy().lm, rollout_of(player.policy)
+    for step in range(2):
+        ppo_update(player, player.speak(PROMPTS, step), np.arange(8.0), step)
+    save_policy(player.policy, tmp_path)
+    plain, p = AutoModelForCausalLM.from_pretrained(tmp_path), dict(player.policy.lm.named_parameters())
+    for name, w in base.named_parameters():
+        key = "transformer." + name.removeprefix("transformer.").removesuffix(".weight")
+        thin = [p.get(f"{key}.lora_{side}.default.weight") for side in "AB"]
+        expected = w if thin[0] is None else w + 2 * (thin[1] @ thin[0]).T  # GPT-2 stores its matrices the other way round
+        assert torch.allclose(plain.get_parameter(name), expected, atol=1e-6), name
+        assert thin[0] is None or not torch.equal(plain.get_parameter(name), w)
+    loaded = load_policy(tmp_path, "separate")
+    for ours, theirs in zip(logprobs_and_values(player.policy, rollout), logprobs_and_values(loaded, rollout)):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+    base.save_pretrained(tmp_path / "base")
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")  # as anybody else would
+    assert torch.allclose(theirs(rollout.tokens).logits, player.policy.lm(rollout.tokens).logits, atol=1e-4)
+
+
+def test_a_mixture_of_100_lora_policies_costs_megabytes_and_speaks_like_each_of_them():
+    player, average, said = lora_player(), PolicyAverage("mixture", capacity=100), []
+    for step in range(100):
+        with torch.no_grad():
+            for name, p in player.policy.lm.named_parameters():
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(step)) * 0.3) if "lora_B" in name else None
+        average.add(player.policy)
+        said.append(player.speak(PROMPTS[:2], 0, temperature=0).texts if step % 33 == 0 else None)
+    assert sum(v.numel() * v.element_size() for member in average.members for v in member.values()) == 100 * 4 * SIDES * 4  # 1.6 MB; rank 4, fp32
+    speaker = average.speaker(player)
+    for member, texts in enumerate(said):
+        assert texts is None or Speaker([speaker.policies[member]], player).speak(PROMPTS[:2], 0, temperature=0).texts == texts
+    assert len({str(texts) for texts in said if texts}) > 1
+
+
+def test_a_folded_adapter_is_the_new_base_and_a_distilled_student_leaves_its_teachers_base_alone():
+    player = lora_player()
+    gpo.sft(player.policy, [("a b", "yes"), ("c d", "no")], 100, 8, 1e-2, 0, micro_batch=3)
+    rollout = rollout_of(player.policy)
+    learned = logprobs_and_values(player.policy, rollout)[0]
+    model.fold_lora(player.policy)
+    assert all((p == 0).all() for name, p in player.policy.lm.named_parameters() if "lora_B" in name)
+    assert torch.allclose(logprobs_and_values(player.policy, rollout)[0], learned, atol=1e-4)
+    assert generate(player.policy, ["a b", "c d"], 4, temperature=0).texts == ["yes", "no"]
+    player.anchor()
+    student, before = frozen_copy(player.policy), bytes_of(player.policy)
+    gpo.distill(player, student, PROMPTS, 3, 8, 1e-2, 0)
+    assert bytes_of(player.policy) == before and bytes_of(student.lm) != bytes_of(player.policy.lm)
+
+
+def test_lora_without_peft_says_what_to_install(own, monkeypatch, capsys):
+    monkeypatch.chdir(own)
+    monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*OWN, *SMALL, "--lora", "4", "--out", "never"])
+    assert stopped.value.code == 2 and "error: --lora needs the package peft, which is not installed; pip install peft" in capsys.readouterr().err
+    assert not (own / "never").exists()
+
+
+@pytest.mark.parametrize("rank, critic", [(0, "separate"), (4, "shared")])
+def test_gradient_checkpointing_computes_blocks_again_and_gives_the_same_gradients_in_less_memory(rank, critic):
+    def gradients(checkpointing):
+        tokenizer, calls, saved = tiny_tokenizer(), [], []
+        policy = Policy(tiny_lm(tokenizer, dropout=0.5), tokenizer, critic)
+        if rank:
+            add_lora(policy, rank)
+        if checkpointing:
+            checkpoint_blocks(policy)
+        policy.lm.transformer.h[0].mlp.register_forward_pre_hook(lambda *a: calls.append(1))
+        torch.nn.init.ones_(policy.value_head.weight)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
+            logprobs, values, _ = logprobs_and_values(policy, rollout_of(policy))
+        forward = sum(saved)
+        (logprobs.sum() + values.sum()).backward()
+        tokens = generate(policy, PROMPTS, 6, seed=0).tokens
+        grads = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+        twin = frozen_copy(policy)
+        with torch.no_grad():
+            policy.lm.transformer.h[0].ln_1.weight.zero_()
+        assert torch.equal(logprobs_and_values(twin, rollout_of(policy))[0], logprobs) or rank  # a copy computes with its own blocks
+        return grads, len(calls), forward, tokens
+
+    plain, again = gradients(False), gradients(True)
+    assert plain[0].keys() == again[0].keys() and any(g.abs().max() > 1e-3 for g in plain[0].values())
+    assert all(torch.allclose(g, again[0][name], atol=1e-6, rtol=1e-5) for name, g in plain[0].items())
+    assert again[1] == plain[1] + 1 and again[2] < plain[2] / 2 and torch.equal(plain[3], again[3])
+
+
+def test_micro_batch_bounds_the_rows_of_sampling_and_of_the_warm_start(monkeypatch):
+    player, rows, results = tiny_player(micro_batch=1), [], []
+    real = model._decode
+    monkeypatch.setattr(model, "_decode", lambda policy, lm, ids, *a: (rows.append(len(ids)), real(policy, lm, ids, *a))[1])
+    player.speak(PROMPTS, 0)
+    assert rows == [4, 4]  # no gradients: four times as many
+    for micro_batch in (0, 3):
+        policy, groups = tiny_policy(), []
+        with monkeypatch.context() as patch:
+            patch.setattr(gpo, "supervised_loss", lambda p, part, real=gpo.supervised_loss: (groups.append(len(part)), real(p, part))[1])
+            gpo.sft(policy, [("a b", "yes"), ("c d", "no no no"), ("e", "x y")], 3, 8, 1e-3, 0, micro_batch=micro_batch)
+        results.append(policy)
+        assert groups == ([8] if micro_batch == 0 else [3, 3, 2]) * 3
+    assert all(torch.allclose(p, q, atol=1e-5) for p, q in zip(*(policy.parameters() for policy in results)))
+
+
+@pytest.mark.parametrize("lora, critic, dtype, references", [
+    (0, "shared", torch.float32, 1), (0, "separate", torch.bfloat16, 2), (4, "shared", torch.bfloat16, 1), (4, "separate", torch.float32, 1)])
+def test_the_memory_plan_counts_the_bytes_that_are_there(lora, critic, dtype, references):
+    player = lora_player(lora, critic=critic, dtype=dtype) if lora else Player("defender", Policy(tiny_lm(tiny_tokenizer()), tiny_tokenizer(), critic, dtype), 6)
+    size, counted = model_size(player.policy.lm), {}
+    plan = gpo.player_memory(**size, rows=4, prompt_tokens=8, new_tokens=6, bf16=dtype == torch.bfloat16, lora=lora, separate_critic=critic == "separate",
+                             references=references)
+    held = lambda tensors: sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in tensors}.values())
+    player.optimizer.step = lambda real=player.optimizer.step: (counted.update(gradients=held(p.grad for p in player.policy.parameters() if p.grad is not None)), real())
+    ppo_update(player, player.speak(PROMPTS, 0), np.arange(8.0), 0)
+    counted["parameters"] = held(player.policy.parameters())
+    counted["reference"] = references * (held([*player.policy.parameters(), *player.reference.parameters()]) - counted["parameters"])
+    counted["optimizer"] = held(state[k] for state in player.optimizer.state.values() for k in ("exp_avg", "exp_avg_sq"))
+    assert counted == {what: plan[what] for what in counted}
+    table, most = gpo.memory_plan({"attacker": plan, "defender": plan}, {"judge": 2**20})
+    assert most == 2**20 + 2 * sum(counted[k] for k in ("parameters", "optimizer", "reference")) + plan["bf16 copies"] + max(
+        counted["gradients"] + plan["activations"], plan["sampling"])
+    assert table.splitlines()[1].split() == ["parameters", *[f"{counted['parameters'] / 2**20:.1f}"] * 2] and table.splitlines()[-2].split() == ["judge", "1.0"]
+
+
+def test_the_memory_plan_knows_models_that_are_not_loaded():
+    with torch.device("meta"):
+        size = model_size(LlamaForCausalLM(LlamaConfig()))  # the defaults are Llama 2 7B
+    assert size["parameters"] == 6_738_415_616 and 8 * size["sides"] == 19_988_480  # published; peft's own count at rank 8, all-linear
+    assert (size["layers"], size["width"], size["kv_width"], size["vocabulary"]) == (32, 4096, 4096, 32000)
+    plan = lambda **kwargs: gpo.player_memory(**size, rows=1, prompt_tokens=0, new_tokens=1, sampled_rows=1, bf16=True, device="cuda", **kwargs)
+    assert plan(ranks=8)["optimizer"] == 8 * (6_738_415_616 + 4097) / 8  # AdamW keeps 8 bytes a trained weight, here over 8 ranks
+    assert plan(lora=8)["optimizer"] == 8 * (19_988_480 + 4097)
+    matrices = 6_738_415_616 - 2 * 32000 * 4096 - (2 * 32 + 1) * 4096  # all but embedding, head and norms
+    assert plan(lora=8)["parameters"] == 2 * matrices + 4 * (6_738_415_616 - matrices) + 4 * (19_988_480 + 4097)
+    assert plan()["sampling"] == 32 * 2 * 4096 * 2 + 3 * 4 * 32000  # no prompt: keys and values of one token in bf16; three times the logits
+    assert plan(checkpointing=True)["activations"] < plan()["activations"] / 4
 
 
 # --- saving and loading (point 17) --------------------------------------------------------------------------------
@@ -2133,11 +2309,65 @@ def test_exchanges_that_the_judge_leaves_open_are_reported_and_in_no_update(own)
     assert json.loads((own / "open" / "summary.json").read_text())["after"]["undecided"] == 1 and "undecided" in done.stdout
 
 
+def test_a_lora_run_killed_and_resumed_ends_like_one_that_was_not_and_eval_repeats_its_numbers(own, monkeypatch):
+    monkeypatch.chdir(own)
+    flags = [*OWN, *SMALL, *"--lora 4 --gradient_checkpointing --critic separate --kl_anchor previous --restart 1 --rounds 2 --defender_steps 2".split(),
+             *"--save_every 1 --eval_prompts 6 --embedder words --guard 0 --average mixture --learning_rate 1e-3 --attacker_learning_rate 1e-3 --dtype bf16".split()]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in `program`
+    train.main([*flags, "--out", "whole"])
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "save", lambda run, real=train.Run.save: (real(run), sys.exit(9) if run.step == 3 else None))
+        with pytest.raises(SystemExit):
+            train.main([*flags, "--out", "half"])
+    saved = load_file("half/checkpoints/step_000004/defender.safetensors")
+    assert all("lora_" in name or "value_head" in name for name in saved) and any(v.any() for name, v in saved.items() if "lora_B" in name)
+    train.main(["--resume", "half"])
+    torch.set_num_threads(threads)
+    for name in [f"{role}/{file}" for role in ("attacker", "defender") for file in ("model.safetensors", "critic.safetensors", "adapter/adapter_model.safetensors")] + [
+            "games.jsonl", "average/defender_mixture.safetensors"]:
+        assert Path("half", name).read_bytes() == Path("whole", name).read_bytes(), name
+    for role in ("attacker", "defender"):
+        start, end = (AutoModelForCausalLM.from_pretrained(Path("whole", place, role)) for place in ("checkpoints/start", "."))
+        given = AutoModelForCausalLM.from_pretrained(role)
+        differ = lambda a, b: {name for name, p in a.named_parameters() if not torch.allclose(p, b.get_parameter(name), atol=1e-3 * p.abs().max().item())}
+        assert differ(start, end) and all("attn" in name or "mlp" in name for name in differ(start, end) | differ(given, start))
+        assert not torch.equal(given.transformer.h[0].mlp.c_fc.weight.bfloat16(), start.transformer.h[0].mlp.c_fc.weight.bfloat16())  # the warm start
+    assert all("lora_" in name for name in load_file("whole/average/defender_mixture.safetensors"))
+    run, lines = evaluation.FinishedRun("whole"), [json.loads(line) for line in Path("whole/games.jsonl").read_text().splitlines()]
+    probes = [line for line in lines if line["role"] == "probe"][-3:]  # what the last defender answered in the run
+    assert run.end["defender"].speak([p["attack"] for p in probes], 0, temperature=0).texts == [p["response"] for p in probes]
+    rollout = pack(run.end["defender"].policy, ["x"], ["y"], [[3, 4, 5]], [[6, 7, 8]])
+    last = run.averages()["mixture"]["defender"].policies[1]
+    assert torch.equal(*(logprobs_and_values(policy, rollout)[0] for policy in (last, run.end["defender"].policy)))
+
+
+MEMORY = """import sys, numpy as np, gpo, model, peft, toy
+from transformers import GPT2Config, GPT2LMHeadModel
+lora, resident = int(sys.argv[1]), gpo.peak_memory("cpu")
+def player(name):
+    lm = GPT2LMHeadModel(GPT2Config(vocab_size=12000, n_positions=64, n_embd=512, n_layer=2, n_head=4, eos_token_id=0, bos_token_id=0))
+    policy = model.Policy(lm, toy.ToyGame(0).tokenizer())
+    if lora: model.add_lora(policy, lora)
+    return gpo.Player(name, policy, 16)
+players = [player("attacker"), player("defender")]
+plan = {p.name: gpo.player_memory(**model.model_size(p.policy.lm), rows=16, prompt_tokens=22, new_tokens=16, sampled_rows=32, lora=lora) for p in players}
+for p in players: gpo.ppo_update(p, p.speak(["how do i open the door " * 3] * 32, 0), np.arange(32.0), 0)
+print(gpo.memory_plan(plan, {})[1] / (gpo.peak_memory("cpu") - resident))"""
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="looks at main memory")
+@pytest.mark.parametrize("lora", [0, 8])
+def test_the_memory_plan_is_within_a_factor_of_two_of_what_was_used(lora):
+    assert 0.5 < float(program("-c", MEMORY, lora).stdout.split()[-1]) < 2  # 12 million weights: large enough for Python's own megabytes not to matter
+
+
 BAD = Path("bad")
 WRONG = {
     "an unknown flag": (["--attaker", "x"], "--attaker"),
     "an unknown method": (["--method", "dpo"], "--method must be one of gpo, rlhf"),
     "an impossible number": (["--rounds", "0"], "--rounds must be a finite number of at least 1, got 0"),
+    "a negative rank": (["--lora", "-1"], "--lora must be a finite number of at least 0, got -1"),
     "a learning rate of nan": (["--learning_rate", "nan"], "--learning_rate must be a finite number above 0, got nan"),
     "text for a number": (["--rounds", "many"], "invalid int value"),
     "one player alone": (["--attacker", "attacker"], "pass both"),
@@ -2230,7 +2460,7 @@ def test_wrong_input_gets_one_line_exit_status_2_and_leaves_nothing(bad, name, m
 @pytest.mark.parametrize("what, error, status, message", [
     ("own_world", KeyboardInterrupt(), 130, "interrupted before the game began"), ("train", KeyboardInterrupt(), 130, "--resume stopped"),
     ("train", JudgeError("a score of 2"), 2, "error: a score of 2; the run can go on with --resume stopped"),
-    ("save_model", SafetensorError("No space left on device"), 2, "error: No space left on device; the run can go on with --resume stopped")])
+    ("save_weights", SafetensorError("No space left on device"), 2, "error: No space left on device; the run can go on with --resume stopped")])
 def test_a_run_that_is_stopped_says_in_one_line_how_to_go_on(own, monkeypatch, capsys, what, error, status, message):
     def stop(*args):
         raise error
