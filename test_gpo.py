@@ -2292,7 +2292,7 @@ def test_a_dry_run_of_the_embedded_game_trains_nothing(tmp_path, monkeypatch, ca
     train.main(["--dry_run", "--sft_steps", "9"])
     out, err = capsys.readouterr()
     assert [line.split(" reads")[0] for line in out.splitlines() if " reads" in line] == ["the attacker", "the defender", "the judge", "the held-out judge"]
-    assert out.count(" tokens  ") == 9 and not err and not list(tmp_path.iterdir())
+    assert out.count(" tokens  ") == 9 and out.startswith("memory plan, MiB") and not err and not list(tmp_path.iterdir())
 
 
 def test_exchanges_that_the_judge_leaves_open_are_reported_and_in_no_update(own):
