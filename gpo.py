@@ -21,10 +21,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from diversity import set_similarity
 from kernel import CHUNK_BYTES, KEEP_BYTES
-from model import Policy, Rollout, adapter, demonstrations, frozen_copy, generate, logprobs_and_values, pack
+from model import (Policy, Rollout, adapter, all_sum, data_parallel, demonstrations, frozen_copy, generate, load_whole, logprobs_and_values, on_first, pack, rank,
+                   share, whole, with_idle_row, world_size)
 from reward import call_judge, decided, unsafe_share
 
 
@@ -80,7 +82,7 @@ def value_loss(values, old_values, returns, mask, clip, n_tokens):
 def supervised_loss(policy, demos):
     """Mean negative log-likelihood per response token of a Rollout of demonstrations."""
     logprobs, _, _ = logprobs_and_values(policy, demos, with_values=False)
-    return -masked_mean(logprobs, demos.response_mask)
+    return -(logprobs * demos.response_mask).sum() / demos.response_mask.sum().clamp(min=1)
 
 
 # --- players ------------------------------------------------------------------------------------------------
@@ -107,11 +109,13 @@ class Player:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    trained: torch.nn.Module = field(init=False)  # the policy, or the policy in DDP
     reference: Policy = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
     skipped_steps: int = 0  # optimizer steps not taken because the gradient was not finite
 
     def __post_init__(self):
+        self.trained = data_parallel(self.policy)
         self.anchor()
         self.new_optimizer()
 
@@ -138,61 +142,64 @@ def ppo_update(player, rollout, scores, seed, demos=None, ptx_coef=0.0):
     """One PPO update of a player on its own rollout; returns its metrics as a dict of floats.
 
     scores (B,): one number for each response. demos: a Rollout of demonstrations whose likelihood is kept up
-    during the update with weight ptx_coef (PPO-ptx, Ouyang et al., 2022).
+    during the update with weight ptx_coef (PPO-ptx, Ouyang et al., 2022). With several processes all pass the same
+    arguments; each forwards its share of every minibatch, and whitening, token counts and metrics are of the whole.
     """
-    policy, mask = player.policy, rollout.response_mask  # (B, T), True on sampled tokens
+    B, N, D = len(rollout), world_size(), len(demos) if demos is not None else 0
+    rollout, demos = with_idle_row(rollout), demos and with_idle_row(demos)
+    policy, mask = player.policy, rollout.response_mask  # (B, T), True on sampled tokens; with an idle row, from here on, (B + 1, T)
     generator = torch.Generator().manual_seed(seed)
-    B = len(rollout)
 
     # 1. Which rows are forwarded together. Old log-probs come from the very batches of the first epoch:
     #    the same shapes give the same bits, so the ratio before the first step is exactly 1.
-    epochs = [[split_rows(rows, player.micro_batch) for rows in torch.randperm(B, generator=generator).tensor_split(min(player.minibatches, B))]
-              for _ in range(player.epochs)]
-    old_logprobs, values, entropy = forward_rows(policy, rollout, sum(epochs[0], []))
-    by_length = split_rows(rollout.lengths.argsort(stable=True), 4 * player.micro_batch or 32)  # no gradients: larger groups, little padding
+    epochs = [torch.randperm(B, generator=generator).tensor_split(min(player.minibatches, B)) for _ in range(player.epochs)]
+    split = lambda rows, idle=B: split_rows(share(rows, idle), player.micro_batch)
+    old_logprobs, values, entropy = forward_rows(policy, rollout, sum(map(split, epochs[0]), []))
+    by_length = split_rows(share(rollout.lengths[:B].argsort(stable=True), B), 4 * player.micro_batch or 32)  # no gradients: larger groups, little padding
     ref_logprobs, _, _ = forward_rows(player.reference, rollout, by_length, with_values=False)
 
     # 2. Scores -> token rewards -> advantages and returns, whitened over the whole rollout.
     scores = torch.as_tensor(scores, dtype=torch.float32, device=policy.device)
-    penalised = scores - player.missing_eos_penalty * ~rollout.ended
+    penalised = F.pad(scores, (0, len(rollout) - B)) - player.missing_eos_penalty * ~rollout.ended
     rewards = token_rewards(penalised, old_logprobs, ref_logprobs, mask, player.kl_coef)
     advantages, returns = gae(rewards, values, mask, player.gamma, player.lam)
     advantages = whiten(advantages, mask)
 
-    # 3. Minibatch steps.
+    # 3. Minibatch steps. A process's losses are its shares of sums over all rows; the factor N is there because DDP and FSDP take means.
     stats = []
     for e, minibatches in enumerate(epochs):
-        for m, micro_batches in enumerate(minibatches):
-            n_tokens = mask[torch.cat(micro_batches)].sum()
+        for m, minibatch in enumerate(minibatches):
+            if demos is not None and ptx_coef > 0:
+                demo_rows = torch.arange(D).tensor_split(player.minibatches)[m]
+                n_demo_tokens = demos.response_mask[demo_rows].sum()
+                for rows in split(demo_rows, D) if len(demo_rows) else []:
+                    part = demos.select(rows)
+                    (N * ptx_coef * supervised_loss(policy, part) * part.response_mask.sum() / n_demo_tokens).backward()
+            n_tokens, micro_batches = mask[minibatch].sum(), split(minibatch)
             step_stats = 0
-            for rows in micro_batches:
+            for i, rows in enumerate(micro_batches):
                 part, T = rollout.select(rows), int(rollout.lengths[rows].max())
                 cut = lambda x: x[rows, :T]
-                new_logprobs, new_values, new_entropy = logprobs_and_values(policy, part, entropy_grad=player.entropy_coef > 0)
+                module = player.trained if i + 1 == len(micro_batches) else policy  # DDP adds up once a step, in the last backward
+                new_logprobs, new_values, new_entropy = logprobs_and_values(module, part, entropy_grad=player.entropy_coef > 0)
                 loss_p = policy_loss(new_logprobs, cut(old_logprobs), cut(advantages), cut(mask), player.clip, n_tokens)
                 loss_v = value_loss(new_values, cut(values), cut(returns), cut(mask), player.value_clip, n_tokens)
                 loss_h = -(new_entropy * cut(mask)).sum() / n_tokens  # Eq. (3.7): mu also maximises its entropy
-                (loss_p + player.value_coef * loss_v + player.entropy_coef * loss_h).backward()
+                (N * (loss_p + player.value_coef * loss_v + player.entropy_coef * loss_h)).backward()
                 micro_stats = step_metrics(player, new_logprobs, cut(old_logprobs), new_values, cut(values), cut(mask), loss_p, loss_v, n_tokens)
                 if e == m == 0 and not (new_logprobs.detach() == cut(old_logprobs)).all():
                     raise RuntimeError(f"{player.name}: the PPO ratio must be exactly 1 before the first step; the training forward differs "
                                        f"from the scoring forward by up to {(new_logprobs - cut(old_logprobs)).abs().max():.2e}")
                 step_stats = step_stats + micro_stats
-            if demos is not None and ptx_coef > 0:
-                share = torch.arange(len(demos)).tensor_split(player.minibatches)[m]
-                n_demo_tokens = demos.response_mask[share].sum()
-                for rows in split_rows(share, player.micro_batch) if len(share) else []:
-                    part = demos.select(rows)
-                    (ptx_coef * supervised_loss(policy, part) * part.response_mask.sum() / n_demo_tokens).backward()
             optimizer_step(player)
             stats.append(step_stats)
 
     names = ("policy/approxkl", "policy/clipfrac", "policy/ratio", "val/clipfrac", "loss/policy", "loss/value")
-    metrics = dict(zip(names, torch.stack(stats).mean(0).tolist()))
-    metrics["objective/kl"] = ((old_logprobs - ref_logprobs) * mask).sum(1).mean().item()  # nats per response
+    metrics = dict(zip(names, all_sum(torch.stack(stats)).mean(0).tolist()))
+    metrics["objective/kl"] = ((old_logprobs - ref_logprobs) * mask).sum(1)[:B].mean().item()  # nats per response
     metrics["objective/entropy"] = masked_mean(entropy, mask).item()  # nats per token
     metrics["objective/scores"] = scores.mean().item()
-    metrics["response_length"] = mask.sum(1).float().mean().item()
+    metrics["response_length"] = mask.sum(1)[:B].float().mean().item()
     metrics["skipped_steps"] = player.skipped_steps
     return {f"{player.name}/{name}": value for name, value in metrics.items()}
 
@@ -203,15 +210,15 @@ def split_rows(rows, size):
 
 @torch.no_grad()
 def forward_rows(policy, rollout, groups, with_values=True):
-    """`logprobs_and_values` of a whole rollout, computed group of rows by group of rows."""
+    """`logprobs_and_values` of a whole rollout, computed group of rows by group of rows (of this process's share)."""
     outputs = [torch.zeros(rollout.tokens.shape, device=policy.device) for _ in range(3)]
     with policy.autocast():  # around all groups, so that it casts the weights once
         for rows in groups:
             part = rollout.select(rows)
-            for whole, piece in zip(outputs, logprobs_and_values(policy, part, with_values=with_values)):
+            for all_rows, piece in zip(outputs, logprobs_and_values(policy, part, with_values=with_values)):
                 if piece is not None:
-                    whole[rows, :piece.shape[1]] = piece
-    return outputs
+                    all_rows[rows, :piece.shape[1]] = piece
+    return [all_sum(x) for x in outputs]  # the others' rows are zero here
 
 
 @torch.no_grad()
@@ -226,7 +233,7 @@ def step_metrics(player, logprobs, old_logprobs, values, old_values, mask, loss_
 
 def optimizer_step(player):
     """Clip and step; a gradient that is not finite is thrown away, counted and named."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in player.policy.parameters() if p.grad is not None])
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in player.policy.parameters() if p.grad is not None]))
     if torch.isfinite(norm):
         player.optimizer.grad_scale = (norm / player.max_grad_norm).clamp(min=1)  # fused AdamW divides by it in its own pass over the gradient
         player.optimizer.step()
@@ -241,15 +248,17 @@ def sft(policy, pairs, steps, batch_size, learning_rate, seed, bar=None, micro_b
     optimizer = torch.optim.AdamW(policy.lm.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, max(2, steps), pct_start=0.1)
     rng = np.random.default_rng(seed)
-    demos, loss = demonstrations(policy, pairs), torch.tensor(float("nan"))
+    demos, loss = with_idle_row(demonstrations(policy, pairs)), torch.tensor(float("nan"))
+    trained = data_parallel(policy, find_unused_parameters=True)  # the critic
     for _ in range(steps):
         rows = torch.from_numpy(rng.integers(len(pairs), size=batch_size)).to(policy.device)
-        n_tokens, loss = demos.response_mask[rows].sum(), 0
-        for some in split_rows(rows, micro_batch):
-            part = demos.select(some)
-            share = supervised_loss(policy, part) * (part.response_mask.sum() / n_tokens)
-            share.backward()
-            loss = loss + share.detach()
+        n_tokens, loss, groups = demos.response_mask[rows].sum(), 0, split_rows(share(rows, len(pairs)), micro_batch)
+        for i, some in enumerate(groups):
+            part, module = demos.select(some), trained if i + 1 == len(groups) else policy
+            some_loss = supervised_loss(module, part) * (part.response_mask.sum() / n_tokens)
+            (world_size() * some_loss).backward()
+            loss = loss + some_loss.detach()
+        loss = all_sum(loss)
         torch.nn.utils.clip_grad_norm_(policy.lm.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -270,8 +279,8 @@ def distill(speaker, student, prompts, steps, batch_size, learning_rate, seed, b
 def naturalness(policy, rollout):
     """(B, 2): mean and least log-prob of each response's tokens under a frozen policy, in nats."""
     mask = rollout.response_mask
-    rollout = replace(rollout, support=None)  # under the whole distribution, whatever filter it was sampled with
-    logprobs, _, _ = forward_rows(policy, rollout, torch.arange(len(rollout)).split(256), with_values=False)
+    B, rollout = len(rollout), replace(rollout, support=None)  # under the whole distribution, whatever filter it was sampled with
+    logprobs = forward_rows(policy, with_idle_row(rollout), share(torch.arange(B), B).split(256), with_values=False)[0][:B]
     return torch.stack([(logprobs * mask).sum(1) / mask.sum(1), logprobs.masked_fill(~mask, 0).amin(1)], 1).cpu()
 
 
@@ -386,7 +395,7 @@ class PolicyAverage:
     At most `capacity` of them are kept, a uniform sample of all (reservoir sampling, Vitter 1985).
     kind "weights": one policy whose weights are the mean of theirs: cheap, and an approximation only.
     kind "distill": holds one policy, trained elsewhere on the mixture's samples (see `distill`).
-    Members are language-model weights without critics, kept on the CPU; with LoRA adapters only (whose mean is not
+    Members are language-model weights without critics, kept on the CPU (of the first process, if there are several); with LoRA adapters only (whose mean is not
     the mean of their products: one approximation more).
     """
 
@@ -399,7 +408,7 @@ class PolicyAverage:
     def add(self, policy):
         weights = policy.lm.state_dict()
         thin = {k: v for k, v in weights.items() if ".lora_" in k}
-        self.add_weights({k: v.detach().cpu().clone() for k, v in (thin or weights).items()})
+        self.add_weights({k: v.clone() for k, v in on_first(thin or weights).items()})
 
     def add_weights(self, weights):
         """weights: {name: tensor} of one policy's language model, the average's from now on."""
@@ -418,7 +427,7 @@ class PolicyAverage:
     def policy(self, like, member=0):
         """A frozen policy with a member's weights; `like` gives architecture and tokenizer."""
         twin = frozen_copy(like)
-        twin.lm.load_state_dict(self.members[member], strict=not adapter(twin.lm))
+        load_whole(adapter(twin.lm) or twin.lm.state_dict(), self.members[member])
         return twin
 
     def speaker(self, player):
@@ -433,7 +442,7 @@ class PolicyAverage:
         for key, tensor in tensors.items():
             index, name = key.split(".", 1)
             members.setdefault(int(index), {})[name] = tensor
-        self.members, self.count = [members[i] for i in sorted(members)], numbers["count"]
+        self.members, self.count = [{} if rank() else members[i] for i in sorted(members)], numbers["count"]
 
 
 class Members:

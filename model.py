@@ -13,13 +13,21 @@ import contextlib
 import copy
 import ctypes
 import functools
+import os
+import sys
+import traceback
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
 from transformers.activations import NewGELUActivation
@@ -36,6 +44,144 @@ PEFT_PREFIX = "base_model.model."  # before every name in peft's files
 PLAIN_TEMPLATE = "Human: {} AI:"  # for tokenizers without a chat template, as in the authors' code
 
 
+# --- several processes (torchrun) -----------------------------------------------------------------------
+# Every process knows the whole exchange: texts, tokens, scores, the history of attacks. What is shared out is the work: sampling,
+# judging, forward and backward. All draw the same random numbers, so all come to the same decisions, and the first one writes.
+# With one process each of these functions hands back what it is given.
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_processes():
+    """Under torchrun, meet the other processes. Only the first of them speaks, but a crash of any is shown."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if cuda := torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
+    if rank():
+        sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+def all_sum(x):
+    """The sum of a tensor over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def with_idle_row(rollout):
+    """A rollout and, where there are several processes, one row more without a response, for `share`."""
+    if world_size() == 1:
+        return rollout
+    filled = rollout.select(torch.arange(len(rollout) + 1).clamp(max=len(rollout) - 1))
+    filled.prompt_lengths[-1] = filled.lengths[-1]
+    return filled
+
+
+def share(rows, idle):
+    """This process's share of row numbers (n,): every world_size-th, so that of rows sorted by length all get long and short ones.
+    All shares are made equally large by the number of an idle row: with shards the processes must keep step."""
+    return torch.cat([rows, rows.new_full((-len(rows) % world_size(),), idle)])[rank()::world_size()]
+
+
+def in_shares(work, items):
+    """work(items), a list with one result an item: each process does its share, all get all results, in order.
+    What goes wrong in one process is raised in all, so that none waits for ever. `work` must not itself wait for other processes."""
+    if world_size() == 1:
+        return work(items)
+    first, last = (len(items) * r // world_size() for r in (rank(), rank() + 1))
+    try:
+        results = work(items[first:last]) if last > first else []
+    except Exception as error:
+        results = error
+    gathered = [None] * world_size()
+    dist.all_gather_object(gathered, results)
+    for results in gathered:
+        if isinstance(results, Exception):
+            raise results
+    return sum(gathered, [])
+
+
+def first_decides(work):
+    """work() as the first process found it; its error is raised in all."""
+    return in_shares(lambda _: [None if rank() else work()], range(world_size()))[0]
+
+
+def shared_judge(judge):
+    """A judge of which each process asks its own copy about its share of the exchanges."""
+    ask = lambda pairs: list(judge(*map(list, zip(*pairs))))
+    return judge if world_size() == 1 else lambda prompts, responses: in_shares(ask, list(zip(prompts, responses)))
+
+
+def data_parallel(policy, **kwargs):
+    """What is called instead of the policy where gradients are to become means over all processes: DDP, or a sharded policy itself."""
+    if world_size() == 1 or policy.skeleton is not None:
+        return policy
+    return DistributedDataParallel(policy, gradient_as_bucket_view=True, **kwargs)
+
+
+def shard(policy, device_type):
+    """Cut a policy's weights (and so its gradients and its optimizer) among all processes, with FSDP2. Each transformer block is
+    gathered, in fp32, while it runs. What stays whole is the policy's `skeleton`: its modules, without any weight."""
+    object.__setattr__(policy, "skeleton", blank_copy(policy, "meta"))  # not as a submodule
+    kwargs = dict(mesh=dist.init_device_mesh(device_type, (world_size(),)), reshard_after_forward=True)
+    for block in [m for m in policy.modules() if type(m).__name__ in (policy.lm._no_split_modules or ())]:
+        fully_shard(block, **kwargs)
+    fully_shard(policy, **kwargs)  # what is left: embeddings, head, critic
+    return policy
+
+
+def blank_copy(policy, device):
+    """A copy of the modules with weights that are not filled in."""
+    return copy.deepcopy(policy, {id(p): nn.Parameter(torch.empty_like(p, device=device), p.requires_grad) for p in policy.parameters()})
+
+
+def whole(tensor):
+    """A tensor, or all of one of which each process holds a shard; all processes must ask for it."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def on_first(tensors):
+    """{name: tensor} gathered one by one: whole and on the CPU in the first process, {} in the others."""
+    found = ((name, whole(tensor)) for name, tensor in tensors.items())
+    return {name: tensor.cpu() for name, tensor in found if not rank()}
+
+
+def from_first(tensor, target):
+    """The first process's whole tensor, cut as `target` is. The others' (None will do) is not looked at."""
+    if world_size() == 1:
+        return tensor
+    tensor = torch.empty(target.shape, dtype=target.dtype, device=target.device) if rank() else tensor.to(target.device, target.dtype).contiguous()
+    if isinstance(target, DTensor):
+        return distribute_tensor(tensor, target.device_mesh, target.placements)
+    dist.broadcast(tensor, 0)
+    return tensor
+
+
+def load_whole(targets, weights):
+    """The first process's weights {name: whole tensor} into tensors of the same names, sharded or not."""
+    for name, target in targets.items():
+        target.detach().copy_(from_first(None if rank() else weights[name], target))
+
+
+def unsharded(policy):
+    """A policy as it is, or where it is sharded a whole copy on the CPU (blank but in the first process)."""
+    if policy.skeleton is None:
+        return policy
+    weights = on_first(policy.state_dict())
+    twin = blank_copy(policy.skeleton, "meta" if rank() else "cpu")
+    if weights:
+        twin.load_state_dict(weights)
+    return twin
+
+
+# --- policies and rollouts ------------------------------------------------------------------------------
 class Policy(nn.Module):
     """A causal language model, its tokenizer and its critic.
 
@@ -68,6 +214,7 @@ class Policy(nn.Module):
                              "set eos_token in its tokenizer")
         config = lm.config.get_text_config()
         self.context = getattr(config, "max_position_embeddings", None) or 2**30
+        self.skeleton = None  # see `shard`
         self.eval()
 
     def train(self, mode=True):
@@ -91,6 +238,9 @@ class Policy(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         body = self.lm.base_model if body is None else body
         return body(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
+
+    def forward(self, rollout, entropy_grad, with_values):
+        return _forward(self, rollout, entropy_grad, with_values)  # for `logprobs_and_values`
 
     def encode(self, prompts):
         """Token ids of each prompt in the model's own chat format, ready to be answered."""
@@ -190,14 +340,19 @@ def generate(policy, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.
                          f"got {longest}; shorten it or lower the number of new tokens")
     prompt_ids = [ids[-room:] for ids in prompt_ids]
     generator = torch.Generator(policy.device)
-    generator.seed() if seed is None else generator.manual_seed(seed)
-    response_ids, supports, lm = [], [], cast_once(policy)
+    generator.seed() if seed is None else generator.manual_seed(seed + 1_000_003 * rank())  # other random numbers for other prompts
+    lm = cast_once(policy)
     decode = _decode_static if policy.device.type == "cuda" and has_static_shapes(lm) else _decode  # a CPU gains more by dropping rows
     pick = lambda logits: pick_token(logits, temperature, top_k, top_p, generator)
-    for start in range(0, len(prompts), batch_size):
-        responses, support = decode(policy, lm, prompt_ids[start:start + batch_size], max_new_tokens, pick)
-        response_ids += responses
-        supports += support
+
+    def sample(ids):
+        done = []  # (response ids, support) of each prompt
+        for start in range(0, len(ids), batch_size):
+            responses, supports = decode(policy, lm, ids[start:start + batch_size], max_new_tokens, pick)
+            done += zip(responses, [kept.cpu() for kept in supports] or [None] * len(responses))
+        return done
+
+    response_ids, supports = zip(*in_shares(sample, prompt_ids))
     rollout = pack(policy, prompts, [policy.decode(r) for r in response_ids], prompt_ids, response_ids, temperature or 1.0)
     if temperature > 0 and (top_k > 0 or top_p < 1):
         B, T = rollout.tokens.shape
@@ -209,10 +364,11 @@ def generate(policy, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.
 
 def cast_once(policy):
     """The language model with its weights in the compute dtype: autocast would cast them again for every token."""
-    if policy.compute_dtype == torch.float32:
+    if policy.compute_dtype == torch.float32 and policy.skeleton is None:
         return policy.lm
-    weights = {id(p): nn.Parameter(p.to(policy.compute_dtype), requires_grad=False) for p in policy.lm.parameters()}
-    lm = copy.deepcopy(policy.lm, weights)  # a copy of the modules, not of the fp32 weights
+    modules, parameters = (policy.skeleton or policy).lm, dict(policy.lm.named_parameters())
+    weights = {id(p): nn.Parameter(whole(parameters[name].to(policy.compute_dtype)), requires_grad=False) for name, p in modules.named_parameters()}
+    lm = copy.deepcopy(modules, weights)  # a copy of the modules, not of the fp32 weights
     for module in lm.modules():
         if isinstance(module, Conv1D):  # GPT-2's linear layer: a product of few rows is a third faster from the transposed layout
             module.weight.data = module.weight.data.T.contiguous().T
@@ -349,6 +505,10 @@ def logprobs_and_values(policy, rollout, entropy_grad=False, with_values=True):
     Returns (logprobs, values, entropy), each (B, T) fp32, zero outside `rollout.response_mask`. The head is
     applied to response positions only, never to prompts or padding. values is None without `with_values`.
     """
+    return policy(rollout, entropy_grad, with_values)  # a call, so that the hooks of DDP and FSDP run
+
+
+def _forward(policy, rollout, entropy_grad, with_values):
     mask = rollout.response_mask  # (B, T)
     before = mask[:, 1:]  # (B, T - 1): the state at t - 1 acts tokens[t]
     with policy.autocast():
@@ -394,10 +554,16 @@ def keep_freed_memory():
 def frozen_copy(policy):
     """A copy that no gradient reaches, without a critic: the reference policy of the KL penalty. With LoRA it holds
     an adapter of its own and shares the base."""
-    body, policy.critic_body = policy.critic_body, None
-    twin = copy.deepcopy(policy, frozen_base(policy.lm))
-    policy.critic_body = body
-    return twin.requires_grad_(False)
+    source = policy.skeleton or policy
+    body, source.critic_body = source.critic_body, None
+    twin = (copy.deepcopy(source, frozen_base(policy.lm)) if source is policy else blank_copy(source, "cpu")).requires_grad_(False)
+    source.critic_body = body
+    if source is not policy:  # sharded alike: each process copies its own shards
+        shard(twin, policy.device.type)
+        ours = dict(policy.named_parameters())
+        for name, p in twin.named_parameters():
+            p.copy_(ours[name].detach())
+    return twin
 
 
 # --- what saves memory: LoRA and gradient checkpointing ---------------------------------------------------------
@@ -531,7 +697,10 @@ def probe_forward(policy):
 def save_policy(policy, folder, card=""):
     """Write a `save_pretrained` folder with tokenizer and model card, and the critic beside it. With LoRA the weights
     are merged ones; the adapter alone is in the folder `adapter`, in peft's format."""
-    folder, plain = Path(folder), merged(policy, "cpu")  # not on the GPU, where there may be no room for it
+    folder, policy = Path(folder), unsharded(policy)
+    if rank():
+        return
+    plain = merged(policy, "cpu")  # not on the GPU, where there may be no room for it
     plain.lm.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
     if thin := adapter(policy.lm):
@@ -550,13 +719,23 @@ def load_adapter(policy, folder):
 
 
 def save_weights(policy, file):
-    """All weights in one file; with LoRA those of adapters and value head only, since the base does not change."""
+    """All weights in one file, sharded or not; with LoRA those of adapters and value head only, since the base does not change."""
+    policy = unsharded(policy)
+    if rank():
+        return
     if not adapter(policy):
         return save_model(policy, str(file))
     save_file({k: v.contiguous() for k, v in policy.state_dict().items() if ".lora_" in k or "value_head" in k}, file)
 
 
 def load_weights(policy, file):
-    if not adapter(policy):
-        return load_model(policy, str(file))
-    policy.load_state_dict(load_file(file), strict=False)
+    """What `save_weights` wrote, whatever the number of processes then and now."""
+    if adapter(policy):
+        policy.load_state_dict(load_file(file), strict=False)
+    elif policy.skeleton is None:
+        load_model(policy, str(file))
+    else:
+        twin = blank_copy(policy.skeleton, "meta" if rank() else "cpu")
+        if not rank():
+            load_model(twin, str(file))
+        load_whole(policy.state_dict(), twin.state_dict())

@@ -6,11 +6,13 @@ independent implementation or by enumeration, never taken from our own output.
 
 import contextlib
 import copy
+import functools
 import gzip
 import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -23,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined: they run as plain Python then
@@ -1844,6 +1847,129 @@ def test_a_best_response_is_trained_on_a_copy_and_finds_the_hole():
     assert bytes_of(attacker.policy) == before_bytes and before < 0.3 and after > 0.8 and gap == pytest.approx(after - before)
 
 
+# --- several processes ------------------------------------------------------------------------------------------------
+LONG_AND_SHORT = ["a b c d e", "x", "y z a b c d", "q", "k l m n", "o", "r s t u v w", "p"]  # every second row is short
+TOGETHER = {"shared critic": {}, "separate critic": {"critic": "separate"}, "micro-batches": {"micro_batch": 1, "entropy_coef": 0.1},
+            "demonstrations": {"ptx_coef": 0.5, "critic": "separate"}, "an odd number of rows": {"rows": 7, "demos": 3, "ptx_coef": 0.5, "micro_batch": 1}}
+
+
+WARM = [("a b", "yes"), ("c d", "no sorry no"), ("e", "x y z")], 3, 4, 1e-2, 0  # pairs, steps, batch, rate, seed
+
+
+def one_update(sharded=False, ptx_coef=0.0, rows=8, demos=4, **kwargs):
+    """The gradients of the first optimizer step, and metrics and weights after a whole update on given texts and scores."""
+    policy = tiny_policy(critic=kwargs.pop("critic", "shared"))
+    player = Player("defender", model.shard(policy, "cpu") if sharded else policy, 6, learning_rate=1e-3, max_grad_norm=0.5, **kwargs)
+    rollout = rollout_of(policy, LONG_AND_SHORT[:rows], PROMPTS[:rows], cut=(3,))
+    demos = demonstrations(policy, [("a b", "yes"), ("c d", "no sorry no no"), ("e", "x y z"), ("f", "a")][:demos])
+    gradients, real = {}, gpo.optimizer_step
+
+    def spied(player):
+        gradients.update(gradients or {name: model.whole(p.grad).clone() for name, p in player.policy.named_parameters()})
+        real(player)
+
+    gpo.optimizer_step = spied
+    metrics = ppo_update(player, rollout, np.arange(float(rows)), 5, demos, ptx_coef)  # seed 5: one process has 7 tokens of the first step, the other 14
+    gpo.optimizer_step = real
+    return gradients, metrics, {name: model.whole(p).clone() for name, p in player.policy.named_parameters()}, player
+
+
+def act_together(rank, folder):
+    """What each of two processes does; the first one notes what came of it."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    seen = {(mode, name): one_update(mode == "FSDP", **kwargs)[:3] for mode in ("DDP", "FSDP") for name, kwargs in TOGETHER.items()}
+    real = gpo.policy_loss
+    gpo.policy_loss = lambda *args: real(*args[:-1], args[3].sum() * 2)  # each process divides by its own tokens
+    seen["a mean of means"] = one_update()[:3]
+    gpo.policy_loss = real
+    for mode in ("DDP", "FSDP"):
+        _, _, _, player = one_update(mode == "FSDP", critic="separate")
+        policy, average = player.policy, PolicyAverage("weights")
+        seen[mode, "spoken"] = generate(policy, PROMPTS[:3], 6, temperature=0)
+        seen[mode, "sampled"] = generate(policy, ["a b"] * 8, 6, seed=0).texts
+        seen[mode, "judged"] = call_judge(model.shared_judge(lambda prompts, responses: [len(prompts) / 10] * len(prompts)), ["a"] * 5, ["b"] * 5)
+        seen[mode, "warm start"] = gpo.sft(policy, *WARM)
+        kept = lambda module: {name: tensor.clone() for name, tensor in model.on_first(module.state_dict()).items()}
+        before = kept(policy)
+        average.add(policy)
+        save_policy(policy, folder / mode)
+        model.save_weights(policy, folder / f"{mode}.safetensors")
+        ppo_update(player, player.speak(PROMPTS, 1), np.arange(8.0), 1)
+        average.add(policy)
+        player.anchor()
+        player.go_back(average.policy(policy))
+        seen[mode, "mean"] = before, kept(player.reference.lm), kept(policy.lm)
+        model.load_weights(policy, folder / f"{mode}.safetensors")
+        seen[mode, "loaded"] = kept(policy)
+    try:
+        model.in_shares(lambda items: [1 / item for item in items], [1, 2, 3, 0])
+    except ZeroDivisionError:  # of the second process's share
+        (folder / f"error_{rank}").touch()
+    torch.save(seen, folder / f"seen_{rank}")
+    dist.destroy_process_group()
+
+
+def two_processes(function, *args):
+    """function(rank, *args) in two processes, forked from one that has imported everything already. Returns their exit codes."""
+    multiprocessing.set_forkserver_preload(["test_gpo"])
+    both = torch.multiprocessing.start_processes(function, args, nprocs=2, start_method="forkserver", join=False).processes
+    return [process.join(timeout=240) or process.exitcode for process in both]
+
+
+def train_together(rank, meeting, *argv):
+    """What `torchrun --nproc_per_node=2 train.py` does in each process, but meeting over a file."""
+    os.environ["WORLD_SIZE"], sys.stderr = "2", open(f"{meeting}_{rank}.txt", "w")
+    torch.set_num_threads(1)
+    model.dist.init_process_group = functools.partial(dist.init_process_group, init_method=f"file://{meeting}", rank=rank, world_size=2)
+    train.main([str(arg) for arg in argv])
+
+
+@pytest.fixture(scope="session")
+def together(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("together")
+    assert two_processes(act_together, folder) == [0, 0]
+    return folder, *(torch.load(folder / f"seen_{rank}", weights_only=False) for rank in (0, 1))
+
+
+def differ(one, other):
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+@pytest.mark.parametrize("mode", ["DDP", "FSDP"])
+def test_two_processes_take_the_same_step_as_one(together, mode, name):
+    _, first, second = together
+    gradients, metrics, weights, _ = one_update(**TOGETHER[name])
+    for seen in (first, second):
+        assert seen[mode, name][0].keys() == gradients.keys() and max(g.abs().max() for g in gradients.values()) > 0.1
+        assert differ(gradients, seen[mode, name][0]) < 1e-5 and differ(weights, seen[mode, name][2]) < 1e-5
+        assert seen[mode, name][1] == pytest.approx(metrics, abs=1e-5)
+    assert differ(one_update()[0], first["a mean of means"][0]) > 1e-2  # these rows would show it
+
+
+@pytest.mark.parametrize("mode", ["DDP", "FSDP"])
+def test_two_processes_speak_and_judge_as_one_and_know_the_same(together, mode):
+    folder, first, second = together
+    policy = one_update(critic="separate")[3].policy
+    alone, warm = generate(policy, PROMPTS[:3], 6, temperature=0), gpo.sft(policy, *WARM)
+    for seen in (first, second):
+        assert seen[mode, "warm start"] == pytest.approx(warm, abs=1e-5)
+        assert seen[mode, "spoken"].texts == alone.texts and torch.equal(seen[mode, "spoken"].tokens, alone.tokens)
+        assert seen[mode, "judged"].tolist() == [0.2, 0.2, 0.3, 0.3, 0.3]  # two exchanges for one judge, three for the other
+    assert first[mode, "sampled"] == second[mode, "sampled"] and first[mode, "sampled"][:4] != first[mode, "sampled"][4:]
+    assert (folder / "error_0").exists() and (folder / "error_1").exists()  # an error of one is raised in both
+
+
+@pytest.mark.parametrize("mode", ["DDP", "FSDP"])
+def test_two_processes_save_and_average_whole_weights_which_the_first_keeps(together, mode):
+    folder, first, second = together
+    before, later, mean = first[mode, "mean"]
+    assert second[mode, "mean"] == ({}, {}, {}) and differ(later, mean) > 1e-4
+    assert differ({name: (w + before[f"lm.{name}"]) / 2 for name, w in later.items()}, mean) < 1e-6
+    assert differ(before, first[mode, "loaded"]) == 0 and differ(before, load_policy(folder / mode, "separate").state_dict()) == 0
+
+
 # --- the programs, as a user runs them ------------------------------------------------------------------------------------
 TINY = "--sft_steps 30 --judge_steps 30 --rounds 2 --attacker_steps 1 --defender_steps 2 --batch_size 8 --eval_prompts 30 --save_every 2 --mine 8".split()
 
@@ -2406,6 +2532,7 @@ WRONG = {
     "a damaged archive": ([*OWN, "--prompts", "bad/broken.txt.gz"], "cannot read bad/broken.txt.gz"),
     "a damaged run": (["--resume", "bad/run"], "--resume needs a run folder with its config.json"),
     "nothing to resume": (["--resume", "bad"], "--resume needs a run folder"),
+    "shards for one process": (["--shard"], "--shard needs several processes"),
     "a hub model without a network": (["--attacker", "gpt2", "--defender", "gpt2"], "--held_out_judge, --embedder, --prompts, --sft_data and --benign_prompts take local paths"),
     "prompts alone without a network": (["--attacker", "attacker", "--defender", "defender", "--prompts", "prompts.txt"], "--judge: cannot load the judge 'facebook/roberta-hate"),
     "a held-out judge that cannot be fetched": ([*OWN, "--held_out_judge", "s-nlp/none"], "--held_out_judge: cannot load the judge 's-nlp/none'"),
@@ -2438,6 +2565,43 @@ def bad(own):
         (own / BAD / name / "config.json").write_text(json.dumps({"config": asdict(train.resolve(train.Config(out="nowhere")))}))
     (own / BAD / "binary.txt").write_bytes(bytes(range(128, 256)))
     return own
+
+
+@pytest.mark.parametrize("flags", [[], ["--shard", "--critic", "separate"]])
+def test_a_run_of_two_processes_is_complete_and_sharded_goes_on_with_two_or_one(tmp_path, flags):
+    out, few = tmp_path / "run", ["--sft_steps", 4, "--judge_steps", 4, "--defender_steps", 1, "--save_every", 1, "--eval_prompts", 12, "--average", "mixture"]
+    if flags:
+        done = program("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "train.py", *TINY, *few, *flags, "--out", out)
+        assert done.stdout.count("attack success on held-out prompts, held-out judge") == 1 and "Traceback" not in done.stderr
+    else:
+        assert two_processes(train_together, tmp_path / "first", *TINY, *few, "--out", out) == [0, 0]
+    metrics, games = ([json.loads(line) for line in (out / name).read_text().splitlines()] for name in ("metrics.jsonl", "games.jsonl"))
+    assert [m["step"] for m in metrics] == [0, 1, 2, 3] and all(sum(g["step"] == i and g["role"] != "probe" for g in games) == 8 for i in range(4))
+    diversity = Diversity(embedder=ToyGame(0).embed)  # one history: that of all exchanges in the order of games.jsonl
+    for m in metrics[::2]:
+        attacks = [g["attack"] for g in games if g["step"] == m["step"] and g["role"] == "attacker"]
+        novelty = diversity.score(attacks)
+        assert m["diversity/self_bleu"] == pytest.approx(novelty["bleu"].mean()) and m["diversity/cosine"] == pytest.approx(novelty["embedding"].mean())
+        diversity.add(attacks)
+    for name in ("attacker", "defender"):
+        loaded, last = load_policy(out / name).lm.state_dict(), load_file(out / "average" / f"{name}_mixture.safetensors")
+        assert all(torch.equal(tensor, last[f"1.{key}"]) for key, tensor in loaded.items())
+    if not flags:
+        return
+    shutil.rmtree(out / "checkpoints" / "step_000004")
+    shutil.copytree(out, tmp_path / "again")
+    assert two_processes(train_together, tmp_path / "second", "--resume", tmp_path / "again") == [0, 0]  # to the same end, bit by bit
+    assert (tmp_path / "again" / "games.jsonl").read_text() == (out / "games.jsonl").read_text()
+    assert bytes_of(load_policy(tmp_path / "again" / "defender").lm) == bytes_of(load_policy(out / "defender").lm)
+    (out / "summary.json").unlink()
+    train.main(["--resume", str(out)])
+    assert (out / "summary.json").exists() and len((out / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_what_several_processes_cannot_do_is_said_once(tmp_path):
+    assert two_processes(train_together, tmp_path / "said", "--rounds", 0, "--out", tmp_path / "never") == [2, 2]
+    said = "error: --rounds must be a finite number of at least 1, got 0\n"
+    assert [(tmp_path / f"said_{rank}.txt").read_text() for rank in (0, 1)] == [said, ""] and not (tmp_path / "never").exists()
 
 
 @pytest.mark.parametrize("name", WRONG)

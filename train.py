@@ -4,6 +4,7 @@ Two-Player Games" (arXiv 2406.10977), from an empty folder to a report.
     python train.py                                            the embedded game, on a CPU, about 3 minutes
     python train.py --attacker gpt2 --defender gpt2            your own models: hub ids or local folders
     python train.py --resume runs/...                          go on where a run stopped
+    torchrun --nproc_per_node=8 train.py [--shard] ...         on several GPUs: DDP, or FSDP2 with --shard
 
 One round: the defender takes `--defender_steps` PPO steps against the frozen attacker, then the attacker
 `--attacker_steps` against the frozen defender. The loop itself is `train`, below.
@@ -39,8 +40,8 @@ from tqdm import tqdm
 from data import HUB_DATA, append_lines, fail, first_turn, hub_file, is_test, plain, read_rows, usable, write_json
 from diversity import Diversity, load_embedder, word_embedder
 from gpo import Player, PolicyAverage, Speaker, distill, evaluate, memory_plan, naturalness, peak_memory, play, player_memory, ppo_update, sft
-from model import (DTYPE_NAMES, DTYPES, Policy, add_lora, best_dtype, checkpoint_blocks, demonstrations, fold_lora, keep_freed_memory,
-                   load_policy, load_weights, model_size, save_policy, save_weights)
+from model import (DTYPE_NAMES, DTYPES, Policy, add_lora, best_dtype, checkpoint_blocks, demonstrations, first_decides, fold_lora, from_first, join_processes,
+                   keep_freed_memory, load_policy, load_weights, load_whole, model_size, on_first, rank, save_policy, save_weights, shard, shared_judge, world_size)
 from report import draw_curves, model_card, summary_table, write_report
 from reward import JudgeError, call_judge, is_refusal, load_judge, train_judge
 
@@ -124,6 +125,7 @@ class Config:
     lora: int = option(0, "rank of LoRA adapters (needs peft): they alone are trained, averaged and saved; the reference is the base; 0: all weights")
     dtype: str | None = option(None, "compute dtype: fp32, bf16 (weights stay fp32), or auto: bf16 where the processor has it")
     device: str = option("auto", "auto, cpu or cuda")
+    shard: bool = option(False, "under torchrun: cut weights, gradients and optimizer among the processes (FSDP2); default: a copy in each (DDP)")
     seed: int = option(0, "of everything random")
     eval_prompts: int | None = option(None, "held-out prompts in the table; a third of them after every round")
     dry_run: bool = option(False, "print the first prompts of the players and the judges as their models read them, with token counts, and stop")
@@ -325,32 +327,41 @@ class Run:
         prompts = self.world.test_prompts[:3]
         answers = self.players["defender"].speak(prompts, 0, temperature=0).texts
         p_safe = call_judge(self.world.held_out_judge, prompts, answers).tolist()
-        append_lines(self.folder / "games.jsonl", [
+        self.append("games.jsonl", [
             {"step": self.step, "round": round, "role": "probe", "attack": attack, "response": response, "p_safe": None if p != p else p}
             for attack, response, p in zip(prompts, answers, p_safe)])
         self.bar.set_postfix_str(f"round {round + 1}: held-out attack success {row['asr_held_out_judge']:.1%}")
         return {f"game/{name}": value for name, value in row.items() if name in names and value is not None}
 
+    def append(self, name, rows):
+        if not rank():
+            append_lines(self.folder / name, rows)
+
     def log(self, role, round, game, scores, metrics):
-        append_lines(self.folder / "metrics.jsonl", [{"step": self.step, "round": round, "role": role, **metrics}])
+        self.append("metrics.jsonl", [{"step": self.step, "round": round, "role": role, **metrics}])
         exchanges = zip(game.seeds, game.prompts, game.responses.texts, game.p_safe.tolist(), np.asarray(scores).tolist())
-        append_lines(self.folder / "games.jsonl", [
+        self.append("games.jsonl", [
             {"step": self.step, "round": round, "role": role, "seed": seed, "attack": attack, "response": response, "p_safe": p, "score": score}
             for seed, attack, response, p, score in exchanges])
         self.bar.set_description_str(f"round {round + 1}/{self.config.rounds} {role:<8} attack success {1 - game.p_safe.mean():4.0%}")
         self.bar.update(1)
 
     def save(self):
-        """A checkpoint, complete or not there at all: written beside its place and then renamed."""
+        """A checkpoint, complete or not there at all: written beside its place and then renamed. It does not tell how many
+        processes there were."""
         target = self.folder / "checkpoints" / f"step_{self.step + 1:06d}"
         temporary = target.with_name(".writing")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        if not rank():
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
         for name, player in self.players.items():
             save_weights(player.policy, temporary / f"{name}.safetensors")
             save_weights(player.reference, temporary / f"{name}_reference.safetensors")
-            moments = {f"{i}.{k}": v for i, state in player.optimizer.state_dict()["state"].items() for k, v in state.items()}
-            save_file(moments, temporary / f"{name}_optimizer.safetensors")
+            moments = on_first({f"{i}.{k}": v for i, state in player.optimizer.state_dict()["state"].items() for k, v in state.items()})
+            if not rank():
+                save_file(moments, temporary / f"{name}_optimizer.safetensors")
+        if rank():  # it has given its shards; the first process writes
+            return
         self.save_averages(temporary)
         write_json(temporary / "state.json", {
             "step": self.step + 1, "diversity": self.diversity.state_dict(), "memory": self.memory, "once": list(self.once), "before": self.before, "sampled_tokens": self.sampled_tokens,
@@ -373,7 +384,7 @@ class Run:
         if found:
             self.load_checkpoint(found[-1])
         for log in (self.folder / "metrics.jsonl", self.folder / "games.jsonl"):
-            if log.exists():
+            if log.exists() and not rank():
                 lines = log.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last newline was cut off
                 log.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] < self.step), encoding="utf-8")
 
@@ -388,9 +399,10 @@ class Run:
                 player.anchor()  # the first reference stays what it is: `first_attacker` and `first_defender` speak with it
             load_weights(player.reference, folder / f"{name}_reference.safetensors")
             moments, per_parameter = load_file(folder / f"{name}_optimizer.safetensors"), {}
-            for key, tensor in moments.items():
+            parameters = [p for group in player.optimizer.param_groups for p in group["params"]]
+            for key, tensor in sorted(moments.items()):
                 index, part = key.split(".")
-                per_parameter.setdefault(int(index), {})[part] = tensor
+                per_parameter.setdefault(int(index), {})[part] = tensor if part == "step" else from_first(tensor, parameters[int(index)])
             player.optimizer.load_state_dict({"state": per_parameter, "param_groups": player.optimizer.state_dict()["param_groups"]})
             player.skipped_steps = state["skipped"][name]
             for kind, average in self.averages[name].items():
@@ -406,14 +418,17 @@ class Run:
             for kind in self.averages["defender"]:
                 speakers = {name: self.averages[name][kind].speaker(player) for name, player in self.players.items()}
                 rows[f"average ({kind})"] = self.evaluate(**speakers)
-            (self.folder / "average").mkdir(exist_ok=True)
-            self.save_averages(self.folder / "average")
+        examples = self.examples()
         for name, player in self.players.items():
             save_policy(player.policy, self.folder / name, model_card(name, self.config, rows["after"]))
+        if rank():
+            return rows, examples
+        if len(rows) > 2:
+            (self.folder / "average").mkdir(exist_ok=True)
+            self.save_averages(self.folder / "average")
         memory = {"plan_mib": self.planned / 2**20, "used_mib": (peak_memory(self.config.device) - self.resident) / 2**20}
         print(f"memory: {memory['plan_mib']:.0f} MiB planned, {memory['used_mib']:.0f} MiB used at the peak")
         write_json(self.folder / "summary.json", {**rows, "seconds": seconds, "memory": memory, "config": asdict(self.config)})
-        examples = self.examples()
         draw_curves(self.folder, rows)
         write_report(self.folder, rows, examples)
         return rows, examples
@@ -472,6 +487,8 @@ def toy_world(config, start=None):
         policies[name] = (load_policy(start / name, config.critic, DTYPES[config.dtype], config.device) if start else
                           Policy(toy_lm(tokenizer).to(config.device), tokenizer, config.critic, DTYPES[config.dtype]))
         check_room(name, policies[name], game.fixed_prompts, new_tokens)
+        if config.shard:
+            shard(policies[name], policies[name].device.type)
     for i, (name, pairs) in enumerate(samples.items() if not (start or config.dry_run) else []):
         with bar(f"SFT of the {name}", config.sft_steps) as progress:
             sft(policies[name], pairs, config.sft_steps, 64, 3e-3, [config.seed, i], progress, config.micro_batch)
@@ -486,6 +503,7 @@ def toy_world(config, start=None):
         with bar("training the judge", config.judge_steps) as progress:
             classifier = toy_classifier(tokenizer).to(config.device)
             known["chosen"] = judge_to_save = train_judge(classifier, tokenizer, triples, config.judge_steps, 64, 2e-3, config.seed, progress)
+        load_whole(classifier.state_dict(), classifier.state_dict())  # every process has trained it; the first one's bits count
     demos = [pair for pair in samples["defender"] if game.is_demonstration(*pair)]
     rng = np.random.default_rng([config.seed, 2**20 + 1])  # the test sets are the same whatever was trained above
     tests = game.test_sets(config.eval_prompts, rng)
@@ -517,6 +535,8 @@ def own_world(config, start=None):
     for flag, what in (("sft_data", "the defender is not warm-started"), ("benign_prompts", "over-refusal is not measured")):
         if not (start or flag in data or getattr(config, flag)):
             print(f"without --{flag} {what}")
+    for policy in policies.values() if config.shard else ():
+        shard(policy, policy.device.type)
     if config.sft_steps and not (start or config.dry_run):
         rng = np.random.default_rng([config.seed, 2**20])
         some = draw(seeds, min(len(seeds), 4000), rng)  # each is embedded, then compared with all others
@@ -648,7 +668,8 @@ def plan_memory(config, world, players):
             **model_size(player.policy.lm), rows=config.micro_batch or -(-config.batch_size // config.minibatches),
             prompt_tokens=max(map(len, player.policy.encode(prompts))), new_tokens=player.max_new_tokens, sampled_rows=4 * config.micro_batch or 256,
             bf16=config.dtype == "bf16", lora=config.lora, separate_critic=config.critic == "separate",
-            references=references, checkpointing=config.gradient_checkpointing, device=config.device.split(":")[0])
+            references=references, checkpointing=config.gradient_checkpointing, device=config.device.split(":")[0],
+            ranks=world_size() if config.shard else 1)
     models = {"judge": world.judge, "held-out judge": world.held_out_judge, "embedder": world.embedder}
     others = {what: sum(p.numel() * p.element_size() for p in f.model.parameters()) for what, f in models.items() if hasattr(getattr(f, "model", 0), "parameters")}
     if config.device == "cpu":  # else they are in main memory
@@ -742,6 +763,11 @@ def resolve(config):
         raise ValueError(f"--top_p must lie in (0, 1], --replay and --guard in [0, 1), got {config.top_p}, {config.replay} and {config.guard}")
     if config.minibatches > config.batch_size:
         raise ValueError(f"--minibatches must be at most --batch_size, got {config.minibatches} and {config.batch_size}")
+    if config.shard and world_size() == 1 and not config.resume:
+        raise ValueError("--shard needs several processes to share the weights among, got one; start with torchrun --nproc_per_node=N train.py ...")
+    if config.shard and config.lora:
+        raise ValueError("--shard and --lora do not go together: adapters are small, and DDP (without --shard) sums their gradients alone")
+    config.shard = config.shard and world_size() > 1  # a resumed run may have fewer processes than it began with
     if config.template.count("{}") > 1 or any(brace in config.template.replace("{}", "") for brace in "{}"):
         raise ValueError(f"--template must hold {{}} once, for the seed, or not at all, got {config.template!r}")
     if config.start and not config.resume:
@@ -770,22 +796,25 @@ def resolve(config):
 
 def main(argv):
     keep_freed_memory()
+    join_processes()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries are not news; what could not be had is said once
     clock, config = time.time(), parse(argv)
     try:
-        config = resolve(config)
+        config = first_decides(lambda: resolve(config))
         resident = peak_memory(config.device)
         folder = Path(config.out)
         start = folder / "checkpoints" / "start"
-        source = start if start.exists() or not config.start else Path(config.start) / "checkpoints" / "start"
+        begun = start.exists()
+        source = start if begun or not config.start else Path(config.start) / "checkpoints" / "start"
         world = (own_world if config.attacker else toy_world)(config, source if source.exists() else None)
         players = make_players(config, world)
         planned = plan_memory(config, world, players)
         if config.dry_run:
             show_prompts(config, world)
             return
+        world.judge, world.held_out_judge = shared_judge(world.judge), shared_judge(world.held_out_judge)
         run = Run(config, folder, world, players)
         run.planned, run.resident = planned, resident
         try:
@@ -793,7 +822,7 @@ def main(argv):
         except Exception as error:
             raise ValueError(f"the run in {folder} is damaged: {error}; remove its newest checkpoint or start again") from error
         run.before = run.before or run.evaluate()
-        if not start.exists():  # only now: whatever can be wrong with the input has been tried
+        if not begun:  # only now: whatever can be wrong with the input has been tried
             prepare(run, start)
     except (ValueError, OSError, SafetensorError) as error:  # a user's mistake: one line, nothing left behind
         fail(error)
@@ -820,9 +849,12 @@ def main(argv):
 def prepare(run, start):
     """Make the run folder: the configuration, what the game starts from, and the test sets."""
     temporary = start.with_name(".starting")
-    shutil.rmtree(temporary, ignore_errors=True)
+    if not rank():
+        shutil.rmtree(temporary, ignore_errors=True)
     for name, player in run.players.items():
         save_policy(player.policy, temporary / name)
+    if rank():
+        return
     if run.world.judge_to_save:
         run.world.judge_to_save.model.save_pretrained(temporary / "judge")
         run.world.judge_to_save.tokenizer.save_pretrained(temporary / "judge")
