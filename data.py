@@ -24,7 +24,8 @@ def first_line(error):
 
 # --- JSON ---------------------------------------------------------------------------------------------------
 def read_lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    """What follows the last newline was cut off, or is being written."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def append_lines(path, rows):

@@ -3,9 +3,11 @@
 Everything here takes numbers and texts that are already there; nothing here runs a model.
 """
 
+import base64
 import html
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -42,12 +44,17 @@ TABLE = {
     "cosine": "cosine among its prompts"}
 
 
-def summary_table(rows):
-    """The rows of summary.json as a markdown table, one column each."""
+def table_lines(rows):
     show = lambda value: "-" if value is None or value != value else f"{value:.3f}"
-    lines = [["", *rows]] + [[label, *(show(row[key]) for row in rows.values())] for key, label in TABLE.items()]
+    lines = [["", *rows]] + [[label, *(show(row.get(key)) for row in rows.values())] for key, label in TABLE.items()]
     if any(row.get("undecided") for row in rows.values()):
         lines.append(["judgements that were undecided, in no rate above", *(str(row.get("undecided", "-")) for row in rows.values())])
+    return lines
+
+
+def summary_table(rows):
+    """The rows of summary.json as a markdown table, one column each."""
+    lines = table_lines(rows)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     return "\n".join("| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |" for line in lines)
@@ -145,6 +152,49 @@ Made for hardening models: an attacker is a test instrument, not a tool against 
 {json.dumps(row, indent=1)}
 ```
 """
+
+
+# --- the page: page.html, filled in -------------------------------------------------------------------------------
+def write_page(folders, out):
+    """One self-contained HTML file with the table and figures of these runs and all their exchanges; an unfinished run gives what it has."""
+    games = [{"run": number, **{key: None if value != value else value for key, value in game.items()}}  # JSON has no NaN
+             for number, folder in enumerate(folders) for game in read_lines(folder / "games.jsonl")]
+    data = json.dumps({"runs": [folder.name for folder in folders], "games": games}, ensure_ascii=False)
+    title = folders[0].name if len(folders) == 1 else f"{len(folders)} runs"
+    parts = {"title": html.escape(title), "runs": "\n".join(map(run_section, folders)), "data": data.replace("<", "\\u003c")}  # "<" could end the script
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    out.write_text(re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template), encoding="utf-8")  # in one pass: texts may hold {{data}}
+
+
+def run_section(folder):
+    made = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config, log = made["config"], read_lines(folder / "metrics.jsonl")
+    if (folder / "summary.json").is_file():
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        rows, state = {name: row for name, row in summary.items() if name not in ("seconds", "config")}, f"finished in {summary['seconds']:.0f} seconds"
+    else:
+        rows, state = rows_so_far(folder, log), f"unfinished, {len(log)} PPO steps so far"
+        if "before" in rows:
+            draw_curves(folder, rows)
+    players = f"{config['attacker']} against {config['defender']}" if config["attacker"] else "the embedded game"
+    head, *lines = [[html.escape(cell) for cell in line] for line in table_lines(rows)]
+    table = "".join(f"<tr><th>{label}</th>{''.join(f'<td>{value}</td>' for value in values)}</tr>\n" for label, *values in lines)
+    images = [base64.b64encode((folder / name).read_bytes()).decode() for name in ("curves.png", "probe.png") if (folder / name).is_file()]
+    return f"""<section>
+<h2>{html.escape(config['method'])}, seed {config['seed']}: {html.escape(players)}</h2>
+<p class="soft">{html.escape(str(folder))}: {state}</p>
+<div class="wide"><table><thead><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr></thead><tbody>
+{table}</tbody></table></div>
+{''.join(f'<div class="wide"><img alt="curves of this run" src="data:image/png;base64,{image}"></div>' for image in images)}
+<details><summary>Configuration and versions</summary><pre>{html.escape(json.dumps(made, indent=1, ensure_ascii=False))}</pre></details>
+</section>"""
+
+
+def rows_so_far(folder, log):
+    """Of an unfinished run: before the game (from its last checkpoint), and after its last round (from its metrics)."""
+    states, rounds = sorted(folder.glob("checkpoints/step_*/state.json")), [m for m in log if "game/asr_held_out_judge" in m]
+    rows = {"before": json.loads(states[-1].read_text(encoding="utf-8"))["before"]} if states else {}
+    return rows | {f"after round {m['round'] + 1} (a third of the prompts)": {key: m.get(f"game/{key}") for key in TABLE} for m in rounds[-1:]}
 
 
 # --- figures: black, grey and hatches, so that they survive a printer ---------------------------------------------------
