@@ -3,7 +3,8 @@ Two-Player Games" (arXiv 2406.10977), from an empty folder to a report.
 
     python train.py                                            the embedded game, on a CPU, about 3 minutes
     python train.py --attacker gpt2 --defender gpt2            your own models: hub ids or local folders
-    python train.py --resume runs/...                          go on where a run stopped
+    python train.py config.yaml --seed 3                       options from a file; flags after it count more
+    python train.py --resume runs/...                          go on where a run stopped (Ctrl-C ends a step, and saves)
     torchrun --nproc_per_node=8 train.py [--shard] ...         on several GPUs: DDP, or FSDP2 with --shard
 
 One round: the defender takes `--defender_steps` PPO steps against the frozen attacker, then the attacker
@@ -19,13 +20,19 @@ but swamps a critic that starts at zero. (6) `--guard`: an attack that has left 
 as a failed repetition. (7) `--restart`: every few rounds the attacker begins anew, and looks for another hole.
 """
 
+import argparse
+import contextlib
+import importlib.util
 import json
 import os
 import platform
 import shutil
+import signal
+import subprocess
 import sys
+import textwrap
+import threading
 import time
-import typing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -33,11 +40,12 @@ import huggingface_hub
 import numpy as np
 import torch
 import transformers
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from data import HUB_DATA, append_lines, fail, first_turn, hub_file, is_test, plain, read_rows, usable, write_json
+from data import HUB_DATA, append_lines, fail, first_turn, hub_file, is_test, plain, read_lines, read_rows, usable, write_json
 from diversity import Diversity, load_embedder, word_embedder
 from gpo import Player, PolicyAverage, Speaker, distill, evaluate, memory_plan, naturalness, peak_memory, play, player_memory, ppo_update, sft
 from model import (DTYPE_NAMES, DTYPES, Policy, add_lora, best_dtype, checkpoint_blocks, demonstrations, first_decides, fold_lora, from_first, join_processes,
@@ -62,6 +70,10 @@ PRESETS = {
     "dtype": ("fp32", "auto"), "judge": ("toy", "facebook/roberta-hate-speech-dynabench-r4-target"), "held_out_judge": ("truth", "s-nlp/roberta_toxicity_classifier"),
     "embedder": ("toy", "sentence-transformers/all-MiniLM-L6-v2"),
 }
+
+HEADINGS = {  # of --help: each begins at an option, in the order of Config
+    "attacker": "the players", "judge": "judges", "prompts": "data and warm start", "method": "schedule", "batch_size": "PPO", "ptx_coef": "what the players meet",
+    "diversity": "diversity", "average": "averages", "critic": "models and sampling", "seed": "output"}
 
 
 def option(default, help):
@@ -131,8 +143,10 @@ class Config:
     dry_run: bool = option(False, "print the first prompts of the players and the judges as their models read them, with token counts, and stop")
     out: str | None = option(None, "run folder; default: runs/DATE_METHOD_sSEED")
     save_every: int | None = option(None, "PPO steps between checkpoints")
+    log: str = option("none", "tensorboard: also write the metrics to RUN/tensorboard; wandb: send them there")
     start: str | None = option(None, "begin with the warm-started players, judge and test sets of this run folder")
     resume: str | None = option(None, "go on with this run folder; its own configuration is used")
+    given = frozenset()  # no option: the names of those that the user gave
 
 
 @dataclass
@@ -200,8 +214,10 @@ def train(config, world, players, run):
                     average.add(player.policy)
             metrics |= run.evaluate_round(round)
         run.log(role, round, game, scores, metrics)
-        if (run.step + 1) % config.save_every == 0 or run.step + 1 == len(turns):
+        if run.stop or (run.step + 1) % config.save_every == 0 or run.step + 1 == len(turns):
             run.save()
+        if run.stop:  # by Ctrl-C or SIGTERM; --resume begins with the next step
+            return
 
 
 def schedule(config):
@@ -247,6 +263,9 @@ def new_seed(rng):
 class Run:
     """A run's folder, and all state of the game that is not inside a player."""
 
+    stop = 0  # the number of the signal that asks `train` to stop after its present step
+    track = bar = None  # track(step, metrics): to TensorBoard or Weights & Biases
+
     def __init__(self, config, folder, world, players):
         self.config, self.folder, self.world, self.players = config, Path(folder), world, players
         self.step, self.sampled_tokens = 0, 0  # PPO steps done; tokens sampled by both players for them
@@ -259,7 +278,7 @@ class Run:
         self.first_attacker, self.first_defender = (Speaker([players[name].reference], players[name]) for name in ("attacker", "defender"))
         self.guard, self.mixtures = self.natural_bounds(), {}
         self.attack_seeds = draw(world.seeds, 300, np.random.default_rng(config.seed))  # the attacker's part of the table
-        self.bar, self.planned, self.resident = None, 0, 0  # bytes: of the memory plan; held before the models were made
+        self.planned, self.resident = 0, 0  # bytes: of the memory plan; held before the models were made
 
     def opponent(self, name):
         """The frozen player that the mover meets: its last policy or, with `--opponent mixture`, that of all rounds so far."""
@@ -343,6 +362,8 @@ class Run:
         self.append("games.jsonl", [
             {"step": self.step, "round": round, "role": role, "seed": seed, "attack": attack, "response": response, "p_safe": p, "score": score}
             for seed, attack, response, p, score in exchanges])
+        if self.track:
+            self.track(self.step, metrics)
         self.bar.set_description_str(f"round {round + 1}/{self.config.rounds} {role:<8} attack success {1 - game.p_safe.mean():4.0%}")
         self.bar.update(1)
 
@@ -691,20 +712,46 @@ def make_players(config, world):
 
 
 # --- entry point ------------------------------------------------------------------------------------------------------
+def help_text():
+    """Every option on a line or two, with its default and its reason."""
+    lines = ["usage: python train.py [FILE.yaml | FILE.json] [--OPTION VALUE ...]", "", *__doc__.split("\n\n")[0].splitlines(), "",
+             "Of two defaults the first is the embedded game's, the second your own models'. In a file, names have no dashes."]
+    for entry in fields(Config):
+        if entry.name in HEADINGS:
+            lines.append(HEADINGS[entry.name])
+        default = " / ".join(map(str, PRESETS.get(entry.name, [] if entry.default is None else [entry.default])))
+        reason, default = (entry.metadata["help"], default) if len(default) <= 15 else (f"{entry.metadata['help']} ({default})", "")
+        lines += textwrap.wrap(reason, 118, initial_indent=f"  --{entry.name:<22} {default:<15} ", subsequent_indent=" " * 43, break_on_hyphens=False)
+    return "\n".join(lines) + "\n"
+
+
+def flags_of(file):
+    """A JSON or YAML file of {option: value} as flags: both ways of giving options are checked by the same parser."""
+    text = Path(file).read_text(encoding="utf-8")
+    values = json.loads(text) if file.endswith(".json") else yaml.safe_load(text)
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold names and values, got {str(values)[:40]!r}")
+    return [f"--{name}={value}" for name, value in values.items() if value is not None]
+
+
 def parse(argv):
-    """The configuration from flags, from one .json or .yaml file, or from the run that is resumed."""
-    parser = transformers.HfArgumentParser(Config, description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    """The configuration from flags, from a .json or .yaml file and the flags after it, or from the run that is resumed."""
+    parser = transformers.HfArgumentParser(Config, allow_abbrev=False)
+    parser.format_help = help_text
     parser.error = lambda message: fail(f"{message}; see python train.py --help")
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # only what was given comes out
     try:
-        if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
-            config = (parser.parse_json_file if argv[0].endswith(".json") else parser.parse_yaml_file)(argv[0])[0]
-        else:
-            config = parser.parse_args_into_dataclasses(argv)[0]
+        if argv and argv[0].endswith((".json", ".yaml", ".yml")):
+            argv = flags_of(argv[0]) + argv[1:]
+        given = vars(parser.parse_args(argv))
     except Exception as error:
         fail(f"cannot read the configuration: {error}")
+    config = Config(**given)
+    config.given = frozenset(given)
     if not config.resume:
         return config
-    if config != Config(resume=config.resume):
+    if len(given) > 1:
         fail("--resume takes the run folder alone: the run's own configuration is used")
     try:
         saved = json.loads((Path(config.resume) / "config.json").read_text(encoding="utf-8"))["config"]
@@ -715,18 +762,27 @@ def parse(argv):
         fail(f"--resume needs a run folder with its config.json, got {config.resume} ({type(error).__name__}: {error})")
 
 
-def check_types(config):
-    """A value from a file may have any type; the flags' parser has checked its own."""
-    for entry in fields(config):
-        value, allowed = getattr(config, entry.name), typing.get_args(entry.type) or (entry.type,)  # int | None: two
-        allowed = (*allowed, int) if float in allowed else allowed
-        if value != entry.default and (isinstance(value, bool) != (entry.type is bool) or not isinstance(value, allowed)):
-            raise ValueError(f"--{entry.name} must be of type {allowed[0].__name__}, got {value!r}")
+def refuse_contradictions(config):
+    """What the user gave and the run would silently not do. Defaults and what is turned off contradict nothing."""
+    own, nobody = bool(config.attacker), config.method in ("sft", "paraphrase")
+    for wrong, names, reason in (
+            (own, "judge_steps", "only the embedded game trains its judge"),
+            (not own, "prompts test_prompts benign_prompts sft_data", "the embedded game has its own; --attacker and --defender bring in your models"),
+            (nobody, "rounds defender_steps", f"--method {config.method} trains nobody"),
+            (nobody or config.method == "iterative", "attacker_steps restart entropy_coef", f"--method {config.method} trains no attacker"),
+            (config.method != "gpo", "opponent replay mine mine_temperature", f"it belongs to --method gpo, not to {config.method}"),
+            (not config.mine, "mine_temperature", "--mine is 0"), ("mixture" not in config.average, "average_size", "--average keeps no mixture"),
+            (not config.diversity and config.method != "iterative", "diversity_terms", "--diversity is 0")):
+        for name in names.split():
+            if wrong and name in config.given and getattr(config, name) not in (0, "last"):
+                raise ValueError(f"--{name} {getattr(config, name)} would do nothing: {reason}")
+    for name in ("judge", "held_out_judge", "embedder"):
+        if own and getattr(config, name) == PRESETS[name][0]:
+            raise ValueError(f"--{name} {getattr(config, name)} is the embedded game's; your own models need another")
 
 
 def resolve(config):
     """Fill in what the presets decide, and refuse impossible settings, before anything is made."""
-    check_types(config)
     if bool(config.attacker) != bool(config.defender):
         raise ValueError("--attacker and --defender go together: pass both, or neither for the embedded game")
     for name, values in PRESETS.items():
@@ -739,7 +795,7 @@ def resolve(config):
     if config.held_out_judge == "toy":
         raise ValueError("--held_out_judge must differ from the judge of training, got toy; the embedded game's own is 'truth'")
     choices = {
-        "method": METHODS, "first": ("attacker", "defender"), "opponent": ("last", "mixture"), "kl_anchor": ("initial", "previous"), "critic": ("shared", "separate"),
+        "method": METHODS, "log": ("none", "tensorboard", "wandb"), "first": ("attacker", "defender"), "opponent": ("last", "mixture"), "kl_anchor": ("initial", "previous"), "critic": ("shared", "separate"),
         "dtype": ("fp32", "bf16", "auto"), "average": ("mixture,weights", "mixture", "weights", "both", "distill", "mixture,weights,distill", "none"),
         "diversity_terms": ("bleu,embedding", "embedding,bleu", "bleu", "embedding")}
     for name, allowed in choices.items():
@@ -770,6 +826,9 @@ def resolve(config):
     config.shard = config.shard and world_size() > 1  # a resumed run may have fewer processes than it began with
     if config.template.count("{}") > 1 or any(brace in config.template.replace("{}", "") for brace in "{}"):
         raise ValueError(f"--template must hold {{}} once, for the seed, or not at all, got {config.template!r}")
+    refuse_contradictions(config)
+    if config.log != "none" and not importlib.util.find_spec(config.log):
+        raise ValueError(f"--log {config.log} needs the package {config.log}: pip install {config.log}")
     if config.start and not config.resume:
         try:
             other = json.loads((Path(config.start) / "config.json").read_text(encoding="utf-8"))["config"]
@@ -792,6 +851,46 @@ def resolve(config):
     except OSError as error:
         raise ValueError(f"--out must lie in a folder that can be written to, got {config.out} ({error.strerror})") from error
     return config
+
+
+def tracker(config, folder):
+    """The function track(step, metrics) of --log. It begins with what metrics.jsonl holds, so a resumed run has each step once."""
+    if config.log == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        writer = SummaryWriter(folder / "tensorboard")
+
+        def track(step, metrics):
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+    else:
+        import wandb
+        remote = wandb.init(project="gpo", name=folder.name, config=asdict(config), dir=folder)
+        track = lambda step, metrics: remote.log(metrics, step=step)
+    for line in read_lines(folder / "metrics.jsonl"):
+        track(line.pop("step"), {name: value for name, value in line.items() if name != "role"})
+    return track
+
+
+@contextlib.contextmanager
+def stop_after_a_step(run):
+    """Here the first Ctrl-C or SIGTERM lets the present PPO step end; a second one stops at once."""
+    def ask(number, frame):
+        restore()
+        run.stop = number
+        os.write(2, b"\nfinishing this PPO step and saving; once more stops at once\n")  # print may be at work just now
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    in_main = threading.current_thread() is threading.main_thread()  # signals reach no other
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)} if in_main else {}
+    try:
+        yield
+    finally:
+        restore()
 
 
 def main(argv):
@@ -824,6 +923,7 @@ def main(argv):
         run.before = run.before or run.evaluate()
         if not begun:  # only now: whatever can be wrong with the input has been tried
             prepare(run, start)
+        run.track = tracker(config, folder) if config.log != "none" else None
     except (ValueError, OSError, SafetensorError) as error:  # a user's mistake: one line, nothing left behind
         fail(error)
     except KeyboardInterrupt:
@@ -831,14 +931,16 @@ def main(argv):
         sys.exit(130)
     print(f"attack success on held-out prompts before the game: {run.before['asr_held_out_judge']:.1%}")
     try:
-        with tqdm(total=len(schedule(config)), initial=run.step, dynamic_ncols=True) as run.bar:
+        with stop_after_a_step(run), tqdm(total=len(schedule(config)), initial=run.step, dynamic_ncols=True) as run.bar:
             train(config, world, players, run)
+        if run.stop:
+            raise KeyboardInterrupt
         rows, examples = run.finish(time.time() - clock)
     except (JudgeError, OSError, SafetensorError) as error:  # the judge broke its word, or the disk is full
         fail(f"{error}; the run can go on with --resume {folder}")
     except KeyboardInterrupt:
         print(f"\ninterrupted; go on with: python train.py --resume {folder}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (run.stop or signal.SIGINT))
     print(f"\n{summary_table(rows)}\n")
     for prompt, first, now in examples:
         print(f"  prompt  {prompt}\n  before  {first}\n  after   {now}\n")
@@ -860,7 +962,9 @@ def prepare(run, start):
         run.world.judge_to_save.tokenizer.save_pretrained(temporary / "judge")
     write_json(temporary / "prompts.json", {name: getattr(run.world, name) for name in ("seeds", "test_prompts", "benign_prompts", "more_tests")})
     write_json(temporary / "attack_seeds.json", run.attack_seeds)
-    versions = {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, transformers, np)}}
+    versions = {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, transformers, np)}, "platform": platform.platform(),
+                "device": torch.cuda.get_device_name(run.config.device) if run.config.device.startswith("cuda") else platform.machine(),
+                "commit": subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()}
     write_json(run.folder / "config.json", {"config": asdict(run.config), "versions": versions})
     for name in ("metrics.jsonl", "games.jsonl"):
         (run.folder / name).touch()
