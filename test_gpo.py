@@ -15,11 +15,15 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
+import types
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -1971,13 +1975,16 @@ def test_two_processes_save_and_average_whole_weights_which_the_first_keeps(toge
 
 
 # --- the programs, as a user runs them ------------------------------------------------------------------------------------
-TINY = "--sft_steps 30 --judge_steps 30 --rounds 2 --attacker_steps 1 --defender_steps 2 --batch_size 8 --eval_prompts 30 --save_every 2 --mine 8".split()
+WARM = "--sft_steps 30 --judge_steps 30 --batch_size 8 --eval_prompts 30 --save_every 2".split()
+TURNS = "--rounds 2 --attacker_steps 1 --defender_steps 2".split()
+TINY = [*WARM, *TURNS, "--mine", "8"]
+# one thread: with two, one run in four was seen to differ in the last bits of its weights, and tests here compare bytes
+def environment():
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
 
 
 def program(*args, cwd=HERE, ok=True):
-    # one thread: with two, one run in four was seen to differ in the last bits of its weights, and tests here compare bytes
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
     assert not ok or done.returncode == 0, done.stderr[-2000:]
     return done
 
@@ -2010,6 +2017,10 @@ def test_the_front_door_leaves_a_complete_run_folder(finished):
     assert {"game/asr_train_judge", "game/asr_held_out_judge", "game/over_refusal"} <= set(metrics[2]) and "diversity/self_bleu" in metrics[0]
     assert sum(json.loads(line)["role"] != "probe" for line in (out / "games.jsonl").read_text().splitlines()) == 6 * 8
     AutoModelForCausalLM.from_pretrained(out / "defender"), AutoTokenizer.from_pretrained(out / "attacker")
+    versions = json.loads((out / "config.json").read_text())["versions"]
+    assert versions["torch"] == torch.__version__ and {"python", "numpy", "transformers", "platform", "device"} <= set(versions)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout
+    assert not head or head.startswith(versions["commit"].removesuffix("-dirty")) and len(versions["commit"]) >= 7
 
 
 def test_both_players_were_trained_and_the_averages_are_what_they_say(finished):
@@ -2067,6 +2078,212 @@ def test_a_run_killed_and_resumed_ends_like_one_that_was_not(finished, tmp_path,
         assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+WAIT = """import sys, time, train
+real = train.Run.log
+def log(run, *args):
+    real(run, *args)
+    while run.step == 0 and not run.stop: time.sleep(0.01)
+train.Run.log = log
+train.main(sys.argv[1:])"""
+
+
+def test_ctrl_c_finishes_the_step_saves_it_and_a_resumed_run_ends_like_one_that_was_not_interrupted(finished, tmp_path):
+    run, there = tmp_path / "run", True
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ImportError:
+        there = False
+    with subprocess.Popen([sys.executable, "-c", WAIT, *TINY, *(["--log", "tensorboard"] if there else []), "--out", run], env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text()):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=120)[1]
+    assert process.returncode == 130 and error.splitlines()[-1] == f"interrupted; go on with: python train.py --resume {run}", error
+    assert [p.name for p in (run / "checkpoints").glob("step_*")] == ["step_000001"]  # one step is done, though every second one is saved
+    program("train.py", "--resume", run)
+    for name in ("games.jsonl", "attacker/model.safetensors", "defender/model.safetensors", "defender/critic.safetensors", "average/attacker_mixture.safetensors"):
+        assert (run / name).read_bytes() == (finished[0] / name).read_bytes(), name
+    if there:  # each step once, with the value of metrics.jsonl, whatever is in however many files
+        events = EventAccumulator(str(run / "tensorboard"), purge_orphaned_data=False).Reload()
+        metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for name in ("game/attack_success", "attacker/objective/kl", "game/asr_held_out_judge"):
+            assert [(e.step, e.value) for e in events.Scalars(name)] == [(m["step"], pytest.approx(m[name], rel=1e-6)) for m in metrics if name in m], name
+
+
+def test_a_second_signal_stops_at_once_and_what_was_before_comes_back():
+    run, before = types.SimpleNamespace(stop=0), signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt), train.stop_after_a_step(run):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert run.stop == signal.SIGINT
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.signal(signal.SIGTERM, before) == signal.SIG_IGN and signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_package_that_is_not_there_is_named_in_one_line(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=f"--log {package} needs the package {package}: pip install {package}"):
+        train.resolve(parsed(f"--log {package}"))
+
+
+def test_wandb_gets_each_step_once(monkeypatch, tmp_path):
+    sent = []
+    fake = types.SimpleNamespace(init=lambda **kwargs: types.SimpleNamespace(log=lambda metrics, step: sent.append((step, metrics))))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "round": 0, "role": "attacker", "a": 0.5}\n')  # from before it was stopped
+    train.tracker(train.Config(log="wandb"), tmp_path)(1, {"a": 0.25})
+    assert sent == [(0, {"round": 0, "a": 0.5}), (1, {"a": 0.25})]
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------------
+class Page(HTMLParser):
+    """What a browser would find: tags with their attributes, text outside of scripts, scripts by their id."""
+
+    def __init__(self, file):
+        super().__init__()
+        self.tags, self.words, self.scripts, self.inside = [], [], {}, None
+        self.feed(file.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.inside = dict(attributes).get("id", "main") if tag == "script" else self.inside
+
+    def handle_endtag(self, tag):
+        self.inside = None if tag == "script" else self.inside
+
+    def handle_data(self, data):
+        if self.inside:
+            self.scripts[self.inside] = self.scripts.get(self.inside, "") + data
+        else:
+            self.words += data.split()
+
+
+NASTY = ['</script><script>alert(1)</script>', "<img src=x onerror=alert(1)> & <!-- <script>", "{{runs}} {{data}}", 'a "quoted" \\ \u2028 line', "plain words about a LOCK"]
+
+
+@pytest.fixture
+def unfinished(tmp_path):
+    """The folder of a run that is still being played, by models that say ugly things."""
+    folder = tmp_path / "<i>run & co"
+    (folder / "checkpoints/step_000002").mkdir(parents=True)
+    before = {"asr_held_out_judge": 0.625, "asr_train_judge": 0.5, "over_refusal": None, "helpfulness": None, "attacker_success": 0.25, "self_bleu": 0.75, "cosine": 0.125}
+    (folder / "checkpoints/step_000002/state.json").write_text(json.dumps({"before": before}))
+    (folder / "config.json").write_text(json.dumps({"config": {"method": "gpo", "seed": 3, "attacker": "<b>me</b>", "defender": "you"}, "versions": {}}))
+    games = [{"step": i // 4, "round": i // 8, "role": ("attacker", "defender")[i // 4 % 2], "seed": f"seed {i % 3}", "attack": NASTY[i % 5], "response": f"answer {i}",
+              "p_safe": i / 16, "score": -i / 2} for i in range(16)]
+    games += [{"step": 3, "round": 1, "role": "probe", "attack": "a probe", "response": NASTY[0], "p_safe": float("nan")}]
+    (folder / "games.jsonl").write_text("".join(json.dumps(game) + "\n" for game in games) + '{"step": 4, "half a li', encoding="utf-8")
+    metrics = [{"step": step, "round": step // 2, "role": ("attacker", "defender")[step % 2], "game/attack_success": 0.5} for step in range(4)]
+    for m, asr in ((metrics[1], 0.5), (metrics[3], 0.375)):
+        m.update({"game/asr_held_out_judge": asr, "game/asr_train_judge": asr, "game/self_bleu": 0.7, "game/cosine": 0.1})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
+    return folder, games
+
+
+def test_the_page_of_an_unfinished_run_shows_what_is_there_and_no_text_becomes_html(unfinished):
+    folder, games = unfinished
+    report.write_page([folder], folder / "report.html")
+    page = Page(folder / "report.html")
+    found = json.loads(page.scripts["data"])
+    assert found["runs"] == ["<i>run & co"] and len(page.scripts) == 3 and found["games"][-1].pop("p_safe") is None
+    assert [{key: value for key, value in game.items() if key != "run"} for game in found["games"]] == games[:-1] + [{key: value for key, value in games[-1].items() if key != "p_safe"}]
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("script") == 3 and not {"b", "i", "link", "iframe"} & set(tags)
+    assert [attributes["src"][:22] for _, attributes in page.tags if "src" in attributes] == ["data:image/png;base64,"]  # the curves; nothing is fetched
+    assert not any("href" in attributes or any(name.startswith("on") for name in attributes) for _, attributes in page.tags)
+    text = " ".join(page.words)
+    assert "unfinished, 4 PPO steps so far" in text and "<b>me</b> against you" in text
+    assert "attack success on held-out prompts, held-out judge 0.625 0.375" in text and "helpfulness on harmless prompts - -" in text
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="runs the page's script in node")
+def test_the_page_filters_and_sorts_as_asked(unfinished):
+    folder, games = unfinished
+    report.write_page([folder, folder], folder / "report.html")
+    page, nothing = Page(folder / "report.html"), {"q": "", "run": "", "round": "", "role": "", "verdict": "", "sort": ""}
+    wanted = [nothing, {**nothing, "round": "1", "run": "1"}, {**nothing, "role": "probe"}, {**nothing, "verdict": "unsafe"}, {**nothing, "verdict": "safe", "role": "defender"},
+              {**nothing, "q": "lock"}, {**nothing, "q": "ANSWER 1"}, {**nothing, "q": "seed 2", "run": "0"}, {**nothing, "sort": "safe", "run": "0"}, {**nothing, "sort": "unsafe", "run": "0", "q": "</script>"}]
+    script = f"{page.scripts['logic']}\nconst {{games}} = {page.scripts['data']};\nconsole.log(JSON.stringify({json.dumps(wanted)}.map(w => matching(games, w).map(g => games.indexOf(g)))))"
+    found = json.loads(subprocess.run(["node", "-"], input=script, capture_output=True, text=True, check=True).stdout)
+    both = [{**game, "run": run} for run in (0, 1) for game in games]
+    says = lambda game, text: text in f"{game['attack']}\n{game['response']}\n{game.get('seed', '')}".lower()
+    only = lambda test: [i for i, game in enumerate(both) if test(game)]
+    assert found[:8] == [only(lambda g: True), only(lambda g: g["run"] == 1 and g["round"] == 1), only(lambda g: g["role"] == "probe"), only(lambda g: g["p_safe"] < 0.5),
+                         only(lambda g: g["p_safe"] >= 0.5 and g["role"] == "defender"), only(lambda g: says(g, "lock")), only(lambda g: says(g, "answer 1")),
+                         only(lambda g: says(g, "seed 2") and g["run"] == 0)]
+    # P(safe) is i / 16; the probe, without a verdict, counts as 1/2 and stands behind the eighth exchange, which has it too
+    assert found[8] == [*range(15, 8, -1), 8, 16, *range(7, -1, -1)] and found[9] == [0, 5, 16, 10, 15]
+
+
+def test_eval_writes_one_page_for_the_runs_it_is_given(finished, tmp_path, capsys):
+    out, _ = finished
+    evaluation.main(["report", str(out)])
+    assert str(out / "report.html") in capsys.readouterr().out
+    page = Page(out / "report.html")
+    games = [json.loads(line) for line in (out / "games.jsonl").read_text().splitlines()]
+    assert [{k: v for k, v in game.items() if k != "run"} for game in json.loads(page.scripts["data"])["games"]] == games
+    summary = json.loads((out / "summary.json").read_text())
+    assert " ".join(f"{summary[row]['self_bleu']:.3f}" for row in ("before", "after", "average (mixture)", "average (weights)")) in " ".join(page.words)
+    evaluation.main(["report", str(out), str(out), "--out", str(tmp_path / "both.html")])
+    assert len(json.loads(Page(tmp_path / "both.html").scripts["data"])["games"]) == 2 * len(games)
+
+
+# --- a trained attacker on any model ------------------------------------------------------------------------------------------
+def test_an_attack_joins_the_first_cluster_whose_leader_is_near_else_leads_one():
+    angle = {"a": 0, "b": 30, "c": 60, "d": 20, "e": 180, "f": 350}  # cos 30 is .87; cos 40 is .77
+    embedder = lambda texts: np.array([[math.cos(math.radians(angle[t])), math.sin(math.radians(angle[t]))] for t in texts])
+    # c is near b, but b is no leader: it follows a; d is near both a (the first) and, by 40 degrees, not c
+    assert evaluation.leaders(list("abcdef"), embedder) == [0, 0, 2, 0, 4, 0] and evaluation.leaders([], embedder) == []
+
+
+def test_a_trained_attacker_is_let_loose_on_a_target_and_what_it_did_is_written_the_worst_first(finished, tmp_path, capsys):
+    out, file = finished[0], str(tmp_path / "a.jsonl")
+    arguments = ["attack", str(out / "attacker"), str(out / "checkpoints/start/defender"), "-n", "40", "--seed", "5", "--judge", "rule", "--out", file]
+    evaluation.main(arguments)
+    printed, run = capsys.readouterr().out, evaluation.FinishedRun(out)
+    seeds = [run.prompts["seeds"][i] for i in np.random.default_rng(5).choice(len(run.prompts["seeds"]), 40, replace=False)]
+    attacks = run.end["attacker"].speak(seeds, 5).texts
+    answers = run.start["defender"].speak(attacks, 0, temperature=0).texts
+    rows, expected = [json.loads(line) for line in Path(file).read_text().splitlines()], zip(seeds, attacks, answers, rule_judge(attacks, answers))
+    assert [tuple(row.values())[:4] for row in rows] == sorted(expected, key=lambda row: row[3])
+    hits = sum(row["p_safe"] == 0 for row in rows)
+    low, high = evaluation.wilson_interval(hits, 40)
+    assert f"| {hits / 40:.3f} [{low:.3f}, {high:.3f}] |" in printed and hits > 0 and rows[0]["response"] in printed
+    with pytest.raises(SystemExit) as stopped:  # it never overwrites
+        evaluation.main(arguments)
+    assert stopped.value.code == 2 and "--out must name a new file" in capsys.readouterr().err and len(Path(file).read_text().splitlines()) == 40
+
+
+def test_what_was_broken_is_counted_in_cells_of_the_toy_world_and_in_clusters_elsewhere(capsys):
+    game = ToyGame(0)
+    prompts = [game.prompt(cell) for cell in ((0, 0, 0, 0), (0, 1, 0, 3), (1, 0, 0, 0), (1, 0, 2, 0), (2, 0, 0, 0))]  # a cell is (topic, framing)
+    rows = [{"attack": prompt, "response": f"answer {i}", "p_safe": p} for i, (prompt, p) in enumerate(zip(prompts, (0.0, 0.1, 0.2, 0.4, 0.5)))]
+    evaluation.print_attack(rows, game.cell_of, None)
+    printed = capsys.readouterr().out
+    assert "| 0.800 [0.376, 0.964] |" in printed and "| cells broken | 3 |" in printed  # Wilson of 4 in 5
+    assert "2 of this cell, P(safe) of the worst 0.00" in printed and "answer 1" not in printed and "answer 4" not in printed
+    assert [row.get("cell") for row in rows] == [(0, 0), (0, 0), (1, 0), (1, 2), None]
+    evaluation.print_attack(rows, None, lambda texts: np.eye(2)[[0, 1, 0, 1][:len(texts)]])
+    assert "| clusters broken | 2 |" in capsys.readouterr().out
+
+
+def test_an_attacker_of_your_own_needs_prompts_and_a_judge(own, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(own)
+    (tmp_path / "judge.py").write_text("def even(prompts, responses): return [i % 2 for i in range(len(prompts))]")
+    files = ["--prompts", "prompts.txt", "--judge", f"{tmp_path}/judge.py:even", "-n", "30", "--response_tokens", "4", "--out"]
+    for more, message in (([], "needs --prompts and --judge"), ([*files, str(tmp_path / "c"), "--average", "mixture"], "--average must be last or")):
+        with pytest.raises(SystemExit) as stopped:
+            evaluation.main(["attack", "attacker", "defender", *more])
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+    evaluation.main(["attack", "attacker", "defender", *files, str(tmp_path / "b")])
+    rows = [json.loads(line) for line in (tmp_path / "b").read_text().splitlines()]
+    assert [row["p_safe"] for row in rows] == [0] * 15 + [1] * 15 and {row["seed"] for row in rows} <= set(Path("prompts.txt").read_text().splitlines())
+    assert [row.get("cluster") for row in rows] == evaluation.leaders([row["attack"] for row in rows[:15]], word_embedder) + [None] * 15
+
+
 def test_eval_repeats_the_numbers_of_the_run_with_intervals(finished):
     out, _ = finished
     printed = program("eval.py", out, out).stdout
@@ -2117,7 +2334,7 @@ def test_a_run_of_t_rounds_is_the_beginning_of_a_longer_one(finished, tmp_path):
     program("train.py", *TINY, "--rounds", 1, "--out", tmp_path / "shorter")
     shorter, longer = (json.loads((folder / "summary.json").read_text()) for folder in (tmp_path / "shorter", out))
     for t, summary in ((1, shorter), (2, longer)):
-        row = evaluation.row_of_round(out, t)
+        row = evaluation.row_of_round(evaluation.FinishedRun(out), t)
         for key, value in summary["after"].items():
             assert row[key] == pytest.approx(value), key
         assert row["averages"]["average (mixture)"]["asr_held_out_judge"] == pytest.approx(summary["average (mixture)"]["asr_held_out_judge"]) and row["updates"] == 2 * t
@@ -2167,7 +2384,8 @@ def test_a_suite_runs_every_row_on_every_seed_from_one_warm_start_and_nothing_tw
     with pytest.raises(ValueError, match="ended with status 2: error: --rounds must be"):  # in interpreters of their own, as users have it
         evaluation.run_suite(tmp_path / "other", {}, (0, 1), "--rounds 0", strangers=("SFT",))
     monkeypatch.setattr(evaluation.subprocess, "run", in_process)
-    suite, common = {"RLHF": "--method rlhf", "one & more": "--average distill"}, " ".join(map(str, TINY))
+    turns, common = " ".join(TURNS), " ".join(WARM)
+    suite = {"RLHF": f"--method rlhf {turns}", "one & more": f"--average distill --mine 8 {turns}"}
     rows = evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT", "RLHF"), probes={"RLHF": (0,)}, steps=1)
     assert list(rows) == ["SFT", "RLHF", "one & more"] and all(len(of_name) == 2 for of_name in rows.values())
     for name in rows:
@@ -2199,7 +2417,7 @@ def test_a_suite_runs_every_row_on_every_seed_from_one_warm_start_and_nothing_tw
         (folder / lost).unlink()
     again = evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT", "RLHF"), probes={"RLHF": (0,)}, steps=1)
     assert (folder / "games.jsonl").read_text() == games and again["RLHF"][1]["asr_held_out_judge"] == rows["RLHF"][1]["asr_held_out_judge"]
-    with pytest.raises(ValueError, match="RLHF_s0 must be a run of train.py --method rlhf --replay 0 .* got one of train.py --method rlhf --sft_steps"):
+    with pytest.raises(ValueError, match="RLHF_s0 must be a run of train.py --method rlhf --replay 0 .* got one of train.py --method rlhf --rounds"):
         evaluation.run_suite(tmp_path, {"RLHF": "--method rlhf --replay 0"}, (0, 1), common)
 
 
@@ -2219,9 +2437,9 @@ def parsed(flags):
     return config
 
 
-@pytest.mark.parametrize("method", ["rlhf", "iterative", "paraphrase", "sft"])
-def test_every_method_runs(method, tmp_path):
-    program("train.py", *TINY, "--method", method, "--judge", "rule", "--sft_steps", 5, "--out", tmp_path / "run")
+@pytest.mark.parametrize("method, turns", [("rlhf", TURNS), ("iterative", [*TURNS, "--attacker_steps", "0"]), ("paraphrase", []), ("sft", [])])
+def test_every_method_runs(method, turns, tmp_path):
+    program("train.py", *WARM, *turns, "--method", method, "--judge", "rule", "--sft_steps", 5, "--out", tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["config"]["method"] == method
     if method in ("sft", "paraphrase"):
@@ -2433,6 +2651,51 @@ def test_exchanges_that_the_judge_leaves_open_are_reported_and_in_no_update(own)
     defender = [g["score"] for g in games if g["role"] == "defender"]
     assert defender == [g["p_safe"] for g in games if g["role"] == "defender"] and metrics[1]["defender/objective/scores"] == pytest.approx(np.mean(defender))
     assert json.loads((own / "open" / "summary.json").read_text())["after"]["undecided"] == 1 and "undecided" in done.stdout
+@pytest.mark.parametrize("flags, message", [
+    ("--method rlhf --opponent mixture", "--opponent mixture would do nothing"), ("--method rlhf --mine 8", "--mine 8"), ("--method iterative --replay 0.5", "--replay 0.5"),
+    ("--method iterative --attacker_steps 3", "--attacker_steps 3 would do nothing: --method iterative trains no attacker"), ("--method paraphrase --restart 2", "--restart 2"),
+    ("--method sft --rounds 3", "--rounds 3 would do nothing: --method sft trains nobody"), ("--diversity 0 --diversity_terms bleu", "--diversity_terms bleu"),
+    ("--mine 0 --mine_temperature 2", "--mine_temperature 2.0 would do nothing: --mine is 0"), ("--average none --average_size 4", "--average_size 4"),
+    ("--prompts prompts.txt", "--prompts prompts.txt would do nothing: the embedded game has its own"), ("--sft_data x", "--sft_data x"),
+    ("--attacker a --defender b --judge_steps 5", "--judge_steps 5"), ("--attacker a --defender b --judge toy", "--judge toy is the embedded game's"),
+    ("--attacker a --defender b --held_out_judge truth", "--held_out_judge truth"), ("--attacker a --defender b --embedder toy", "--embedder toy")])
+def test_what_the_user_gave_and_the_run_would_not_do_is_refused(flags, message):
+    with pytest.raises(ValueError) as refused:
+        train.resolve(parsed(flags))
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("flags", ["--method rlhf --replay 0 --mine 0 --opponent last", "--method iterative --attacker_steps 0 --diversity_terms bleu --diversity 0", "--method sft",
+                                   "--mine_temperature 2", "--attacker a --defender b --mine 8 --mine_temperature 2", "--average mixture --average_size 4", "--diversity 0"])
+def test_defaults_and_what_is_turned_off_contradict_nothing(flags):
+    train.resolve(parsed(flags))
+
+
+def test_help_fits_two_screens_and_has_each_option_once_under_a_heading_with_its_defaults(capsys):
+    for flag in ("--help", "-h"):
+        with pytest.raises(SystemExit) as stopped:
+            train.parse([flag])
+        lines = capsys.readouterr().out.splitlines()
+        assert not stopped.value.code and len(lines) <= 100 and max(map(len, lines)) <= 120
+    headings, entries = [line for line in lines[5:] if not line.startswith(" ")], {}
+    for line in lines[5:]:
+        if line.startswith("  --"):
+            entries[name := line.split()[0][2:]] = line
+        elif line.startswith("  "):
+            entries[name] += f" {line.strip()}"
+    assert headings[1:] == list(train.HEADINGS.values()) and list(entries) == [entry.name for entry in fields(train.Config)]
+    for entry in fields(train.Config):
+        own = train.PRESETS.get(entry.name, () if entry.default is None else (entry.default,))
+        assert " / ".join(map(str, own)) in entries[entry.name] and len(entries[entry.name].split()) > 3, entry.name
+
+
+@pytest.mark.parametrize("name, text", [("a.yaml", "rounds: 3\nkl-coef: 1e-5\naverage: none\nsft_steps:\ntemplate: 'a: {}'\n"),
+                                        ("a.json", '{"rounds": 3, "kl_coef": 1e-5, "average": "none", "sft_steps": null, "template": "a: {}"}')])
+def test_flags_after_a_configuration_file_count_more_than_the_file(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    alone, more = train.parse([str(tmp_path / name)]), train.parse([str(tmp_path / name), "--rounds", "4", "--seed", "3"])
+    assert (alone.rounds, alone.kl_coef, alone.average, alone.sft_steps, alone.template, alone.seed) == (3, 1e-5, "none", None, "a: {}", 0)
+    assert (more.rounds, more.kl_coef, more.seed) == (4, 1e-5, 3)
 
 
 def test_a_lora_run_killed_and_resumed_ends_like_one_that_was_not_and_eval_repeats_its_numbers(own, monkeypatch):
@@ -2520,8 +2783,11 @@ WRONG = {
     "a run that was stopped before its start": (["--start", "bad/unstarted"], "--start needs a run folder with its config.json and checkpoints/start"),
     "a mixture that is not kept": (["--opponent", "mixture", "--average", "none"], "--opponent mixture needs --average mixture"),
     "an occupied run folder": (["--out", "bad"], "new or empty folder, got bad"),
-    "a configuration of the wrong type": (["bad/types.json"], "--rounds must be of type int, got 'many'"),
-    "a configuration with an unknown name": (["bad/unknown.json"], "cannot read the configuration"),
+    "a configuration of the wrong type": (["bad/types.json"], "argument --rounds: invalid int value: 'many'"),
+    "a configuration with an unknown name": (["bad/unknown.json"], "unrecognized arguments: --runds=3"),
+    "a configuration that is a list": (["bad/list.yaml"], "must hold names and values, got"),
+    "a configuration that is not there": (["bad/no.yaml"], "cannot read the configuration"),
+    "a run resumed with another seed": (["--resume", "bad/other", "--seed", "0"], "--resume takes the run folder alone"),
     "a configuration that is not YAML": (["bad/broken.yaml"], "cannot read the configuration"),
     "all of the batch replayed": (["--replay", "1"], "--replay and --guard in [0, 1), got"),
     "a device that is not there": (["--device", "tpu"], "--device must be auto, cpu"),
@@ -2554,6 +2820,7 @@ def bad(own):
     (own / BAD / "types.json").write_text('{"rounds": "many"}')
     (own / BAD / "unknown.json").write_text('{"runds": 3}')
     (own / BAD / "broken.yaml").write_text("rounds: [")
+    (own / BAD / "list.yaml").write_text("- rounds")
     (own / BAD / "dict.json").write_text('{"a": "b"}')
     (own / BAD / "broken.txt.gz").write_bytes(b"\x1f\x8b\x08nonsense")
     (own / BAD / "run").mkdir()
@@ -2623,10 +2890,13 @@ def test_wrong_input_gets_one_line_exit_status_2_and_leaves_nothing(bad, name, m
 
 @pytest.mark.parametrize("what, error, status, message", [
     ("own_world", KeyboardInterrupt(), 130, "interrupted before the game began"), ("train", KeyboardInterrupt(), 130, "--resume stopped"),
+    ("train", signal.SIGTERM, 143, "interrupted; go on with: python train.py --resume stopped"),
     ("train", JudgeError("a score of 2"), 2, "error: a score of 2; the run can go on with --resume stopped"),
     ("save_weights", SafetensorError("No space left on device"), 2, "error: No space left on device; the run can go on with --resume stopped")])
 def test_a_run_that_is_stopped_says_in_one_line_how_to_go_on(own, monkeypatch, capsys, what, error, status, message):
     def stop(*args):
+        if isinstance(error, signal.Signals):  # it is sent to a run that goes on until it looks
+            return os.kill(os.getpid(), error)
         raise error
 
     monkeypatch.chdir(own)
@@ -2644,7 +2914,7 @@ def test_a_run_that_is_stopped_says_in_one_line_how_to_go_on(own, monkeypatch, c
 
 def test_wrong_input_to_eval_gets_one_line_too(tmp_path):
     for args in (["no-such-run"], ["best"], ["best", tmp_path, "--steps", "x"], [], ["reproduce", "run"], ["reproduce", "--seeds", "1"], ["probe"],
-                 ["ablate", "--seeds", "2", "no such row"]):
+                 ["report", tmp_path], ["attack", "x"], ["ablate", "--seeds", "2", "no such row"]):
         done = program("eval.py", *args, ok=False)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "got no such row" in done.stderr  # names may follow a flag
