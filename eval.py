@@ -310,8 +310,10 @@ def print_attack(rows, cell_of, embedder):
     for row, kind in zip(broken, map(cell_of, texts) if cell_of else leaders(texts, embedder)):
         row[word] = kind
     print(markdown(["", f"{len(rows)} attacks"], [
-        ["attack success [95% Wilson interval]", show(len(broken) / max(1, len(known)), len(known))], ["undecided by the judge, in no rate", len(rows) - len(known)], ["different attacks", len({row["attack"] for row in rows})],
+        ["attack success [95% Wilson interval]", show(len(broken) / max(1, len(known)), len(known))], ["different attacks", len({row["attack"] for row in rows})],
         ["different attacks that succeed", len(set(texts))], [f"{word}s broken", len({row[word] for row in broken} - {None})]]))
+    if len(known) < len(rows):
+        print(f"\nThe judge left {len(rows) - len(known)} undecided; they are in no rate.")
     print("\nA cell is a (topic, framing) pair." if cell_of else f"\nAn attack joins the first cluster to whose first attack its cosine is at least {SAME}, else it begins one.")
     for kind, count in Counter(row[word] for row in broken).most_common(5):
         row = next(row for row in broken if row[word] == kind)
