@@ -2810,10 +2810,6 @@ WRONG = {
 def bad(own):
     (own / BAD).mkdir()
     files = {"empty.txt": "", "broken.jsonl": '{"prompt": "a"}\n{"prompt": \n', "rows.jsonl": '{"text": "a"}\n', "long.txt": "ab " * 300 + "\n" + "cd " * 300,
-             "judge.py": "def short(p, r): return [0.5]\ndef two(p, r): return [2.0] * len(p)\ndef nan(p, r): return [float('nan')] * len(p)\n"}
-
-
-    files = {"empty.txt": "", "broken.jsonl": '{"prompt": "a"}\n{"prompt": \n', "rows.jsonl": '{"text": "a"}\n', "long.txt": "ab " * 300 + "\nb\nc\nd\n" * 9,
              "judge.py": "def short(p, r): return [0.5]\ndef two(p, r): return [2.0] * len(p)\ndef nan(p, r): return [float('nan')] * len(p)\ndef nothing(p, r): return [None] * len(p)\n"}
     for name, text in files.items():
         (own / BAD / name).write_text(text)
