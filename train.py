@@ -214,9 +214,11 @@ def train(config, world, players, run):
                     average.add(player.policy)
             metrics |= run.evaluate_round(round)
         run.log(role, round, game, scores, metrics)
-        if run.stop or (run.step + 1) % config.save_every == 0 or run.step + 1 == len(turns):
+        stop = first_decides(lambda: run.stop)  # the same in all processes, or some would wait for ever
+        if stop or (run.step + 1) % config.save_every == 0 or run.step + 1 == len(turns):
             run.save()
-        if run.stop:  # by Ctrl-C or SIGTERM; --resume begins with the next step
+        if stop:  # by Ctrl-C or SIGTERM; --resume begins with the next step
+            run.stop = stop
             return
 
 
@@ -923,7 +925,7 @@ def main(argv):
         run.before = run.before or run.evaluate()
         if not begun:  # only now: whatever can be wrong with the input has been tried
             prepare(run, start)
-        run.track = tracker(config, folder) if config.log != "none" else None
+        run.track = tracker(config, folder) if config.log != "none" and not rank() else None
     except (ValueError, OSError, SafetensorError) as error:  # a user's mistake: one line, nothing left behind
         fail(error)
     except KeyboardInterrupt:
