@@ -1975,9 +1975,9 @@ def test_two_processes_save_and_average_whole_weights_which_the_first_keeps(toge
 
 
 # --- the programs, as a user runs them ------------------------------------------------------------------------------------
-WARM = "--sft_steps 30 --judge_steps 30 --batch_size 8 --eval_prompts 30 --save_every 2".split()
-TURNS = "--rounds 2 --attacker_steps 1 --defender_steps 2".split()
-TINY = [*WARM, *TURNS, "--mine", "8"]
+SIZES = "--sft_steps 30 --judge_steps 30 --batch_size 8 --eval_prompts 30 --save_every 2".split()
+PLAYED = "--rounds 2 --attacker_steps 1 --defender_steps 2".split()
+TINY = [*SIZES, *PLAYED, "--mine", "8"]
 # one thread: with two, one run in four was seen to differ in the last bits of its weights, and tests here compare bytes
 def environment():
     return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
@@ -2386,7 +2386,7 @@ def test_a_suite_runs_every_row_on_every_seed_from_one_warm_start_and_nothing_tw
     with pytest.raises(ValueError, match="ended with status 2: error: --rounds must be"):  # in interpreters of their own, as users have it
         evaluation.run_suite(tmp_path / "other", {}, (0, 1), "--rounds 0", strangers=("SFT",))
     monkeypatch.setattr(evaluation.subprocess, "run", in_process)
-    turns, common = " ".join(TURNS), " ".join(WARM)
+    turns, common = " ".join(PLAYED), " ".join(SIZES)
     suite = {"RLHF": f"--method rlhf {turns}", "one & more": f"--average distill --mine 8 {turns}"}
     rows = evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT", "RLHF"), probes={"RLHF": (0,)}, steps=1)
     assert list(rows) == ["SFT", "RLHF", "one & more"] and all(len(of_name) == 2 for of_name in rows.values())
@@ -2439,9 +2439,9 @@ def parsed(flags):
     return config
 
 
-@pytest.mark.parametrize("method, turns", [("rlhf", TURNS), ("iterative", [*TURNS, "--attacker_steps", "0"]), ("paraphrase", []), ("sft", [])])
+@pytest.mark.parametrize("method, turns", [("rlhf", PLAYED), ("iterative", [*PLAYED, "--attacker_steps", "0"]), ("paraphrase", []), ("sft", [])])
 def test_every_method_runs(method, turns, tmp_path):
-    program("train.py", *WARM, *turns, "--method", method, "--judge", "rule", "--sft_steps", 5, "--out", tmp_path / "run")
+    program("train.py", *SIZES, *turns, "--method", method, "--judge", "rule", "--sft_steps", 5, "--out", tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["config"]["method"] == method
     if method in ("sft", "paraphrase"):
