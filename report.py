@@ -102,6 +102,7 @@ def draw_curves(folder, rows):
     per_round(axes[1, 1], "objective/kl")
     for axis in axes.flat:
         axis.set_xlabel("round")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)
@@ -171,7 +172,7 @@ def run_section(folder):
     config, log = made["config"], read_lines(folder / "metrics.jsonl")
     if (folder / "summary.json").is_file():
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        rows, state = {name: row for name, row in summary.items() if name not in ("seconds", "config")}, f"finished in {summary['seconds']:.0f} seconds"
+        rows, state = {name: row for name, row in summary.items() if name not in ("seconds", "memory", "config")}, f"finished in {summary['seconds']:.0f} seconds"
     else:
         rows, state = rows_so_far(folder, log), f"unfinished, {len(log)} PPO steps so far"
         if "before" in rows:

@@ -2226,7 +2226,7 @@ def test_eval_writes_one_page_for_the_runs_it_is_given(finished, tmp_path, capsy
     games = [json.loads(line) for line in (out / "games.jsonl").read_text().splitlines()]
     assert [{k: v for k, v in game.items() if k != "run"} for game in json.loads(page.scripts["data"])["games"]] == games
     summary = json.loads((out / "summary.json").read_text())
-    assert " ".join(f"{summary[row]['self_bleu']:.3f}" for row in ("before", "after", "average (mixture)", "average (weights)")) in " ".join(page.words)
+    assert " ".join(f"{summary[row]['self_bleu']:.3f}" for row in ("before", "after", "average (mixture)", "average (weights)")) + " cosine among" in " ".join(page.words)  # four columns
     evaluation.main(["report", str(out), str(out), "--out", str(tmp_path / "both.html")])
     assert len(json.loads(Page(tmp_path / "both.html").scripts["data"])["games"]) == 2 * len(games)
 

@@ -134,7 +134,7 @@ def main():
     halves(args.hh, out)
     for i in (0, 1):
         if not (out / f"judge_{i}" / "config.json").is_file():
-            call("reward.py", out / f"pairs_{i}.jsonl", "--model", start, "--out", out / f"judge_{i}", "--steps", 150, "--batch_size", 16, "--learning_rate", 1e-4)
+            call("reward.py", out / f"pairs_{i}.jsonl", "--model", start, "--out", out / f"judge_{i}", "--steps", 150, "--batch_size", 8, "--max_length", 160, "--learning_rate", 1e-4)
     models_ = ["--attacker", start, "--defender", start, "--judge", out / "judge_0", "--held_out_judge", out / "judge_1", "--embedder", args.embedder]
     for name, flags in RUNS.items():
         if not (out / name / "summary.json").is_file():
