@@ -164,8 +164,10 @@ def classifier_logits(model, tokenizer, prompts, responses):
 
 
 def first_tokens(tokenizer, text, n):
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    return text if len(ids) <= n else tokenizer.decode(ids[:n])
+    """The beginning of a text, of at most n tokens. Characters are cut: tokens, decoded, may become others and more."""
+    while text and (size := len(tokenizer(text, add_special_tokens=False).input_ids)) > n:
+        text = text[:min(len(text) - 1, len(text) * n // size)]
+    return text
 
 
 def classifier_judge(model, tokenizer, unsafe_label=None):

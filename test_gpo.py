@@ -52,7 +52,7 @@ from gpo import Player, PolicyAverage, Speaker, gae, nash_gap, play, policy_loss
 from kernel import linear_logprob, linear_logprob_reference
 from model import (Policy, add_lora, best_dtype, checkpoint_blocks, demonstrations, frozen_copy, generate, load_policy, logprobs_and_values, model_size, pack,
                    save_policy)
-from reward import JudgeError, calibration, call_judge, classifier_logits, decided, load_judge, rule_judge, train_judge, unsafe_share
+from reward import first_tokens, JudgeError, calibration, call_judge, classifier_logits, decided, load_judge, rule_judge, train_judge, unsafe_share
 from toy import ToyGame
 
 HERE = Path(__file__).parent
@@ -1295,6 +1295,16 @@ def test_an_overlong_pair_loses_the_beginning_of_its_prompt_and_never_its_respon
     ids = tokenizer.encode(prompt)[-8:], tokenizer.encode(long)[:22]
     expected = model(torch.tensor([ids[0] + ids[1]]), token_type_ids=torch.tensor([[0] * 8 + [1] * 22])).logits
     assert torch.allclose(classifier_logits(model, tokenizer, [prompt, "a"], [long, long])[:1], expected, atol=1e-5)
+
+
+def test_a_response_that_grows_when_it_is_cut_and_read_again_is_still_cut():
+    inner = Tokenizer(models.BPE({"[UNK]": 0, "[PAD]": 1, "a": 2}, [], unk_token="[UNK]"))  # every other letter is unknown: decoded it is five
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]")
+    assert len(tokenizer(tokenizer.decode(tokenizer("x" * 20).input_ids[:10])).input_ids) > 10
+    model = BertForSequenceClassification(BertConfig(vocab_size=3, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=32))
+    model.config.judge_input = "pair"
+    assert classifier_logits(model, tokenizer, ["a" * 50], ["x" * 100]).shape == (1, 2)
+    assert len(tokenizer(first_tokens(tokenizer, "x" * 100, 10)).input_ids) == 10
 
 
 def test_calibration_by_hand():

@@ -450,7 +450,7 @@ class Run:
             (self.folder / "average").mkdir(exist_ok=True)
             self.save_averages(self.folder / "average")
         memory = {"plan_mib": self.planned / 2**20, "used_mib": (peak_memory(self.config.device) - self.resident) / 2**20}
-        print(f"memory: {memory['plan_mib']:.0f} MiB planned, {memory['used_mib']:.0f} MiB used at the peak")
+        print(f"memory: {memory['plan_mib']:.0f} MiB planned for the game; the most that was held, libraries and warm start included, {memory['used_mib']:.0f} MiB")
         write_json(self.folder / "summary.json", {**rows, "seconds": seconds, "memory": memory, "config": asdict(self.config)})
         draw_curves(self.folder, rows)
         write_report(self.folder, rows, examples)
@@ -733,6 +733,8 @@ def flags_of(file):
     values = json.loads(text) if file.endswith(".json") else yaml.safe_load(text)
     if not isinstance(values, dict):
         raise ValueError(f"{file} must hold names and values, got {str(values)[:40]!r}")
+    if unknown := set(values) - {entry.name for entry in fields(Config)}:
+        raise ValueError(f"{file} must hold options of train.py, got {', '.join(sorted(unknown))}" + "; a run goes on with --resume RUN" * ("versions" in unknown))
     return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
 
