@@ -7,7 +7,8 @@
     python bench.py ppo --trl_python PYTHON     ... and against TRL's PPOTrainer, in an interpreter with trl==0.23.1
     python bench.py diversity   SelfBLEU of 64 new prompts against a history of 1,000 to 64,000, and nltk, fast_bleu
     python bench.py game        seconds of a PPO step of the embedded game, by part
-    python bench.py all --json FILE     everything, also as JSON lines
+    python bench.py all --json FILE     everything above, also as JSON lines
+    python bench.py soak --kills 100    kills runs of train.py with SIGKILL in all their phases, resumes them, and compares their ends
 
 Ours and the peer take turns, `--repeats` times; the figures are medians, the ratio is the median of the
 ratios of neighbours. Random weights: speed does not depend on them.
@@ -16,20 +17,26 @@ ratios of neighbours. Random weights: speed does not depend on them.
 import argparse
 import contextlib
 import ctypes
+import itertools
 import json
 import os
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from diversity import Diversity, word_embedder
@@ -352,6 +359,115 @@ def bench_game(repeats):
     return rows
 
 
+# --- the soak: runs that are killed and resumed end like one that is left alone ---------------------------------
+SOAK = ("--out run --sft_steps 6 --judge_steps 6 --batch_size 8 --eval_prompts 8 --attack_tokens 8 --response_tokens 6 --save_every 1 --rounds 2 --attacker_steps 1 "
+        "--defender_steps 2 --mine 8 --restart 1 --kl_anchor previous --critic separate --average distill").split()
+SOAK_PROGRAM = """
+import os, sys
+import gpo, train
+phases = ["between"]
+
+def announce(owner, name, phase):  # on stdout, when the phase begins and when the one around it goes on
+    real = getattr(owner, name)
+    def announced(*args, **kwargs):
+        phases.append(phase)
+        os.write(1, f"\\n@{phases[-1]}\\n".encode())
+        result = real(*args, **kwargs)
+        phases.pop()
+        os.write(1, f"\\n@{phases[-1]}\\n".encode())
+        return result
+    setattr(owner, name, announced)
+
+for owner, names in (
+        (train, "begin:making the folder, sft:SFT, train_judge:judge training, prepare:saving the start, play:rollout, ppo_update:update, distill:distillation, "
+                "save_policy:saving a player, draw_curves:figure, write_report:report"),
+        (train.Run, "load:loading, save:checkpoint, evaluate:evaluation"), (gpo, "call_judge:scoring")):
+    for pair in names.split(", "):
+        announce(owner, *pair.split(":"))
+train.main(sys.argv[1:])
+"""
+
+
+def live(folder, plan=None):
+    """Begin or resume the run in `folder` with one thread. plan (phase, n, seconds): kill it so long after its n-th such phase
+    has begun. Returns (exit status, [(phase, when it began)]); what it says on stderr goes to a file."""
+    command, seen = ["--resume", "run"] if (folder / "run" / "config.json").exists() else SOAK, []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    with (open(folder / "stderr.txt", "a") as errors,
+          subprocess.Popen([sys.executable, "-c", SOAK_PROGRAM, *command], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True) as process):
+        for line in process.stdout:
+            if line.startswith("@"):
+                seen.append((line[1:-1], time.perf_counter()))
+                if plan and seen[-1][0] == plan[0] and sum(phase == plan[0] for phase, _ in seen) == plan[1]:
+                    time.sleep(plan[2])
+                    process.kill()
+    return process.returncode, seen
+
+
+def contents(run):
+    """{file: what must be the same in two runs}: all but times, memory, how it was started, and older checkpoints."""
+    files, older = {}, sorted((run / "checkpoints").glob("*step_*"))[:-1]
+    for path in run.rglob("*"):
+        if path.is_file() and path.name != ".lock" and not {*older} & {*path.parents}:
+            files[str(path.relative_to(run))] = path.read_bytes()
+    lines = [json.loads(line) for line in files["metrics.jsonl"].splitlines()]
+    files["metrics.jsonl"] = [{name: value for name, value in line.items() if not name.startswith("time/")} for line in lines]
+    files["summary.json"] = {name: value for name, value in json.loads(files["summary.json"]).items() if name not in ("seconds", "memory", "config")}
+    return files
+
+
+def soak(kills, seed):
+    """Prints how many kills fell into each phase and `K kills, 0 lost, 0 different`. Lost: a run that ended with an error; different: one whose
+    end was not that of a run left alone. Returns the exit status; the folders of a failure are kept."""
+    place, rng, fell, wrong = Path(tempfile.mkdtemp(prefix="soak_")), np.random.default_rng(seed), Counter(), Counter()
+    (place / "alone").mkdir()
+    status, seen = live(place / "alone")
+    if status:
+        raise ValueError(f"a run of train.py must end well before it is killed, got status {status}: {(place / 'alone' / 'stderr.txt').read_text().splitlines()[-1]}")
+    alone, moments, count = contents(place / "alone" / "run"), defaultdict(list), Counter()  # {phase: [(phase, n, seconds it took)]}
+    for (phase, begun), (_, ended) in zip(seen, seen[1:]):
+        count[phase] += 1
+        moments[phase].append((phase, count[phase], ended - begun))
+    plans, workers = [], min(os.cpu_count() or 1, 8)
+    for i in range(kills):  # into each phase in its turn, at a random moment of a random one
+        these = list(moments.values())[i % len(moments)]
+        phase, n, seconds = these[rng.integers(len(these))]
+        plans.append((phase, n, rng.uniform(0, max(seconds, 0.02))))
+    rng.shuffle(plans)
+    plans = [plans[i::workers] for i in range(workers)]
+
+    def worker(i):
+        for number in itertools.takewhile(lambda _: plans[i], itertools.count()):
+            folder, status = place / f"{i}_{number}", -signal.SIGKILL
+            folder.mkdir()
+            while status == -signal.SIGKILL:
+                plan = plans[i].pop() if plans[i] else None
+                status, seen = live(folder, plan)
+                if status == -signal.SIGKILL:
+                    fell[seen[-1][0]] += 1
+                    bar.update()
+            if plan:  # the run was past that moment: another one will come to it
+                plans[i].append((*plan[:2], plan[2] / 2))
+            end = {} if status else contents(folder / "run")
+            if differ := sorted(name for name in {**alone, **end} if alone.get(name) != end.get(name)):
+                wrong["lost" if status else "different"] += 1
+                bar.write(f"{folder}: {f'ended with status {status}, see stderr.txt' if status else ', '.join(differ)}", file=sys.stderr)
+            else:
+                shutil.rmtree(folder)
+
+    with tqdm(total=kills, desc="kills", dynamic_ncols=True) as bar, ThreadPoolExecutor(workers) as pool:
+        try:
+            list(pool.map(worker, range(workers)))
+        finally:  # after Ctrl-C no worker goes on
+            for mine in plans:
+                mine.clear()
+    print(f"kills in {', '.join(f'{phase}: {n}' for phase, n in fell.most_common())}")
+    print(f"{sum(fell.values())} kills, {wrong['lost']} lost, {wrong['different']} different" + (f"; see {place}" if wrong else ""))
+    if not wrong:
+        shutil.rmtree(place)
+    return bool(wrong)
+
+
 def print_table(rows):
     print("| what | peer | ours | peer's | times faster | memory, ours / peer's |\n|---|---|---:|---:|---:|---:|")
     for r in rows:
@@ -368,16 +484,21 @@ def main(argv):
     transformers.utils.logging.set_verbosity_error()
     benches = {"logprob": bench_logprob, "sample": bench_sample, "ppo": bench_ppo, "diversity": bench_diversity, "game": bench_game}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="all", choices=[*benches, "all"])
+    parser.add_argument("what", nargs="?", default="all", choices=[*benches, "all", "soak"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--trl_python", "--trl-python", help="an interpreter with trl==0.23.1, for the peer of `ppo`")
     parser.add_argument("--json", help="append each row to this file as a JSON line")
+    parser.add_argument("--kills", type=int, default=100, help="of `soak`")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of `soak`")
     parser.error = lambda message: (print(f"error: {message}", file=sys.stderr), sys.exit(2))
     args = parser.parse_args(argv)
-    if args.repeats < 1:
-        parser.error(f"--repeats must be at least 1, got {args.repeats}")
+    for name in ("repeats", "kills"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     more = {"ppo": {"trl_python": args.trl_python}}
     try:
+        if args.what == "soak":
+            sys.exit(soak(args.kills, args.seed))
         rows = [row for name, bench in benches.items() if args.what in (name, "all") for row in bench(args.repeats, **more.get(name, {}))]
     except (ValueError, OSError) as error:
         parser.error(str(error))

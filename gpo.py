@@ -246,7 +246,7 @@ def optimizer_step(player):
 def sft(policy, pairs, steps, batch_size, learning_rate, seed, bar=None, micro_batch=0):
     """Supervised fine-tuning on (prompt, response) pairs; one-cycle learning rate. Returns the last loss."""
     optimizer = torch.optim.AdamW(policy.lm.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, max(2, steps), pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, max(2, steps + (steps == 10)), pct_start=0.1)  # of 10 it divides by 0.1 * 10 - 1
     rng = np.random.default_rng(seed)
     demos, loss = with_idle_row(demonstrations(policy, pairs)), torch.tensor(float("nan"))
     trained = data_parallel(policy, find_unused_parameters=True)  # the critic

@@ -35,7 +35,7 @@ from transformers.cache_utils import StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from data import first_line
+from data import first_line, write_text
 from kernel import linear_logprob
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -709,7 +709,7 @@ def save_policy(policy, folder, card=""):
     critic = {k: v for k, v in plain.state_dict().items() if not k.startswith("lm.")}
     save_file({k: v.contiguous().clone() for k, v in critic.items()}, folder / "critic.safetensors")
     if card:
-        (folder / "README.md").write_text(card)
+        write_text(folder / "README.md", card)
 
 
 def load_adapter(policy, folder):

@@ -41,11 +41,12 @@ import numpy as np
 import torch
 import transformers
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from data import HUB_DATA, append_lines, fail, first_turn, hub_file, is_test, plain, read_lines, read_rows, usable, write_json
+from data import (HUB_DATA, append_lines, fail, first_line, first_turn, hub_file, is_test, plain, read_lines, read_rows, sync, usable, whole_folder, write_json,
+                  write_text)
 from diversity import Diversity, load_embedder, word_embedder
 from gpo import Player, PolicyAverage, Speaker, distill, evaluate, memory_plan, naturalness, peak_memory, play, player_memory, ppo_update, sft
 from model import (DTYPE_NAMES, DTYPES, Policy, add_lora, best_dtype, checkpoint_blocks, demonstrations, first_decides, fold_lora, from_first, join_processes,
@@ -370,28 +371,25 @@ class Run:
         self.bar.update(1)
 
     def save(self):
-        """A checkpoint, complete or not there at all: written beside its place and then renamed. It does not tell how many
-        processes there were."""
+        """A checkpoint (`whole_folder`). Its marker is state.json, which is written last and names all other files. It does
+        not tell how many processes there were. The one before is kept."""
         target = self.folder / "checkpoints" / f"step_{self.step + 1:06d}"
-        temporary = target.with_name(".writing")
-        if not rank():
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        for name, player in self.players.items():
-            save_weights(player.policy, temporary / f"{name}.safetensors")
-            save_weights(player.reference, temporary / f"{name}_reference.safetensors")
-            moments = on_first({f"{i}.{k}": v for i, state in player.optimizer.state_dict()["state"].items() for k, v in state.items()})
-            if not rank():
-                save_file(moments, temporary / f"{name}_optimizer.safetensors")
-        if rank():  # it has given its shards; the first process writes
-            return
-        self.save_averages(temporary)
-        write_json(temporary / "state.json", {
-            "step": self.step + 1, "diversity": self.diversity.state_dict(), "memory": self.memory, "once": list(self.once), "before": self.before, "sampled_tokens": self.sampled_tokens,
-            "skipped": {name: player.skipped_steps for name, player in self.players.items()}})
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
-        for old in sorted((self.folder / "checkpoints").glob("step_*"))[:-2]:
+        with whole_folder(target, not rank()) as temporary:
+            for name, player in self.players.items():
+                save_weights(player.policy, temporary / f"{name}.safetensors")
+                save_weights(player.reference, temporary / f"{name}_reference.safetensors")
+                moments = on_first({f"{i}.{k}": v for i, state in player.optimizer.state_dict()["state"].items() for k, v in state.items()})
+                if not rank():
+                    save_file(moments, temporary / f"{name}_optimizer.safetensors")
+            if rank():  # it has given its shards; the first process writes
+                return
+            self.save_averages(temporary)
+            for log in ("metrics.jsonl", "games.jsonl"):  # no checkpoint outlives the lines before it
+                sync(self.folder / log)
+            write_json(temporary / "state.json", {
+                "step": self.step + 1, "diversity": self.diversity.state_dict(), "memory": self.memory, "once": list(self.once), "before": self.before, "sampled_tokens": self.sampled_tokens,
+                "skipped": {name: player.skipped_steps for name, player in self.players.items()}, "files": sorted(path.name for path in temporary.iterdir())})
+        for old in sorted(path for path in target.parent.glob("*step_*") if path.name < target.name)[:-1]:  # a later one is damaged
             shutil.rmtree(old)
 
     def save_averages(self, folder):
@@ -402,14 +400,26 @@ class Run:
                 write_json(folder / f"{name}_{kind}.json", numbers)
 
     def load(self):
-        """Go on from the newest checkpoint; lines that were logged after it are dropped."""
-        found = sorted((self.folder / "checkpoints").glob("step_*"))
-        if found:
-            self.load_checkpoint(found[-1])
+        """Go on from the newest checkpoint that is whole; lines that were logged after it are dropped."""
+        if found := first_decides(self.newest_checkpoint):
+            self.load_checkpoint(found)
         for log in (self.folder / "metrics.jsonl", self.folder / "games.jsonl"):
             if log.exists() and not rank():
                 lines = log.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last newline was cut off
-                log.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] < self.step), encoding="utf-8")
+                write_text(log, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] < self.step))
+
+    def newest_checkpoint(self):
+        """The newest one whose marker is there and whose files can all be read, or None; a damaged one is named."""
+        for folder in sorted((self.folder / "checkpoints").glob("step_*"), reverse=True):
+            try:
+                for file in json.loads((folder / "state.json").read_text(encoding="utf-8"))["files"]:
+                    if file.endswith(".json"):
+                        json.loads((folder / file).read_text(encoding="utf-8"))
+                    else:  # reads the header, and compares it with the size
+                        safe_open(folder / file, "pt")
+                return folder
+            except Exception as error:
+                print(f"{folder} is damaged and not used: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
 
     def load_checkpoint(self, folder):
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -443,17 +453,18 @@ class Run:
                 rows[f"average ({kind})"] = self.evaluate(**speakers)
         examples = self.examples()
         for name, player in self.players.items():
-            save_policy(player.policy, self.folder / name, model_card(name, self.config, rows["after"]))
+            with whole_folder(self.folder / name, not rank()) as temporary:
+                save_policy(player.policy, temporary, model_card(name, self.config, rows["after"]))
         if rank():
             return rows, examples
         if len(rows) > 2:
-            (self.folder / "average").mkdir(exist_ok=True)
-            self.save_averages(self.folder / "average")
+            with whole_folder(self.folder / "average") as temporary:
+                self.save_averages(temporary)
         memory = {"plan_mib": self.planned / 2**20, "used_mib": (peak_memory(self.config.device) - self.resident) / 2**20}
         print(f"memory: {memory['plan_mib']:.0f} MiB planned for the game; the most that was held, libraries and warm start included, {memory['used_mib']:.0f} MiB")
-        write_json(self.folder / "summary.json", {**rows, "seconds": seconds, "memory": memory, "config": asdict(self.config)})
         draw_curves(self.folder, rows)
         write_report(self.folder, rows, examples)
+        write_json(self.folder / "summary.json", {**rows, "seconds": seconds, "memory": memory, "config": asdict(self.config)})  # last: the run is finished
         return rows, examples
 
     def distill(self):
@@ -897,21 +908,57 @@ def stop_after_a_step(run):
         restore()
 
 
-def main(argv):
-    keep_freed_memory()
-    join_processes()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()  # its retries are not news; what could not be had is said once
-    clock, config = time.time(), parse(argv)
+def begin(config):
+    """Take the run folder for this process alone, and make a new one with its config.json in one move: from here on it can be
+    resumed. Returns the descriptor of the lock, which the system lets go of when the process ends, however it ends."""
+    folder = Path(config.out)
+    if not config.resume:
+        versions = {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, transformers, np)}, "platform": platform.platform(),
+                    "device": torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else platform.machine(),
+                    "commit": subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()}
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+        try:
+            temporary.mkdir()
+            write_json(temporary / "config.json", {"config": asdict(config), "versions": versions})
+            os.rename(temporary, folder)  # an error where another run has just taken it
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    with contextlib.suppress(ImportError):  # Windows
+        import fcntl
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise ValueError(f"a run folder is for one process at a time, and one is at work in {folder}; wait for its end or pass another --out") from error
+    return lock
+
+
+def prepare(run, start):
+    """Write what the game starts from, and the test sets."""
+    with whole_folder(start, not rank()) as temporary:
+        for name, player in run.players.items():
+            save_policy(player.policy, temporary / name)
+        if rank():
+            return
+        if run.world.judge_to_save:
+            run.world.judge_to_save.model.save_pretrained(temporary / "judge")
+            run.world.judge_to_save.tokenizer.save_pretrained(temporary / "judge")
+        write_json(temporary / "prompts.json", {name: getattr(run.world, name) for name in ("seeds", "test_prompts", "benign_prompts", "more_tests")})
+        write_json(temporary / "attack_seeds.json", run.attack_seeds)
+        for name in ("metrics.jsonl", "games.jsonl"):
+            (run.folder / name).touch()
+
+
+def play_game(config, clock):
+    """All of a run, in a folder that is this process's alone. clock: when the program began."""
+    folder = Path(config.out)
+    start = folder / "checkpoints" / "start"
+    begun = start.exists()
     try:
-        config = first_decides(lambda: resolve(config))
         resident = peak_memory(config.device)
-        folder = Path(config.out)
-        start = folder / "checkpoints" / "start"
-        begun = start.exists()
         source = start if begun or not config.start else Path(config.start) / "checkpoints" / "start"
-        world = (own_world if config.attacker else toy_world)(config, source if source.exists() else None)
+        world = (own_world if config.attacker else toy_world)(config, source if begun or config.start else None)
         players = make_players(config, world)
         planned = plan_memory(config, world, players)
         if config.dry_run:
@@ -929,9 +976,11 @@ def main(argv):
             prepare(run, start)
         run.track = tracker(config, folder) if config.log != "none" and not rank() else None
     except (ValueError, OSError, SafetensorError) as error:  # a user's mistake: one line, nothing left behind
+        if not (config.resume or config.dry_run or start.exists() or rank()):
+            shutil.rmtree(folder, ignore_errors=True)
         fail(error)
     except KeyboardInterrupt:
-        print("\ninterrupted before the game began", file=sys.stderr)
+        print(f"\ninterrupted before the game began{'' if config.dry_run else f'; go on with: python train.py --resume {folder}'}", file=sys.stderr)
         sys.exit(130)
     print(f"attack success on held-out prompts before the game: {run.before['asr_held_out_judge']:.1%}")
     try:
@@ -952,27 +1001,26 @@ def main(argv):
           f"the models are in {folder}/attacker and {folder}/defender, every exchange of a PPO step in {folder}/games.jsonl.")
 
 
-def prepare(run, start):
-    """Make the run folder: the configuration, what the game starts from, and the test sets."""
-    temporary = start.with_name(".starting")
-    if not rank():
-        shutil.rmtree(temporary, ignore_errors=True)
-    for name, player in run.players.items():
-        save_policy(player.policy, temporary / name)
-    if rank():
+def main(argv):
+    keep_freed_memory()
+    join_processes()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()  # its retries are not news; what could not be had is said once
+    clock, config = time.time(), parse(argv)
+    if config.resume and (Path(config.out) / "summary.json").is_file():
+        print(f"the run in {config.out} is finished: read {config.out}/report.md")
         return
-    if run.world.judge_to_save:
-        run.world.judge_to_save.model.save_pretrained(temporary / "judge")
-        run.world.judge_to_save.tokenizer.save_pretrained(temporary / "judge")
-    write_json(temporary / "prompts.json", {name: getattr(run.world, name) for name in ("seeds", "test_prompts", "benign_prompts", "more_tests")})
-    write_json(temporary / "attack_seeds.json", run.attack_seeds)
-    versions = {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, transformers, np)}, "platform": platform.platform(),
-                "device": torch.cuda.get_device_name(run.config.device) if run.config.device.startswith("cuda") else platform.machine(),
-                "commit": subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()}
-    write_json(run.folder / "config.json", {"config": asdict(run.config), "versions": versions})
-    for name in ("metrics.jsonl", "games.jsonl"):
-        (run.folder / name).touch()
-    os.replace(temporary, start)
+    try:
+        config = first_decides(lambda: resolve(config))
+        lock = None if config.dry_run else first_decides(lambda: begin(config))
+    except (ValueError, OSError) as error:
+        fail(error)
+    try:
+        play_game(config, clock)
+    finally:
+        if not (config.dry_run or rank()):
+            os.close(lock)
 
 
 if __name__ == "__main__":
