@@ -46,7 +46,7 @@ import model
 import report
 import reward
 import train
-from data import first_turn, is_test, read_rows, usable
+from data import first_turn, is_test, read_rows, usable, whole_folder, write_text
 from diversity import Diversity, NgramTable, cosine_to_history, load_embedder, self_bleu, set_similarity, word_embedder
 from gpo import Player, PolicyAverage, Speaker, gae, nash_gap, play, policy_loss, ppo_update, solve_matrix_game, token_rewards, value_loss, whiten
 from kernel import linear_logprob, linear_logprob_reference
@@ -1538,6 +1538,28 @@ def test_every_data_format_gives_the_same_rows(tmp_path):
     assert first_turn(rows[0]["prompt"]) == "a b"
 
 
+def test_a_file_or_folder_is_whole_or_not_there_and_on_the_disk_before_it_is(tmp_path, monkeypatch):
+    order = []
+    for name, real in (("fsync", os.fsync), ("replace", os.replace)):
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (
+            order.append((name, Path(os.readlink(f"/proc/self/fd/{args[0]}") if name == "fsync" else args[0]).name)), real(*args))[1])
+    write_text(tmp_path / "a.md", "old")
+    assert order == [("fsync", "a.md.writing"), ("replace", "a.md.writing")]
+    order.clear()
+    with whole_folder(tmp_path / "whole") as folder:
+        (folder / "b").write_text("b")
+        assert not (tmp_path / "whole").exists()
+    assert order == [("fsync", "b"), ("fsync", ".whole.writing"), ("replace", ".whole.writing"), ("fsync", tmp_path.name)]
+    with pytest.raises(OSError), whole_folder(tmp_path / "whole") as folder:
+        (folder / "b").write_text("half a")
+        raise OSError("No space left on device")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(OSError):
+        write_text(tmp_path / "a.md", "new")
+    assert (tmp_path / "a.md").read_text() == "old" and [path.name for path in (tmp_path / "whole").iterdir()] == ["b"]
+    assert (tmp_path / "whole" / "b").read_text() == "b" and not (tmp_path / ".whole.writing").exists()
+
+
 def test_lists_in_lines_conversations_byte_order_marks_and_silent_transcripts_are_read(tmp_path):
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]
     files = {"lists.jsonl": '["one"]\n["two"]\n', "chats.jsonl": f"{json.dumps(chat)}\n{json.dumps(chat)}", "chat.jsonl": json.dumps(chat), "chat.json": json.dumps(chat),
@@ -1640,6 +1662,47 @@ def test_a_restarted_attacker_begins_its_turn_with_its_first_weights_and_the_def
     new = {name: [(same, fresh) for who, same, fresh in seen if who == name] for name in first}
     assert new["attacker"] == [(step in (0, 4, 8),) * 2 for step in range(10)]  # weights and optimizer, at the start of rounds 1, 3 and 5
     assert new["defender"] == [(step == 0,) * 2 for step in range(5)]
+
+
+def everything_of(player, averages):
+    """Weights of language model and critic, reference, optimizer, averages: all bytes of a player."""
+    critic = {name: tensor for name, tensor in player.policy.state_dict().items() if not name.startswith("lm.")}
+    moments = {(i, name): torch.as_tensor(value) for i, state in player.optimizer.state_dict()["state"].items() for name, value in state.items()}
+    hashed = lambda tensors: {name: hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
+    return {"lm": hashed(player.policy.lm.state_dict()), "critic": hashed(critic), "reference": hashed(player.reference.lm.state_dict()), "optimizer": hashed(moments),
+            "averages": {kind: (average.count, [hashed(member) for member in average.members]) for kind, average in averages.items()}}
+
+
+@pytest.mark.parametrize("anchor, restart", [("initial", 0), ("previous", 1)])
+def test_over_a_whole_run_nothing_of_the_idle_player_changes_by_one_bit(own, monkeypatch, anchor, restart):
+    monkeypatch.chdir(own)
+    seen, here = [], []  # (step, where in it, {player: everything_of it})
+    look = lambda run, where: seen.append((run.step, where, {name: everything_of(player, run.averages[name]) for name, player in run.players.items()}))
+    real = {name: getattr(train, name) for name in ("train", "ppo_update")}
+    monkeypatch.setattr(train, "train", lambda config, world, players, run: (here.append(run), look(run, "begin"), real["train"](config, world, players, run)))
+    monkeypatch.setattr(train, "ppo_update", lambda *args: (look(here[0], "before"), real["ppo_update"](*args), look(here[0], "after"))[1])
+    monkeypatch.setattr(train.Run, "save", lambda run, real=train.Run.save: (real(run), look(run, "end")))
+    monkeypatch.setattr(train, "draw_curves", lambda *args: None)
+    train.main([*OWN, *SMALL, *"--rounds 2 --attacker_steps 2 --defender_steps 2 --save_every 1 --mine 4 --critic separate --embedder words --eval_prompts 4".split(),
+                "--kl_anchor", anchor, "--restart", str(restart), "--out", f"idle_{anchor}"])
+    turns, moments = train.schedule(here[0].config), [state for _, _, state in seen]
+    assert [(step, where) for step, where, _ in seen] == [(0, "begin"), *((step, where) for step in range(8) for where in ("before", "after", "end"))]
+    for step, (round, mover, first_of_turn, last_of_round) in enumerate(turns):
+        idle = "defender" if mover == "attacker" else "attacker"
+        begin, before, after, end = ({name: state[name] for name in (mover, idle)} for state in moments[3 * step:3 * step + 4])
+        assert begin[idle] == before[idle] == after[idle]
+        # what comes before the mover's update touches it at the start of its turn alone: a restart its language model and optimizer, not its critic; an anchor its reference
+        again = mover == "attacker" and first_of_turn and restart and round % restart == 0
+        anchored = first_of_turn and anchor == "previous"
+        assert before[mover] == begin[mover] | ({"lm": moments[0][mover]["lm"], "optimizer": {}} if again else {}) | ({"reference": before[mover]["lm"]} if anchored else {})
+        changed = {part for part in after[mover] if after[mover][part] != before[mover][part]}
+        assert changed == {"lm", "critic", "optimizer"}
+        for name in (mover, idle):  # the end of a round adds to both players' averages what they are, and changes nothing else
+            assert end[name] | {"averages": 0} == after[name] | {"averages": 0}
+            for kind, (count, members) in end[name]["averages"].items():
+                assert count == after[name]["averages"][kind][0] + last_of_round
+                assert members == after[name]["averages"][kind][1] + [end[name]["lm"]] * last_of_round if kind == "mixture" else last_of_round or (
+                    members == after[name]["averages"][kind][1])
 
 
 def test_the_rlhf_attacker_plays_the_first_defender_and_the_gpo_attacker_the_present_one(monkeypatch):
@@ -2064,7 +2127,6 @@ train.main(sys.argv[1:])"""
 
 
 @pytest.mark.parametrize("method, first, step, flags", [
-    ("save", "real(run)", 1, []),  # resumes with a defender step, then the attacker's: its optimizer and the history matter
     ("log", "pass", 1, []),  # before the first checkpoint: half a log, nothing to resume from
     ("save", "real(run)", 4, ["--save_every", "1", "--kl_anchor", "previous", "--critic", "separate", "--restart", "1", "--judge", "rule"]),  # in mid-turn: the reference matters
 ])
@@ -2086,6 +2148,149 @@ def test_a_run_killed_and_resumed_ends_like_one_that_was_not(finished, tmp_path,
     for name in ("attacker/model.safetensors", "attacker/critic.safetensors", "defender/model.safetensors", "defender/critic.safetensors",
                  "average/attacker_mixture.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+STEPS = "--sft_steps 2 --rounds 1 --attacker_steps 1 --defender_steps 2 --save_every 1 --eval_prompts 4 --guard 0 --embedder words".split()
+
+
+@pytest.fixture(scope="session")
+def alone(own):
+    """(Start or resume in one thread a small run of your own models; the contents of one that ended undisturbed.)"""
+    import bench
+
+    def run(*args):
+        threads, before = torch.get_num_threads(), Path.cwd()
+        torch.set_num_threads(1)
+        os.chdir(own)
+        try:
+            train.main(args if "--resume" in args else [*OWN, *SMALL, *STEPS, *args])
+        finally:
+            torch.set_num_threads(threads)
+            os.chdir(before)
+
+    run("--out", "alone")
+    return run, bench.contents(own / "alone")
+
+
+def differing(folder, whole):
+    import bench
+    end = bench.contents(folder) if (folder / "summary.json").exists() else {}
+    return {name for name in {**whole, **end} if whole.get(name) != end.get(name)} - {"config.json"}  # it holds the folder's name
+
+
+@pytest.mark.parametrize("owner, name, call", [(train, "sft", 2), (train, "play", 3), (train.Run, "save_averages", 2), (train, "draw_curves", 1)])
+def test_a_run_that_dies_before_in_or_after_the_game_can_be_resumed_and_ends_like_one_left_alone(own, alone, monkeypatch, owner, name, call):
+    run, whole = alone
+    out, calls = own / f"died_{name}_{call}", []
+
+    def dies(*args, real=getattr(owner, name)):
+        calls.append(0)
+        if len(calls) == call:
+            sys.exit(9)
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as death:
+        patch.setattr(owner, name, dies)
+        run("--out", out.name)
+    assert death.value.code == 9 and (out / "config.json").exists() and not (out / "summary.json").exists()
+    (out / ".attacker.writing").mkdir()  # by a death that cleans nothing up
+    (out / ".attacker.writing" / "half").touch()
+    run("--resume", out.name)
+    assert not differing(out, whole)
+
+
+def test_a_finished_run_is_not_resumed_and_says_so(own, alone, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (own / "alone").rglob("*")}
+    capsys.readouterr()
+    alone[0]("--resume", "alone")
+    assert capsys.readouterr() == ("the run in alone is finished: read alone/report.md\n", "")
+    assert before == {path: path.stat().st_mtime_ns for path in (own / "alone").rglob("*")}
+
+
+def test_a_damaged_checkpoint_is_named_and_skipped(own, alone, tmp_path, capsys):
+    cut, write = (lambda path: os.truncate(path, path.stat().st_size - 1)), (lambda path: path.write_bytes(b"\xff" * 64))
+    for file, damage in (("state.json", Path.unlink), ("state.json", cut), ("state.json", lambda path: path.write_text("[3]")), ("state.json", write),
+                         ("defender_optimizer.safetensors", Path.unlink), ("attacker.safetensors", cut), ("defender_weights.safetensors", write), ("attacker_mixture.json", write)):
+        shutil.copytree(own / "alone" / "checkpoints", tmp_path / "checkpoints", dirs_exist_ok=True)
+        damage(tmp_path / "checkpoints" / "step_000003" / file)
+        assert train.Run.newest_checkpoint(types.SimpleNamespace(folder=tmp_path)) == tmp_path / "checkpoints" / "step_000002"
+        assert capsys.readouterr().err.startswith(f"{tmp_path}/checkpoints/step_000003 is damaged and not used: ")
+        shutil.rmtree(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize("whole_ones", [1, 0])
+def test_a_run_goes_on_from_the_last_whole_checkpoint_or_from_its_start_and_keeps_it_until_the_next_is_whole(own, alone, monkeypatch, capsys, whole_ones):
+    out, there = own / f"damaged_{whole_ones}", []
+    checkpoints = lambda: sorted(path.name for path in (out / "checkpoints").glob("step_*"))
+    shutil.copytree(own / "alone", out)
+    (out / "summary.json").unlink()
+    assert checkpoints() == ["step_000002", "step_000003"]  # two are kept
+    for step in (3, 7, 8) if whole_ones else (2, 3):
+        (out / "checkpoints" / f"step_{step:06d}").mkdir(exist_ok=True)
+        (out / "checkpoints" / f"step_{step:06d}" / "state.json").write_text("{")
+    monkeypatch.setattr(os, "replace", lambda a, b, real=os.replace: (there.append(checkpoints()) if Path(b).name.startswith("step_") else None, real(a, b))[1])
+    alone[0]("--resume", out.name)
+    assert there == ([["step_000002", "step_000007", "step_000008"]] if whole_ones else
+                     [["step_000002", "step_000003"], ["step_000001", "step_000003"], ["step_000001", "step_000002"]])  # before the rename
+    assert capsys.readouterr().err.count("is damaged and not used") == (3 if whole_ones else 2)
+    for step in (7, 8) if whole_ones else ():
+        shutil.rmtree(out / "checkpoints" / f"step_{step:06d}")
+    assert not differing(out, alone[1])
+
+
+def test_a_second_run_in_one_folder_ends_with_one_line(own, alone, monkeypatch, capsys):
+    said = []
+
+    def second(run, *args, real=train.Run.log):
+        real(run, *args)
+        for args in (["--resume", "shared"], [*OWN, *SMALL, "--out", "shared"]) if run.step == 0 else ():
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as stopped:
+                train.main(args)
+            said.append((stopped.value.code, capsys.readouterr().err))
+
+    monkeypatch.setattr(train.Run, "log", second)
+    alone[0]("--out", "shared")
+    assert said == [(2, "error: a run folder is for one process at a time, and one is at work in shared; wait for its end or pass another --out\n"),
+                    (2, "error: --out must name a new or empty folder, got shared; to go on with a run use --resume shared\n")]
+    assert not differing(own / "shared", alone[1])
+
+
+SOAKED = """import json, os, sys, time
+from pathlib import Path
+os.makedirs("run/checkpoints", exist_ok=True)
+Path("run/config.json").touch()
+resumed = "--resume" in sys.argv
+for phase in ("first", "second"):
+    os.write(1, f"@{phase}\\n".encode())
+    time.sleep(0.05)
+WHAT
+Path("run/metrics.jsonl").write_text('{"step": 0, "time/rollout": %f}\\n' % time.time())
+Path("run/summary.json").write_text(json.dumps({"after": 1, "seconds": time.time()}))
+os.write(1, b"@end\\n")"""
+
+
+@pytest.mark.parametrize("what, end, status", [
+    ("", "4 kills, 0 lost, 0 different", 0), ("if resumed: Path('run/more').touch()", "4 kills, 0 lost, 1 different", 1), ("if resumed: sys.exit(3)", "4 kills, 1 lost, 0 different", 1)])
+def test_a_soak_kills_as_often_as_asked_and_finds_what_is_lost_or_different(monkeypatch, capsys, tmp_path, what, end, status):
+    import bench
+    monkeypatch.setattr(bench, "SOAK_PROGRAM", SOAKED.replace("WHAT", what))
+    monkeypatch.setattr(bench.tempfile, "mkdtemp", lambda **kwargs: str(tmp_path))
+    monkeypatch.setattr(bench.os, "cpu_count", lambda: 1)
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["soak", "--kills", "4"])
+    lines = capsys.readouterr().out.splitlines()
+    assert stopped.value.code == status and lines[-1].startswith(end), lines
+    assert lines[-2].startswith("kills in ") and "first: 2" in lines[-2] and "second: 2" in lines[-2]
+
+
+def test_train_killed_by_the_soak_and_resumed_ends_like_one_that_was_not(finished, tmp_path, monkeypatch):
+    import bench
+    monkeypatch.setattr(bench, "SOAK", [*TINY, "--out", "run"])
+    status, seen = bench.live(tmp_path, ("update", 3, 0.01))  # it resumes with a defender step, then the attacker's: its optimizer and the history matter
+    assert status == -signal.SIGKILL and [phase for phase, _ in seen].count("checkpoint") == 1 and not (tmp_path / "run" / "summary.json").exists()
+    assert bench.live(tmp_path)[0] == 0
+    assert not differing(tmp_path / "run", bench.contents(finished[0]))
 
 
 WAIT = """import sys, time, train
@@ -2864,11 +3069,11 @@ def test_a_run_of_two_processes_is_complete_and_sharded_goes_on_with_two_or_one(
     if not flags:
         return
     shutil.rmtree(out / "checkpoints" / "step_000004")
+    (out / "summary.json").unlink()  # else it is finished
     shutil.copytree(out, tmp_path / "again")
     assert two_processes(train_together, tmp_path / "second", "--resume", tmp_path / "again") == [0, 0]  # to the same end, bit by bit
     assert (tmp_path / "again" / "games.jsonl").read_text() == (out / "games.jsonl").read_text()
     assert bytes_of(load_policy(tmp_path / "again" / "defender").lm) == bytes_of(load_policy(out / "defender").lm)
-    (out / "summary.json").unlink()
     train.main(["--resume", str(out)])
     assert (out / "summary.json").exists() and len((out / "metrics.jsonl").read_text().splitlines()) == 4
 
@@ -2897,7 +3102,7 @@ def test_wrong_input_gets_one_line_exit_status_2_and_leaves_nothing(bad, name, m
 
 
 @pytest.mark.parametrize("what, error, status, message", [
-    ("own_world", KeyboardInterrupt(), 130, "interrupted before the game began"), ("train", KeyboardInterrupt(), 130, "--resume stopped"),
+    ("own_world", KeyboardInterrupt(), 130, "interrupted before the game began; go on with: python train.py --resume stopped"), ("train", KeyboardInterrupt(), 130, "--resume stopped"),
     ("train", signal.SIGTERM, 143, "interrupted; go on with: python train.py --resume stopped"),
     ("train", JudgeError("a score of 2"), 2, "error: a score of 2; the run can go on with --resume stopped"),
     ("save_weights", SafetensorError("No space left on device"), 2, "error: No space left on device; the run can go on with --resume stopped")])
@@ -2915,9 +3120,8 @@ def test_a_run_that_is_stopped_says_in_one_line_how_to_go_on(own, monkeypatch, c
     assert stopped.value.code == status and message in capsys.readouterr().err.splitlines()[-1]
     monkeypatch.undo()
     monkeypatch.chdir(own)
-    if what != "own_world":
-        train.main(["--resume", "stopped"])  # and it does go on
-        assert Path("stopped/summary.json").exists()
+    train.main(["--resume", "stopped"])  # and it does go on
+    assert Path("stopped/summary.json").exists()
 
 
 def test_wrong_input_to_eval_gets_one_line_too(tmp_path):
