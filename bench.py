@@ -17,7 +17,6 @@ ratios of neighbours. Random weights: speed does not depend on them.
 import argparse
 import contextlib
 import ctypes
-import itertools
 import json
 import os
 import shutil
@@ -29,7 +28,6 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -365,32 +363,27 @@ SOAK = ("--out run --sft_steps 6 --judge_steps 6 --batch_size 8 --eval_prompts 8
 SOAK_PROGRAM = """
 import os, sys
 import gpo, train
-phases = ["between"]
 
-def announce(owner, name, phase):  # on stdout, when the phase begins and when the one around it goes on
-    real = getattr(owner, name)
-    def announced(*args, **kwargs):
-        phases.append(phase)
-        os.write(1, f"\\n@{phases[-1]}\\n".encode())
+def announce(owner, name, around=["between"]):  # on stdout, when it begins, and when what is around it goes on
+    def announced(*args, real=getattr(owner, name), **kwargs):
+        around.append(name)
+        os.write(1, f"\\n@{around[-1]}\\n".encode())
         result = real(*args, **kwargs)
-        phases.pop()
-        os.write(1, f"\\n@{phases[-1]}\\n".encode())
+        around.pop()
+        os.write(1, f"\\n@{around[-1]}\\n".encode())
         return result
     setattr(owner, name, announced)
 
-for owner, names in (
-        (train, "begin:making the folder, sft:SFT, train_judge:judge training, prepare:saving the start, play:rollout, ppo_update:update, distill:distillation, "
-                "save_policy:saving a player, draw_curves:figure, write_report:report"),
-        (train.Run, "load:loading, save:checkpoint, evaluate:evaluation"), (gpo, "call_judge:scoring")):
-    for pair in names.split(", "):
-        announce(owner, *pair.split(":"))
+for owner, names in ((train, "begin sft train_judge prepare play ppo_update distill save_policy draw_curves write_report"), (train.Run, "load save evaluate"), (gpo, "call_judge")):
+    for name in names.split():
+        announce(owner, name)
 train.main(sys.argv[1:])
 """
 
 
 def live(folder, plan=None):
-    """Begin or resume the run in `folder` with one thread. plan (phase, n, seconds): kill it so long after its n-th such phase
-    has begun. Returns (exit status, [(phase, when it began)]); what it says on stderr goes to a file."""
+    """Begin or resume the run in `folder` with one thread. plan (function, n, seconds): kill it so long after the n-th call of this
+    function has begun. Returns (exit status, [(function, when it began)]); what it says on stderr goes to a file."""
     command, seen = ["--resume", "run"] if (folder / "run" / "config.json").exists() else SOAK, []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
     with (open(folder / "stderr.txt", "a") as errors,
@@ -398,7 +391,7 @@ def live(folder, plan=None):
         for line in process.stdout:
             if line.startswith("@"):
                 seen.append((line[1:-1], time.perf_counter()))
-                if plan and seen[-1][0] == plan[0] and sum(phase == plan[0] for phase, _ in seen) == plan[1]:
+                if plan and plan[:2] == (line[1:-1], sum(name == line[1:-1] for name, _ in seen)):
                     time.sleep(plan[2])
                     process.kill()
     return process.returncode, seen
@@ -406,63 +399,40 @@ def live(folder, plan=None):
 
 def contents(run):
     """{file: what must be the same in two runs}: all but times, memory, how it was started, and older checkpoints."""
-    files, older = {}, sorted((run / "checkpoints").glob("*step_*"))[:-1]
-    for path in run.rglob("*"):
-        if path.is_file() and path.name != ".lock" and not {*older} & {*path.parents}:
-            files[str(path.relative_to(run))] = path.read_bytes()
-    lines = [json.loads(line) for line in files["metrics.jsonl"].splitlines()]
-    files["metrics.jsonl"] = [{name: value for name, value in line.items() if not name.startswith("time/")} for line in lines]
-    files["summary.json"] = {name: value for name, value in json.loads(files["summary.json"]).items() if name not in ("seconds", "memory", "config")}
-    return files
+    older = sorted((run / "checkpoints").glob("*step_*"))[:-1]
+    files = {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock" and not {*older} & {*path.parents}}
+    without = lambda text, *names: {name: value for name, value in json.loads(text).items() if not name.startswith(names)}
+    files["metrics.jsonl"] = [without(line, "time/") for line in files["metrics.jsonl"].splitlines()]
+    return files | {"summary.json": without(files["summary.json"], "seconds", "memory", "config"), "config.json": without(files["config.json"], "versions")}
 
 
 def soak(kills, seed):
-    """Prints how many kills fell into each phase and `K kills, 0 lost, 0 different`. Lost: a run that ended with an error; different: one whose
-    end was not that of a run left alone. Returns the exit status; the folders of a failure are kept."""
-    place, rng, fell, wrong = Path(tempfile.mkdtemp(prefix="soak_")), np.random.default_rng(seed), Counter(), Counter()
-    (place / "alone").mkdir()
-    status, seen = live(place / "alone")
+    """Prints into which functions the kills fell, and `K kills, 0 lost, 0 different`. Lost: a run that ended with an error; different: one whose
+    end is not that of a run left alone. Returns the exit status; the folders of a failure are kept. A run is killed in one function
+    after the other, in the order of a run's life, until it has come to its end; then the next one begins."""
+    place, rng, fell, wrong, moments = Path(tempfile.mkdtemp(prefix="soak_")), np.random.default_rng(seed), Counter(), Counter(), defaultdict(list)
+    status, seen = live(place)
     if status:
-        raise ValueError(f"a run of train.py must end well before it is killed, got status {status}: {(place / 'alone' / 'stderr.txt').read_text().splitlines()[-1]}")
-    alone, moments, count = contents(place / "alone" / "run"), defaultdict(list), Counter()  # {phase: [(phase, n, seconds it took)]}
-    for (phase, begun), (_, ended) in zip(seen, seen[1:]):
-        count[phase] += 1
-        moments[phase].append((phase, count[phase], ended - begun))
-    plans, workers = [], min(os.cpu_count() or 1, 8)
-    for i in range(kills):  # into each phase in its turn, at a random moment of a random one
-        these = list(moments.values())[i % len(moments)]
-        phase, n, seconds = these[rng.integers(len(these))]
-        plans.append((phase, n, rng.uniform(0, max(seconds, 0.02))))
-    rng.shuffle(plans)
-    plans = [plans[i::workers] for i in range(workers)]
-
-    def worker(i):
-        for number in itertools.takewhile(lambda _: plans[i], itertools.count()):
-            folder, status = place / f"{i}_{number}", -signal.SIGKILL
-            folder.mkdir()
+        raise ValueError(f"train.py must come to its end before it can be killed, got {(place / 'stderr.txt').read_text().splitlines()[-1]}")
+    alone = contents(place / "run")
+    for (name, begun), (_, ended) in zip(seen, seen[1:]):
+        moments[name].append(ended - begun)
+    with tqdm(total=kills, desc="kills", dynamic_ncols=True) as bar:
+        while fell.total() < kills:
+            folder, status = Path(tempfile.mkdtemp(dir=place)), -signal.SIGKILL
             while status == -signal.SIGKILL:
-                plan = plans[i].pop() if plans[i] else None
-                status, seen = live(folder, plan)
+                name = list(moments)[fell.total() % len(moments)]
+                n = rng.integers(min(2, len(moments[name])))  # in what is left of the run: all of its steps come to be the first or second
+                status, seen = live(folder, (name, n + 1, rng.uniform(0, max(moments[name][n], 0.02))) if fell.total() < kills else None)
                 if status == -signal.SIGKILL:
                     fell[seen[-1][0]] += 1
                     bar.update()
-            if plan:  # the run was past that moment: another one will come to it
-                plans[i].append((*plan[:2], plan[2] / 2))
             end = {} if status else contents(folder / "run")
             if differ := sorted(name for name in {**alone, **end} if alone.get(name) != end.get(name)):
                 wrong["lost" if status else "different"] += 1
                 bar.write(f"{folder}: {f'ended with status {status}, see stderr.txt' if status else ', '.join(differ)}", file=sys.stderr)
-            else:
-                shutil.rmtree(folder)
-
-    with tqdm(total=kills, desc="kills", dynamic_ncols=True) as bar, ThreadPoolExecutor(workers) as pool:
-        try:
-            list(pool.map(worker, range(workers)))
-        finally:  # after Ctrl-C no worker goes on
-            for mine in plans:
-                mine.clear()
-    print(f"kills in {', '.join(f'{phase}: {n}' for phase, n in fell.most_common())}")
-    print(f"{sum(fell.values())} kills, {wrong['lost']} lost, {wrong['different']} different" + (f"; see {place}" if wrong else ""))
+    print(f"kills in {', '.join(f'{name}: {n}' for name, n in fell.most_common())}")
+    print(f"{fell.total()} kills, {wrong['lost']} lost, {wrong['different']} different" + (f"; see {place}" if wrong else ""))
     if not wrong:
         shutil.rmtree(place)
     return bool(wrong)

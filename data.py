@@ -37,12 +37,10 @@ def append_lines(path, rows):
 
 def sync(path):
     """Have a file's bytes, or a folder's names, on the disk before going on."""
-    if os.name != "nt":  # which does neither through a descriptor that only reads
+    if os.name != "nt":  # Windows takes no folder, and no file that is open for reading
         descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def write_text(path, text):
@@ -59,22 +57,22 @@ def write_json(path, value):
 @contextlib.contextmanager
 def whole_folder(target, writes=True):
     """Yields a folder to write to, beside its place; in the end it replaces `target`, all of it on the disk. Of several
-    processes one `writes`; the others are told where."""
+    processes one `writes`; the others are only told where."""
     temporary = target.with_name(f".{target.name}.writing")
-    if writes:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    if not writes:
+        yield temporary
+        return
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
         yield temporary
-        if writes:
-            for path in (*temporary.rglob("*"), temporary):
-                sync(path)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(temporary, target)
-            sync(target.parent)
+        for path in (*temporary.rglob("*"), temporary):
+            sync(path)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+        sync(target.parent)
     finally:  # what a full disk cut off gives its room back
-        if writes:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 # --- prompts and pairs ----------------------------------------------------------------------------------------

@@ -694,16 +694,6 @@ def probe_forward(policy):
         raise ValueError(f"a policy's logits must be a linear head on its last hidden state, with a KV cache; {name} is different")
 
 
-def save_tokenizer(tokenizer, folder):
-    """Without what it keeps of its last call and of where it was loaded from: a resumed run leaves the same bytes."""
-    if tokenizer.is_fast:
-        tokenizer.backend_tokenizer.no_padding()
-        tokenizer.backend_tokenizer.no_truncation()
-    for name in ("is_local", "local_files_only"):
-        tokenizer.init_kwargs.pop(name, None)
-    tokenizer.save_pretrained(folder)
-
-
 def save_policy(policy, folder, card=""):
     """Write a `save_pretrained` folder with tokenizer and model card, and the critic beside it. With LoRA the weights
     are merged ones; the adapter alone is in the folder `adapter`, in peft's format."""
@@ -712,7 +702,12 @@ def save_policy(policy, folder, card=""):
         return
     plain = merged(policy, "cpu")  # not on the GPU, where there may be no room for it
     plain.lm.save_pretrained(folder)
-    save_tokenizer(policy.tokenizer, folder)
+    if policy.tokenizer.is_fast:  # it keeps what its last call was, and where it came from: not the same in a resumed run
+        policy.tokenizer.backend_tokenizer.no_padding()
+        policy.tokenizer.backend_tokenizer.no_truncation()
+    for name in ("is_local", "local_files_only"):
+        policy.tokenizer.init_kwargs.pop(name, None)
+    policy.tokenizer.save_pretrained(folder)
     if thin := adapter(policy.lm):
         policy.lm.peft_config["default"].save_pretrained(folder / "adapter")
         save_file({PEFT_PREFIX + k.replace(".default", ""): v.detach().contiguous() for k, v in thin.items()}, folder / "adapter" / "adapter_model.safetensors")

@@ -709,6 +709,7 @@ def test_sft_learns_its_pairs():
     pairs = [("a b", "yes"), ("c d", "no")]
     gpo.sft(policy, pairs, 150, 8, 1e-2, 0)
     assert generate(policy, ["a b", "c d"], 4, temperature=0).texts == ["yes", "no"]
+    assert math.isfinite(gpo.sft(policy, pairs, 10, 8, 1e-2, 0))  # torch divides by 0.1 * steps - 1
 
 
 # --- memory: LoRA, gradient checkpointing, the plan ----------------------------------------------------------------

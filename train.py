@@ -30,6 +30,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -412,11 +413,8 @@ class Run:
         """The newest one whose marker is there and whose files can all be read, or None; a damaged one is named."""
         for folder in sorted((self.folder / "checkpoints").glob("step_*"), reverse=True):
             try:
-                for file in json.loads((folder / "state.json").read_text(encoding="utf-8"))["files"]:
-                    if file.endswith(".json"):
-                        json.loads((folder / file).read_text(encoding="utf-8"))
-                    else:  # reads the header, and compares it with the size
-                        safe_open(folder / file, "pt")
+                for file in json.loads((folder / "state.json").read_text(encoding="utf-8"))["files"]:  # safe_open compares the header with the size
+                    json.loads((folder / file).read_text(encoding="utf-8")) if file.endswith(".json") else safe_open(folder / file, "pt")
                 return folder
             except Exception as error:
                 print(f"{folder} is damaged and not used: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
@@ -916,13 +914,10 @@ def begin(config):
         versions = {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, transformers, np)}, "platform": platform.platform(),
                     "device": torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else platform.machine(),
                     "commit": subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()}
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-        try:
-            temporary.mkdir()
-            write_json(temporary / "config.json", {"config": asdict(config), "versions": versions})
-            os.rename(temporary, folder)  # an error where another run has just taken it
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as beside:
+            (new := Path(beside) / "run").mkdir()
+            write_json(new / "config.json", {"config": asdict(config), "versions": versions})
+            os.rename(new, folder)  # an error where another run has just taken it
     lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     with contextlib.suppress(ImportError):  # Windows
         import fcntl
