@@ -2239,6 +2239,15 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint_or_from_its_start_and_keep
     assert not differing(out, alone[1])
 
 
+def test_of_two_runs_that_begin_in_the_same_moment_one_gets_the_folder(tmp_path):
+    first, second = (train.resolve(train.Config(out=str(tmp_path / "same"), seed=seed)) for seed in (1, 2))  # both find it free
+    lock = train.begin(first)
+    with pytest.raises(OSError, match="not empty"):
+        train.begin(second)
+    os.close(lock)
+    assert json.loads((tmp_path / "same" / "config.json").read_text())["config"]["seed"] == 1 and [path.name for path in tmp_path.iterdir()] == ["same"]
+
+
 def test_a_second_run_in_one_folder_ends_with_one_line(own, alone, monkeypatch, capsys):
     said = []
 
@@ -2260,7 +2269,7 @@ def test_a_second_run_in_one_folder_ends_with_one_line(own, alone, monkeypatch, 
 SOAKED = """import json, os, sys, time
 from pathlib import Path
 os.makedirs("run/checkpoints", exist_ok=True)
-Path("run/config.json").touch()
+Path("run/config.json").write_text("{}")
 resumed = "--resume" in sys.argv
 for phase in ("first", "second"):
     os.write(1, f"@{phase}\\n".encode())
@@ -2276,20 +2285,19 @@ os.write(1, b"@end\\n")"""
 def test_a_soak_kills_as_often_as_asked_and_finds_what_is_lost_or_different(monkeypatch, capsys, tmp_path, what, end, status):
     import bench
     monkeypatch.setattr(bench, "SOAK_PROGRAM", SOAKED.replace("WHAT", what))
-    monkeypatch.setattr(bench.tempfile, "mkdtemp", lambda **kwargs: str(tmp_path))
-    monkeypatch.setattr(bench.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(bench.tempfile, "tempdir", str(tmp_path))
     with pytest.raises(SystemExit) as stopped:
         bench.main(["soak", "--kills", "4"])
     lines = capsys.readouterr().out.splitlines()
     assert stopped.value.code == status and lines[-1].startswith(end), lines
-    assert lines[-2].startswith("kills in ") and "first: 2" in lines[-2] and "second: 2" in lines[-2]
+    assert lines[-2].startswith("kills in ") and "first: 2" in lines[-2] and "second: 2" in lines[-2] and bool(list(tmp_path.iterdir())) == status  # kept to be looked at
 
 
 def test_train_killed_by_the_soak_and_resumed_ends_like_one_that_was_not(finished, tmp_path, monkeypatch):
     import bench
     monkeypatch.setattr(bench, "SOAK", [*TINY, "--out", "run"])
-    status, seen = bench.live(tmp_path, ("update", 3, 0.01))  # it resumes with a defender step, then the attacker's: its optimizer and the history matter
-    assert status == -signal.SIGKILL and [phase for phase, _ in seen].count("checkpoint") == 1 and not (tmp_path / "run" / "summary.json").exists()
+    status, seen = bench.live(tmp_path, ("ppo_update", 3, 0.01))  # it resumes with a defender step, then the attacker's: its optimizer and the history matter
+    assert status == -signal.SIGKILL and [name for name, _ in seen].count("save") == 1 and not (tmp_path / "run" / "summary.json").exists()
     assert bench.live(tmp_path)[0] == 0
     assert not differing(tmp_path / "run", bench.contents(finished[0]))
 
