@@ -75,6 +75,13 @@ def whole_folder(target, writes=True):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def save_tokenizer(tokenizer, folder):
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # on a full disk the package tokenizers raises a plain Exception
+        raise OSError(f"cannot write the tokenizer to {folder}: {first_line(error)}") from error
+
+
 # --- prompts and pairs ----------------------------------------------------------------------------------------
 def read_rows(path):
     """Rows of a .jsonl, .json, .csv or .txt file (each also .gz) as dicts with "prompt" and, where the data

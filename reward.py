@@ -27,7 +27,7 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from data import fail, first_line, is_test, read_rows
+from data import fail, first_line, is_test, read_rows, save_tokenizer
 
 REFUSAL = re.compile(
     r"\b(sorry|apologi[sz]e|i can ?not|i can['’]t|i won['’]t|i will not|i am unable|i['’]m unable|i am not able|i['’]m not able"
@@ -48,7 +48,7 @@ def call_judge(judge, prompts, responses):
         scores = np.asarray(answers, dtype=np.float64)  # None becomes NaN
     except JudgeError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise JudgeError(f"the judge raised {type(error).__name__}: {error}") from error
     if scores.shape != (len(prompts),):
         raise JudgeError(f"a judge must return one score per exchange: {len(prompts)} expected, got shape {scores.shape}")
@@ -386,7 +386,7 @@ def make_judge(args):
     with tqdm(total=args.steps, desc="training the judge", dynamic_ncols=True) as bar:
         judge = train_judge(model, tokenizer, training, args.steps, args.batch_size, args.learning_rate, args.seed, bar)
     judge.model.save_pretrained(args.out)
-    judge.tokenizer.save_pretrained(args.out)
+    save_tokenizer(judge.tokenizer, args.out)
     return measure_judge(judge, held_out, args.seed)
 
 

@@ -46,10 +46,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from data import (HUB_DATA, append_lines, fail, first_line, first_turn, hub_file, is_test, plain, read_lines, read_rows, sync, usable, whole_folder, write_json,
-                  write_text)
+from data import (HUB_DATA, append_lines, fail, first_line, first_turn, hub_file, is_test, plain, read_lines, read_rows, save_tokenizer, sync, usable,
+                  whole_folder, write_json, write_text)
 from diversity import Diversity, load_embedder, word_embedder
-from gpo import Player, PolicyAverage, Speaker, distill, evaluate, memory_plan, naturalness, peak_memory, play, player_memory, ppo_update, sft
+from gpo import NotFinite, Player, PolicyAverage, Speaker, distill, evaluate, memory_plan, naturalness, peak_memory, play, player_memory, ppo_update, sft
 from model import (DTYPE_NAMES, DTYPES, Policy, add_lora, best_dtype, checkpoint_blocks, demonstrations, first_decides, fold_lora, from_first, join_processes,
                    keep_freed_memory, load_policy, load_weights, load_whole, model_size, on_first, rank, save_policy, save_weights, shard, shared_judge, world_size)
 from report import draw_curves, model_card, summary_table, write_report
@@ -109,6 +109,7 @@ class Config:
     kl_coef: float | None = option(None, "KL penalty of the defender")
     attacker_kl_coef: float | None = option(None, "KL penalty of the attacker")
     kl_anchor: str = option("initial", "the KL penalty is measured from the initial or the previous round's policy")
+    target_kl: float = option(0.0, "an update ends where its KL exceeds 1.5 times this; 0: never")
     entropy_coef: float = option(0.0, "eta_H of Eq. (3.7): entropy bonus of the attacker")
     ptx_coef: float | None = option(None, "weight of the supervised loss on demonstrations in the defender's updates")
     opponent: str = option("last", "who a mover plays against: the other's last policy, or the mixture of all its rounds")
@@ -209,7 +210,7 @@ def train(config, world, players, run):
         metrics["sampled_tokens"] = run.sampled_tokens
         metrics["game/attack_success"] = float(np.mean(1 - game.p_safe))  # of this batch, by the training judge
         metrics["game/undecided"] = len(game.sampled[1]) - len(game.p_safe)  # exchanges without a verdict: in no update and in no rate
-        metrics |= {f"diversity/{name}": float(novelty[term].mean()) for name, term in NOVELTY.items() if term in novelty}
+        metrics |= {f"diversity/{name}": float(novelty[term].mean()) for name, term in NOVELTY.items() if term in novelty and np.isfinite(novelty[term]).all()}
         if last_of_round:
             for name, player in players.items():
                 for average in run.averages[name].values():
@@ -364,7 +365,7 @@ class Run:
         self.append("metrics.jsonl", [{"step": self.step, "round": round, "role": role, **metrics}])
         exchanges = zip(game.seeds, game.prompts, game.responses.texts, game.p_safe.tolist(), np.asarray(scores).tolist())
         self.append("games.jsonl", [
-            {"step": self.step, "round": round, "role": role, "seed": seed, "attack": attack, "response": response, "p_safe": p, "score": score}
+            {"step": self.step, "round": round, "role": role, "seed": seed, "attack": attack, "response": response, "p_safe": p, "score": score if np.isfinite(score) else None}
             for seed, attack, response, p, score in exchanges])
         if self.track:
             self.track(self.step, metrics)
@@ -714,7 +715,7 @@ def plan_memory(config, world, players):
 
 def make_players(config, world):
     """Both players, each with its own critic, reference and optimizer."""
-    shared = dict(epochs=config.ppo_epochs, minibatches=config.minibatches, micro_batch=config.micro_batch,
+    shared = dict(epochs=config.ppo_epochs, minibatches=config.minibatches, micro_batch=config.micro_batch, target_kl=config.target_kl,
                   temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     return {
         "attacker": Player("attacker", world.attacker, config.attack_tokens, config.attacker_learning_rate, config.attacker_kl_coef,
@@ -820,7 +821,7 @@ def resolve(config):
         raise ValueError(f"--opponent mixture needs --average mixture, got {config.average!r}")
     at_least_1 = "rounds judge_steps batch_size minibatches ppo_epochs attack_tokens response_tokens eval_prompts save_every average_size"
     at_least_0 = ("defender_steps attacker_steps sft_steps micro_batch top_k seed kl_coef attacker_kl_coef entropy_coef ptx_coef "
-                  "diversity restart replay mine history guard lora")
+                  "diversity restart replay mine history guard lora target_kl")
     least = {**dict.fromkeys(at_least_1.split(), 1), **dict.fromkeys(at_least_0.split(), 0)}
     for name, bound in least.items():
         if not bound <= getattr(config, name) < float("inf"):
@@ -938,7 +939,7 @@ def prepare(run, start):
             return
         if run.world.judge_to_save:
             run.world.judge_to_save.model.save_pretrained(temporary / "judge")
-            run.world.judge_to_save.tokenizer.save_pretrained(temporary / "judge")
+            save_tokenizer(run.world.judge_to_save.tokenizer, temporary / "judge")
         write_json(temporary / "prompts.json", {name: getattr(run.world, name) for name in ("seeds", "test_prompts", "benign_prompts", "more_tests")})
         write_json(temporary / "attack_seeds.json", run.attack_seeds)
         for name in ("metrics.jsonl", "games.jsonl"):
@@ -984,7 +985,7 @@ def play_game(config, clock):
         if run.stop:
             raise KeyboardInterrupt
         rows, examples = run.finish(time.time() - clock)
-    except (JudgeError, OSError, SafetensorError) as error:  # the judge broke its word, or the disk is full
+    except (JudgeError, NotFinite, OSError, SafetensorError) as error:  # the judge broke its word, numbers are not finite, the disk is full
         fail(f"{error}; the run can go on with --resume {folder}")
     except KeyboardInterrupt:
         print(f"\ninterrupted; go on with: python train.py --resume {folder}", file=sys.stderr)
