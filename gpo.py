@@ -425,6 +425,40 @@ def evaluate(attacker, defender, seeds, test_prompts, benign_prompts, judge, hel
         "attacker_success": unsafe_share(broken), **alike, "undecided": int(np.isnan(np.concatenate([broken, held_out, trained])).sum())}
 
 
+# --- training health ----------------------------------------------------------------------------------------------
+# Bounds that a healthy round keeps clear of: those of `python train.py --rounds 6` ended with .42 different attacks at least, .20 nats at least,
+# mean lengths of 9.3 to 19.4, .08 refused at most, and judges that had parted by .02 at most.
+LEAST_DIFFERENT = 0.2  # share of different prompts among the attacks of a step
+LEAST_ENTROPY = 0.05  # nats per token: 19 of 20 tokens are as good as certain
+LENGTHS = 1.5, 0.95  # mean response: fewest tokens, EOS included; greatest share of the longest that is allowed
+MOST_REFUSED = 0.5  # share of the harmless prompts
+MOST_APART = 0.15  # how much the judges' verdicts may part since before the game
+OPPOSITE = 0.05  # or by how much each may change, the one for the better and the other for the worse
+
+
+def alarms(metrics, before, limits):
+    """What is wrong with a round: [("collapse" | "reward_hacking", message with a remedy)], empty for a healthy one.
+
+    metrics: those of each player's last step in the round and of the round's evaluation, by their names in metrics.jsonl; one that is missing
+    raises no alarm. before: the row of `evaluate` before the game. limits: {player: its max_new_tokens}."""
+    found, m = [], metrics
+    if m.get("diversity/different", 1) < LEAST_DIFFERENT:
+        found.append(("collapse", f"only {m['diversity/different']:.0%} of the attacks differ; raise --diversity or --attacker_kl_coef, or set --restart"))
+    for name, limit in limits.items():
+        entropy, length = m.get(f"{name}/objective/entropy", 1), m.get(f"{name}/response_length", limit / 2)
+        if entropy < LEAST_ENTROPY:
+            found.append(("collapse", f"the {name} hardly chooses any more ({entropy:.3f} nats per token); raise its KL penalty or lower its learning rate"))
+        if limit > 4 and not LENGTHS[0] < length < LENGTHS[1] * limit:
+            found.append(("collapse", f"the {name} says {length:.1f} tokens of at most {limit}; raise its KL penalty, or the limit if it is cut off"))
+    if m.get("game/over_refusal", 0) > MOST_REFUSED:
+        found.append(("collapse", f"the defender refuses {m['game/over_refusal']:.0%} of the harmless prompts; raise --ptx_coef (with --sft_data) or --kl_coef"))
+    trained, held_out = (m.get(f"game/{key}", before[key]) - before[key] for key in ("asr_train_judge", "asr_held_out_judge"))
+    if abs(trained - held_out) > MOST_APART or trained < -OPPOSITE and held_out > OPPOSITE:
+        found.append(("reward_hacking", f"since the start attack success has changed by {trained:+.2f} for the training judge, by {held_out:+.2f} for the held-out "
+                      "one; read the exchanges (eval.py report), train the judge on them (reward.py), or raise --kl_coef"))
+    return found
+
+
 # --- averages of policies ---------------------------------------------------------------------------------------
 class PolicyAverage:
     """The average policy of Theorem 3.2, in two forms.

@@ -49,7 +49,7 @@ from tqdm import tqdm
 from data import (HUB_DATA, append_lines, fail, first_line, first_turn, hub_file, is_test, plain, read_lines, read_rows, save_tokenizer, sync, usable,
                   whole_folder, write_json, write_text)
 from diversity import Diversity, load_embedder, word_embedder
-from gpo import NotFinite, Player, PolicyAverage, Speaker, distill, evaluate, memory_plan, naturalness, peak_memory, play, player_memory, ppo_update, sft
+from gpo import NotFinite, Player, PolicyAverage, Speaker, alarms, distill, evaluate, memory_plan, naturalness, peak_memory, play, player_memory, ppo_update, sft
 from model import (DTYPE_NAMES, DTYPES, Policy, add_lora, best_dtype, checkpoint_blocks, demonstrations, first_decides, fold_lora, from_first, join_processes,
                    keep_freed_memory, load_policy, load_weights, load_whole, model_size, on_first, rank, save_policy, save_weights, shard, shared_judge, world_size)
 from report import draw_curves, model_card, summary_table, write_report
@@ -210,12 +210,14 @@ def train(config, world, players, run):
         metrics["sampled_tokens"] = run.sampled_tokens
         metrics["game/attack_success"] = float(np.mean(1 - game.p_safe))  # of this batch, by the training judge
         metrics["game/undecided"] = len(game.sampled[1]) - len(game.p_safe)  # exchanges without a verdict: in no update and in no rate
+        if role == "attacker":
+            metrics["diversity/different"] = len(set(game.prompts)) / len(game.prompts)
         metrics |= {f"diversity/{name}": float(novelty[term].mean()) for name, term in NOVELTY.items() if term in novelty and np.isfinite(novelty[term]).all()}
         if last_of_round:
             for name, player in players.items():
                 for average in run.averages[name].values():
                     average.add(player.policy)
-            metrics |= run.evaluate_round(round)
+            metrics |= run.evaluate_round(round, metrics)
         run.log(role, round, game, scores, metrics)
         stop = first_decides(lambda: run.stop)  # the same in all processes, or some would wait for ever
         if stop or (run.step + 1) % config.save_every == 0 or run.step + 1 == len(turns):
@@ -344,8 +346,9 @@ class Run:
             attacker, defender or self.players["defender"], self.attack_seeds, w.test_prompts[::share], w.benign_prompts[::share], w.judge, w.held_out_judge,
             w.refused, w.helpful, w.embedder, self.first_defender, c.template)
 
-    def evaluate_round(self, round):
-        """Metrics of the last iterates after a round; three held-out prompts and their answers go to games.jsonl."""
+    def evaluate_round(self, round, metrics):
+        """Metrics of the last iterates after a round, and alarms (over `metrics`, of the last step, too); three held-out
+        prompts and their answers go to games.jsonl."""
         row = self.evaluate(share=3)
         names = {"asr_train_judge", "asr_held_out_judge", "over_refusal", "attacker_success", "self_bleu", "cosine"}
         prompts = self.world.test_prompts[:3]
@@ -355,7 +358,13 @@ class Run:
             {"step": self.step, "round": round, "role": "probe", "attack": attack, "response": response, "p_safe": None if p != p else p}
             for attack, response, p in zip(prompts, answers, p_safe)])
         self.bar.set_postfix_str(f"round {round + 1}: held-out attack success {row['asr_held_out_judge']:.1%}")
-        return {f"game/{name}": value for name, value in row.items() if name in names and value is not None}
+        found = {f"game/{name}": value for name, value in row.items() if name in names and value is not None}
+        steps = [] if rank() else [line for line in read_lines(self.folder / "metrics.jsonl") if line["round"] == round]
+        latest = {name: value for line in [*steps, metrics, found] for name, value in line.items()}
+        raised = alarms(latest, self.before, {name: player.max_new_tokens for name, player in self.players.items()})
+        for name, message in raised:
+            tqdm.write(f"{name} alarm after round {round + 1}: {message}", file=sys.stderr)
+        return found | {f"alarm/{name}": float(name in dict(raised)) for name in ("collapse", "reward_hacking")}
 
     def append(self, name, rows):
         if not rank():
