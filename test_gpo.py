@@ -36,7 +36,7 @@ if not torch.cuda.is_available():
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel,
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer,
                           LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, RobertaConfig, RobertaForSequenceClassification)
 
 import eval as evaluation
@@ -46,7 +46,7 @@ import model
 import report
 import reward
 import train
-from data import first_turn, is_test, read_rows, usable, whole_folder, write_text
+from data import append_lines, first_turn, is_test, read_lines, read_rows, save_tokenizer, usable, whole_folder, write_text
 from diversity import Diversity, NgramTable, cosine_to_history, load_embedder, self_bleu, set_similarity, word_embedder
 from gpo import Player, PolicyAverage, Speaker, gae, nash_gap, play, policy_loss, ppo_update, solve_matrix_game, token_rewards, value_loss, whiten
 from kernel import linear_logprob, linear_logprob_reference
@@ -657,13 +657,112 @@ def test_an_optimizer_step_is_adamw_on_the_gradient_clipped_by_its_global_norm(s
         assert all(torch.allclose(p.double(), q, rtol=1e-5, atol=1e-7) for p, q in zip(player.policy.parameters(), twin))
 
 
-def test_a_gradient_that_is_not_finite_skips_the_step_counts_it_and_says_so(capsys):
+def spoil(player, where, value):
+    """Add a NaN or an infinity where a player computes; returns the scores to update it with, and a function that takes it back."""
+    spoiled = lambda out: out + torch.full_like(out, value)
+    policy, scores = player.policy, np.arange(8.0)
+    hook = lambda module: module.register_forward_hook(lambda module, args, out: spoiled(out))
+    handles = {"logits": lambda: [hook(policy.lm.transformer.ln_f)], "values": lambda: [hook(policy.value_head)], "reference": lambda: [hook(player.reference.lm.transformer.ln_f)],
+               "gradient": lambda: [policy.value_head.weight.register_hook(spoiled)],
+               "training forward": lambda: [policy.lm.transformer.ln_f.register_forward_hook(lambda module, args, out: spoiled(out) if torch.is_grad_enabled() else out)],
+               }.get(where, list)()
+    scores = {"scores": np.where(scores == 3, value, scores), "overflow": np.full(8, 3e38)}.get(where, scores)
+    return scores, lambda: [handle.remove() for handle in handles]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where, named", [
+    ("scores", "scores are"), ("logits", "log probs, values are"), ("values", "values are"), ("reference", "reference log probs are"),
+    ("gradient", "gradient is"), ("training forward", "gradient, losses are"), ("overflow", "advantages are")])
+def test_what_is_not_finite_skips_the_step_is_counted_and_named_and_ten_in_a_row_end_the_run(where, named, value, capsys):
     player = tiny_player(epochs=1, minibatches=1)
-    before = bytes_of(player.policy)
-    player.policy.value_head.weight.register_hook(lambda g: g * float("nan"))
-    metrics = ppo_update(player, player.speak(PROMPTS, 0), np.arange(8.0), 0)
-    assert metrics["defender/skipped_steps"] == 1 and bytes_of(player.policy) == before
-    assert "defender: gradient norm is nan, optimizer step skipped" in capsys.readouterr().out
+    ppo_update(player, player.speak(PROMPTS, 0), np.arange(8.0), 0)  # the optimizer has moments
+    rollout, before, moments = player.speak(PROMPTS, 1), bytes_of(player.policy), copy.deepcopy(player.optimizer.state_dict()["state"])
+    scores, mend = spoil(player, where, value)
+    metrics = ppo_update(player, rollout, scores, 1)
+    assert metrics["defender/skipped_steps"] == 1 and all(map(math.isfinite, metrics.values())) and bytes_of(player.policy) == before
+    if where not in ("scores", "overflow"):
+        assert metrics["defender/objective/scores"] == 3.5  # what is finite is in the metrics
+    assert capsys.readouterr().err == f"defender: {named} not finite, step skipped (1 so far)\n"
+    mend()
+    ppo_update(player, rollout, np.arange(8.0), 2)  # a good step between: the row begins anew
+    assert bytes_of(player.policy) != before
+    before, (scores, mend) = bytes_of(player.policy), spoil(player, where, value)
+    for step in range(gpo.MAX_SKIPPED - 1):
+        assert ppo_update(player, rollout, scores, step)["defender/skipped_steps"] == step + 2
+    with pytest.raises(gpo.NotFinite, match="^defender: .* not finite, step skipped .11 so far.; these were 10 in a row"):
+        ppo_update(player, rollout, scores, 3)
+    assert bytes_of(player.policy) == before and all(torch.isfinite(x).all() for state in moments.values() for x in state.values())
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"top_k": 3}, {"temperature": 0}])
+def test_logits_that_are_not_finite_do_not_break_sampling_which_comes_before_they_are_named(kwargs):
+    policy = tiny_policy()
+    policy.head.register_forward_hook(lambda module, args, out: out.index_fill(0, torch.tensor([0]), float("nan")))
+    rollout = generate(policy, PROMPTS, 6, seed=0, **kwargs)
+    assert rollout.tokens.max() < len(policy.tokenizer) and len(set(rollout.texts)) > 2
+
+
+def test_a_warm_start_whose_gradient_is_not_finite_stops_before_it_spoils_the_weights():
+    policy = tiny_policy()
+    before, calls = bytes_of(policy), []
+    policy.lm.transformer.wte.weight.register_hook(lambda g: calls.append(1) or g * float("nan"))
+    with pytest.raises(gpo.NotFinite, match="supervised training stopped at step 1: its gradient is not finite"):
+        gpo.sft(policy, [("a b", "yes")], 3, 2, 1e-2, 0)
+    assert bytes_of(policy) == before and calls == [1]
+
+
+def test_an_embedding_that_is_not_finite_does_not_stay_in_the_history():
+    broken, diversity = [], Diversity(("embedding",), lambda texts: word_embedder(texts) * (float("nan") if broken else 1))
+    diversity.add(["a b", "c"])
+    broken.append(1)
+    assert np.isnan(diversity.score(["a b"])["reward"]).all()  # which `ppo_update` names
+    diversity.add(["d"])
+    broken.clear()
+    cosine = (word_embedder(["a b"]) @ word_embedder(["a b", "c"]).T).sum() / 3  # the third text's counts as 0
+    assert diversity.score(["a b"])["embedding"] == pytest.approx(cosine, abs=1e-6)
+
+
+def test_an_update_ends_before_the_step_at_which_kl_has_passed_one_and_a_half_times_its_target():
+    def update(target_kl):
+        player, seen = tiny_player(epochs=6, minibatches=1, learning_rate=1e-2, target_kl=target_kl), []
+        real = player.optimizer.step
+        player.optimizer.step = lambda: (seen.append(copy.deepcopy(player.policy)), real())[1]
+        return player, seen, rollout_of(player.policy), ppo_update(player, rollout_of(player.policy), np.arange(4.0), 0)
+
+    player, seen, rollout, metrics = update(0.0)
+    old, mask = logprobs_and_values(seen[0], rollout)[0], rollout.response_mask
+    kl = []
+    for policy in seen:  # KL(old || new) by its estimate k3 = r - 1 - log r, mean over response tokens
+        log_r = (logprobs_and_values(policy, rollout)[0] - old)[mask].double()
+        kl.append((log_r.exp() - 1 - log_r).mean().item())
+    first = next(i for i in range(6) if kl[i] > 0.05)
+    assert len(kl) == 6 and kl[0] == 0 and 0 < first < 5 and metrics["defender/policy/early_stop"] == 0
+    bound = (max(kl[:first]) + kl[first]) / 2
+    stopped, taken, _, metrics = update(bound / 1.5)
+    assert len(taken) == first and bytes_of(stopped.policy) == bytes_of(seen[first]) and metrics["defender/policy/early_stop"] == 1
+    assert metrics["defender/policy/approxkl"] == pytest.approx(np.mean(kl[:first + 1]), rel=1e-3) and stopped.policy.value_head.weight.grad is None
+    assert len(update(kl[first] / 1.4)[1]) > first  # 1.5, not 1
+    assert bytes_of(update(1e9)[0].policy) == bytes_of(player.policy)  # far off: nothing changes
+
+
+HEALTHY = {"diversity/different": 0.42, "attacker/objective/entropy": 0.24, "attacker/response_length": 19.4, "defender/objective/entropy": 0.2, "defender/response_length": 9.3,
+           "game/over_refusal": 0.08, "game/asr_train_judge": 0.15, "game/asr_held_out_judge": 0.14}  # the worst of each in a round of python train.py --rounds 6
+
+
+@pytest.mark.parametrize("changed, name, said", [
+    ({}, None, None), ({"diversity/different": 0.1}, "collapse", "only 10% of the attacks differ; raise --diversity"),
+    ({"attacker/objective/entropy": 0.01}, "collapse", "the attacker hardly chooses any more (0.010"), ({"defender/objective/entropy": 0.01}, "collapse", "the defender hardly"),
+    ({"attacker/response_length": 24.9}, "collapse", "the attacker says 24.9 tokens of at most 25"), ({"defender/response_length": 1.0}, "collapse", "the defender says 1.0 tokens"),
+    ({"game/over_refusal": 0.9}, "collapse", "refuses 90% of the harmless prompts; raise --ptx_coef"),
+    ({"game/asr_train_judge": 0.1, "game/asr_held_out_judge": 0.3}, "reward_hacking", "-0.75 for the training judge, by -0.56 for the held-out"),  # both better, not alike
+    ({"game/asr_train_judge": 0.79, "game/asr_held_out_judge": 0.92}, "reward_hacking", "-0.06 for the training judge, by +0.06 for the held-out"),
+    ({"game/asr_train_judge": 0.92, "game/asr_held_out_judge": 0.79}, None, None)])  # apart by .12, but it is the judge of training that is the stricter
+def test_a_sick_round_raises_an_alarm_that_says_what_to_do_and_a_healthy_one_none(changed, name, said):
+    before, limits = {"asr_train_judge": 0.85, "asr_held_out_judge": 0.86}, {"attacker": 25, "defender": 16}
+    found = gpo.alarms(HEALTHY | changed, before, limits)
+    assert [alarm for alarm, _ in found] == ([name] if name else []) and all(said in message for _, message in found)
+    assert gpo.alarms({}, before, limits) == []  # nobody played, nobody is ill
 
 
 def test_each_player_has_its_own_critic_and_optimizer_and_the_idle_one_does_not_move():
@@ -1633,7 +1732,84 @@ class FakeRun(train.Run):
         self.first_attacker, self.first_defender = (Speaker([frozen_copy(getattr(world, name))], player) for name, player in players.items())
         self.guard = torch.full((2,), -torch.inf)
         self.log = self.save = lambda *a: None
-        self.evaluate_round = lambda round: {}
+        self.evaluate_round = lambda *a: {}
+
+
+TEXTS = {"nothing": "", "NUL": "a\0b", "emoji": "a \U0001f469\u200d\U0001f469\u200d\U0001f467 b \U0001f389", "right to left": "\u05e9\u05dc\u05d5\u05dd \u202e\u0639\u0627\u0644\u0645 a", "a zero-width space": "\u200b",
+         "100,000 characters": "a b " * 25_000, "one word of 100,000": "a" * 100_000, "line ends of all kinds": "a\u2028b\x85c\x0bd\re\x1cf", "a terminal's commands": "\x1b[31mred\x07",
+         "braces and percents": "{} {0} %s {{x}}"}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_strange_text_is_read_said_judged_compared_learned_logged_and_reported(name, tmp_path):
+    text = TEXTS[name].strip()
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": text, "response": text}) + "\n" + json.dumps({"prompt": text, "response": text}, ensure_ascii=False) + "\n", encoding="utf-8")
+    if text:
+        assert read_rows(tmp_path / "rows.jsonl") == [{"prompt": text, "response": text}] * 2
+    vocabulary = byte_level_tokenizer(tmp_path, ["a b c"], ["<|endoftext|>"])
+    tokenizer = GPT2Tokenizer.from_pretrained(tmp_path)
+    lm = GPT2LMHeadModel(GPT2Config(vocab_size=len(vocabulary), n_positions=64, n_embd=32, n_layer=1, n_head=2, eos_token_id=vocabulary["<|endoftext|>"]))
+    policy = Policy(lm, tokenizer)
+    assert policy.decode(policy.encode_responses([text])[0]) == text
+    attacker, defender = Player("attacker", policy, 6), Player("defender", copy.deepcopy(policy), 6)
+    classifier_folder(tmp_path / "judge", ["safe", "unsafe"])
+    for judge in (rule_judge, load_judge(str(tmp_path / "judge"))):
+        assert all(0 <= p <= 1 for p in call_judge(judge, [text] * 2, [text, "a"]))
+    game = play(attacker, defender, [text, "a", text, "b"], rule_judge, 0)
+    assert game.attacks.lengths.max() <= 64 and all(map(math.isfinite, ppo_update(attacker, game.attacks, np.arange(4.0), 0).values()))
+    assert all(map(math.isfinite, ppo_update(defender, play(None, defender, [text, "a"], rule_judge, 0).responses, [0.0, 1], 0, demonstrations(policy, [(text, text)]), 1.0).values()))
+    for embedder in (word_embedder, lambda texts: load_embedder(str(tmp_path / "judge"))(texts)):
+        diversity = Diversity(embedder=embedder)
+        diversity.add([text, "a"])
+        again = Diversity(embedder=embedder)
+        again.load_state_dict(json.loads(json.dumps(diversity.state_dict())))
+        assert np.isfinite(diversity.score([text, "b"])["reward"]).all() and (diversity.score([text])["reward"] == again.score([text])["reward"]).all()
+        assert all(map(math.isfinite, set_similarity([text, text, "a"], embedder).values()))
+    rows = [{"step": 0, "round": 0, "role": role, "seed": text, "attack": text, "response": text, "p_safe": 0.5, "score": None} for role in ("attacker", "probe")]
+    append_lines(tmp_path / "games.jsonl", rows[:1])
+    append_lines(tmp_path / "games.jsonl", rows[1:])
+    assert read_lines(tmp_path / "games.jsonl") == rows
+    append_lines(tmp_path / "metrics.jsonl", [])
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"method": "gpo", "seed": 0, "attacker": None}}))
+    report.write_report(tmp_path, {"before": {}}, [(text, text, text)])
+    report.write_page([tmp_path], tmp_path / "page.html")
+    data = json.loads(Page(tmp_path / "page.html").scripts["data"])
+    assert [game["attack"] for game in data["games"]] == [text] * 2
+
+
+def test_half_a_surrogate_pair_which_no_file_can_hold_is_refused_by_file(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a\\ud83d"}\n')
+    with pytest.raises(ValueError, match="rows.jsonl"):
+        read_rows(tmp_path / "rows.jsonl")
+
+
+def test_players_that_end_at_once_play_and_learn_and_raise_the_alarm():
+    players = {"attacker": tiny_player("attacker"), "defender": tiny_player("defender", 1)}
+    for player in players.values():
+        transformer = player.policy.lm.transformer
+        with torch.no_grad():  # every state is a vector of ones, which is the direction of EOS alone
+            transformer.ln_f.weight.zero_()
+            transformer.ln_f.bias.fill_(1)
+            transformer.wte.weight[player.policy.eos_ids[0]] = 3
+    game = play(*players.values(), PROMPTS, rule_judge, 0)
+    assert game.prompts == game.responses.texts == [""] * 8 and game.attacks.ended.all() and (game.p_safe == 1).all()
+    assert (game.attacks.lengths - game.attacks.prompt_lengths == 1).all()
+    metrics = {"diversity/different": 1 / 8} | ppo_update(players["attacker"], game.attacks, np.arange(8.0), 0) | ppo_update(players["defender"], game.responses, game.p_safe, 0)
+    assert all(map(math.isfinite, metrics.values())) and metrics["attacker/response_length"] == 1
+    row = gpo.evaluate(*players.values(), PROMPTS, PROMPTS, PROMPTS, rule_judge, rule_judge, lambda r: [0.0] * len(r), None, word_embedder)
+    assert row["asr_held_out_judge"] == 0 and row["self_bleu"] == row["cosine"] == 0
+    said = " ".join(message for _, message in gpo.alarms(metrics, row, {"attacker": 6, "defender": 6}))
+    assert said.count("hardly chooses") == said.count("says 1.0 tokens") == 2 and "12% of the attacks differ" in said
+
+
+def test_a_prompt_may_fill_the_context_but_for_the_new_tokens_and_one_without_room_is_refused():
+    player = tiny_player()
+    for new, words in ((6, 56), (62, 0), (63, 0)):  # "Human:" and "AI:" are two tokens more
+        rollout = generate(player.policy, ["a " * words] * 2, new, seed=0, clip_prompts=new == 63)
+        assert (rollout.prompt_lengths == 64 - new).all() and rollout.tokens.shape[1] <= 64
+        assert all(map(math.isfinite, ppo_update(player, rollout, [0.0, 1], 0).values()))
+    with pytest.raises(ValueError, match="at most 0 tokens"):
+        generate(player.policy, ["a"], 64, clip_prompts=True)
 
 
 def test_kl_anchor_previous_anchors_the_mover_at_the_start_of_each_turn_and_initial_never(monkeypatch):
@@ -1928,7 +2104,7 @@ def test_a_best_response_is_trained_on_a_copy_and_finds_the_hole():
 # --- several processes ------------------------------------------------------------------------------------------------
 LONG_AND_SHORT = ["a b c d e", "x", "y z a b c d", "q", "k l m n", "o", "r s t u v w", "p"]  # every second row is short
 TOGETHER = {"shared critic": {}, "separate critic": {"critic": "separate"}, "micro-batches": {"micro_batch": 1, "entropy_coef": 0.1},
-            "demonstrations": {"ptx_coef": 0.5, "critic": "separate"}, "an odd number of rows": {"rows": 7, "demos": 3, "ptx_coef": 0.5, "micro_batch": 1}}
+            "early stop": {"target_kl": 0.33, "epochs": 4, "learning_rate": 3e-3}, "demonstrations": {"ptx_coef": 0.5, "critic": "separate"}, "an odd number of rows": {"rows": 7, "demos": 3, "ptx_coef": 0.5, "micro_batch": 1}}
 
 
 WARM = [("a b", "yes"), ("c d", "no sorry no"), ("e", "x y z")], 3, 4, 1e-2, 0  # pairs, steps, batch, rate, seed
@@ -1937,14 +2113,14 @@ WARM = [("a b", "yes"), ("c d", "no sorry no"), ("e", "x y z")], 3, 4, 1e-2, 0  
 def one_update(sharded=False, ptx_coef=0.0, rows=8, demos=4, **kwargs):
     """The gradients of the first optimizer step, and metrics and weights after a whole update on given texts and scores."""
     policy = tiny_policy(critic=kwargs.pop("critic", "shared"))
-    player = Player("defender", model.shard(policy, "cpu") if sharded else policy, 6, learning_rate=1e-3, max_grad_norm=0.5, **kwargs)
+    player = Player("defender", model.shard(policy, "cpu") if sharded else policy, 6, **{"learning_rate": 1e-3, "max_grad_norm": 0.5, **kwargs})
     rollout = rollout_of(policy, LONG_AND_SHORT[:rows], PROMPTS[:rows], cut=(3,))
     demos = demonstrations(policy, [("a b", "yes"), ("c d", "no sorry no no"), ("e", "x y z"), ("f", "a")][:demos])
     gradients, real = {}, gpo.optimizer_step
 
-    def spied(player):
+    def spied(player, *losses):
         gradients.update(gradients or {name: model.whole(p.grad).clone() for name, p in player.policy.named_parameters()})
-        real(player)
+        real(player, *losses)
 
     gpo.optimizer_step = spied
     metrics = ppo_update(player, rollout, np.arange(float(rows)), 5, demos, ptx_coef)  # seed 5: one process has 7 tokens of the first step, the other 14
@@ -3131,6 +3307,128 @@ def test_a_run_that_is_stopped_says_in_one_line_how_to_go_on(own, monkeypatch, c
     monkeypatch.chdir(own)
     train.main(["--resume", "stopped"])  # and it does go on
     assert Path("stopped/summary.json").exists()
+
+
+FAULTY = [*OWN, *SMALL, *"--embedder words --guard 0 --attacker_steps 2 --defender_steps 2 --eval_prompts 4 --average mixture --save_every 1".split()]
+
+
+def same_end(run, whole):
+    """Whether two finished runs hold the same bytes, and the same metrics but for times."""
+    for name in ("attacker/model.safetensors", "attacker/critic.safetensors", "defender/model.safetensors", "defender/critic.safetensors", "average/attacker_mixture.safetensors", "games.jsonl"):
+        assert Path(run, name).read_bytes() == Path(whole, name).read_bytes(), name
+    timeless = lambda folder: [{key: value for key, value in m.items() if "time/" not in key} for m in read_lines(Path(folder, "metrics.jsonl"))]
+    assert timeless(run) == timeless(whole)
+
+
+def failed(capsys, args):
+    """The one line, after the progress bars, that a run which has failed ends with."""
+    with pytest.raises(SystemExit) as stopped:
+        train.main(args)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "Traceback" not in said and said.count("error: ") == 1, said
+    return said.splitlines()[-1]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(own):
+    """The folder of models, where the run `whole_faulty` went without a fault; the run that fails is to end like it."""
+    with contextlib.chdir(own), one_thread():
+        (own / "scripted.py").write_text("def judge(p, r):\n    return [len(x + y) % 7 / 7 for x, y in zip(p, r)]\n")
+        train.main([*FAULTY, "--judge", "scripted.py:judge", "--out", "whole_faulty"])
+    return own
+
+
+@contextlib.contextmanager
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("fault, said", [("raise OSError('no answer\\nfrom the server')", "the judge raised OSError: no answer from the server"), ("exit()", "the judge raised SystemExit"),])
+def test_a_judge_that_breaks_in_mid_run_ends_it_with_one_line_and_once_mended_it_ends_like_an_undisturbed_run(undisturbed, fault, said, monkeypatch, capsys):
+    monkeypatch.chdir(undisturbed)
+    good = Path("scripted.py").read_text()
+    Path("scripted.py").write_text("calls = []\n" + good.replace("    return", f"    calls.append(1)\n    if len(calls) == 4:\n        {fault}\n    return"))
+    shutil.rmtree("broken", ignore_errors=True)
+    with one_thread():
+        line = failed(capsys, [*FAULTY, "--judge", "scripted.py:judge", "--out", "broken"])
+        assert line.startswith("error: ") and said in line and line.endswith("; the run can go on with --resume broken")
+        assert len(read_lines(Path("broken/metrics.jsonl"))) == 2  # the fourth call was that of the third step
+        Path("scripted.py").write_text(good)
+        train.main(["--resume", "broken"])
+    same_end("broken", "whole_faulty")
+
+
+def test_on_a_full_disk_a_run_ends_with_one_line_and_with_more_room_it_goes_on_to_the_same_end(undisturbed, tmp_path, monkeypatch, capsys):
+    # a disk in memory that grows by a factor after each failure: wherever a write was cut off, the run goes on from there. A factor of 1.02 cuts off about every write
+    disk, size, growth, failures = tmp_path / "disk", 128, float(os.environ.get("DISK_GROWTH", 1.5)), 0
+    disk.mkdir()
+    mount = lambda how: RUN(["mount", *how.split(), "tmpfs", disk], capture_output=True).returncode
+    if mount(f"-t tmpfs -o size={size}k"):
+        pytest.skip("only root may mount a disk of its own")
+    monkeypatch.chdir(undisturbed)
+    try:
+        with one_thread():
+            while True:
+                begun = (disk / "run").exists()
+                try:
+                    train.main(["--resume", str(disk / "run")] if begun else [*FAULTY, "--judge", "scripted.py:judge", "--out", str(disk / "run")])
+                    break
+                except SystemExit as stopped:
+                    said, failures = capsys.readouterr().err, failures + 1
+                    line = said.splitlines()[-1]
+                    assert stopped.code == 2 and "Traceback" not in said and said.count("\nerror: ") == 1 and "No space left on device" in line, said
+                    assert line.endswith(f"--resume {disk}/run") == (disk / "run").exists()  # or nothing is left behind, and it begins anew
+                size = math.ceil(size * growth)
+                assert not mount(f"-o remount,size={size}k")
+            same_end(disk / "run", "whole_faulty")
+        assert failures >= 5 and begun
+    finally:
+        RUN(["umount", disk])
+
+
+def test_a_tokenizer_that_a_full_disk_cuts_off_is_an_oserror_like_any_other_file(tmp_path):
+    (tmp_path / "tokenizer.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        save_tokenizer(tiny_tokenizer(), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # inf - inf, in numpy
+def test_scores_that_stay_not_finite_end_the_run_after_ten_skipped_steps_with_finite_checkpoints(own, monkeypatch, capsys):
+    monkeypatch.chdir(own)
+    calls, healthy = [], train.Diversity.score
+
+    def sick(diversity, texts):  # from the third step on
+        calls.append(texts)
+        return {name: values + (math.inf if len(calls) > 2 else 0) for name, values in healthy(diversity, texts).items()}
+
+    monkeypatch.setattr(train.Diversity, "score", sick)
+    line = failed(capsys, [*FAULTY, "--attacker_steps", "16", "--out", "spoiled"])
+    assert line == ("error: attacker: scores are not finite, step skipped (10 so far); these were 10 in a row: look at the judge and the embedder, or begin again "
+                    "with a lower learning rate; the run can go on with --resume spoiled")
+    for file in Path("spoiled/checkpoints").rglob("*.safetensors"):
+        assert all(torch.isfinite(x).all() for x in load_file(file).values()), file
+    monkeypatch.undo()
+    monkeypatch.chdir(own)
+    train.main(["--resume", "spoiled"])
+    metrics, games = ([json.loads(line, parse_constant=pytest.fail) for line in Path("spoiled", name).read_text().splitlines()] for name in ("metrics.jsonl", "games.jsonl"))
+    assert [m["attacker/skipped_steps"] for m in metrics[:16]] == [0, 0, *range(1, 10), 9, 9, 9, 9, 9] and len(metrics) == 18  # the twelfth is played again
+    assert all((game["score"] is None) == (2 <= game["step"] < 11) for game in games if game["role"] != "probe")
+
+
+def test_a_run_that_collapses_and_hacks_its_judge_says_so_after_the_round_and_in_its_metrics(own, monkeypatch, capsys):
+    monkeypatch.chdir(own)
+    (own / "bribed.py").write_text("calls = []\ndef judge(p, r):\n    calls.append(1)\n    return [float(len(calls) > 1)] * len(p)\n")  # all unsafe before the game, all safe after
+    train.main([*FAULTY, *"--judge bribed.py:judge --template anything --temperature 1e-3 --rounds 2 --batch_size 8".split(), "--out", "bribed"])
+    said = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    for round in (1, 2):
+        assert sum(f"collapse alarm after round {round}: only 12% of the attacks differ" in line for line in said) == 1
+        assert sum(f"collapse alarm after round {round}: the attacker hardly chooses any more" in line for line in said) == 1
+        assert sum(f"reward_hacking alarm after round {round}: since the start attack success has changed by -1.00 for the training judge, by +0.00" in line for line in said) == 1
+    alarms = [{key: value for key, value in m.items() if key.startswith("alarm/")} for m in read_lines(Path("bribed/metrics.jsonl"))]
+    assert [bool(a) for a in alarms] == [False, False, False, True] * 2 and all(a == {"alarm/collapse": 1, "alarm/reward_hacking": 1} for a in alarms if a)
 
 
 def test_wrong_input_to_eval_gets_one_line_too(tmp_path):
