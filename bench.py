@@ -423,7 +423,7 @@ def soak(kills, seed):
             while status == -signal.SIGKILL:
                 name = list(moments)[fell.total() % len(moments)]
                 n = rng.integers(min(2, len(moments[name])))  # in what is left of the run: all of its steps come to be the first or second
-                status, seen = live(folder, (name, n + 1, rng.uniform(0, max(moments[name][n], 0.02))) if fell.total() < kills else None)
+                status, seen = live(folder, (name, n + 1, rng.uniform(0, moments[name][n])) if fell.total() < kills else None)
                 if status == -signal.SIGKILL:
                     fell[seen[-1][0]] += 1
                     bar.update()
