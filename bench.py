@@ -32,6 +32,7 @@ import torch.nn.functional as F
 import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from data import fail, interrupted, sigterm_as_ctrl_c
 from diversity import Diversity, word_embedder
 from gpo import Player, gae, policy_loss, ppo_update, token_rewards, value_loss, whiten
 from kernel import linear_logprob
@@ -372,7 +373,7 @@ def main(argv):
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--trl_python", "--trl-python", help="an interpreter with trl==0.23.1, for the peer of `ppo`")
     parser.add_argument("--json", help="append each row to this file as a JSON line")
-    parser.error = lambda message: (print(f"error: {message}", file=sys.stderr), sys.exit(2))
+    parser.error = fail
     args = parser.parse_args(argv)
     if args.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {args.repeats}")
@@ -380,7 +381,9 @@ def main(argv):
     try:
         rows = [row for name, bench in benches.items() if args.what in (name, "all") for row in bench(args.repeats, **more.get(name, {}))]
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        fail(error)
+    except KeyboardInterrupt as stop:
+        interrupted(stop, "")
     print_table(rows)
     if args.json:
         with open(args.json, "a") as file:
@@ -388,4 +391,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    sigterm_as_ctrl_c()
     main(sys.argv[1:])

@@ -9,17 +9,39 @@ import gzip
 import hashlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
 
+# --- what is said on a terminal --------------------------------------------------------------------------------
+def visible(text):
+    """What a model said, with its control characters, line ends and marks of direction shown, not sent to a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def fail(message):
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"error: {visible(' '.join(str(message).split()))}", file=sys.stderr)
     sys.exit(2)
 
 
 def first_line(error):
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line + "; --trust_remote_code runs it" * ("trust_remote_code" in str(error))
+
+
+def sigterm_as_ctrl_c():
+    """From now on SIGTERM is a KeyboardInterrupt too, one that holds its number."""
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def interrupted(stop, what_next):
+    """The end of a program after a KeyboardInterrupt: one line, and the status that a shell gives such an end, 130 or 143."""
+    print(f"\ninterrupted{what_next}", file=sys.stderr)
+    sys.exit(128 + (stop.args or [signal.SIGINT])[0])
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------

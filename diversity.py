@@ -161,7 +161,7 @@ class Diversity:
         return np.rint(_unit(self.embedder(texts)) * FIXED_POINT).astype(np.int64)
 
 
-def load_embedder(name_or_dir, device="cpu"):
+def load_embedder(name_or_dir, device="cpu", trust_remote_code=False):
     """An embedder from any encoder folder or hub id: masked mean of the last hidden states, unit length.
 
     The embedder maps B texts to a (B, D) float64 array. Raises ValueError when the model cannot be had.
@@ -170,8 +170,8 @@ def load_embedder(name_or_dir, device="cpu"):
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_dir)
-        model = AutoModel.from_pretrained(name_or_dir).to(device).eval()
+        tokenizer, model = (kind.from_pretrained(name_or_dir, trust_remote_code=trust_remote_code) for kind in (AutoTokenizer, AutoModel))
+        model.to(device).eval()
     except Exception as error:
         raise ValueError(f"cannot load the embedder {name_or_dir!r}; --embedder takes a local encoder folder, a hub id or 'words': "
                          + next(iter(str(error).splitlines()), "")) from error

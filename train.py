@@ -45,11 +45,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from data import HUB_DATA, append_lines, fail, first_turn, hub_file, is_test, plain, read_lines, read_rows, usable, write_json
+from data import (HUB_DATA, append_lines, fail, first_turn, hub_file, interrupted, is_test, plain, read_lines, read_rows, sigterm_as_ctrl_c, usable, visible,
+                  write_json)
 from diversity import Diversity, load_embedder, word_embedder
 from gpo import Player, PolicyAverage, Speaker, distill, evaluate, memory_plan, naturalness, peak_memory, play, player_memory, ppo_update, sft
-from model import (DTYPE_NAMES, DTYPES, Policy, add_lora, best_dtype, checkpoint_blocks, demonstrations, first_decides, fold_lora, from_first, join_processes,
-                   keep_freed_memory, load_policy, load_weights, load_whole, model_size, on_first, rank, save_policy, save_weights, shard, shared_judge, world_size)
+from model import (DTYPE_NAMES, DTYPES, Policy, add_lora, best_dtype, checkpoint_blocks, demonstrations, first_decides, fold_lora, from_first, in_shares,
+                   join_processes, keep_freed_memory, load_policy, load_weights, load_whole, model_size, on_first, rank, save_policy, save_weights, shard, shared_judge, world_size)
 from report import draw_curves, model_card, summary_table, write_report
 from reward import JudgeError, call_judge, is_refusal, load_judge, train_judge
 
@@ -137,6 +138,8 @@ class Config:
     lora: int = option(0, "rank of LoRA adapters (needs peft): they alone are trained, averaged and saved; the reference is the base; 0: all weights")
     dtype: str | None = option(None, "compute dtype: fp32, bf16 (weights stay fp32), or auto: bf16 where the processor has it")
     device: str = option("auto", "auto, cpu or cuda")
+    deterministic: bool = option(False, "the same bits every time on one machine: deterministic CUDA algorithms, on a CPU one thread; slower")
+    trust_remote_code: bool = option(False, "run the Python files that come with a model's folder or hub id; they can do anything")
     shard: bool = option(False, "under torchrun: cut weights, gradients and optimizer among the processes (FSDP2); default: a copy in each (DDP)")
     seed: int = option(0, "of everything random")
     eval_prompts: int | None = option(None, "held-out prompts in the table; a third of them after every round")
@@ -214,7 +217,7 @@ def train(config, world, players, run):
                     average.add(player.policy)
             metrics |= run.evaluate_round(round)
         run.log(role, round, game, scores, metrics)
-        stop = first_decides(lambda: run.stop)  # the same in all processes, or some would wait for ever
+        stop = max(in_shares(lambda _: [run.stop], range(world_size())))  # the same in all processes, or some would wait for ever
         if stop or (run.step + 1) % config.save_every == 0 or run.step + 1 == len(turns):
             run.save()
         if stop:  # by Ctrl-C or SIGTERM; --resume begins with the next step
@@ -495,11 +498,11 @@ def toy_world(config, start=None):
     game = ToyGame(config.seed)
     known, judge_to_save = {"truth": game.ground_truth}, None
     if config.judge != "toy":
-        known["chosen"] = load_judge(config.judge, config.unsafe_label, known, config.device)
+        known["chosen"] = load_judge(config.judge, config.unsafe_label, known, config.device, config.trust_remote_code)
     elif start:
         known["chosen"] = judge_to_save = load_judge(str(start / "judge"), device=config.device)
-    held_out = load_judge(config.held_out_judge, config.unsafe_label, known, config.device)
-    embedder = {"toy": game.embed, "words": word_embedder}.get(config.embedder) or load_embedder(config.embedder, config.device)
+    held_out = load_judge(config.held_out_judge, config.unsafe_label, known, config.device, config.trust_remote_code)
+    embedder = {"toy": game.embed, "words": word_embedder}.get(config.embedder) or load_embedder(config.embedder, config.device, config.trust_remote_code)
     rng = np.random.default_rng([config.seed, 2**20])
     torch.manual_seed(config.seed)
     tokenizer = game.tokenizer()
@@ -543,9 +546,10 @@ def own_world(config, start=None):
     flags = ([] if start else ["prompts", "test_prompts", "benign_prompts"]) + ["sft_data"] * demos_used
     names = {flag: getattr(config, flag) or (f"Anthropic/hh-rlhf/{HUB_DATA[flag]}" if flag in HUB_DATA and not config.prompts else None) for flag in flags}
     data = {flag: (name, read_rows(getattr(config, flag) or hub_file(flag))) for flag, name in names.items() if name}
-    judge, held_out = (named(flag, load_judge, getattr(config, flag), config.unsafe_label, (), config.device) for flag in ("judge", "held_out_judge"))
-    embedder = word_embedder if config.embedder == "words" else load_embedder(config.embedder, config.device)
-    policies = {name: slim(named(name, load_policy, start / name if start else getattr(config, name), config.critic, DTYPES[config.dtype], config.device), config)
+    place = config.device, config.trust_remote_code
+    judge, held_out = (named(flag, load_judge, getattr(config, flag), config.unsafe_label, (), *place) for flag in ("judge", "held_out_judge"))
+    embedder = word_embedder if config.embedder == "words" else load_embedder(config.embedder, *place)
+    policies = {name: slim(named(name, load_policy, start / name if start else getattr(config, name), config.critic, DTYPES[config.dtype], *place), config)
                 for name in ("attacker", "defender")}
     if start:  # a resumed run goes on with its own prompts, whatever has become of the files
         saved = json.loads((start / "prompts.json").read_text(encoding="utf-8"))
@@ -654,7 +658,7 @@ def show_prompts(config, world, n=3):
     the tokens decoded again, special ones and chat template included, control characters escaped."""
     def show(tokenizer, ids):
         text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        print(f"{len(ids):5} tokens  {''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)}")
+        print(f"{len(ids):5} tokens  {visible(text)}")
 
     for name, policy, prompts in (("attacker", world.attacker, [config.template.format(s) for s in world.seeds[:n]]), ("defender", world.defender, world.seeds[:n])):
         print(f"\nthe {name} reads")
@@ -895,6 +899,14 @@ def stop_after_a_step(run):
         restore()
 
 
+def be_deterministic():
+    """What `--deterministic` does; README says how far that goes."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS looks at it before its first product
+    torch.use_deterministic_algorithms(True, warn_only=True)  # an error would stop the sampler, whose cumsum PyTorch does not vouch for on a GPU
+    torch.backends.cudnn.benchmark = False
+    torch.set_num_threads(1)  # two threads were seen to add in another order, in one run of four
+
+
 def main(argv):
     keep_freed_memory()
     join_processes()
@@ -902,6 +914,8 @@ def main(argv):
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries are not news; what could not be had is said once
     clock, config = time.time(), parse(argv)
+    if config.deterministic:
+        be_deterministic()
     try:
         config = first_decides(lambda: resolve(config))
         resident = peak_memory(config.device)
@@ -928,24 +942,22 @@ def main(argv):
         run.track = tracker(config, folder) if config.log != "none" and not rank() else None
     except (ValueError, OSError, SafetensorError) as error:  # a user's mistake: one line, nothing left behind
         fail(error)
-    except KeyboardInterrupt:
-        print("\ninterrupted before the game began", file=sys.stderr)
-        sys.exit(130)
-    print(f"attack success on held-out prompts before the game: {run.before['asr_held_out_judge']:.1%}")
+    except KeyboardInterrupt as stop:
+        interrupted(stop, " before the game began")
     try:
+        print(f"attack success on held-out prompts before the game: {run.before['asr_held_out_judge']:.1%}")
         with stop_after_a_step(run), tqdm(total=len(schedule(config)), initial=run.step, dynamic_ncols=True) as run.bar:
             train(config, world, players, run)
         if run.stop:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(run.stop)
         rows, examples = run.finish(time.time() - clock)
     except (JudgeError, OSError, SafetensorError) as error:  # the judge broke its word, or the disk is full
         fail(f"{error}; the run can go on with --resume {folder}")
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; go on with: python train.py --resume {folder}", file=sys.stderr)
-        sys.exit(128 + (run.stop or signal.SIGINT))
+    except KeyboardInterrupt as stop:
+        interrupted(stop, f"; go on with: python train.py --resume {folder}")
     print(f"\n{summary_table(rows)}\n")
-    for prompt, first, now in examples:
-        print(f"  prompt  {prompt}\n  before  {first}\n  after   {now}\n")
+    for example in examples:
+        print("  prompt  {}\n  before  {}\n  after   {}\n".format(*map(visible, example)))
     print(f"{time.time() - clock:.0f} seconds. Read {folder}/report.md, look at {folder}/curves.png;\n"
           f"the models are in {folder}/attacker and {folder}/defender, every exchange of a PPO step in {folder}/games.jsonl.")
 
@@ -974,4 +986,5 @@ def prepare(run, start):
 
 
 if __name__ == "__main__":
+    sigterm_as_ctrl_c()
     main(sys.argv[1:])
