@@ -406,11 +406,14 @@ def run_folder(out, name, seed):
     return Path(out) / "runs" / f"{''.join(c if c.isalnum() or c == '+' else '_' for c in name)}_s{seed}"
 
 
+RUNNING = []  # what `command` has started
+
+
 def command(program, arguments, log):
     """Run one of our programs with one thread; what it prints goes to a log. Raises ValueError when it fails."""
     with open(log, "a") as file:
-        done = subprocess.run([sys.executable, str(HERE / program), *arguments], stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if done.returncode:
+        RUNNING.append(done := subprocess.Popen([sys.executable, str(HERE / program), *arguments], stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}))
+    if done.wait():
         said = log.read_text().strip().splitlines() or ["it said nothing"]
         raise ValueError(f"{program} {' '.join(arguments)} ended with status {done.returncode}: {said[-1]} (all of it in {log})")
 
@@ -469,7 +472,9 @@ def run_suite(out, suite, seeds, common="", strangers=("SFT", "RLHF", "GPO+Div")
                             bar.set_description_str(f"{left.parent.name}: ")
                             bar.update(weight)
                         bar.refresh()
-                except BaseException:  # the rest is not begun; what is finished stays
+                except BaseException as error:  # the rest is not begun; what is finished stays
+                    for process in RUNNING if isinstance(error, KeyboardInterrupt) and error.args else ():
+                        process.terminate()  # SIGTERM came to this process alone; Ctrl-C reaches them by itself
                     pool.shutdown(wait=True, cancel_futures=True)
                     raise
     return {name: [suite_row(folder(name, seed)) for seed in seeds] for name in {"SFT": "", **suite}}

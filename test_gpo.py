@@ -2366,26 +2366,19 @@ def test_probe_bounds_the_nash_gap_after_each_round_and_draws_who_breaks_whom(fi
     assert (out / "probe.png").stat().st_size > 10_000
 
 
-def in_process(command, stdout=None, **kwargs):
-    """What `subprocess.run` does with one of our programs, without the seconds that an interpreter takes to import torch."""
-    program = {"train.py": train, "eval.py": evaluation}.get(Path(command[1]).name)
-    if not program:  # what train.py itself runs: git
-        return RUN(command, stdout=stdout, **kwargs)
-    with ONE_AT_A_TIME, contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
-        try:
-            program.main(command[2:])
-            return subprocess.CompletedProcess(command, 0)
-        except SystemExit as end:
-            return subprocess.CompletedProcess(command, end.code)
+def in_process(program, arguments, log):
+    """What `evaluation.command` does, without the seconds that an interpreter takes to import torch."""
+    with ONE_AT_A_TIME, open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        {"train.py": train, "eval.py": evaluation}[program].main(arguments)
 
 
-ONE_AT_A_TIME, RUN = threading.Lock(), subprocess.run
+ONE_AT_A_TIME = threading.Lock()
 
 
 def test_a_suite_runs_every_row_on_every_seed_from_one_warm_start_and_nothing_twice(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="ended with status 2: error: --rounds must be"):  # in interpreters of their own, as users have it
         evaluation.run_suite(tmp_path / "other", {}, (0, 1), "--rounds 0", strangers=("SFT",))
-    monkeypatch.setattr(evaluation.subprocess, "run", in_process)
+    monkeypatch.setattr(evaluation, "command", in_process)
     turns, common = " ".join(PLAYED), " ".join(SIZES)
     suite = {"RLHF": f"--method rlhf {turns}", "one & more": f"--average distill --mine 8 {turns}"}
     rows = evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT", "RLHF"), probes={"RLHF": (0,)}, steps=1)
