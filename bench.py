@@ -379,6 +379,7 @@ def main(argv):
         parser.error(f"--repeats must be at least 1, got {args.repeats}")
     more = {"ppo": {"trl_python": args.trl_python}}
     try:
+        open(args.json or os.devnull, "a").close()  # find out now whether it can be written
         rows = [row for name, bench in benches.items() if args.what in (name, "all") for row in bench(args.repeats, **more.get(name, {}))]
     except (ValueError, OSError) as error:
         fail(error)

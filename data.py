@@ -30,6 +30,17 @@ def first_line(error):
     return line + "; --trust_remote_code runs it" * ("trust_remote_code" in str(error))
 
 
+def check_template(template):
+    if template.count("{}") > 1 or any(brace in template.replace("{}", "") for brace in "{}"):
+        raise ValueError(f"--template must hold {{}} once, for the seed, or not at all, got {template!r}")
+
+
+def check_tokenizer(tokenizer):
+    """Where a folder has none, transformers makes one up, without a word in it."""
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError("it has no tokenizer")
+
+
 def sigterm_as_ctrl_c():
     """From now on SIGTERM is a KeyboardInterrupt too, one that holds its number."""
     def stop(number, frame):
@@ -132,15 +143,15 @@ def _parse_row(path, n, row):
         row = row[0]
     if isinstance(row, str):
         row = {"prompt": row}
-    if isinstance(row, dict) and isinstance(row.get("messages"), list) and row["messages"]:
-        turns = [str(m.get("content", "")) for m in row["messages"] if m.get("role") != "system"]
+    if isinstance(row, dict) and isinstance(row.get("messages"), list) and row["messages"] and all(isinstance(m, dict) for m in row["messages"]):
+        turns = [m.get("content") or "" for m in row["messages"] if m.get("role") != "system"]
         answered = row["messages"][-1].get("role") == "assistant"
-        row = {"prompt": _join_turns(turns[:-1] if answered else turns), **({"response": turns[-1]} if answered else {})}
+        row = row if not all(isinstance(turn, str) for turn in turns) else {"prompt": _join_turns(turns[:-1] if answered else turns), **({"response": turns[-1]} if answered else {})}
     if isinstance(row, dict) and "prompt" not in row and isinstance(row.get("chosen"), str):
         row = _split_transcripts(row)
     wanted = {k: row[k] for k in ("prompt", "response", "chosen", "rejected") if row.get(k)} if isinstance(row, dict) else {}
     wanted = {k: v.strip() if isinstance(v, str) else v for k, v in wanted.items() if str(v).strip()}
-    if not (wanted.get("prompt") or spoken) or not all(isinstance(v, str) and v.encode() for v in wanted.values()):
+    if not (wanted.get("prompt") or spoken) or not all(isinstance(v, str) and v.encode(errors="ignore").decode() == v for v in wanted.values()):
         raise ValueError(f"{path}, row {n}: a row must be a prompt, or have a non-empty text 'prompt', 'messages' or 'chosen', got {str(row)[:80]!r}")
     return ({"prompt": ""} if spoken else {}) | wanted | label  # an empty response is no response; an empty prompt is an error
 

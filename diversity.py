@@ -169,9 +169,12 @@ def load_embedder(name_or_dir, device="cpu", trust_remote_code=False):
     import torch
     from transformers import AutoModel, AutoTokenizer
 
+    from data import check_tokenizer
+
     try:
         tokenizer, model = (kind.from_pretrained(name_or_dir, trust_remote_code=trust_remote_code) for kind in (AutoTokenizer, AutoModel))
-        model.to(device).eval()
+        check_tokenizer(tokenizer)
+        model.to(device).eval()(**tokenizer("a", return_tensors="pt").to(device)).last_hidden_state  # an encoder has it
     except Exception as error:
         raise ValueError(f"cannot load the embedder {name_or_dir!r}; --embedder takes a local encoder folder, a hub id or 'words': "
                          + next(iter(str(error).splitlines()), "")) from error

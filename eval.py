@@ -31,10 +31,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from data import append_lines, fail, first_turn, interrupted, read_lines, read_rows, sigterm_as_ctrl_c, visible, write_json
+from data import append_lines, check_template, fail, first_turn, interrupted, read_lines, read_rows, sigterm_as_ctrl_c, visible, write_json
 from diversity import load_embedder, word_embedder
 from gpo import Player, PolicyAverage, evaluate, nash_gap, play, ppo_update, solve_matrix_game
 from model import DTYPES, add_lora, best_dtype, generate, keep_freed_memory, load_adapter, load_policy, logprobs_and_values
@@ -279,8 +280,9 @@ def attack(source, target, args):
     folder = Path(source).parent if Path(source).name == "attacker" else Path(source)
     run = FinishedRun(folder) if (folder / "games.jsonl").is_file() else None  # else a model's folder or a hub id
     out = Path(args.out or (run.folder if run else Path()) / f"attack_{Path(target).resolve().name}.jsonl")
-    if out.exists():
-        raise ValueError(f"--out must name a new file, got {out}")
+    if out.exists() or not out.parent.is_dir():
+        raise ValueError(f"--out must name a new file in a folder that exists, got {out}")
+    check_template(args.template or "")
     if not run and not (args.prompts and args.judge):
         raise ValueError(f"an attacker that is not of a run needs --prompts and --judge, got {source}")
     averages = run.averages() if run and args.average != "last" else {}
@@ -751,7 +753,10 @@ def main(argv):
             if not rest or not all((folder / "games.jsonl").is_file() for folder in folders):
                 raise ValueError(f"eval.py report takes run folders with games.jsonl, got {' '.join(rest) or 'none'}")
             out = Path(args.out or Path(os.path.commonpath(folders)) / "report.html")
-            write_page(folders, out)
+            try:
+                write_page(folders, out)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"the files of {' or '.join(rest)} are damaged: {type(error).__name__}: {error}") from error
             print(f"written to {out}")
         elif what in ("reproduce", "ablate", "rounds", "nash"):
             if rest and what != "ablate":
@@ -760,7 +765,7 @@ def main(argv):
              "rounds": lambda: rounds(args.out, args.seeds or 2, args.first_seed), "nash": lambda: nash(args.out)}[what]()
         else:
             evaluate_runs(args.what, args.third_parties)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         fail(error)
     except KeyboardInterrupt as stop:
         interrupted(stop, "; the same command goes on where it stopped" * (what in ("reproduce", "ablate", "rounds")))

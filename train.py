@@ -26,6 +26,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -45,8 +46,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from data import (HUB_DATA, append_lines, fail, first_turn, hub_file, interrupted, is_test, plain, read_lines, read_rows, sigterm_as_ctrl_c, usable, visible,
-                  write_json)
+from data import (HUB_DATA, append_lines, check_template, fail, first_turn, hub_file, interrupted, is_test, plain, read_lines, read_rows, sigterm_as_ctrl_c,
+                  usable, visible, write_json)
 from diversity import Diversity, load_embedder, word_embedder
 from gpo import Player, PolicyAverage, Speaker, distill, evaluate, memory_plan, naturalness, peak_memory, play, player_memory, ppo_update, sft
 from model import (DTYPE_NAMES, DTYPES, Policy, add_lora, best_dtype, checkpoint_blocks, demonstrations, first_decides, fold_lora, from_first, in_shares,
@@ -731,12 +732,10 @@ def help_text():
     return "\n".join(lines) + "\n"
 
 
-def flags_of(file):
-    """A JSON or YAML file of {option: value} as flags: both ways of giving options are checked by the same parser."""
-    text = Path(file).read_text(encoding="utf-8")
-    values = json.loads(text) if file.endswith(".json") else yaml.safe_load(text)
+def flags_of(values, source):
+    """{option: value} of a file or of a run as flags: all ways of giving options are checked by the same parser."""
     if not isinstance(values, dict):
-        raise ValueError(f"{file} must hold names and values, got {str(values)[:40]!r}")
+        raise ValueError(f"{source} must hold names and values, got {str(values)[:40]!r}")
     return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
 
@@ -749,12 +748,15 @@ def parse(argv):
         action.default = argparse.SUPPRESS  # only what was given comes out
     try:
         if argv and argv[0].endswith((".json", ".yaml", ".yml")):
-            argv = flags_of(argv[0]) + argv[1:]
+            text = Path(argv[0]).read_text(encoding="utf-8")
+            argv = flags_of(json.loads(text) if argv[0].endswith(".json") else yaml.safe_load(text), argv[0]) + argv[1:]
         given = vars(parser.parse_args(argv))
     except Exception as error:
         fail(f"cannot read the configuration: {error}")
     config = Config(**given)
     config.given = frozenset(given)
+    if empty := [name for name, value in given.items() if value == ""]:  # as an unset variable of a shell is
+        fail(f"--{empty[0]} must not be empty; to do without it leave it out")
     if not config.resume:
         return config
     if len(given) > 1:
@@ -763,7 +765,7 @@ def parse(argv):
         saved = json.loads((Path(config.resume) / "config.json").read_text(encoding="utf-8"))["config"]
         if missing := {entry.name for entry in fields(Config)} - set(saved):  # today's default would not be what the run began with
             raise ValueError(f"it was begun by an older version, without {', '.join(sorted(missing))}")
-        return Config(**{**saved, "resume": config.resume, "out": config.resume})
+        return Config(**{**vars(parser.parse_args(flags_of(saved, config.resume))), "resume": config.resume, "out": config.resume})
     except Exception as error:
         fail(f"--resume needs a run folder with its config.json, got {config.resume} ({type(error).__name__}: {error})")
 
@@ -796,7 +798,7 @@ def resolve(config):
             setattr(config, name, values[bool(config.attacker)])
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if config.device.split(":")[0] not in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?" if torch.cuda.is_available() else "cpu", config.device):
         raise ValueError(f"--device must be auto, cpu or, where there is one, cuda, got {config.device!r}")
     if config.held_out_judge == "toy":
         raise ValueError("--held_out_judge must differ from the judge of training, got toy; the embedded game's own is 'truth'")
@@ -816,8 +818,8 @@ def resolve(config):
                   "diversity restart replay mine history guard lora")
     least = {**dict.fromkeys(at_least_1.split(), 1), **dict.fromkeys(at_least_0.split(), 0)}
     for name, bound in least.items():
-        if not bound <= getattr(config, name) < float("inf"):
-            raise ValueError(f"--{name} must be a finite number of at least {bound}, got {getattr(config, name)}")
+        if not bound <= (value := getattr(config, name)) < 2**31:
+            raise ValueError(f"--{name} must be a finite number of at least {bound}{' and below 2**31' * (value > bound)}, got {value}")
     for name in ("learning_rate", "attacker_learning_rate", "temperature", "mine_temperature"):
         if not 0 < getattr(config, name) < float("inf"):
             raise ValueError(f"--{name} must be a finite number above 0, got {getattr(config, name)}")
@@ -830,8 +832,7 @@ def resolve(config):
     if config.shard and config.lora:
         raise ValueError("--shard and --lora do not go together: adapters are small, and DDP (without --shard) sums their gradients alone")
     config.shard = config.shard and world_size() > 1  # a resumed run may have fewer processes than it began with
-    if config.template.count("{}") > 1 or any(brace in config.template.replace("{}", "") for brace in "{}"):
-        raise ValueError(f"--template must hold {{}} once, for the seed, or not at all, got {config.template!r}")
+    check_template(config.template)
     refuse_contradictions(config)
     if config.log != "none" and not importlib.util.find_spec(config.log):
         raise ValueError(f"--log {config.log} needs the package {config.log}: pip install {config.log}")
@@ -839,7 +840,7 @@ def resolve(config):
         try:
             other = json.loads((Path(config.start) / "config.json").read_text(encoding="utf-8"))["config"]
             json.loads((Path(config.start) / "checkpoints" / "start" / "prompts.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"--start needs a run folder with its config.json and checkpoints/start, got {config.start}") from error
         different = [name for name in WARM_START if other.get(name) != getattr(config, name)]
         if different:
