@@ -14,8 +14,11 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -30,6 +33,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined: they run as plain Python then
@@ -39,6 +44,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel,
                           LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, RobertaConfig, RobertaForSequenceClassification)
 
+import data
 import eval as evaluation
 import gpo
 import kernel
@@ -239,6 +245,102 @@ def test_fused_logprob_names_what_does_not_fit():
     for args in ((torch.randn(3, 4), torch.randn(5, 6), torch.tensor([0, 1, 2])), (torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1]))):
         with pytest.raises(ValueError, match="needs"):
             linear_logprob(*args)
+
+
+# --- properties: examples that hypothesis looks for -----------------------------------------------------------
+def bounded(n):
+    return settings(max_examples=n, deadline=None, derandomize=True, database=None)
+
+
+NAMES = ["prompt", "response", "chosen", "rejected", "messages", "role", "content", "transcript", "label", "safe", "x"]
+SAID = st.one_of(st.text(max_size=8), st.sampled_from(["user", "assistant", "system", "\n\nHuman: hi\n\nAssistant: yes", "\n\nAssistant:"]))
+JSON = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), SAID), lambda inner: st.one_of(
+    st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(NAMES), inner, max_size=4), st.dictionaries(st.sampled_from(NAMES[:5]), inner, max_size=3)), max_leaves=8)
+
+
+@pytest.fixture(scope="session")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("scratch")
+
+
+@bounded(300)
+@given(values=st.lists(JSON, min_size=1, max_size=3))
+def test_any_json_in_lines_gives_rows_with_a_prompt_or_an_error_with_file_and_place(scratch, values):
+    file = scratch / "any.jsonl"
+    file.write_text("\n".join(map(json.dumps, values)), encoding="utf-8")
+    try:
+        rows = read_rows(file)
+    except ValueError as error:
+        assert re.match(re.escape(str(file)) + "(, (row|line) [1-9]| must hold at least one row)", str(error)), error
+        return
+    assert rows
+    for row in rows:
+        texts = {name: text for name, text in row.items() if name != "label"}
+        assert set(texts) <= {"prompt", "response", "chosen", "rejected"} and all(isinstance(text, str) and text == text.strip() for text in texts.values())
+        assert row["prompt"] or "Assistant:" in str(values)  # only of a transcript in which the human says nothing
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).map(str.strip).filter(bool)
+
+
+@bounded(50)
+@given(rows=st.lists(st.fixed_dictionaries({"prompt": TEXT}, optional={"response": TEXT, "label": st.integers(0, 1)}), min_size=1, max_size=5))
+def test_rows_that_are_written_are_the_rows_that_are_read(scratch, rows):
+    (scratch / "rows.jsonl").unlink(missing_ok=True)
+    data.append_lines(scratch / "rows.jsonl", rows)
+    data.write_json(scratch / "rows.json", rows)
+    (scratch / "rows.jsonl.gz").write_bytes(gzip.compress((scratch / "rows.jsonl").read_bytes()))
+    assert read_rows(scratch / "rows.jsonl") == read_rows(scratch / "rows.json") == read_rows(scratch / "rows.jsonl.gz") == rows == data.read_lines(scratch / "rows.jsonl")
+
+
+SENTENCE = st.lists(st.sampled_from(["a", "b", "the", "lock"]), max_size=9).map(" ".join)
+
+
+@bounded(50)
+@given(text=SENTENCE, history=st.lists(SENTENCE, min_size=1, max_size=6), order=st.permutations(range(6)))
+def test_self_bleu_is_the_definition_lies_in_0_to_1_and_does_not_care_for_the_order_of_the_history(text, history, order):
+    score, = self_bleu([text], history, leave_one_out=False)
+    assert score == pytest.approx(np.mean([bleu_by_definition(text, history, n) for n in (2, 3, 4, 5)]) if text else 0, abs=1e-9) and 0 <= score <= 1
+    assert score == self_bleu([text], [history[i] for i in order if i < len(history)], leave_one_out=False)[0]
+
+
+@bounded(40)
+@given(spans=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 5)), min_size=1, max_size=4), gamma=st.floats(0, 1), lam=st.floats(0, 1), seed=st.integers(0, 99))
+def test_gae_is_the_double_sum_of_its_definition(spans, gamma, lam, seed):
+    rng, (B, T) = np.random.default_rng(seed), (len(spans), 10)
+    mask = torch.tensor([[start <= t < start + n for t in range(T)] for start, n in spans])
+    rewards, values = (torch.tensor(rng.normal(size=(B, T))) * mask for _ in range(2))
+    advantages, returns = gae(rewards, values, mask, gamma, lam)
+    for b, (start, n) in enumerate(spans):
+        delta = {t: rewards[b, t] + gamma * (values[b, t + 1] if t + 1 < start + n else 0) - values[b, t] for t in range(start, start + n)}
+        for t in range(T):  # A_t = sum_l (gamma lambda)^l delta_{t+l}, within the response
+            expected = sum((gamma * lam) ** (u - t) * delta[u] for u in delta if u >= t) if t in delta else 0
+            assert float(advantages[b, t]) == pytest.approx(float(expected), abs=1e-6)
+            assert float(returns[b, t]) == pytest.approx(float(expected + values[b, t]) if t in delta else 0, abs=1e-6)
+
+
+@bounded(40)
+@given(rows=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)), min_size=1, max_size=6))
+def test_the_response_mask_is_true_from_the_prompts_end_to_the_rows_end(rows):
+    P, L = torch.tensor([p for p, _ in rows]), torch.tensor([p + n for p, n in rows])
+    rollout = model.Rollout([""] * len(rows), [""] * len(rows), torch.zeros(len(rows), int(L.max()), dtype=torch.long), P, L, L > P)
+    T = int(L.max())
+    assert rollout.response_mask.tolist() == [[False] * p + [True] * n + [False] * (T - p - n) for p, n in rows]
+
+
+@pytest.fixture(scope="session")
+def speaking():
+    return tiny_policy()
+
+
+@bounded(40)
+@given(prompts=st.lists(st.sampled_from(PROMPTS), min_size=1, max_size=6), n=st.integers(1, 12), temperature=st.sampled_from([0, 0.5, 1.0, 3.0]), top_k=st.sampled_from([0, 3]), seed=st.integers(0, 99))
+def test_a_response_ends_at_its_first_eos_or_at_the_limit_and_its_text_is_its_tokens(speaking, prompts, n, temperature, top_k, seed):
+    rollout, names = generate(speaking, prompts, n, temperature, top_k, seed=seed), {i: word for word, i in speaking.tokenizer.get_vocab().items()}
+    for row, start, end, ended, text in zip(rollout.tokens.tolist(), rollout.prompt_lengths, rollout.lengths, rollout.ended.tolist(), rollout.texts):
+        response = row[start:end]
+        assert 1 <= len(response) <= n and 0 not in response[:-1] and ended == (response[-1] == 0) and (ended or len(response) == n)  # 0 is <eos>
+        assert text == " ".join(names[i] for i in response if not names[i].startswith("<"))
 
 
 # --- PPO, the mathematics (section 2, points 10 to 14) -----------------------------------------------------
