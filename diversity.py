@@ -169,7 +169,7 @@ def load_embedder(name_or_dir, device="cpu", trust_remote_code=False):
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    from data import check_tokenizer
+    from data import check_tokenizer, first_line
 
     try:
         tokenizer, model = (kind.from_pretrained(name_or_dir, trust_remote_code=trust_remote_code) for kind in (AutoTokenizer, AutoModel))
@@ -177,7 +177,7 @@ def load_embedder(name_or_dir, device="cpu", trust_remote_code=False):
         model.to(device).eval()(**tokenizer("a", return_tensors="pt").to(device)).last_hidden_state  # an encoder has it
     except Exception as error:
         raise ValueError(f"cannot load the embedder {name_or_dir!r}; --embedder takes a local encoder folder, a hub id or 'words': "
-                         + next(iter(str(error).splitlines()), "")) from error
+                         + first_line(error)) from error
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512) - 2)  # RoBERTa's start at 2
 

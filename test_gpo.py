@@ -2381,11 +2381,12 @@ def test_a_pickle_in_the_place_of_weights_is_not_run(own, tmp_path, monkeypatch,
 def test_code_that_comes_with_a_model_runs_by_its_flag_only(own, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(own)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    folder = shutil.copytree("defender", tmp_path / "custom")
-    (folder / "theirs.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
-    (folder / "config.json").write_text(json.dumps({"model_type": "theirs", "auto_map": {name: "theirs.X" for name in (
-        "AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification")}}))
-    for flag, spec in (("--defender", f"{folder}"), ("--judge", f"{folder}"), ("--judge", f"guard:{folder}"), ("--embedder", f"{folder}")):
+    for i, (flag, before) in enumerate((("--defender", ""), ("--judge", ""), ("--judge", "guard:"), ("--embedder", ""))):
+        folder = shutil.copytree("defender", tmp_path / f"custom{i}")
+        (folder / "theirs.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\nnumber = {i}\n")
+        (folder / "config.json").write_text(json.dumps({"model_type": "theirs", "auto_map": {name: "theirs.X" for name in (
+            "AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification")}}))
+        spec = f"{before}{folder}"
         with pytest.raises(SystemExit) as stopped:
             train.main([*OWN, *SMALL, flag, spec, "--out", "never"])
         error = capsys.readouterr().err
@@ -2417,7 +2418,7 @@ def test_control_characters_that_models_say_are_shown_and_not_sent_to_the_termin
     with pytest.raises(SystemExit):
         data.fail(ValueError(f"a row of {UGLY}"))
     out, err = capsys.readouterr()
-    assert out.count(SEEN) == 2 and err.count(SEEN) == 2 and r"a row of \x1b[2Jclear\x9b1m \u202eleft \u2066in\x00" in err
+    assert out.count(SEEN) == 2 and err.count(SEEN) == 2 and r"a row of \x1b[2Jclear\x9b1m \u202eleft \u2066in \x00" in err
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", out + err.replace("\r", ""))
 
 
@@ -2430,7 +2431,7 @@ def test_the_embedded_game_opens_no_connection_and_what_it_prints_is_plain(tmp_p
     monkeypatch.setattr(socket, "getaddrinfo", never)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(train.Run, "examples", lambda run: [(UGLY, UGLY, UGLY)])
-    small = "--sft_steps 4 --judge_steps 4 --batch_size 8 --eval_prompts 12 --rounds 1 --attacker_steps 1 --defender_steps 1 --mine 0 --average mixture".split()
+    small = "--sft_steps 4 --judge_steps 4 --batch_size 8 --eval_prompts 12 --rounds 1 --attacker_steps 1 --defender_steps 1 --mine 0 --guard 0 --average none --attack_tokens 4 --response_tokens 4".split()
     train.main([*small, "--out", str(tmp_path / "run")])
     evaluation.main([str(tmp_path / "run")])
     out, report_text = capsys.readouterr().out, (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
@@ -3140,6 +3141,19 @@ def test_a_run_of_two_processes_is_complete_and_sharded_goes_on_with_two_or_one(
     (out / "summary.json").unlink()
     train.main(["--resume", str(out)])
     assert (out / "summary.json").exists() and len((out / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def stop_the_second(rank, meeting, *argv):
+    real = train.Run.log
+    train.Run.log = lambda run, *args: (real(run, *args), os.kill(os.getpid(), signal.SIGTERM) if rank and run.step == 1 else None)
+    train_together(rank, meeting, *argv)
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
+    few = ["--sft_steps", 2, "--judge_steps", 2, "--eval_prompts", 6, "--average", "none", "--guard", 0, "--mine", 0, "--save_every", 9, "--attack_tokens", 4, "--response_tokens", 4]
+    assert two_processes(stop_the_second, tmp_path / "said", *TINY, *few, "--out", tmp_path / "run") == [143, 143]
+    assert (tmp_path / "said_0.txt").read_text().splitlines()[-1] == f"interrupted; go on with: python train.py --resume {tmp_path / 'run'}"
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_000002"] and len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_what_several_processes_cannot_do_is_said_once(tmp_path):
