@@ -255,9 +255,11 @@ def bounded(n):
 
 
 NAMES = ["prompt", "response", "chosen", "rejected", "messages", "role", "content", "transcript", "label", "safe", "x"]
-SAID = st.one_of(st.text(max_size=8), st.sampled_from(["user", "assistant", "system", "\n\nHuman: hi\n\nAssistant: yes", "\n\nAssistant:"]))
+SAID = st.one_of(st.text(max_size=8), st.sampled_from(["user", "assistant", "system", "\n\nHuman: hi\n\nAssistant: yes", "\n\nAssistant:", "\ud800"]))
 JSON = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), SAID), lambda inner: st.one_of(
     st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(NAMES), inner, max_size=4), st.dictionaries(st.sampled_from(NAMES[:5]), inner, max_size=3)), max_leaves=8)
+MESSAGES = st.lists(st.one_of(JSON, st.fixed_dictionaries({"role": SAID, "content": JSON}), st.fixed_dictionaries({"role": SAID, "content": SAID})), min_size=1, max_size=3)
+ROW = st.one_of(JSON, MESSAGES, st.fixed_dictionaries({"messages": MESSAGES}), st.dictionaries(st.sampled_from(NAMES), SAID, max_size=4))
 
 
 @pytest.fixture(scope="session")
@@ -265,8 +267,8 @@ def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("scratch")
 
 
-@bounded(300)
-@given(values=st.lists(JSON, min_size=1, max_size=3))
+@bounded(150)
+@given(values=st.lists(ROW, min_size=1, max_size=3))
 def test_any_json_in_lines_gives_rows_with_a_prompt_or_an_error_with_file_and_place(scratch, values):
     file = scratch / "any.jsonl"
     file.write_text("\n".join(map(json.dumps, values)), encoding="utf-8")
