@@ -7,7 +7,8 @@
     python bench.py ppo --trl_python PYTHON     ... and against TRL's PPOTrainer, in an interpreter with trl==0.23.1
     python bench.py diversity   SelfBLEU of 64 new prompts against a history of 1,000 to 64,000, and nltk, fast_bleu
     python bench.py game        seconds of a PPO step of the embedded game, by part
-    python bench.py all --json FILE     everything, also as JSON lines
+    python bench.py all --json FILE     everything above, also as JSON lines
+    python bench.py soak --kills 100    kills runs of train.py with SIGKILL in all their phases, resumes them, and compares their ends
 
 Ours and the peer take turns, `--repeats` times; the figures are medians, the ratio is the median of the
 ratios of neighbours. Random weights: speed does not depend on them.
@@ -18,18 +19,22 @@ import contextlib
 import ctypes
 import json
 import os
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from data import fail, interrupted, sigterm_as_ctrl_c
@@ -353,6 +358,87 @@ def bench_game(repeats):
     return rows
 
 
+# --- the soak: runs that are killed and resumed end like one that is left alone ---------------------------------
+SOAK = ("--out run --sft_steps 6 --judge_steps 6 --batch_size 8 --eval_prompts 8 --attack_tokens 8 --response_tokens 6 --save_every 1 --rounds 2 --attacker_steps 1 "
+        "--defender_steps 2 --mine 8 --restart 1 --kl_anchor previous --critic separate --average distill").split()
+SOAK_PROGRAM = """
+import os, sys
+import gpo, train
+
+def announce(owner, name, around=["between"]):  # on stdout, when it begins, and when what is around it goes on
+    def announced(*args, real=getattr(owner, name), **kwargs):
+        around.append(name)
+        os.write(1, f"\\n@{around[-1]}\\n".encode())
+        result = real(*args, **kwargs)
+        around.pop()
+        os.write(1, f"\\n@{around[-1]}\\n".encode())
+        return result
+    setattr(owner, name, announced)
+
+for owner, names in ((train, "begin sft train_judge prepare play ppo_update distill save_policy draw_curves write_report"), (train.Run, "load save evaluate"), (gpo, "call_judge")):
+    for name in names.split():
+        announce(owner, name)
+train.main(sys.argv[1:])
+"""
+
+
+def live(folder, plan=None):
+    """Begin or resume the run in `folder` with one thread. plan (function, n, seconds): kill it so long after the n-th call of this
+    function has begun. Returns (exit status, [(function, when it began)]); what it says on stderr goes to a file."""
+    command, seen = ["--resume", "run"] if (folder / "run" / "config.json").exists() else SOAK, []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    with (open(folder / "stderr.txt", "a") as errors,
+          subprocess.Popen([sys.executable, "-c", SOAK_PROGRAM, *command], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True) as process):
+        for line in process.stdout:
+            if line.startswith("@"):
+                seen.append((line[1:-1], time.perf_counter()))
+                if plan and plan[:2] == (line[1:-1], sum(name == line[1:-1] for name, _ in seen)):
+                    time.sleep(plan[2])
+                    process.kill()
+    return process.returncode, seen
+
+
+def contents(run):
+    """{file: what must be the same in two runs}: all but times, memory, how it was started, and older checkpoints."""
+    older = sorted((run / "checkpoints").glob("*step_*"))[:-1]
+    files = {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock" and not {*older} & {*path.parents}}
+    without = lambda text, *names: {name: value for name, value in json.loads(text).items() if not name.startswith(names)}
+    files["metrics.jsonl"] = [without(line, "time/") for line in files["metrics.jsonl"].splitlines()]
+    return files | {"summary.json": without(files["summary.json"], "seconds", "memory", "config"), "config.json": without(files["config.json"], "versions")}
+
+
+def soak(kills, seed):
+    """Prints into which functions the kills fell, and `K kills, 0 lost, 0 different`. Lost: a run that ended with an error; different: one whose
+    end is not that of a run left alone. Returns the exit status; the folders of a failure are kept. A run is killed in one function
+    after the other, in the order of a run's life, until it has come to its end; then the next one begins."""
+    place, rng, fell, wrong, moments = Path(tempfile.mkdtemp(prefix="soak_")), np.random.default_rng(seed), Counter(), Counter(), defaultdict(list)
+    status, seen = live(place)
+    if status:
+        raise ValueError(f"train.py must come to its end before it can be killed, got {(place / 'stderr.txt').read_text().splitlines()[-1]}")
+    alone = contents(place / "run")
+    for (name, begun), (_, ended) in zip(seen, seen[1:]):
+        moments[name].append(ended - begun)
+    with tqdm(total=kills, desc="kills", dynamic_ncols=True) as bar:
+        while fell.total() < kills:
+            folder, status = Path(tempfile.mkdtemp(dir=place)), -signal.SIGKILL
+            while status == -signal.SIGKILL:
+                name = list(moments)[fell.total() % len(moments)]
+                n = rng.integers(min(2, len(moments[name])))  # in what is left of the run: all of its steps come to be the first or second
+                status, seen = live(folder, (name, n + 1, rng.uniform(0, max(moments[name][n], 0.02))) if fell.total() < kills else None)
+                if status == -signal.SIGKILL:
+                    fell[seen[-1][0]] += 1
+                    bar.update()
+            end = {} if status else contents(folder / "run")
+            if differ := sorted(name for name in {**alone, **end} if alone.get(name) != end.get(name)):
+                wrong["lost" if status else "different"] += 1
+                bar.write(f"{folder}: {f'ended with status {status}, see stderr.txt' if status else ', '.join(differ)}", file=sys.stderr)
+    print(f"kills in {', '.join(f'{name}: {n}' for name, n in fell.most_common())}")
+    print(f"{fell.total()} kills, {wrong['lost']} lost, {wrong['different']} different" + (f"; see {place}" if wrong else ""))
+    if not wrong:
+        shutil.rmtree(place)
+    return bool(wrong)
+
+
 def print_table(rows):
     print("| what | peer | ours | peer's | times faster | memory, ours / peer's |\n|---|---|---:|---:|---:|---:|")
     for r in rows:
@@ -369,17 +455,22 @@ def main(argv):
     transformers.utils.logging.set_verbosity_error()
     benches = {"logprob": bench_logprob, "sample": bench_sample, "ppo": bench_ppo, "diversity": bench_diversity, "game": bench_game}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="all", choices=[*benches, "all"])
+    parser.add_argument("what", nargs="?", default="all", choices=[*benches, "all", "soak"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--trl_python", "--trl-python", help="an interpreter with trl==0.23.1, for the peer of `ppo`")
     parser.add_argument("--json", help="append each row to this file as a JSON line")
+    parser.add_argument("--kills", type=int, default=100, help="of `soak`")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of `soak`")
     parser.error = fail
     args = parser.parse_args(argv)
-    if args.repeats < 1:
-        parser.error(f"--repeats must be at least 1, got {args.repeats}")
+    for name in ("repeats", "kills"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     more = {"ppo": {"trl_python": args.trl_python}}
     try:
         open(args.json or os.devnull, "a").close()  # find out now whether it can be written
+        if args.what == "soak":
+            sys.exit(soak(args.kills, args.seed))
         rows = [row for name, bench in benches.items() if args.what in (name, "all") for row in bench(args.repeats, **more.get(name, {}))]
     except (ValueError, OSError) as error:
         fail(error)

@@ -1,14 +1,16 @@
 """What is read and what is written: prompts and pairs in the formats people have, JSON lines, JSON files.
 
-A file is either whole or not there: `write_json` writes beside its place and renames. A row that cannot be used is named by file
-and line (`read_rows`).
+A file is either whole or not there: `write_text` and `whole_folder` write beside its place and rename. A row that cannot be used
+is named by file and line (`read_rows`).
 """
 
+import contextlib
 import csv
 import gzip
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -66,10 +68,51 @@ def append_lines(path, rows):
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def write_json(path, value):
+def sync(path):
+    """Have a file's bytes, or a folder's names, on the disk before going on."""
+    if os.name != "nt":  # Windows takes no folder, and no file that is open for reading
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def write_text(path, text):
     temporary = Path(f"{path}.writing")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
     os.replace(temporary, path)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
+
+
+@contextlib.contextmanager
+def whole_folder(target, writes=True):
+    """Yields a folder to write to, beside its place; in the end it replaces `target`, all of it on the disk. Of several
+    processes one `writes`; the others are only told where."""
+    temporary = target.with_name(f".{target.name}.writing")
+    if not writes:
+        yield temporary
+        return
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            sync(path)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+        sync(target.parent)
+    finally:  # what a full disk cut off gives its room back
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_tokenizer(tokenizer, folder):
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # on a full disk the package tokenizers raises a plain Exception
+        raise OSError(f"cannot write the tokenizer to {folder}: {first_line(error)}") from error
 
 
 # --- prompts and pairs ----------------------------------------------------------------------------------------

@@ -157,8 +157,8 @@ class Diversity:
             self.vectors = list(self._vectors(self.history))
 
     def _vectors(self, texts):
-        """Unit embeddings in fixed point, (B, D) int64."""
-        return np.rint(_unit(self.embedder(texts)) * FIXED_POINT).astype(np.int64)
+        """Unit embeddings in fixed point, (B, D) int64; what is not finite is 0, and no part of the sum for ever."""
+        return np.rint(np.nan_to_num(_unit(self.embedder(texts))) * FIXED_POINT).astype(np.int64)
 
 
 def load_embedder(name_or_dir, device="cpu", trust_remote_code=False):

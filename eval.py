@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from data import append_lines, check_template, fail, first_turn, interrupted, read_lines, read_rows, sigterm_as_ctrl_c, visible, write_json
+from data import append_lines, check_template, fail, first_turn, interrupted, read_lines, read_rows, sigterm_as_ctrl_c, visible, write_json, write_text
 from diversity import load_embedder, word_embedder
 from gpo import Player, PolicyAverage, evaluate, nash_gap, play, ppo_update, solve_matrix_game
 from model import DTYPES, add_lora, best_dtype, generate, keep_freed_memory, load_adapter, load_policy, logprobs_and_values
@@ -354,7 +354,7 @@ def evaluate_runs(folders, third_parties):
         text += "\nWho breaks whom (success rate by the held-out judge):\n\n" + markdown(
             ["", "first defender", "last defender"], [[name, *(show(x) for x in line)] for name, line in zip(("first attacker", "last attacker"), matrix)]) + "\n"
         print(text)
-        (run.folder / "eval.md").write_text(text)
+        write_text(run.folder / "eval.md", text)
         write_json(run.folder / "eval.json", {**rows, "cross_play": matrix.tolist(), "third_parties": [str(s.folder) for s in strangers]})
         by_method.setdefault(run.config["method"] + ("" if run.config["diversity"] or run.config["method"] != "gpo" else ", no diversity"), []).append(rows)
     if len(runs) > 1:
@@ -426,7 +426,7 @@ def finish(folder, flags, start, log):
         return command("train.py", ["--resume", str(folder)], log)
     shutil.rmtree(folder, ignore_errors=True)  # it was stopped before it had begun
     log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text(f"{flags}\n")
+    write_text(log, f"{flags}\n")
     command("train.py", [*flags.split(), *start, "--out", str(folder)], log)
 
 
@@ -554,7 +554,7 @@ def reproduce(out, n_seeds, first_seed, quick):
         text += "\n\n## Best responses\n\nSuccess of a fresh attacker after 90 PPO steps, and what it says most often.\n\n" + best_responses(out, seeds, probed)
         text += "\n\n## What an average costs\n\n" + averages_table(out, seeds, rows["recommended"])
     text += f"\n\n{len(seeds) * len(suite)} runs; the last call took {time.time() - clock:.0f} seconds.\n"
-    (Path(out) / "table.md").write_text(text)
+    write_text(Path(out) / "table.md", text)
     write_json(Path(out) / "table.json", {"seeds": list(seeds), "commands": {name: f"python train.py {flags}" for name, flags in suite.items()}, "rows": rows,
                                           "orderings": [dict(zip(("measure", "larger", "smaller", "differences"), test), p=paired_test(test[3])) for test in tests]})
     histories = {name: [held_out_history(run_folder(out, name, seed)) for seed in seeds]
@@ -621,7 +621,7 @@ def ablate(out, n_seeds, first_seed, names):
             rows = run_suite(out, {**neighbours, **suite}, seeds, probes=probes)
             text += f"\n## {title}\n\n" + suite_table(rows, columns | ({"best_response": "best response, 90 steps"} if probes else {}), list(suite)) + "\n"
             everything |= {name: rows[name] for name in suite}
-    (Path(out) / "ablations.md").write_text(text)
+    write_text(Path(out) / "ablations.md", text)
     write_json(Path(out) / "ablations.json", {"commands": {**ABLATIONS, **RECIPE}, "rows": everything})
     print(text + f"\nwritten to {out}/ablations.md, {out}/ablations.json")
 
@@ -636,7 +636,7 @@ def rounds(out, n_seeds, first_seed):
     columns = {"updates": "defender updates", "tokens": "sampled tokens", "asr_held_out_judge": "ASR", mixture: "ASR, mixture", "asr_held_out_judge/unseen framings": "unseen framings",
                "best_response": "best response", "over_refusal/look-alikes": "over-refusal, look-alikes", "helpfulness": "helpful"}
     text = f"# Performance against the number of rounds T; {n_seeds} seeds\n\n" + suite_table(rows, columns, [f"{kind}, T = {t}" for kind in ("equal", "growing") for t in HORIZONS]) + "\n"
-    (Path(out) / "rounds.md").write_text(text)
+    write_text(Path(out) / "rounds.md", text)
     write_json(Path(out) / "rounds.json", rows)
     draw_rounds(out, rows, HORIZONS)
     print(text + f"\nwritten to {out}/rounds.md, {out}/rounds.json, {out}/rounds.png")

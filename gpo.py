@@ -15,6 +15,7 @@ or average weights (an approximation): both are here.
 
 import contextlib
 import copy
+import math
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from diversity import set_similarity
 from kernel import CHUNK_BYTES, KEEP_BYTES
@@ -105,6 +107,7 @@ class Player:
     gamma: float = 1.0
     lam: float = 0.95
     max_grad_norm: float = 1.0
+    target_kl: float = 0.0  # beyond 1.5 times this the rest of an update is not taken; 0: off
     missing_eos_penalty: float = 0.5  # taken off the score of a response that was cut off, not ended
     temperature: float = 1.0
     top_k: int = 0
@@ -112,7 +115,8 @@ class Player:
     trained: torch.nn.Module = field(init=False)  # the policy, or the policy in DDP
     reference: Policy = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
-    skipped_steps: int = 0  # optimizer steps not taken because the gradient was not finite
+    skipped_steps: int = 0  # optimizer steps, and whole updates, not taken because something was not finite
+    skipped_in_a_row: int = 0
 
     def __post_init__(self):
         self.trained = data_parallel(self.policy)
@@ -138,12 +142,36 @@ class Player:
         return generate(self.policy, prompts, self.max_new_tokens, temperature, self.top_k, self.top_p, seed, clip_prompts=True, batch_size=rows)
 
 
+MAX_SKIPPED = 10  # steps skipped in a row that end a run: one bad batch is chance, ten are a fault that goes on
+
+
+class NotFinite(ValueError):
+    """Too many steps in a row had to be skipped; the message says whose and why."""
+
+
+def skip(player, what):
+    """Count and name a step that is not taken because `what` is not finite: the weights stay as they were. Raises NotFinite."""
+    player.skipped_steps, player.skipped_in_a_row = player.skipped_steps + 1, player.skipped_in_a_row + 1
+    message = f"{player.name}: {what} not finite, step skipped ({player.skipped_steps} so far)"
+    if player.skipped_in_a_row >= MAX_SKIPPED:
+        raise NotFinite(f"{message}; these were {MAX_SKIPPED} in a row: look at the judge and the embedder, or begin again with a lower learning rate")
+    tqdm.write(message, file=sys.stderr)
+
+
+def not_finite(**tensors):
+    """What of the named tensors holds NaN or infinity, in words; "" if nothing does."""
+    bad = [name.replace("_", " ") for name, x in tensors.items() if not torch.isfinite(x).all()]
+    return bad and f"{', '.join(bad)} {'are' if bad[-1].endswith('s') else 'is'}"
+
+
 def ppo_update(player, rollout, scores, seed, demos=None, ptx_coef=0.0):
     """One PPO update of a player on its own rollout; returns its metrics as a dict of floats.
 
     scores (B,): one number for each response. demos: a Rollout of demonstrations whose likelihood is kept up
     during the update with weight ptx_coef (PPO-ptx, Ouyang et al., 2022). With several processes all pass the same
     arguments; each forwards its share of every minibatch, and whitening, token counts and metrics are of the whole.
+    A step with a number that is not finite is skipped, and the whole update where whitening would spread it; metrics that are not
+    finite are left out. Raises NotFinite.
     """
     B, N, D = len(rollout), world_size(), len(demos) if demos is not None else 0
     rollout, demos = with_idle_row(rollout), demos and with_idle_row(demos)
@@ -166,42 +194,50 @@ def ppo_update(player, rollout, scores, seed, demos=None, ptx_coef=0.0):
     advantages = whiten(advantages, mask)
 
     # 3. Minibatch steps. A process's losses are its shares of sums over all rows; the factor N is there because DDP and FSDP take means.
-    stats = []
-    for e, minibatches in enumerate(epochs):
-        for m, minibatch in enumerate(minibatches):
-            if demos is not None and ptx_coef > 0:
-                demo_rows = torch.arange(D).tensor_split(player.minibatches)[m]
-                n_demo_tokens = demos.response_mask[demo_rows].sum()
-                for rows in split(demo_rows, D) if len(demo_rows) else []:
-                    part = demos.select(rows)
-                    (N * ptx_coef * supervised_loss(policy, part) * part.response_mask.sum() / n_demo_tokens).backward()
-            n_tokens, micro_batches = mask[minibatch].sum(), split(minibatch)
-            step_stats = 0
-            for i, rows in enumerate(micro_batches):
-                part, T = rollout.select(rows), int(rollout.lengths[rows].max())
-                cut = lambda x: x[rows, :T]
-                module = player.trained if i + 1 == len(micro_batches) else policy  # DDP adds up once a step, in the last backward
-                new_logprobs, new_values, new_entropy = logprobs_and_values(module, part, entropy_grad=player.entropy_coef > 0)
-                loss_p = policy_loss(new_logprobs, cut(old_logprobs), cut(advantages), cut(mask), player.clip, n_tokens)
-                loss_v = value_loss(new_values, cut(values), cut(returns), cut(mask), player.value_clip, n_tokens)
-                loss_h = -(new_entropy * cut(mask)).sum() / n_tokens  # Eq. (3.7): mu also maximises its entropy
-                (N * (loss_p + player.value_coef * loss_v + player.entropy_coef * loss_h)).backward()
-                micro_stats = step_metrics(player, new_logprobs, cut(old_logprobs), new_values, cut(values), cut(mask), loss_p, loss_v, n_tokens)
-                if e == m == 0 and not (new_logprobs.detach() == cut(old_logprobs)).all():
-                    raise RuntimeError(f"{player.name}: the PPO ratio must be exactly 1 before the first step; the training forward differs "
-                                       f"from the scoring forward by up to {(new_logprobs - cut(old_logprobs)).abs().max():.2e}")
-                step_stats = step_stats + micro_stats
-            optimizer_step(player)
-            stats.append(step_stats)
+    steps, stats, early_stop = [(m, rows) for minibatches in epochs for m, rows in enumerate(minibatches)], [], False
+    bad = not_finite(scores=scores, log_probs=old_logprobs, reference_log_probs=ref_logprobs, values=values) or not_finite(advantages=advantages)
+    if bad:
+        skip(player, bad)
+        steps = []
+    for m, minibatch in steps:
+        if demos is not None and ptx_coef > 0:
+            demo_rows = torch.arange(D).tensor_split(player.minibatches)[m]
+            n_demo_tokens = demos.response_mask[demo_rows].sum()
+            for rows in split(demo_rows, D) if len(demo_rows) else []:
+                part = demos.select(rows)
+                (N * ptx_coef * supervised_loss(policy, part) * part.response_mask.sum() / n_demo_tokens).backward()
+        n_tokens, micro_batches = mask[minibatch].sum(), split(minibatch)
+        step_stats = 0
+        for i, rows in enumerate(micro_batches):
+            part, T = rollout.select(rows), int(rollout.lengths[rows].max())
+            cut = lambda x: x[rows, :T]
+            module = player.trained if i + 1 == len(micro_batches) else policy  # DDP adds up once a step, in the last backward
+            new_logprobs, new_values, new_entropy = logprobs_and_values(module, part, entropy_grad=player.entropy_coef > 0)
+            loss_p = policy_loss(new_logprobs, cut(old_logprobs), cut(advantages), cut(mask), player.clip, n_tokens)
+            loss_v = value_loss(new_values, cut(values), cut(returns), cut(mask), player.value_clip, n_tokens)
+            loss_h = -(new_entropy * cut(mask)).sum() / n_tokens  # Eq. (3.7): mu also maximises its entropy
+            (N * (loss_p + player.value_coef * loss_v + player.entropy_coef * loss_h)).backward()
+            micro_stats = step_metrics(player, new_logprobs, cut(old_logprobs), new_values, cut(values), cut(mask), loss_p, loss_v, n_tokens)
+            if not stats and 0 < (off := (new_logprobs.detach() - cut(old_logprobs)).abs().max()) < math.inf:  # else `optimizer_step` sees it
+                raise RuntimeError(f"{player.name}: the PPO ratio must be exactly 1 before the first step; the training forward differs "
+                                   f"from the scoring forward by up to {off:.2e}")
+            step_stats = step_stats + micro_stats
+        stats.append(all_sum(step_stats))  # now the same in all processes, and so is what is decided by it
+        # KL early stop, the rule of Spinning Up and Stable-Baselines3: a step before which k3 exceeds 1.5 target_kl is not taken, nor any after it.
+        early_stop = bool(0 < 1.5 * player.target_kl < stats[-1][0])
+        if early_stop:
+            player.optimizer.zero_grad(set_to_none=True)
+            break
+        optimizer_step(player, stats[-1])
 
     names = ("policy/approxkl", "policy/clipfrac", "policy/ratio", "val/clipfrac", "loss/policy", "loss/value")
-    metrics = dict(zip(names, all_sum(torch.stack(stats)).mean(0).tolist()))
+    metrics = dict(zip(names, torch.stack(stats).mean(0).tolist())) if stats else {}
     metrics["objective/kl"] = ((old_logprobs - ref_logprobs) * mask).sum(1)[:B].mean().item()  # nats per response
     metrics["objective/entropy"] = masked_mean(entropy, mask).item()  # nats per token
     metrics["objective/scores"] = scores.mean().item()
     metrics["response_length"] = mask.sum(1)[:B].float().mean().item()
-    metrics["skipped_steps"] = player.skipped_steps
-    return {f"{player.name}/{name}": value for name, value in metrics.items()}
+    metrics |= {"skipped_steps": player.skipped_steps, "policy/early_stop": float(early_stop)}
+    return {f"{player.name}/{name}": value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def split_rows(rows, size):
@@ -231,26 +267,26 @@ def step_metrics(player, logprobs, old_logprobs, values, old_values, mask, loss_
                         share((values - old_values).abs() > player.value_clip), loss_p, loss_v])
 
 
-def optimizer_step(player):
-    """Clip and step; a gradient that is not finite is thrown away, counted and named."""
+def optimizer_step(player, losses=torch.zeros(1)):
+    """Clip and step; a gradient that is not finite, or whose losses are not, is thrown away."""
     norm = whole(torch.nn.utils.get_total_norm([p.grad for p in player.policy.parameters() if p.grad is not None]))
-    if torch.isfinite(norm):
+    if bad := not_finite(gradient=norm, losses=losses):
+        skip(player, bad)
+    else:
         player.optimizer.grad_scale = (norm / player.max_grad_norm).clamp(min=1)  # fused AdamW divides by it in its own pass over the gradient
         player.optimizer.step()
-    else:
-        player.skipped_steps += 1
-        print(f"{player.name}: gradient norm is {norm.item()}, optimizer step skipped ({player.skipped_steps} so far)")
+        player.skipped_in_a_row = 0
     player.optimizer.zero_grad(set_to_none=True)
 
 
 def sft(policy, pairs, steps, batch_size, learning_rate, seed, bar=None, micro_batch=0):
     """Supervised fine-tuning on (prompt, response) pairs; one-cycle learning rate. Returns the last loss."""
     optimizer = torch.optim.AdamW(policy.lm.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, max(2, steps), pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, max(2, steps + (steps == 10)), pct_start=0.1)  # of 10 it divides by 0.1 * 10 - 1
     rng = np.random.default_rng(seed)
     demos, loss = with_idle_row(demonstrations(policy, pairs)), torch.tensor(float("nan"))
     trained = data_parallel(policy, find_unused_parameters=True)  # the critic
-    for _ in range(steps):
+    for step in range(steps):
         rows = torch.from_numpy(rng.integers(len(pairs), size=batch_size)).to(policy.device)
         n_tokens, loss, groups = demos.response_mask[rows].sum(), 0, split_rows(share(rows, len(pairs)), micro_batch)
         for i, some in enumerate(groups):
@@ -259,7 +295,9 @@ def sft(policy, pairs, steps, batch_size, learning_rate, seed, bar=None, micro_b
             (world_size() * some_loss).backward()
             loss = loss + some_loss.detach()
         loss = all_sum(loss)
-        torch.nn.utils.clip_grad_norm_(policy.lm.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(policy.lm.parameters(), 1.0)
+        if bad := not_finite(gradient=whole(norm)):
+            raise NotFinite(f"supervised training stopped at step {step + 1}: its {bad} not finite; lower the learning rate or look at the model's weights")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
@@ -385,6 +423,40 @@ def evaluate(attacker, defender, seeds, test_prompts, benign_prompts, judge, hel
         "over_refusal": float(np.mean(refused(benign))) if benign else None,
         "helpfulness": float(np.mean(helpful(benign_prompts, benign))) if helpful and benign else None,
         "attacker_success": unsafe_share(broken), **alike, "undecided": int(np.isnan(np.concatenate([broken, held_out, trained])).sum())}
+
+
+# --- training health ----------------------------------------------------------------------------------------------
+# Bounds that a healthy round keeps clear of: those of `python train.py --rounds 6` ended with .42 different attacks at least, .20 nats at least,
+# mean lengths of 9.3 to 19.4, .08 refused at most, and judges that had parted by .02 at most.
+LEAST_DIFFERENT = 0.2  # share of different prompts among the attacks of a step
+LEAST_ENTROPY = 0.05  # nats per token: 19 of 20 tokens are as good as certain
+LENGTHS = 1.5, 0.95  # mean response: fewest tokens, EOS included; greatest share of the longest that is allowed
+MOST_REFUSED = 0.5  # share of the harmless prompts
+MOST_APART = 0.15  # how much the judges' verdicts may part since before the game
+OPPOSITE = 0.05  # or by how much each may change, the one for the better and the other for the worse
+
+
+def alarms(metrics, before, limits):
+    """What is wrong with a round: [("collapse" | "reward_hacking", message with a remedy)], empty for a healthy one.
+
+    metrics: those of each player's last step in the round and of the round's evaluation, by their names in metrics.jsonl; one that is missing
+    raises no alarm. before: the row of `evaluate` before the game. limits: {player: its max_new_tokens}."""
+    found, m = [], metrics
+    if m.get("diversity/different", 1) < LEAST_DIFFERENT:
+        found.append(("collapse", f"only {m['diversity/different']:.0%} of the attacks differ; raise --diversity or --attacker_kl_coef, or set --restart"))
+    for name, limit in limits.items():
+        entropy, length = m.get(f"{name}/objective/entropy", 1), m.get(f"{name}/response_length", limit / 2)
+        if entropy < LEAST_ENTROPY:
+            found.append(("collapse", f"the {name} hardly chooses any more ({entropy:.3f} nats per token); raise its KL penalty or lower its learning rate"))
+        if limit > 4 and not LENGTHS[0] < length < LENGTHS[1] * limit:
+            found.append(("collapse", f"the {name} says {length:.1f} tokens of at most {limit}; raise its KL penalty, or the limit if it is cut off"))
+    if m.get("game/over_refusal", 0) > MOST_REFUSED:
+        found.append(("collapse", f"the defender refuses {m['game/over_refusal']:.0%} of the harmless prompts; raise --ptx_coef (with --sft_data) or --kl_coef"))
+    trained, held_out = (m.get(f"game/{key}", before[key]) - before[key] for key in ("asr_train_judge", "asr_held_out_judge"))
+    if abs(trained - held_out) > MOST_APART or trained < -OPPOSITE and held_out > OPPOSITE:
+        found.append(("reward_hacking", f"since the start attack success has changed by {trained:+.2f} for the training judge, by {held_out:+.2f} for the held-out "
+                      "one; read the exchanges (eval.py report), train the judge on them (reward.py), or raise --kl_coef"))
+    return found
 
 
 # --- averages of policies ---------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from transformers.cache_utils import StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from data import check_tokenizer, first_line
+from data import check_tokenizer, first_line, save_tokenizer, write_text
 from kernel import linear_logprob
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -480,10 +480,11 @@ def pick_token(logits, temperature, top_k, top_p, generator):
 
 def draw(logits, generator):
     """One token (B,) from each row of logits (B, V), by inversion: one random number a row, where
-    `torch.multinomial` takes V. 1 - rand lies in (0, 1], so a token of probability zero is never drawn."""
+    `torch.multinomial` takes V. 1 - rand lies in (0, 1], so a token of probability zero is never drawn. Logits that are not
+    finite give the last token, for the same logits are found and named by `ppo_update`."""
     cdf = logits.softmax(-1).cumsum(-1)  # (B, V), its last column 1 up to rounding
     u = (1 - torch.rand(len(logits), 1, generator=generator, device=logits.device)) * cdf[:, -1:]
-    return torch.searchsorted(cdf, u)[:, 0]
+    return torch.searchsorted(cdf, u)[:, 0].clamp(max=logits.shape[1] - 1)
 
 
 def filter_logits(logits, top_k, top_p):
@@ -702,14 +703,19 @@ def save_policy(policy, folder, card=""):
         return
     plain = merged(policy, "cpu")  # not on the GPU, where there may be no room for it
     plain.lm.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
+    if policy.tokenizer.is_fast:  # it keeps what its last call was, and where it came from: not the same in a resumed run
+        policy.tokenizer.backend_tokenizer.no_padding()
+        policy.tokenizer.backend_tokenizer.no_truncation()
+    for name in ("is_local", "local_files_only"):
+        policy.tokenizer.init_kwargs.pop(name, None)
+    save_tokenizer(policy.tokenizer, folder)
     if thin := adapter(policy.lm):
         policy.lm.peft_config["default"].save_pretrained(folder / "adapter")
         save_file({PEFT_PREFIX + k.replace(".default", ""): v.detach().contiguous() for k, v in thin.items()}, folder / "adapter" / "adapter_model.safetensors")
     critic = {k: v for k, v in plain.state_dict().items() if not k.startswith("lm.")}
     save_file({k: v.contiguous().clone() for k, v in critic.items()}, folder / "critic.safetensors")
     if card:
-        (folder / "README.md").write_text(card)
+        write_text(folder / "README.md", card)
 
 
 def load_adapter(policy, folder):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import read_lines, visible
+from data import read_lines, visible, write_text
 
 
 # --- tables ---------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def write_report(folder, rows, examples):
         probes = [g for g in here if g["role"] == "probe"]
         lines += ["| held-out prompt | the defender after this round | safe |", "|---|---|---:|"] if probes else []
         lines += [f"| {quote(g['attack'])} | {quote(g['response'])} | {verdict(g['p_safe'])} |" for g in probes] + [""]
-    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    write_text(folder / "report.md", "\n".join(lines))
 
 
 def model_card(name, config, row):
@@ -164,7 +164,7 @@ def write_page(folders, out):
     title = folders[0].name if len(folders) == 1 else f"{len(folders)} runs"
     parts = {"title": html.escape(title), "runs": "\n".join(map(run_section, folders)), "data": data.replace("<", "\\u003c")}  # "<" could end the script
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    out.write_text(re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template), encoding="utf-8")  # in one pass: texts may hold {{data}}
+    write_text(out, re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template))  # in one pass: texts may hold {{data}}
 
 
 def run_section(folder):

@@ -41,7 +41,7 @@ if not torch.cuda.is_available():
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel,
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer,
                           LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, RobertaConfig, RobertaForSequenceClassification,
                           T5Config, T5Model)
 
@@ -54,13 +54,13 @@ import model
 import report
 import reward
 import train
-from data import first_turn, is_test, read_rows, usable
+from data import append_lines, first_turn, is_test, read_lines, read_rows, save_tokenizer, usable, whole_folder, write_text
 from diversity import Diversity, NgramTable, cosine_to_history, load_embedder, self_bleu, set_similarity, word_embedder
 from gpo import Player, PolicyAverage, Speaker, gae, nash_gap, play, policy_loss, ppo_update, solve_matrix_game, token_rewards, value_loss, whiten
 from kernel import linear_logprob, linear_logprob_reference
 from model import (Policy, add_lora, best_dtype, checkpoint_blocks, demonstrations, frozen_copy, generate, load_policy, logprobs_and_values, model_size, pack,
                    save_policy)
-from reward import JudgeError, calibration, call_judge, classifier_logits, decided, load_judge, rule_judge, train_judge, unsafe_share
+from reward import first_tokens, JudgeError, calibration, call_judge, classifier_logits, decided, load_judge, rule_judge, train_judge, unsafe_share
 from toy import ToyGame
 
 HERE = Path(__file__).parent
@@ -763,13 +763,112 @@ def test_an_optimizer_step_is_adamw_on_the_gradient_clipped_by_its_global_norm(s
         assert all(torch.allclose(p.double(), q, rtol=1e-5, atol=1e-7) for p, q in zip(player.policy.parameters(), twin))
 
 
-def test_a_gradient_that_is_not_finite_skips_the_step_counts_it_and_says_so(capsys):
+def spoil(player, where, value):
+    """Add a NaN or an infinity where a player computes; returns the scores to update it with, and a function that takes it back."""
+    spoiled = lambda out: out + torch.full_like(out, value)
+    policy, scores = player.policy, np.arange(8.0)
+    hook = lambda module: module.register_forward_hook(lambda module, args, out: spoiled(out))
+    handles = {"logits": lambda: [hook(policy.lm.transformer.ln_f)], "values": lambda: [hook(policy.value_head)], "reference": lambda: [hook(player.reference.lm.transformer.ln_f)],
+               "gradient": lambda: [policy.value_head.weight.register_hook(spoiled)],
+               "training forward": lambda: [policy.lm.transformer.ln_f.register_forward_hook(lambda module, args, out: spoiled(out) if torch.is_grad_enabled() else out)],
+               }.get(where, list)()
+    scores = {"scores": np.where(scores == 3, value, scores), "overflow": np.full(8, 3e38)}.get(where, scores)
+    return scores, lambda: [handle.remove() for handle in handles]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where, named", [
+    ("scores", "scores are"), ("logits", "log probs, values are"), ("values", "values are"), ("reference", "reference log probs are"),
+    ("gradient", "gradient is"), ("training forward", "gradient, losses are"), ("overflow", "advantages are")])
+def test_what_is_not_finite_skips_the_step_is_counted_and_named_and_ten_in_a_row_end_the_run(where, named, value, capsys):
     player = tiny_player(epochs=1, minibatches=1)
-    before = bytes_of(player.policy)
-    player.policy.value_head.weight.register_hook(lambda g: g * float("nan"))
-    metrics = ppo_update(player, player.speak(PROMPTS, 0), np.arange(8.0), 0)
-    assert metrics["defender/skipped_steps"] == 1 and bytes_of(player.policy) == before
-    assert "defender: gradient norm is nan, optimizer step skipped" in capsys.readouterr().out
+    ppo_update(player, player.speak(PROMPTS, 0), np.arange(8.0), 0)  # the optimizer has moments
+    rollout, before, moments = player.speak(PROMPTS, 1), bytes_of(player.policy), copy.deepcopy(player.optimizer.state_dict()["state"])
+    scores, mend = spoil(player, where, value)
+    metrics = ppo_update(player, rollout, scores, 1)
+    assert metrics["defender/skipped_steps"] == 1 and all(map(math.isfinite, metrics.values())) and bytes_of(player.policy) == before
+    if where not in ("scores", "overflow"):
+        assert metrics["defender/objective/scores"] == 3.5  # what is finite is in the metrics
+    assert capsys.readouterr().err == f"defender: {named} not finite, step skipped (1 so far)\n"
+    mend()
+    ppo_update(player, rollout, np.arange(8.0), 2)  # a good step between: the row begins anew
+    assert bytes_of(player.policy) != before
+    before, (scores, mend) = bytes_of(player.policy), spoil(player, where, value)
+    for step in range(gpo.MAX_SKIPPED - 1):
+        assert ppo_update(player, rollout, scores, step)["defender/skipped_steps"] == step + 2
+    with pytest.raises(gpo.NotFinite, match="^defender: .* not finite, step skipped .11 so far.; these were 10 in a row"):
+        ppo_update(player, rollout, scores, 3)
+    assert bytes_of(player.policy) == before and all(torch.isfinite(x).all() for state in moments.values() for x in state.values())
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"top_k": 3}, {"temperature": 0}])
+def test_logits_that_are_not_finite_do_not_break_sampling_which_comes_before_they_are_named(kwargs):
+    policy = tiny_policy()
+    policy.head.register_forward_hook(lambda module, args, out: out.index_fill(0, torch.tensor([0]), float("nan")))
+    rollout = generate(policy, PROMPTS, 6, seed=0, **kwargs)
+    assert rollout.tokens.max() < len(policy.tokenizer) and len(set(rollout.texts)) > 2
+
+
+def test_a_warm_start_whose_gradient_is_not_finite_stops_before_it_spoils_the_weights():
+    policy = tiny_policy()
+    before, calls = bytes_of(policy), []
+    policy.lm.transformer.wte.weight.register_hook(lambda g: calls.append(1) or g * float("nan"))
+    with pytest.raises(gpo.NotFinite, match="supervised training stopped at step 1: its gradient is not finite"):
+        gpo.sft(policy, [("a b", "yes")], 3, 2, 1e-2, 0)
+    assert bytes_of(policy) == before and calls == [1]
+
+
+def test_an_embedding_that_is_not_finite_does_not_stay_in_the_history():
+    broken, diversity = [], Diversity(("embedding",), lambda texts: word_embedder(texts) * (float("nan") if broken else 1))
+    diversity.add(["a b", "c"])
+    broken.append(1)
+    assert np.isnan(diversity.score(["a b"])["reward"]).all()  # which `ppo_update` names
+    diversity.add(["d"])
+    broken.clear()
+    cosine = (word_embedder(["a b"]) @ word_embedder(["a b", "c"]).T).sum() / 3  # the third text's counts as 0
+    assert diversity.score(["a b"])["embedding"] == pytest.approx(cosine, abs=1e-6)
+
+
+def test_an_update_ends_before_the_step_at_which_kl_has_passed_one_and_a_half_times_its_target():
+    def update(target_kl):
+        player, seen = tiny_player(epochs=6, minibatches=1, learning_rate=1e-2, target_kl=target_kl), []
+        real = player.optimizer.step
+        player.optimizer.step = lambda: (seen.append(copy.deepcopy(player.policy)), real())[1]
+        return player, seen, rollout_of(player.policy), ppo_update(player, rollout_of(player.policy), np.arange(4.0), 0)
+
+    player, seen, rollout, metrics = update(0.0)
+    old, mask = logprobs_and_values(seen[0], rollout)[0], rollout.response_mask
+    kl = []
+    for policy in seen:  # KL(old || new) by its estimate k3 = r - 1 - log r, mean over response tokens
+        log_r = (logprobs_and_values(policy, rollout)[0] - old)[mask].double()
+        kl.append((log_r.exp() - 1 - log_r).mean().item())
+    first = next(i for i in range(6) if kl[i] > 0.05)
+    assert len(kl) == 6 and kl[0] == 0 and 0 < first < 5 and metrics["defender/policy/early_stop"] == 0
+    bound = (max(kl[:first]) + kl[first]) / 2
+    stopped, taken, _, metrics = update(bound / 1.5)
+    assert len(taken) == first and bytes_of(stopped.policy) == bytes_of(seen[first]) and metrics["defender/policy/early_stop"] == 1
+    assert metrics["defender/policy/approxkl"] == pytest.approx(np.mean(kl[:first + 1]), rel=1e-3) and stopped.policy.value_head.weight.grad is None
+    assert len(update(kl[first] / 1.4)[1]) > first  # 1.5, not 1
+    assert bytes_of(update(1e9)[0].policy) == bytes_of(player.policy)  # far off: nothing changes
+
+
+HEALTHY = {"diversity/different": 0.42, "attacker/objective/entropy": 0.24, "attacker/response_length": 19.4, "defender/objective/entropy": 0.2, "defender/response_length": 9.3,
+           "game/over_refusal": 0.08, "game/asr_train_judge": 0.15, "game/asr_held_out_judge": 0.14}  # the worst of each in a round of python train.py --rounds 6
+
+
+@pytest.mark.parametrize("changed, name, said", [
+    ({}, None, None), ({"diversity/different": 0.1}, "collapse", "only 10% of the attacks differ; raise --diversity"),
+    ({"attacker/objective/entropy": 0.01}, "collapse", "the attacker hardly chooses any more (0.010"), ({"defender/objective/entropy": 0.01}, "collapse", "the defender hardly"),
+    ({"attacker/response_length": 24.9}, "collapse", "the attacker says 24.9 tokens of at most 25"), ({"defender/response_length": 1.0}, "collapse", "the defender says 1.0 tokens"),
+    ({"game/over_refusal": 0.9}, "collapse", "refuses 90% of the harmless prompts; raise --ptx_coef"),
+    ({"game/asr_train_judge": 0.1, "game/asr_held_out_judge": 0.3}, "reward_hacking", "-0.75 for the training judge, by -0.56 for the held-out"),  # both better, not alike
+    ({"game/asr_train_judge": 0.79, "game/asr_held_out_judge": 0.92}, "reward_hacking", "-0.06 for the training judge, by +0.06 for the held-out"),
+    ({"game/asr_train_judge": 0.92, "game/asr_held_out_judge": 0.79}, None, None)])  # apart by .12, but it is the judge of training that is the stricter
+def test_a_sick_round_raises_an_alarm_that_says_what_to_do_and_a_healthy_one_none(changed, name, said):
+    before, limits = {"asr_train_judge": 0.85, "asr_held_out_judge": 0.86}, {"attacker": 25, "defender": 16}
+    found = gpo.alarms(HEALTHY | changed, before, limits)
+    assert [alarm for alarm, _ in found] == ([name] if name else []) and all(said in message for _, message in found)
+    assert gpo.alarms({}, before, limits) == []  # nobody played, nobody is ill
 
 
 def test_each_player_has_its_own_critic_and_optimizer_and_the_idle_one_does_not_move():
@@ -815,6 +914,7 @@ def test_sft_learns_its_pairs():
     pairs = [("a b", "yes"), ("c d", "no")]
     gpo.sft(policy, pairs, 150, 8, 1e-2, 0)
     assert generate(policy, ["a b", "c d"], 4, temperature=0).texts == ["yes", "no"]
+    assert math.isfinite(gpo.sft(policy, pairs, 10, 8, 1e-2, 0))  # torch divides by 0.1 * steps - 1
 
 
 # --- memory: LoRA, gradient checkpointing, the plan ----------------------------------------------------------------
@@ -1403,6 +1503,16 @@ def test_an_overlong_pair_loses_the_beginning_of_its_prompt_and_never_its_respon
     assert torch.allclose(classifier_logits(model, tokenizer, [prompt, "a"], [long, long])[:1], expected, atol=1e-5)
 
 
+def test_a_response_that_grows_when_it_is_cut_and_read_again_is_still_cut():
+    inner = Tokenizer(models.BPE({"[UNK]": 0, "[PAD]": 1, "a": 2}, [], unk_token="[UNK]"))  # every other letter is unknown: decoded it is five
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]")
+    assert len(tokenizer(tokenizer.decode(tokenizer("x" * 20).input_ids[:10])).input_ids) > 10
+    model = BertForSequenceClassification(BertConfig(vocab_size=3, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=32))
+    model.config.judge_input = "pair"
+    assert classifier_logits(model, tokenizer, ["a" * 50], ["x" * 100]).shape == (1, 2)
+    assert len(tokenizer(first_tokens(tokenizer, "x" * 100, 10)).input_ids) == 10
+
+
 def test_calibration_by_hand():
     rows, ece, brier = calibration(np.array([0.05, 0.15, 0.12, 1.0]), np.array([0.0, 0.0, 1.0, 1.0]))
     assert [r[2] for r in rows] == [1, 2, 1] and np.allclose([r[3:] for r in rows], [(0.05, 0), (0.135, 0.5), (1, 1)]) and np.allclose([r[:2] for r in rows], [(0, 0.1), (0.1, 0.2), (0.9, 1)])
@@ -1634,6 +1744,28 @@ def test_every_data_format_gives_the_same_rows(tmp_path):
     assert first_turn(rows[0]["prompt"]) == "a b"
 
 
+def test_a_file_or_folder_is_whole_or_not_there_and_on_the_disk_before_it_is(tmp_path, monkeypatch):
+    order = []
+    for name, real in (("fsync", os.fsync), ("replace", os.replace)):
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (
+            order.append((name, Path(os.readlink(f"/proc/self/fd/{args[0]}") if name == "fsync" else args[0]).name)), real(*args))[1])
+    write_text(tmp_path / "a.md", "old")
+    assert order == [("fsync", "a.md.writing"), ("replace", "a.md.writing")]
+    order.clear()
+    with whole_folder(tmp_path / "whole") as folder:
+        (folder / "b").write_text("b")
+        assert not (tmp_path / "whole").exists()
+    assert order == [("fsync", "b"), ("fsync", ".whole.writing"), ("replace", ".whole.writing"), ("fsync", tmp_path.name)]
+    with pytest.raises(OSError), whole_folder(tmp_path / "whole") as folder:
+        (folder / "b").write_text("half a")
+        raise OSError("No space left on device")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(OSError):
+        write_text(tmp_path / "a.md", "new")
+    assert (tmp_path / "a.md").read_text() == "old" and [path.name for path in (tmp_path / "whole").iterdir()] == ["b"]
+    assert (tmp_path / "whole" / "b").read_text() == "b" and not (tmp_path / ".whole.writing").exists()
+
+
 def test_lists_in_lines_conversations_byte_order_marks_and_silent_transcripts_are_read(tmp_path):
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]
     files = {"lists.jsonl": '["one"]\n["two"]\n', "chats.jsonl": f"{json.dumps(chat)}\n{json.dumps(chat)}", "chat.jsonl": json.dumps(chat), "chat.json": json.dumps(chat),
@@ -1706,7 +1838,84 @@ class FakeRun(train.Run):
         self.first_attacker, self.first_defender = (Speaker([frozen_copy(getattr(world, name))], player) for name, player in players.items())
         self.guard = torch.full((2,), -torch.inf)
         self.log = self.save = lambda *a: None
-        self.evaluate_round = lambda round: {}
+        self.evaluate_round = lambda *a: {}
+
+
+TEXTS = {"nothing": "", "NUL": "a\0b", "emoji": "a \U0001f469\u200d\U0001f469\u200d\U0001f467 b \U0001f389", "right to left": "\u05e9\u05dc\u05d5\u05dd \u202e\u0639\u0627\u0644\u0645 a", "a zero-width space": "\u200b",
+         "100,000 characters": "a b " * 25_000, "one word of 100,000": "a" * 100_000, "line ends of all kinds": "a\u2028b\x85c\x0bd\re\x1cf", "a terminal's commands": "\x1b[31mred\x07",
+         "braces and percents": "{} {0} %s {{x}}"}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_strange_text_is_read_said_judged_compared_learned_logged_and_reported(name, tmp_path):
+    text = TEXTS[name].strip()
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": text, "response": text}) + "\n" + json.dumps({"prompt": text, "response": text}, ensure_ascii=False) + "\n", encoding="utf-8")
+    if text:
+        assert read_rows(tmp_path / "rows.jsonl") == [{"prompt": text, "response": text}] * 2
+    vocabulary = byte_level_tokenizer(tmp_path, ["a b c"], ["<|endoftext|>"])
+    tokenizer = GPT2Tokenizer.from_pretrained(tmp_path)
+    lm = GPT2LMHeadModel(GPT2Config(vocab_size=len(vocabulary), n_positions=64, n_embd=32, n_layer=1, n_head=2, eos_token_id=vocabulary["<|endoftext|>"]))
+    policy = Policy(lm, tokenizer)
+    assert policy.decode(policy.encode_responses([text])[0]) == text
+    attacker, defender = Player("attacker", policy, 6), Player("defender", copy.deepcopy(policy), 6)
+    classifier_folder(tmp_path / "judge", ["safe", "unsafe"])
+    for judge in (rule_judge, load_judge(str(tmp_path / "judge"))):
+        assert all(0 <= p <= 1 for p in call_judge(judge, [text] * 2, [text, "a"]))
+    game = play(attacker, defender, [text, "a", text, "b"], rule_judge, 0)
+    assert game.attacks.lengths.max() <= 64 and all(map(math.isfinite, ppo_update(attacker, game.attacks, np.arange(4.0), 0).values()))
+    assert all(map(math.isfinite, ppo_update(defender, play(None, defender, [text, "a"], rule_judge, 0).responses, [0.0, 1], 0, demonstrations(policy, [(text, text)]), 1.0).values()))
+    for embedder in (word_embedder, lambda texts: load_embedder(str(tmp_path / "judge"))(texts)):
+        diversity = Diversity(embedder=embedder)
+        diversity.add([text, "a"])
+        again = Diversity(embedder=embedder)
+        again.load_state_dict(json.loads(json.dumps(diversity.state_dict())))
+        assert np.isfinite(diversity.score([text, "b"])["reward"]).all() and (diversity.score([text])["reward"] == again.score([text])["reward"]).all()
+        assert all(map(math.isfinite, set_similarity([text, text, "a"], embedder).values()))
+    rows = [{"step": 0, "round": 0, "role": role, "seed": text, "attack": text, "response": text, "p_safe": 0.5, "score": None} for role in ("attacker", "probe")]
+    append_lines(tmp_path / "games.jsonl", rows[:1])
+    append_lines(tmp_path / "games.jsonl", rows[1:])
+    assert read_lines(tmp_path / "games.jsonl") == rows
+    append_lines(tmp_path / "metrics.jsonl", [])
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"method": "gpo", "seed": 0, "attacker": None}}))
+    report.write_report(tmp_path, {"before": {}}, [(text, text, text)])
+    report.write_page([tmp_path], tmp_path / "page.html")
+    data = json.loads(Page(tmp_path / "page.html").scripts["data"])
+    assert [game["attack"] for game in data["games"]] == [text] * 2
+
+
+def test_half_a_surrogate_pair_which_no_file_can_hold_is_refused_by_file(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a\\ud83d"}\n')
+    with pytest.raises(ValueError, match="rows.jsonl"):
+        read_rows(tmp_path / "rows.jsonl")
+
+
+def test_players_that_end_at_once_play_and_learn_and_raise_the_alarm():
+    players = {"attacker": tiny_player("attacker"), "defender": tiny_player("defender", 1)}
+    for player in players.values():
+        transformer = player.policy.lm.transformer
+        with torch.no_grad():  # every state is a vector of ones, which is the direction of EOS alone
+            transformer.ln_f.weight.zero_()
+            transformer.ln_f.bias.fill_(1)
+            transformer.wte.weight[player.policy.eos_ids[0]] = 3
+    game = play(*players.values(), PROMPTS, rule_judge, 0)
+    assert game.prompts == game.responses.texts == [""] * 8 and game.attacks.ended.all() and (game.p_safe == 1).all()
+    assert (game.attacks.lengths - game.attacks.prompt_lengths == 1).all()
+    metrics = {"diversity/different": 1 / 8} | ppo_update(players["attacker"], game.attacks, np.arange(8.0), 0) | ppo_update(players["defender"], game.responses, game.p_safe, 0)
+    assert all(map(math.isfinite, metrics.values())) and metrics["attacker/response_length"] == 1
+    row = gpo.evaluate(*players.values(), PROMPTS, PROMPTS, PROMPTS, rule_judge, rule_judge, lambda r: [0.0] * len(r), None, word_embedder)
+    assert row["asr_held_out_judge"] == 0 and row["self_bleu"] == row["cosine"] == 0
+    said = " ".join(message for _, message in gpo.alarms(metrics, row, {"attacker": 6, "defender": 6}))
+    assert said.count("hardly chooses") == said.count("says 1.0 tokens") == 2 and "12% of the attacks differ" in said
+
+
+def test_a_prompt_may_fill_the_context_but_for_the_new_tokens_and_one_without_room_is_refused():
+    player = tiny_player()
+    for new, words in ((6, 56), (62, 0), (63, 0)):  # "Human:" and "AI:" are two tokens more
+        rollout = generate(player.policy, ["a " * words] * 2, new, seed=0, clip_prompts=new == 63)
+        assert (rollout.prompt_lengths == 64 - new).all() and rollout.tokens.shape[1] <= 64
+        assert all(map(math.isfinite, ppo_update(player, rollout, [0.0, 1], 0).values()))
+    with pytest.raises(ValueError, match="at most 0 tokens"):
+        generate(player.policy, ["a"], 64, clip_prompts=True)
 
 
 def test_kl_anchor_previous_anchors_the_mover_at_the_start_of_each_turn_and_initial_never(monkeypatch):
@@ -1736,6 +1945,47 @@ def test_a_restarted_attacker_begins_its_turn_with_its_first_weights_and_the_def
     new = {name: [(same, fresh) for who, same, fresh in seen if who == name] for name in first}
     assert new["attacker"] == [(step in (0, 4, 8),) * 2 for step in range(10)]  # weights and optimizer, at the start of rounds 1, 3 and 5
     assert new["defender"] == [(step == 0,) * 2 for step in range(5)]
+
+
+def everything_of(player, averages):
+    """Weights of language model and critic, reference, optimizer, averages: all bytes of a player."""
+    critic = {name: tensor for name, tensor in player.policy.state_dict().items() if not name.startswith("lm.")}
+    moments = {(i, name): torch.as_tensor(value) for i, state in player.optimizer.state_dict()["state"].items() for name, value in state.items()}
+    hashed = lambda tensors: {name: hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
+    return {"lm": hashed(player.policy.lm.state_dict()), "critic": hashed(critic), "reference": hashed(player.reference.lm.state_dict()), "optimizer": hashed(moments),
+            "averages": {kind: (average.count, [hashed(member) for member in average.members]) for kind, average in averages.items()}}
+
+
+@pytest.mark.parametrize("anchor, restart", [("initial", 0), ("previous", 1)])
+def test_over_a_whole_run_nothing_of_the_idle_player_changes_by_one_bit(own, monkeypatch, anchor, restart):
+    monkeypatch.chdir(own)
+    seen, here = [], []  # (step, where in it, {player: everything_of it})
+    look = lambda run, where: seen.append((run.step, where, {name: everything_of(player, run.averages[name]) for name, player in run.players.items()}))
+    real = {name: getattr(train, name) for name in ("train", "ppo_update")}
+    monkeypatch.setattr(train, "train", lambda config, world, players, run: (here.append(run), look(run, "begin"), real["train"](config, world, players, run)))
+    monkeypatch.setattr(train, "ppo_update", lambda *args: (look(here[0], "before"), real["ppo_update"](*args), look(here[0], "after"))[1])
+    monkeypatch.setattr(train.Run, "save", lambda run, real=train.Run.save: (real(run), look(run, "end")))
+    monkeypatch.setattr(train, "draw_curves", lambda *args: None)
+    train.main([*OWN, *SMALL, *"--rounds 2 --attacker_steps 2 --defender_steps 2 --save_every 1 --mine 4 --critic separate --embedder words --eval_prompts 4".split(),
+                "--kl_anchor", anchor, "--restart", str(restart), "--out", f"idle_{anchor}"])
+    turns, moments = train.schedule(here[0].config), [state for _, _, state in seen]
+    assert [(step, where) for step, where, _ in seen] == [(0, "begin"), *((step, where) for step in range(8) for where in ("before", "after", "end"))]
+    for step, (round, mover, first_of_turn, last_of_round) in enumerate(turns):
+        idle = "defender" if mover == "attacker" else "attacker"
+        begin, before, after, end = ({name: state[name] for name in (mover, idle)} for state in moments[3 * step:3 * step + 4])
+        assert begin[idle] == before[idle] == after[idle]
+        # what comes before the mover's update touches it at the start of its turn alone: a restart its language model and optimizer, not its critic; an anchor its reference
+        again = mover == "attacker" and first_of_turn and restart and round % restart == 0
+        anchored = first_of_turn and anchor == "previous"
+        assert before[mover] == begin[mover] | ({"lm": moments[0][mover]["lm"], "optimizer": {}} if again else {}) | ({"reference": before[mover]["lm"]} if anchored else {})
+        changed = {part for part in after[mover] if after[mover][part] != before[mover][part]}
+        assert changed == {"lm", "critic", "optimizer"}
+        for name in (mover, idle):  # the end of a round adds to both players' averages what they are, and changes nothing else
+            assert end[name] | {"averages": 0} == after[name] | {"averages": 0}
+            for kind, (count, members) in end[name]["averages"].items():
+                assert count == after[name]["averages"][kind][0] + last_of_round
+                assert members == after[name]["averages"][kind][1] + [end[name]["lm"]] * last_of_round if kind == "mixture" else last_of_round or (
+                    members == after[name]["averages"][kind][1])
 
 
 def test_the_rlhf_attacker_plays_the_first_defender_and_the_gpo_attacker_the_present_one(monkeypatch):
@@ -1960,7 +2210,7 @@ def test_a_best_response_is_trained_on_a_copy_and_finds_the_hole():
 # --- several processes ------------------------------------------------------------------------------------------------
 LONG_AND_SHORT = ["a b c d e", "x", "y z a b c d", "q", "k l m n", "o", "r s t u v w", "p"]  # every second row is short
 TOGETHER = {"shared critic": {}, "separate critic": {"critic": "separate"}, "micro-batches": {"micro_batch": 1, "entropy_coef": 0.1},
-            "demonstrations": {"ptx_coef": 0.5, "critic": "separate"}, "an odd number of rows": {"rows": 7, "demos": 3, "ptx_coef": 0.5, "micro_batch": 1}}
+            "early stop": {"target_kl": 0.33, "epochs": 4, "learning_rate": 3e-3}, "demonstrations": {"ptx_coef": 0.5, "critic": "separate"}, "an odd number of rows": {"rows": 7, "demos": 3, "ptx_coef": 0.5, "micro_batch": 1}}
 
 
 WARM = [("a b", "yes"), ("c d", "no sorry no"), ("e", "x y z")], 3, 4, 1e-2, 0  # pairs, steps, batch, rate, seed
@@ -1969,14 +2219,14 @@ WARM = [("a b", "yes"), ("c d", "no sorry no"), ("e", "x y z")], 3, 4, 1e-2, 0  
 def one_update(sharded=False, ptx_coef=0.0, rows=8, demos=4, **kwargs):
     """The gradients of the first optimizer step, and metrics and weights after a whole update on given texts and scores."""
     policy = tiny_policy(critic=kwargs.pop("critic", "shared"))
-    player = Player("defender", model.shard(policy, "cpu") if sharded else policy, 6, learning_rate=1e-3, max_grad_norm=0.5, **kwargs)
+    player = Player("defender", model.shard(policy, "cpu") if sharded else policy, 6, **{"learning_rate": 1e-3, "max_grad_norm": 0.5, **kwargs})
     rollout = rollout_of(policy, LONG_AND_SHORT[:rows], PROMPTS[:rows], cut=(3,))
     demos = demonstrations(policy, [("a b", "yes"), ("c d", "no sorry no no"), ("e", "x y z"), ("f", "a")][:demos])
     gradients, real = {}, gpo.optimizer_step
 
-    def spied(player):
+    def spied(player, *losses):
         gradients.update(gradients or {name: model.whole(p.grad).clone() for name, p in player.policy.named_parameters()})
-        real(player)
+        real(player, *losses)
 
     gpo.optimizer_step = spied
     metrics = ppo_update(player, rollout, np.arange(float(rows)), 5, demos, ptx_coef)  # seed 5: one process has 7 tokens of the first step, the other 14
@@ -2160,7 +2410,6 @@ train.main(sys.argv[1:])"""
 
 
 @pytest.mark.parametrize("method, first, step, flags", [
-    ("save", "real(run)", 1, []),  # resumes with a defender step, then the attacker's: its optimizer and the history matter
     ("log", "pass", 1, []),  # before the first checkpoint: half a log, nothing to resume from
     ("save", "real(run)", 4, ["--save_every", "1", "--kl_anchor", "previous", "--critic", "separate", "--restart", "1", "--judge", "rule"]),  # in mid-turn: the reference matters
 ])
@@ -2182,6 +2431,153 @@ def test_a_run_killed_and_resumed_ends_like_one_that_was_not(finished, tmp_path,
     for name in ("attacker/model.safetensors", "attacker/critic.safetensors", "defender/model.safetensors", "defender/critic.safetensors",
                  "average/attacker_mixture.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+STEPS = "--sft_steps 2 --rounds 1 --attacker_steps 1 --defender_steps 2 --save_every 1 --eval_prompts 4 --guard 0 --embedder words".split()
+
+
+@pytest.fixture(scope="session")
+def alone(own):
+    """(Start or resume in one thread a small run of your own models; the contents of one that ended undisturbed.)"""
+
+    def run(*args):
+        threads, before = torch.get_num_threads(), Path.cwd()
+        torch.set_num_threads(1)
+        os.chdir(own)
+        try:
+            train.main(args if "--resume" in args else [*OWN, *SMALL, *STEPS, *args])
+        finally:
+            torch.set_num_threads(threads)
+            os.chdir(before)
+
+    run("--out", "alone")
+    return run, bench.contents(own / "alone")
+
+
+def differing(folder, whole):
+    end = bench.contents(folder) if (folder / "summary.json").exists() else {}
+    return {name for name in {**whole, **end} if whole.get(name) != end.get(name)} - {"config.json"}  # it holds the folder's name
+
+
+@pytest.mark.parametrize("owner, name, call", [(train, "sft", 2), (train, "play", 3), (train.Run, "save_averages", 2), (train, "draw_curves", 1)])
+def test_a_run_that_dies_before_in_or_after_the_game_can_be_resumed_and_ends_like_one_left_alone(own, alone, monkeypatch, owner, name, call):
+    run, whole = alone
+    out, calls = own / f"died_{name}_{call}", []
+
+    def dies(*args, real=getattr(owner, name)):
+        calls.append(0)
+        if len(calls) == call:
+            sys.exit(9)
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as death:
+        patch.setattr(owner, name, dies)
+        run("--out", out.name)
+    assert death.value.code == 9 and (out / "config.json").exists() and not (out / "summary.json").exists()
+    (out / ".attacker.writing").mkdir()  # by a death that cleans nothing up
+    (out / ".attacker.writing" / "half").touch()
+    run("--resume", out.name)
+    assert not differing(out, whole)
+
+
+def test_a_finished_run_is_not_resumed_and_says_so(own, alone, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (own / "alone").rglob("*")}
+    capsys.readouterr()
+    alone[0]("--resume", "alone")
+    assert capsys.readouterr() == ("the run in alone is finished: read alone/report.md\n", "")
+    assert before == {path: path.stat().st_mtime_ns for path in (own / "alone").rglob("*")}
+
+
+def test_a_damaged_checkpoint_is_named_and_skipped(own, alone, tmp_path, capsys):
+    cut, write = (lambda path: os.truncate(path, path.stat().st_size - 1)), (lambda path: path.write_bytes(b"\xff" * 64))
+    for file, damage in (("state.json", Path.unlink), ("state.json", cut), ("state.json", lambda path: path.write_text("[3]")), ("state.json", write),
+                         ("defender_optimizer.safetensors", Path.unlink), ("attacker.safetensors", cut), ("defender_weights.safetensors", write), ("attacker_mixture.json", write)):
+        shutil.copytree(own / "alone" / "checkpoints", tmp_path / "checkpoints", dirs_exist_ok=True)
+        damage(tmp_path / "checkpoints" / "step_000003" / file)
+        assert train.Run.newest_checkpoint(types.SimpleNamespace(folder=tmp_path)) == tmp_path / "checkpoints" / "step_000002"
+        assert capsys.readouterr().err.startswith(f"{tmp_path}/checkpoints/step_000003 is damaged and not used: ")
+        shutil.rmtree(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize("whole_ones", [1, 0])
+def test_a_run_goes_on_from_the_last_whole_checkpoint_or_from_its_start_and_keeps_it_until_the_next_is_whole(own, alone, monkeypatch, capsys, whole_ones):
+    out, there = own / f"damaged_{whole_ones}", []
+    checkpoints = lambda: sorted(path.name for path in (out / "checkpoints").glob("step_*"))
+    shutil.copytree(own / "alone", out)
+    (out / "summary.json").unlink()
+    assert checkpoints() == ["step_000002", "step_000003"]  # two are kept
+    for step in (3, 7, 8) if whole_ones else (2, 3):
+        (out / "checkpoints" / f"step_{step:06d}").mkdir(exist_ok=True)
+        (out / "checkpoints" / f"step_{step:06d}" / "state.json").write_text("{")
+    monkeypatch.setattr(os, "replace", lambda a, b, real=os.replace: (there.append(checkpoints()) if Path(b).name.startswith("step_") else None, real(a, b))[1])
+    alone[0]("--resume", out.name)
+    assert there == ([["step_000002", "step_000007", "step_000008"]] if whole_ones else
+                     [["step_000002", "step_000003"], ["step_000001", "step_000003"], ["step_000001", "step_000002"]])  # before the rename
+    assert capsys.readouterr().err.count("is damaged and not used") == (3 if whole_ones else 2)
+    for step in (7, 8) if whole_ones else ():
+        shutil.rmtree(out / "checkpoints" / f"step_{step:06d}")
+    assert not differing(out, alone[1])
+
+
+def test_of_two_runs_that_begin_in_the_same_moment_one_gets_the_folder(tmp_path):
+    first, second = (train.resolve(train.Config(out=str(tmp_path / "same"), seed=seed)) for seed in (1, 2))  # both find it free
+    lock = train.begin(first)
+    with pytest.raises(OSError, match="not empty"):
+        train.begin(second)
+    os.close(lock)
+    assert json.loads((tmp_path / "same" / "config.json").read_text())["config"]["seed"] == 1 and [path.name for path in tmp_path.iterdir()] == ["same"]
+
+
+def test_a_second_run_in_one_folder_ends_with_one_line(own, alone, monkeypatch, capsys):
+    said = []
+
+    def second(run, *args, real=train.Run.log):
+        real(run, *args)
+        for args in (["--resume", "shared"], [*OWN, *SMALL, "--out", "shared"]) if run.step == 0 else ():
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as stopped:
+                train.main(args)
+            said.append((stopped.value.code, capsys.readouterr().err))
+
+    monkeypatch.setattr(train.Run, "log", second)
+    alone[0]("--out", "shared")
+    assert said == [(2, "error: a run folder is for one process at a time, and one is at work in shared; wait for its end or pass another --out\n"),
+                    (2, "error: --out must name a new or empty folder, got shared; to go on with a run use --resume shared\n")]
+    assert not differing(own / "shared", alone[1])
+
+
+SOAKED = """import json, os, sys, time
+from pathlib import Path
+os.makedirs("run/checkpoints", exist_ok=True)
+Path("run/config.json").write_text("{}")
+resumed = "--resume" in sys.argv
+for phase in ("first", "second"):
+    os.write(1, f"@{phase}\\n".encode())
+    time.sleep(0.05)
+WHAT
+Path("run/metrics.jsonl").write_text('{"step": 0, "time/rollout": %f}\\n' % time.time())
+Path("run/summary.json").write_text(json.dumps({"after": 1, "seconds": time.time()}))
+os.write(1, b"@end\\n")"""
+
+
+@pytest.mark.parametrize("what, end, status", [
+    ("", "4 kills, 0 lost, 0 different", 0), ("if resumed: Path('run/more').touch()", "4 kills, 0 lost, 1 different", 1), ("if resumed: sys.exit(3)", "4 kills, 1 lost, 0 different", 1)])
+def test_a_soak_kills_as_often_as_asked_and_finds_what_is_lost_or_different(monkeypatch, capsys, tmp_path, what, end, status):
+    monkeypatch.setattr(bench, "SOAK_PROGRAM", SOAKED.replace("WHAT", what))
+    monkeypatch.setattr(bench.tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["soak", "--kills", "4"])
+    lines = capsys.readouterr().out.splitlines()
+    assert stopped.value.code == status and lines[-1].startswith(end), lines
+    assert lines[-2].startswith("kills in ") and "first: 2" in lines[-2] and "second: 2" in lines[-2] and bool(list(tmp_path.iterdir())) == status  # kept to be looked at
+
+
+def test_train_killed_by_the_soak_and_resumed_ends_like_one_that_was_not(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "SOAK", [*TINY, "--out", "run"])
+    status, seen = bench.live(tmp_path, ("ppo_update", 3, 0.01))  # it resumes with a defender step, then the attacker's: its optimizer and the history matter
+    assert status == -signal.SIGKILL and [name for name, _ in seen].count("save") == 1 and not (tmp_path / "run" / "summary.json").exists()
+    assert bench.live(tmp_path)[0] == 0
+    assert not differing(tmp_path / "run", bench.contents(finished[0]))
 
 
 WAIT = """import sys, time, train
@@ -3004,7 +3400,7 @@ WRONG = {
     "a mixture that is not kept": (["--opponent", "mixture", "--average", "none"], "--opponent mixture needs --average mixture"),
     "an occupied run folder": (["--out", "bad"], "new or empty folder, got bad"),
     "a configuration of the wrong type": (["bad/types.json"], "argument --rounds: invalid int value: 'many'"),
-    "a configuration with an unknown name": (["bad/unknown.json"], "unrecognized arguments: --runds=3"),
+    "a configuration with an unknown name": (["bad/unknown.json"], "bad/unknown.json must hold options of train.py, got runds"),
     "a configuration that is a list": (["bad/list.yaml"], "must hold names and values, got"),
     "a configuration that is not there": (["bad/no.yaml"], "cannot read the configuration"),
     "a run resumed with another seed": (["--resume", "bad/other", "--seed", "0"], "--resume takes the run folder alone"),
@@ -3058,7 +3454,7 @@ WRONG = {
     "a configuration within a configuration": (["bad/nested.yaml"], "argument --rounds: invalid int value"),
     "a model resumed": (["--resume", "attacker"], "--resume needs a run folder with its config.json, got attacker"),
     "a run of an older version": (["--resume", "bad/older"], "it was begun by an older version, without mine"),
-    "a run of a newer version": (["--resume", "bad/newer"], "unrecognized arguments: --future=1"),
+    "a run of a newer version": (["--resume", "bad/newer"], "bad/newer must hold options of train.py, got future"),
     "a run of another type": (["--resume", "bad/retyped"], "argument --rounds: invalid int value: 'many'"),
     "a warm start of a list": (["--start", "bad/listed"], "--start needs a run folder"),
     "pairs without responses": ([*OWN, "--sft_data", "prompts.txt"], "prompts.txt: 24 rows, 24 incomplete left out, and none remain"),
@@ -3136,11 +3532,11 @@ def test_a_run_of_two_processes_is_complete_and_sharded_goes_on_with_two_or_one(
     if not flags:
         return
     shutil.rmtree(out / "checkpoints" / "step_000004")
+    (out / "summary.json").unlink()  # else it is finished
     shutil.copytree(out, tmp_path / "again")
     assert two_processes(train_together, tmp_path / "second", "--resume", tmp_path / "again") == [0, 0]  # to the same end, bit by bit
     assert (tmp_path / "again" / "games.jsonl").read_text() == (out / "games.jsonl").read_text()
     assert bytes_of(load_policy(tmp_path / "again" / "defender").lm) == bytes_of(load_policy(out / "defender").lm)
-    (out / "summary.json").unlink()
     train.main(["--resume", str(out)])
     assert (out / "summary.json").exists() and len((out / "metrics.jsonl").read_text().splitlines()) == 4
 
@@ -3190,7 +3586,7 @@ def sigterm():
 
 
 @pytest.mark.parametrize("what, error, status, message", [
-    ("own_world", KeyboardInterrupt(), 130, "interrupted before the game began"), ("train", KeyboardInterrupt(), 130, "--resume stopped"),
+    ("own_world", KeyboardInterrupt(), 130, "interrupted before the game began; go on with: python train.py --resume stopped"), ("train", KeyboardInterrupt(), 130, "--resume stopped"),
     ("sft", signal.SIGTERM, 143, "interrupted before the game began"), ("evaluate", signal.SIGTERM, 143, "interrupted before the game began"),
     ("train", signal.SIGTERM, 143, "interrupted; go on with: python train.py --resume stopped"),
     ("draw_curves", signal.SIGTERM, 143, "interrupted; go on with: python train.py --resume stopped"),
@@ -3210,11 +3606,130 @@ def test_a_run_that_is_stopped_says_in_one_line_how_to_go_on(own, sigterm, monke
     assert stopped.value.code == status and message in capsys.readouterr().err.splitlines()[-1]
     monkeypatch.undo()
     monkeypatch.chdir(own)
-    if "before the game" in message:
-        assert not Path("stopped").exists()
-    else:
-        train.main(["--resume", "stopped"])  # and it does go on
-        assert Path("stopped/summary.json").exists()
+    train.main(["--resume", "stopped"])  # and it does go on
+    assert Path("stopped/summary.json").exists()
+
+
+FAULTY = [*OWN, *SMALL, *"--embedder words --guard 0 --attacker_steps 2 --defender_steps 2 --eval_prompts 4 --average mixture --save_every 1".split()]
+
+
+def same_end(run, whole):
+    """Whether two finished runs hold the same bytes, and the same metrics but for times."""
+    for name in ("attacker/model.safetensors", "attacker/critic.safetensors", "defender/model.safetensors", "defender/critic.safetensors", "average/attacker_mixture.safetensors", "games.jsonl"):
+        assert Path(run, name).read_bytes() == Path(whole, name).read_bytes(), name
+    timeless = lambda folder: [{key: value for key, value in m.items() if "time/" not in key} for m in read_lines(Path(folder, "metrics.jsonl"))]
+    assert timeless(run) == timeless(whole)
+
+
+def failed(capsys, args):
+    """The one line, after the progress bars, that a run which has failed ends with."""
+    with pytest.raises(SystemExit) as stopped:
+        train.main(args)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "Traceback" not in said and said.count("error: ") == 1, said
+    return said.splitlines()[-1]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(own):
+    """The folder of models, where the run `whole_faulty` went without a fault; the run that fails is to end like it."""
+    with contextlib.chdir(own), one_thread():
+        (own / "scripted.py").write_text("def judge(p, r):\n    return [len(x + y) % 7 / 7 for x, y in zip(p, r)]\n")
+        train.main([*FAULTY, "--judge", "scripted.py:judge", "--out", "whole_faulty"])
+    return own
+
+
+@contextlib.contextmanager
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("fault, said", [("raise OSError('no answer\\nfrom the server')", "the judge raised OSError: no answer from the server"), ("exit()", "the judge raised SystemExit"),])
+def test_a_judge_that_breaks_in_mid_run_ends_it_with_one_line_and_once_mended_it_ends_like_an_undisturbed_run(undisturbed, fault, said, monkeypatch, capsys):
+    monkeypatch.chdir(undisturbed)
+    good = Path("scripted.py").read_text()
+    Path("scripted.py").write_text("calls = []\n" + good.replace("    return", f"    calls.append(1)\n    if len(calls) == 4:\n        {fault}\n    return"))
+    shutil.rmtree("broken", ignore_errors=True)
+    with one_thread():
+        line = failed(capsys, [*FAULTY, "--judge", "scripted.py:judge", "--out", "broken"])
+        assert line.startswith("error: ") and said in line and line.endswith("; the run can go on with --resume broken")
+        assert len(read_lines(Path("broken/metrics.jsonl"))) == 2  # the fourth call was that of the third step
+        Path("scripted.py").write_text(good)
+        train.main(["--resume", "broken"])
+    same_end("broken", "whole_faulty")
+
+
+def test_on_a_full_disk_a_run_ends_with_one_line_and_with_more_room_it_goes_on_to_the_same_end(undisturbed, tmp_path, monkeypatch, capsys):
+    # a disk in memory that grows by a factor after each failure: wherever a write was cut off, the run goes on from there. A factor of 1.02 cuts off about every write
+    disk, size, growth, failures = tmp_path / "disk", 128, float(os.environ.get("DISK_GROWTH", 1.5)), 0
+    disk.mkdir()
+    mount = lambda how: subprocess.run(["mount", *how.split(), "tmpfs", disk], capture_output=True).returncode
+    if mount(f"-t tmpfs -o size={size}k"):
+        pytest.skip("only root may mount a disk of its own")
+    monkeypatch.chdir(undisturbed)
+    try:
+        with one_thread():
+            while True:
+                begun = (disk / "run").exists()
+                try:
+                    train.main(["--resume", str(disk / "run")] if begun else [*FAULTY, "--judge", "scripted.py:judge", "--out", str(disk / "run")])
+                    break
+                except SystemExit as stopped:
+                    said, failures = capsys.readouterr().err, failures + 1
+                    line = said.splitlines()[-1]
+                    assert stopped.code == 2 and "Traceback" not in said and said.count("\nerror: ") == 1 and "No space left on device" in line, said
+                    assert line.endswith(f"--resume {disk}/run") == (disk / "run").exists()  # or nothing is left behind, and it begins anew
+                size = math.ceil(size * growth)
+                assert not mount(f"-o remount,size={size}k")
+            same_end(disk / "run", "whole_faulty")
+        assert failures >= 5 and begun
+    finally:
+        subprocess.run(["umount", disk])
+
+
+def test_a_tokenizer_that_a_full_disk_cuts_off_is_an_oserror_like_any_other_file(tmp_path):
+    (tmp_path / "tokenizer.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        save_tokenizer(tiny_tokenizer(), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # inf - inf, in numpy
+def test_scores_that_stay_not_finite_end_the_run_after_ten_skipped_steps_with_finite_checkpoints(own, monkeypatch, capsys):
+    monkeypatch.chdir(own)
+    calls, healthy = [], train.Diversity.score
+
+    def sick(diversity, texts):  # from the third step on
+        calls.append(texts)
+        return {name: values + (math.inf if len(calls) > 2 else 0) for name, values in healthy(diversity, texts).items()}
+
+    monkeypatch.setattr(train.Diversity, "score", sick)
+    line = failed(capsys, [*FAULTY, "--attacker_steps", "16", "--out", "spoiled"])
+    assert line == ("error: attacker: scores are not finite, step skipped (10 so far); these were 10 in a row: look at the judge and the embedder, or begin again "
+                    "with a lower learning rate; the run can go on with --resume spoiled")
+    for file in Path("spoiled/checkpoints").rglob("*.safetensors"):
+        assert all(torch.isfinite(x).all() for x in load_file(file).values()), file
+    monkeypatch.undo()
+    monkeypatch.chdir(own)
+    train.main(["--resume", "spoiled"])
+    metrics, games = ([json.loads(line, parse_constant=pytest.fail) for line in Path("spoiled", name).read_text().splitlines()] for name in ("metrics.jsonl", "games.jsonl"))
+    assert [m["attacker/skipped_steps"] for m in metrics[:16]] == [0, 0, *range(1, 10), 9, 9, 9, 9, 9] and len(metrics) == 18  # the twelfth is played again
+    assert all((game["score"] is None) == (2 <= game["step"] < 11) for game in games if game["role"] != "probe")
+
+
+def test_a_run_that_collapses_and_hacks_its_judge_says_so_after_the_round_and_in_its_metrics(own, monkeypatch, capsys):
+    monkeypatch.chdir(own)
+    (own / "bribed.py").write_text("calls = []\ndef judge(p, r):\n    calls.append(1)\n    return [float(len(calls) > 1)] * len(p)\n")  # all unsafe before the game, all safe after
+    train.main([*FAULTY, *"--judge bribed.py:judge --template anything --temperature 1e-3 --rounds 2 --batch_size 8".split(), "--out", "bribed"])
+    said = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    for round in (1, 2):
+        assert sum(f"collapse alarm after round {round}: only 12% of the attacks differ" in line for line in said) == 1
+        assert sum(f"collapse alarm after round {round}: the attacker hardly chooses any more" in line for line in said) == 1
+        assert sum(f"reward_hacking alarm after round {round}: since the start attack success has changed by -1.00 for the training judge, by +0.00" in line for line in said) == 1
+    alarms = [{key: value for key, value in m.items() if key.startswith("alarm/")} for m in read_lines(Path("bribed/metrics.jsonl"))]
+    assert [bool(a) for a in alarms] == [False, False, False, True] * 2 and all(a == {"alarm/collapse": 1, "alarm/reward_hacking": 1} for a in alarms if a)
 
 
 @pytest.mark.parametrize("program, what, args, message", [
@@ -3234,7 +3749,7 @@ def test_sigterm_ends_the_warm_start_within_ten_seconds(tmp_path):
             said += process.stderr.read(1)
         process.send_signal(signal.SIGTERM)
         said += process.communicate(timeout=10)[1]
-    assert process.returncode == 143 and said.decode().splitlines()[-1] == "interrupted before the game began" and not list(tmp_path.iterdir())
+    assert process.returncode == 143 and said.decode().splitlines()[-1] == "interrupted before the game began; go on with: python train.py --resume run"
 
 
 def test_sigterm_to_a_suite_ends_the_programs_that_it_has_started(sigterm, tmp_path, monkeypatch):

@@ -31,6 +31,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -42,14 +43,14 @@ import numpy as np
 import torch
 import transformers
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from data import (HUB_DATA, append_lines, check_template, fail, first_turn, hub_file, interrupted, is_test, plain, read_lines, read_rows, sigterm_as_ctrl_c,
-                  usable, visible, write_json)
+from data import (HUB_DATA, append_lines, check_template, fail, first_line, first_turn, hub_file, interrupted, is_test, plain, read_lines, read_rows, save_tokenizer,
+                  sigterm_as_ctrl_c, sync, usable, visible, whole_folder, write_json, write_text)
 from diversity import Diversity, load_embedder, word_embedder
-from gpo import Player, PolicyAverage, Speaker, distill, evaluate, memory_plan, naturalness, peak_memory, play, player_memory, ppo_update, sft
+from gpo import NotFinite, Player, PolicyAverage, Speaker, alarms, distill, evaluate, memory_plan, naturalness, peak_memory, play, player_memory, ppo_update, sft
 from model import (DTYPE_NAMES, DTYPES, Policy, add_lora, best_dtype, checkpoint_blocks, demonstrations, first_decides, fold_lora, from_first, in_shares,
                    join_processes, keep_freed_memory, load_policy, load_weights, load_whole, model_size, on_first, rank, save_policy, save_weights, shard, shared_judge, world_size)
 from report import draw_curves, model_card, summary_table, write_report
@@ -109,6 +110,7 @@ class Config:
     kl_coef: float | None = option(None, "KL penalty of the defender")
     attacker_kl_coef: float | None = option(None, "KL penalty of the attacker")
     kl_anchor: str = option("initial", "the KL penalty is measured from the initial or the previous round's policy")
+    target_kl: float = option(0.0, "an update ends where its KL exceeds 1.5 times this; 0: never")
     entropy_coef: float = option(0.0, "eta_H of Eq. (3.7): entropy bonus of the attacker")
     ptx_coef: float | None = option(None, "weight of the supervised loss on demonstrations in the defender's updates")
     opponent: str = option("last", "who a mover plays against: the other's last policy, or the mixture of all its rounds")
@@ -211,12 +213,14 @@ def train(config, world, players, run):
         metrics["sampled_tokens"] = run.sampled_tokens
         metrics["game/attack_success"] = float(np.mean(1 - game.p_safe))  # of this batch, by the training judge
         metrics["game/undecided"] = len(game.sampled[1]) - len(game.p_safe)  # exchanges without a verdict: in no update and in no rate
-        metrics |= {f"diversity/{name}": float(novelty[term].mean()) for name, term in NOVELTY.items() if term in novelty}
+        if role == "attacker":
+            metrics["diversity/different"] = len(set(game.prompts)) / len(game.prompts)
+        metrics |= {f"diversity/{name}": float(novelty[term].mean()) for name, term in NOVELTY.items() if term in novelty and np.isfinite(novelty[term]).all()}
         if last_of_round:
             for name, player in players.items():
                 for average in run.averages[name].values():
                     average.add(player.policy)
-            metrics |= run.evaluate_round(round)
+            metrics |= run.evaluate_round(round, metrics)
         run.log(role, round, game, scores, metrics)
         stop = max(in_shares(lambda _: [run.stop], range(world_size())))  # the same in all processes, or some would wait for ever
         if stop or (run.step + 1) % config.save_every == 0 or run.step + 1 == len(turns):
@@ -345,8 +349,9 @@ class Run:
             attacker, defender or self.players["defender"], self.attack_seeds, w.test_prompts[::share], w.benign_prompts[::share], w.judge, w.held_out_judge,
             w.refused, w.helpful, w.embedder, self.first_defender, c.template)
 
-    def evaluate_round(self, round):
-        """Metrics of the last iterates after a round; three held-out prompts and their answers go to games.jsonl."""
+    def evaluate_round(self, round, metrics):
+        """Metrics of the last iterates after a round, and alarms (over `metrics`, of the last step, too); three held-out
+        prompts and their answers go to games.jsonl."""
         row = self.evaluate(share=3)
         names = {"asr_train_judge", "asr_held_out_judge", "over_refusal", "attacker_success", "self_bleu", "cosine"}
         prompts = self.world.test_prompts[:3]
@@ -356,7 +361,13 @@ class Run:
             {"step": self.step, "round": round, "role": "probe", "attack": attack, "response": response, "p_safe": None if p != p else p}
             for attack, response, p in zip(prompts, answers, p_safe)])
         self.bar.set_postfix_str(f"round {round + 1}: held-out attack success {row['asr_held_out_judge']:.1%}")
-        return {f"game/{name}": value for name, value in row.items() if name in names and value is not None}
+        found = {f"game/{name}": value for name, value in row.items() if name in names and value is not None}
+        steps = [] if rank() else [line for line in read_lines(self.folder / "metrics.jsonl") if line["round"] == round]
+        latest = {name: value for line in [*steps, metrics, found] for name, value in line.items()}
+        raised = alarms(latest, self.before, {name: player.max_new_tokens for name, player in self.players.items()})
+        for name, message in raised:
+            tqdm.write(f"{name} alarm after round {round + 1}: {message}", file=sys.stderr)
+        return found | {f"alarm/{name}": float(name in dict(raised)) for name in ("collapse", "reward_hacking")}
 
     def append(self, name, rows):
         if not rank():
@@ -366,7 +377,7 @@ class Run:
         self.append("metrics.jsonl", [{"step": self.step, "round": round, "role": role, **metrics}])
         exchanges = zip(game.seeds, game.prompts, game.responses.texts, game.p_safe.tolist(), np.asarray(scores).tolist())
         self.append("games.jsonl", [
-            {"step": self.step, "round": round, "role": role, "seed": seed, "attack": attack, "response": response, "p_safe": p, "score": score}
+            {"step": self.step, "round": round, "role": role, "seed": seed, "attack": attack, "response": response, "p_safe": p, "score": score if np.isfinite(score) else None}
             for seed, attack, response, p, score in exchanges])
         if self.track:
             self.track(self.step, metrics)
@@ -374,28 +385,25 @@ class Run:
         self.bar.update(1)
 
     def save(self):
-        """A checkpoint, complete or not there at all: written beside its place and then renamed. It does not tell how many
-        processes there were."""
+        """A checkpoint (`whole_folder`). Its marker is state.json, which is written last and names all other files. It does
+        not tell how many processes there were. The one before is kept."""
         target = self.folder / "checkpoints" / f"step_{self.step + 1:06d}"
-        temporary = target.with_name(".writing")
-        if not rank():
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        for name, player in self.players.items():
-            save_weights(player.policy, temporary / f"{name}.safetensors")
-            save_weights(player.reference, temporary / f"{name}_reference.safetensors")
-            moments = on_first({f"{i}.{k}": v for i, state in player.optimizer.state_dict()["state"].items() for k, v in state.items()})
-            if not rank():
-                save_file(moments, temporary / f"{name}_optimizer.safetensors")
-        if rank():  # it has given its shards; the first process writes
-            return
-        self.save_averages(temporary)
-        write_json(temporary / "state.json", {
-            "step": self.step + 1, "diversity": self.diversity.state_dict(), "memory": self.memory, "once": list(self.once), "before": self.before, "sampled_tokens": self.sampled_tokens,
-            "skipped": {name: player.skipped_steps for name, player in self.players.items()}})
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
-        for old in sorted((self.folder / "checkpoints").glob("step_*"))[:-2]:
+        with whole_folder(target, not rank()) as temporary:
+            for name, player in self.players.items():
+                save_weights(player.policy, temporary / f"{name}.safetensors")
+                save_weights(player.reference, temporary / f"{name}_reference.safetensors")
+                moments = on_first({f"{i}.{k}": v for i, state in player.optimizer.state_dict()["state"].items() for k, v in state.items()})
+                if not rank():
+                    save_file(moments, temporary / f"{name}_optimizer.safetensors")
+            if rank():  # it has given its shards; the first process writes
+                return
+            self.save_averages(temporary)
+            for log in ("metrics.jsonl", "games.jsonl"):  # no checkpoint outlives the lines before it
+                sync(self.folder / log)
+            write_json(temporary / "state.json", {
+                "step": self.step + 1, "diversity": self.diversity.state_dict(), "memory": self.memory, "once": list(self.once), "before": self.before, "sampled_tokens": self.sampled_tokens,
+                "skipped": {name: player.skipped_steps for name, player in self.players.items()}, "files": sorted(path.name for path in temporary.iterdir())})
+        for old in sorted(path for path in target.parent.glob("*step_*") if path.name < target.name)[:-1]:  # a later one is damaged
             shutil.rmtree(old)
 
     def save_averages(self, folder):
@@ -406,14 +414,23 @@ class Run:
                 write_json(folder / f"{name}_{kind}.json", numbers)
 
     def load(self):
-        """Go on from the newest checkpoint; lines that were logged after it are dropped."""
-        found = sorted((self.folder / "checkpoints").glob("step_*"))
-        if found:
-            self.load_checkpoint(found[-1])
+        """Go on from the newest checkpoint that is whole; lines that were logged after it are dropped."""
+        if found := first_decides(self.newest_checkpoint):
+            self.load_checkpoint(found)
         for log in (self.folder / "metrics.jsonl", self.folder / "games.jsonl"):
             if log.exists() and not rank():
                 lines = log.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last newline was cut off
-                log.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] < self.step), encoding="utf-8")
+                write_text(log, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] < self.step))
+
+    def newest_checkpoint(self):
+        """The newest one whose marker is there and whose files can all be read, or None; a damaged one is named."""
+        for folder in sorted((self.folder / "checkpoints").glob("step_*"), reverse=True):
+            try:
+                for file in json.loads((folder / "state.json").read_text(encoding="utf-8"))["files"]:  # safe_open compares the header with the size
+                    json.loads((folder / file).read_text(encoding="utf-8")) if file.endswith(".json") else safe_open(folder / file, "pt")
+                return folder
+            except Exception as error:
+                print(f"{folder} is damaged and not used: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
 
     def load_checkpoint(self, folder):
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -447,17 +464,18 @@ class Run:
                 rows[f"average ({kind})"] = self.evaluate(**speakers)
         examples = self.examples()
         for name, player in self.players.items():
-            save_policy(player.policy, self.folder / name, model_card(name, self.config, rows["after"]))
+            with whole_folder(self.folder / name, not rank()) as temporary:
+                save_policy(player.policy, temporary, model_card(name, self.config, rows["after"]))
         if rank():
             return rows, examples
         if len(rows) > 2:
-            (self.folder / "average").mkdir(exist_ok=True)
-            self.save_averages(self.folder / "average")
+            with whole_folder(self.folder / "average") as temporary:
+                self.save_averages(temporary)
         memory = {"plan_mib": self.planned / 2**20, "used_mib": (peak_memory(self.config.device) - self.resident) / 2**20}
-        print(f"memory: {memory['plan_mib']:.0f} MiB planned, {memory['used_mib']:.0f} MiB used at the peak")
-        write_json(self.folder / "summary.json", {**rows, "seconds": seconds, "memory": memory, "config": asdict(self.config)})
+        print(f"memory: {memory['plan_mib']:.0f} MiB planned for the game; the most that was held, libraries and warm start included, {memory['used_mib']:.0f} MiB")
         draw_curves(self.folder, rows)
         write_report(self.folder, rows, examples)
+        write_json(self.folder / "summary.json", {**rows, "seconds": seconds, "memory": memory, "config": asdict(self.config)})  # last: the run is finished
         return rows, examples
 
     def distill(self):
@@ -710,7 +728,7 @@ def plan_memory(config, world, players):
 
 def make_players(config, world):
     """Both players, each with its own critic, reference and optimizer."""
-    shared = dict(epochs=config.ppo_epochs, minibatches=config.minibatches, micro_batch=config.micro_batch,
+    shared = dict(epochs=config.ppo_epochs, minibatches=config.minibatches, micro_batch=config.micro_batch, target_kl=config.target_kl,
                   temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     return {
         "attacker": Player("attacker", world.attacker, config.attack_tokens, config.attacker_learning_rate, config.attacker_kl_coef,
@@ -736,6 +754,8 @@ def flags_of(values, source):
     """{option: value} of a file or of a run as flags: all ways of giving options are checked by the same parser."""
     if not isinstance(values, dict):
         raise ValueError(f"{source} must hold names and values, got {str(values)[:40]!r}")
+    if unknown := {str(name).replace("-", "_") for name in values} - {entry.name for entry in fields(Config)}:
+        raise ValueError(f"{source} must hold options of train.py, got {', '.join(sorted(unknown))}" + "; a run goes on with --resume RUN" * ("versions" in unknown))
     return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
 
@@ -815,7 +835,7 @@ def resolve(config):
         raise ValueError(f"--opponent mixture needs --average mixture, got {config.average!r}")
     at_least_1 = "rounds judge_steps batch_size minibatches ppo_epochs attack_tokens response_tokens eval_prompts save_every average_size"
     at_least_0 = ("defender_steps attacker_steps sft_steps micro_batch top_k seed kl_coef attacker_kl_coef entropy_coef ptx_coef "
-                  "diversity restart replay mine history guard lora")
+                  "diversity restart replay mine history guard lora target_kl")
     least = {**dict.fromkeys(at_least_1.split(), 1), **dict.fromkeys(at_least_0.split(), 0)}
     for name, bound in least.items():
         if not bound <= (value := getattr(config, name)) < 2**31:
@@ -908,23 +928,54 @@ def be_deterministic():
     torch.set_num_threads(1)  # two threads were seen to add in another order, in one run of four
 
 
-def main(argv):
-    keep_freed_memory()
-    join_processes()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()  # its retries are not news; what could not be had is said once
-    clock, config = time.time(), parse(argv)
-    if config.deterministic:
-        be_deterministic()
+def begin(config):
+    """Take the run folder for this process alone, and make a new one with its config.json in one move: from here on it can be
+    resumed. Returns the descriptor of the lock, which the system lets go of when the process ends, however it ends."""
+    folder = Path(config.out)
+    if not config.resume:
+        versions = {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, transformers, np)}, "platform": platform.platform(),
+                    "device": torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else platform.machine(),
+                    "commit": subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()}
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as beside:
+            (new := Path(beside) / "run").mkdir()
+            write_json(new / "config.json", {"config": asdict(config), "versions": versions})
+            os.rename(new, folder)  # an error where another run has just taken it
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    with contextlib.suppress(ImportError):  # Windows
+        import fcntl
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise ValueError(f"a run folder is for one process at a time, and one is at work in {folder}; wait for its end or pass another --out") from error
+    return lock
+
+
+def prepare(run, start):
+    """Write what the game starts from, and the test sets."""
+    with whole_folder(start, not rank()) as temporary:
+        for name, player in run.players.items():
+            save_policy(player.policy, temporary / name)
+        if rank():
+            return
+        if run.world.judge_to_save:
+            run.world.judge_to_save.model.save_pretrained(temporary / "judge")
+            save_tokenizer(run.world.judge_to_save.tokenizer, temporary / "judge")
+        write_json(temporary / "prompts.json", {name: getattr(run.world, name) for name in ("seeds", "test_prompts", "benign_prompts", "more_tests")})
+        write_json(temporary / "attack_seeds.json", run.attack_seeds)
+        for name in ("metrics.jsonl", "games.jsonl"):
+            (run.folder / name).touch()
+
+
+def play_game(config, clock):
+    """All of a run, in a folder that is this process's alone. clock: when the program began."""
+    folder = Path(config.out)
+    start = folder / "checkpoints" / "start"
+    begun = start.exists()
     try:
-        config = first_decides(lambda: resolve(config))
         resident = peak_memory(config.device)
-        folder = Path(config.out)
-        start = folder / "checkpoints" / "start"
-        begun = start.exists()
         source = start if begun or not config.start else Path(config.start) / "checkpoints" / "start"
-        world = (own_world if config.attacker else toy_world)(config, source if source.exists() else None)
+        world = (own_world if config.attacker else toy_world)(config, source if begun or config.start else None)
         players = make_players(config, world)
         planned = plan_memory(config, world, players)
         if config.dry_run:
@@ -942,9 +993,11 @@ def main(argv):
             prepare(run, start)
         run.track = tracker(config, folder) if config.log != "none" and not rank() else None
     except (ValueError, OSError, SafetensorError) as error:  # a user's mistake: one line, nothing left behind
+        if not (config.resume or config.dry_run or start.exists() or rank()):
+            shutil.rmtree(folder, ignore_errors=True)
         fail(error)
     except KeyboardInterrupt as stop:
-        interrupted(stop, " before the game began")
+        interrupted(stop, f" before the game began{'' if config.dry_run else f'; go on with: python train.py --resume {folder}'}")
     try:
         print(f"attack success on held-out prompts before the game: {run.before['asr_held_out_judge']:.1%}")
         with stop_after_a_step(run), tqdm(total=len(schedule(config)), initial=run.step, dynamic_ncols=True) as run.bar:
@@ -952,7 +1005,7 @@ def main(argv):
         if run.stop:
             raise KeyboardInterrupt(run.stop)
         rows, examples = run.finish(time.time() - clock)
-    except (JudgeError, OSError, SafetensorError) as error:  # the judge broke its word, or the disk is full
+    except (JudgeError, NotFinite, OSError, SafetensorError) as error:  # the judge broke its word, numbers are not finite, the disk is full
         fail(f"{error}; the run can go on with --resume {folder}")
     except KeyboardInterrupt as stop:
         interrupted(stop, f"; go on with: python train.py --resume {folder}")
@@ -963,27 +1016,28 @@ def main(argv):
           f"the models are in {folder}/attacker and {folder}/defender, every exchange of a PPO step in {folder}/games.jsonl.")
 
 
-def prepare(run, start):
-    """Make the run folder: the configuration, what the game starts from, and the test sets."""
-    temporary = start.with_name(".starting")
-    if not rank():
-        shutil.rmtree(temporary, ignore_errors=True)
-    for name, player in run.players.items():
-        save_policy(player.policy, temporary / name)
-    if rank():
+def main(argv):
+    keep_freed_memory()
+    join_processes()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()  # its retries are not news; what could not be had is said once
+    clock, config = time.time(), parse(argv)
+    if config.deterministic:
+        be_deterministic()
+    if config.resume and (Path(config.out) / "summary.json").is_file():
+        print(f"the run in {config.out} is finished: read {config.out}/report.md")
         return
-    if run.world.judge_to_save:
-        run.world.judge_to_save.model.save_pretrained(temporary / "judge")
-        run.world.judge_to_save.tokenizer.save_pretrained(temporary / "judge")
-    write_json(temporary / "prompts.json", {name: getattr(run.world, name) for name in ("seeds", "test_prompts", "benign_prompts", "more_tests")})
-    write_json(temporary / "attack_seeds.json", run.attack_seeds)
-    versions = {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, transformers, np)}, "platform": platform.platform(),
-                "device": torch.cuda.get_device_name(run.config.device) if run.config.device.startswith("cuda") else platform.machine(),
-                "commit": subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()}
-    write_json(run.folder / "config.json", {"config": asdict(run.config), "versions": versions})
-    for name in ("metrics.jsonl", "games.jsonl"):
-        (run.folder / name).touch()
-    os.replace(temporary, start)
+    try:
+        config = first_decides(lambda: resolve(config))
+        lock = None if config.dry_run else first_decides(lambda: begin(config))
+    except (ValueError, OSError) as error:
+        fail(error)
+    try:
+        play_game(config, clock)
+    finally:
+        if not (config.dry_run or rank()):
+            os.close(lock)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ Anthropic's hh-rlhf, play the game on real questions. What came out, and what it
     python docs/real_text.py OUT --hh hh_harmless_base_test.jsonl.gz --prompts gpo_prompts.json --embedder MINILM_FOLDER
 
     1. a byte-level BPE tokenizer and a GPT-2-format language model on the transcripts, chosen and rejected: both players
-    2. two judges on disjoint halves of the preference pairs (`reward.py`): one to train against, one to measure with
+    2. two judges on disjoint halves of the preference pairs (`reward.py`), from the sentence encoder where there is one:
+       one to train against, one to measure with
     3. GPO+Div and RLHF (`train.py`) with the same defender steps from the same warm start
     4. both runs in one figure and one table
 
@@ -27,14 +28,16 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import append_lines, read_lines, read_rows
+from eval import FinishedRun, kept
 from kernel import linear_logprob
 from model import PLAIN_TEMPLATE, Policy, best_dtype, keep_freed_memory, save_policy
 from report import LOOKS, figure, markdown
+from reward import call_judge
 
 EOS, VOCABULARY, CONTEXT, BATCH, STEPS = "<|endoftext|>", 4096, 256, 32, 300
-GAME = ("--rounds 6 --defender_steps 12 --attacker_steps 8 --batch_size 32 --sft_steps 200 --learning_rate 3e-5 --attacker_learning_rate 3e-5 --kl_coef 0.05 "
-        "--attacker_kl_coef 0.1 --attack_tokens 32 --response_tokens 48 --ptx_coef 0.2 --eval_prompts 150 --restart 0 --mine 0 --replay 0.5 --diversity 1 --dtype auto")
-RUNS = {"GPO+Div": "--method gpo", "RLHF": "--method rlhf"}
+GAME = ("--rounds 5 --defender_steps 8 --attacker_steps 6 --batch_size 32 --sft_steps 100 --learning_rate 3e-5 --attacker_learning_rate 3e-5 --kl_coef 0.05 "
+        "--attacker_kl_coef 0.1 --attack_tokens 32 --response_tokens 48 --ptx_coef 0.2 --eval_prompts 150 --dtype auto")
+RUNS = {"GPO+Div": "--method gpo --diversity 1", "RLHF": "--method rlhf --diversity 0"}
 
 
 def transcripts(hh):
@@ -97,25 +100,28 @@ def call(program, *arguments):
 
 
 def compare(out):
-    """real_text.png and a table: attack success by both judges, diversity and KL, round by round, of both runs."""
+    """real_text.png and a table, round by round, of both runs: the judges' mean P(safe) of sampled answers to held-out prompts,
+    how alike the attacks are, and the defender's KL to its warm start."""
     canvas, axes = figure(4, width=3.6, height=3.4)
-    panels = {"game/asr_train_judge": "attack success, training judge", "game/asr_held_out_judge": "attack success, held-out judge",
-              "game/self_bleu": "SelfBLEU among the attacks", "defender/objective/kl": "KL of the defender, nats a response"}
+    panels = ["reward on held-out prompts, training judge", "the same, held-out judge", "SelfBLEU among the attacks", "KL of the defender, nats a response"]
     lines = []
-    for (name, look) in zip(RUNS, LOOKS):
-        log, before = read_lines(out / name / "metrics.jsonl"), json.loads((out / name / "summary.json").read_text())["before"]
-        rounds = range(1, 1 + max(m["round"] for m in log) + 1)
-        for axis, key in zip(axes, panels):
-            curve = [np.mean([m[key] for m in log if m["round"] == r - 1 and key in m]) for r in rounds]
-            first = {"game": [before[key.split("/")[1]]], "defender": [0.0]}[key.split("/")[0]]
-            axis.plot(range(len(curve) + 1), first + curve, label=name, ms=4, **look)
-            lines.append([name, panels[key], *(f"{value:.3f}" for value in first + curve)])
-    for axis, title in zip(axes, panels.values()):
-        axis.set(xlabel="round", title=title)
-        axis.title.set_fontsize(9)
+    for name, look in zip(RUNS, LOOKS):
+        run = FinishedRun(out / name)
+        log, prompts, mixture = read_lines(run.folder / "metrics.jsonl"), run.prompts["test_prompts"], run.snapshots("defender")
+        defenders = [run.start["defender"], *(kept(mixture, [r], "mixture").speaker(run.end["defender"]) for r in range(mixture.count))]
+        answers = [defender.speak(prompts, 0).texts for defender in defenders]
+        curves = [[np.nanmean(call_judge(judge, prompts, texts)) for texts in answers] for judge in (run.judge, run.held_out_judge)]
+        before = json.loads((run.folder / "summary.json").read_text())["before"]["self_bleu"]
+        curves.append([before] + [m["game/self_bleu"] for m in log if "game/self_bleu" in m])
+        curves.append([0.0] + [np.mean([m["defender/objective/kl"] for m in log if m["round"] == r and m["role"] == "defender"]) for r in range(mixture.count)])
+        for axis, title, curve in zip(axes, panels, curves):
+            axis.plot(range(len(curve)), curve, label=name, ms=4, **look)
+            axis.set(xlabel="round")
+            axis.set_title(title, fontsize=9)
+            lines.append([name, title, *(f"{value:.3f}" for value in curve)])
     axes[0].legend(frameon=False, fontsize=8)
     canvas.savefig(out / "real_text.png", dpi=130)
-    print("\n" + markdown(["", "", "before", *(f"round {r}" for r in rounds)], lines) + f"\n\nwritten to {out}/real_text.png; dialogues by round: {out}/GPO+Div/report.md")
+    print("\n" + markdown(["", "", "before", *(f"round {r + 1}" for r in range(mixture.count))], lines) + f"\n\nwritten to {out}/real_text.png; dialogues by round: {out}/GPO+Div/report.md")
 
 
 def main():
@@ -134,7 +140,8 @@ def main():
     halves(args.hh, out)
     for i in (0, 1):
         if not (out / f"judge_{i}" / "config.json").is_file():
-            call("reward.py", out / f"pairs_{i}.jsonl", "--model", start, "--out", out / f"judge_{i}", "--steps", 150, "--batch_size", 8, "--max_length", 160, "--learning_rate", 1e-4)
+            call("reward.py", out / f"pairs_{i}.jsonl", "--model", start if args.embedder == "words" else args.embedder, "--out", out / f"judge_{i}", "--steps", 150,
+                 "--batch_size", 8, "--max_length", 128, "--learning_rate", 1e-4)
     models_ = ["--attacker", start, "--defender", start, "--judge", out / "judge_0", "--held_out_judge", out / "judge_1", "--embedder", args.embedder]
     for name, flags in RUNS.items():
         if not (out / name / "summary.json").is_file():
