@@ -37,6 +37,7 @@ import transformers
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from data import fail, interrupted, sigterm_as_ctrl_c
 from diversity import Diversity, word_embedder
 from gpo import Player, gae, policy_loss, ppo_update, token_rewards, value_loss, whiten
 from kernel import linear_logprob
@@ -460,18 +461,21 @@ def main(argv):
     parser.add_argument("--json", help="append each row to this file as a JSON line")
     parser.add_argument("--kills", type=int, default=100, help="of `soak`")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of `soak`")
-    parser.error = lambda message: (print(f"error: {message}", file=sys.stderr), sys.exit(2))
+    parser.error = fail
     args = parser.parse_args(argv)
     for name in ("repeats", "kills"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     more = {"ppo": {"trl_python": args.trl_python}}
     try:
+        open(args.json or os.devnull, "a").close()  # find out now whether it can be written
         if args.what == "soak":
             sys.exit(soak(args.kills, args.seed))
         rows = [row for name, bench in benches.items() if args.what in (name, "all") for row in bench(args.repeats, **more.get(name, {}))]
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        fail(error)
+    except KeyboardInterrupt as stop:
+        interrupted(stop, "")
     print_table(rows)
     if args.json:
         with open(args.json, "a") as file:
@@ -479,4 +483,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    sigterm_as_ctrl_c()
     main(sys.argv[1:])

@@ -11,17 +11,50 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 
+# --- what is said on a terminal --------------------------------------------------------------------------------
+def visible(text):
+    """What a model said, with its control characters, line ends and marks of direction shown, not sent to a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def fail(message):
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"error: {visible(' '.join(str(message).split()))}", file=sys.stderr)
     sys.exit(2)
 
 
 def first_line(error):
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line + "; --trust_remote_code runs it" * ("trust_remote_code" in str(error))
+
+
+def check_template(template):
+    if template.count("{}") > 1 or any(brace in template.replace("{}", "") for brace in "{}"):
+        raise ValueError(f"--template must hold {{}} once, for the seed, or not at all, got {template!r}")
+
+
+def check_tokenizer(tokenizer):
+    """Where a folder has none, transformers makes one up, without a word in it."""
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError("it has no tokenizer")
+
+
+def sigterm_as_ctrl_c():
+    """From now on SIGTERM is a KeyboardInterrupt too, one that holds its number."""
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def interrupted(stop, what_next):
+    """The end of a program after a KeyboardInterrupt: one line, and the status that a shell gives such an end, 130 or 143."""
+    print(f"\ninterrupted{what_next}", file=sys.stderr)
+    sys.exit(128 + (stop.args or [signal.SIGINT])[0])
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------
@@ -153,15 +186,15 @@ def _parse_row(path, n, row):
         row = row[0]
     if isinstance(row, str):
         row = {"prompt": row}
-    if isinstance(row, dict) and isinstance(row.get("messages"), list) and row["messages"]:
-        turns = [str(m.get("content", "")) for m in row["messages"] if m.get("role") != "system"]
+    if isinstance(row, dict) and isinstance(row.get("messages"), list) and row["messages"] and all(isinstance(m, dict) for m in row["messages"]):
+        turns = [m.get("content") or "" for m in row["messages"] if m.get("role") != "system"]
         answered = row["messages"][-1].get("role") == "assistant"
-        row = {"prompt": _join_turns(turns[:-1] if answered else turns), **({"response": turns[-1]} if answered else {})}
+        row = row if not all(isinstance(turn, str) for turn in turns) else {"prompt": _join_turns(turns[:-1] if answered else turns), **({"response": turns[-1]} if answered else {})}
     if isinstance(row, dict) and "prompt" not in row and isinstance(row.get("chosen"), str):
         row = _split_transcripts(row)
     wanted = {k: row[k] for k in ("prompt", "response", "chosen", "rejected") if row.get(k)} if isinstance(row, dict) else {}
     wanted = {k: v.strip() if isinstance(v, str) else v for k, v in wanted.items() if str(v).strip()}
-    if not (wanted.get("prompt") or spoken) or not all(isinstance(v, str) and v.encode() for v in wanted.values()):
+    if not (wanted.get("prompt") or spoken) or not all(isinstance(v, str) and v.encode(errors="ignore").decode() == v for v in wanted.values()):
         raise ValueError(f"{path}, row {n}: a row must be a prompt, or have a non-empty text 'prompt', 'messages' or 'chosen', got {str(row)[:80]!r}")
     return ({"prompt": ""} if spoken else {}) | wanted | label  # an empty response is no response; an empty prompt is an error
 

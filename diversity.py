@@ -161,7 +161,7 @@ class Diversity:
         return np.rint(np.nan_to_num(_unit(self.embedder(texts))) * FIXED_POINT).astype(np.int64)
 
 
-def load_embedder(name_or_dir, device="cpu"):
+def load_embedder(name_or_dir, device="cpu", trust_remote_code=False):
     """An embedder from any encoder folder or hub id: masked mean of the last hidden states, unit length.
 
     The embedder maps B texts to a (B, D) float64 array. Raises ValueError when the model cannot be had.
@@ -169,12 +169,15 @@ def load_embedder(name_or_dir, device="cpu"):
     import torch
     from transformers import AutoModel, AutoTokenizer
 
+    from data import check_tokenizer, first_line
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_dir)
-        model = AutoModel.from_pretrained(name_or_dir).to(device).eval()
+        tokenizer, model = (kind.from_pretrained(name_or_dir, trust_remote_code=trust_remote_code) for kind in (AutoTokenizer, AutoModel))
+        check_tokenizer(tokenizer)
+        model.to(device).eval()(**tokenizer("a", return_tensors="pt").to(device)).last_hidden_state  # an encoder has it
     except Exception as error:
         raise ValueError(f"cannot load the embedder {name_or_dir!r}; --embedder takes a local encoder folder, a hub id or 'words': "
-                         + next(iter(str(error).splitlines()), "")) from error
+                         + first_line(error)) from error
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512) - 2)  # RoBERTa's start at 2
 

@@ -31,10 +31,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from data import append_lines, fail, first_turn, read_lines, read_rows, write_json, write_text
+from data import append_lines, check_template, fail, first_turn, interrupted, read_lines, read_rows, sigterm_as_ctrl_c, visible, write_json, write_text
 from diversity import load_embedder, word_embedder
 from gpo import Player, PolicyAverage, evaluate, nash_gap, play, ppo_update, solve_matrix_game
 from model import DTYPES, add_lora, best_dtype, generate, keep_freed_memory, load_adapter, load_policy, logprobs_and_values
@@ -163,13 +164,15 @@ class FinishedRun:
             self.refused, self.helpful, self.cell_of = game.refused, game.helpful, game.cell_of
             self.look_alikes = game.look_alikes(self.prompts["benign_prompts"])
         judge = str(start / "judge") if config["judge"] == "toy" else config["judge"]
-        self.judge, self.held_out_judge = (load_judge(spec, config["unsafe_label"], known) for spec in (judge, config["held_out_judge"]))
-        self.embedder = embedders.get(config["embedder"]) or load_embedder(config["embedder"])
+        place = "cpu", config.get("trust_remote_code", False)
+        self.judge, self.held_out_judge = (load_judge(spec, config["unsafe_label"], known, *place) for spec in (judge, config["held_out_judge"]))
+        self.embedder = embedders.get(config["embedder"]) or load_embedder(config["embedder"], *place)
 
     def player(self, name, folder):
         c = self.config
         lora = c.get("lora", 0)  # then the averages are adapters, on the base in checkpoints/start
-        policy = load_policy(self.folder / "checkpoints" / "start" / name if lora else folder, c["critic"], DTYPES[c["dtype"]], DEVICE)
+        policy = load_policy(self.folder / "checkpoints" / "start" / name if lora else folder, c["critic"], DTYPES[c["dtype"]], DEVICE,
+                             c.get("trust_remote_code", False))
         if lora:
             add_lora(policy, lora)
             load_adapter(policy, folder)
@@ -266,9 +269,9 @@ def leaders(texts, embedder):
     return found
 
 
-def speaker_at(name, tokens, dtype):
+def speaker_at(name, tokens, dtype, trust_remote_code):
     """speak(prompts, seed, temperature) -> Rollout for a model's folder or hub id, without what a Player needs to be trained."""
-    policy = load_policy(name, dtype=dtype, device=DEVICE)
+    policy = load_policy(name, "shared", dtype, DEVICE, trust_remote_code)
     return lambda prompts, seed, temperature=1.0: generate(policy, prompts, tokens, temperature, seed=seed, clip_prompts=True)
 
 
@@ -277,18 +280,20 @@ def attack(source, target, args):
     folder = Path(source).parent if Path(source).name == "attacker" else Path(source)
     run = FinishedRun(folder) if (folder / "games.jsonl").is_file() else None  # else a model's folder or a hub id
     out = Path(args.out or (run.folder if run else Path()) / f"attack_{Path(target).resolve().name}.jsonl")
-    if out.exists():
-        raise ValueError(f"--out must name a new file, got {out}")
+    if out.exists() or not out.parent.is_dir():
+        raise ValueError(f"--out must name a new file in a folder that exists, got {out}")
+    check_template(args.template or "")
     if not run and not (args.prompts and args.judge):
         raise ValueError(f"an attacker that is not of a run needs --prompts and --judge, got {source}")
     averages = run.averages() if run and args.average != "last" else {}
     if args.average not in ("last", *averages):
         raise ValueError(f"--average must be last or an average of the attacker's run ({', '.join(averages) or 'it has none'}), got {args.average}")
     seeds = [first_turn(row["prompt"]) for row in read_rows(args.prompts)] if args.prompts else run.prompts["seeds"]
-    judge = load_judge(args.judge, device=DEVICE) if args.judge else run.held_out_judge
+    judge = load_judge(args.judge, device=DEVICE, trust_remote_code=args.trust_remote_code) if args.judge else run.held_out_judge
     template, tokens, dtype = (run.config["template"], run.config["response_tokens"], DTYPES[run.config["dtype"]]) if run else (TEMPLATE, 64, best_dtype(DEVICE))
-    attacker = averages.get(args.average, run.end)["attacker"].speak if run else speaker_at(source, 48, dtype)
-    defender = speaker_at(Path(target) / "defender" if (Path(target) / "games.jsonl").is_file() else target, args.response_tokens or tokens, dtype)
+    attacker = averages.get(args.average, run.end)["attacker"].speak if run else speaker_at(source, 48, dtype, args.trust_remote_code)
+    defender = speaker_at(Path(target) / "defender" if (Path(target) / "games.jsonl").is_file() else target, args.response_tokens or tokens, dtype,
+                          args.trust_remote_code)
     chosen = [seeds[i] for i in np.random.default_rng(args.seed).choice(len(seeds), args.n, replace=args.n > len(seeds))]
     attacks = attacker([(args.template or template).format(seed) for seed in chosen], args.seed).texts
     answers = defender(attacks, 0, temperature=0).texts
@@ -317,7 +322,7 @@ def print_attack(rows, cell_of, embedder):
     print("\nA cell is a (topic, framing) pair." if cell_of else f"\nAn attack joins the first cluster to whose first attack its cosine is at least {SAME}, else it begins one.")
     for kind, count in Counter(row[word] for row in broken).most_common(5):
         row = next(row for row in broken if row[word] == kind)
-        print(f"\n  {count} of this {word}, P(safe) of the worst {row['p_safe']:.2f}\n  attack  {row['attack']}\n  answer  {row['response']}")
+        print(f"\n  {count} of this {word}, P(safe) of the worst {row['p_safe']:.2f}\n  attack  {visible(row['attack'])}\n  answer  {visible(row['response'])}")
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -403,11 +408,14 @@ def run_folder(out, name, seed):
     return Path(out) / "runs" / f"{''.join(c if c.isalnum() or c == '+' else '_' for c in name)}_s{seed}"
 
 
+RUNNING = []  # what `command` has started
+
+
 def command(program, arguments, log):
     """Run one of our programs with one thread; what it prints goes to a log. Raises ValueError when it fails."""
     with open(log, "a") as file:
-        done = subprocess.run([sys.executable, str(HERE / program), *arguments], stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if done.returncode:
+        RUNNING.append(done := subprocess.Popen([sys.executable, str(HERE / program), *arguments], stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}))
+    if done.wait():
         said = log.read_text().strip().splitlines() or ["it said nothing"]
         raise ValueError(f"{program} {' '.join(arguments)} ended with status {done.returncode}: {said[-1]} (all of it in {log})")
 
@@ -466,7 +474,9 @@ def run_suite(out, suite, seeds, common="", strangers=("SFT", "RLHF", "GPO+Div")
                             bar.set_description_str(f"{left.parent.name}: ")
                             bar.update(weight)
                         bar.refresh()
-                except BaseException:  # the rest is not begun; what is finished stays
+                except BaseException as error:  # the rest is not begun; what is finished stays
+                    for process in RUNNING if isinstance(error, KeyboardInterrupt) and error.args else ():
+                        process.terminate()  # SIGTERM came to this process alone; Ctrl-C reaches them by itself
                     pool.shutdown(wait=True, cancel_futures=True)
                     raise
     return {name: [suite_row(folder(name, seed)) for seed in seeds] for name in {"SFT": "", **suite}}
@@ -562,7 +572,7 @@ def best_responses(out, seeds, names):
     axis.set(xlabel="PPO steps of a fresh attacker", ylabel="its success against the finished defender", ylim=(0, 1))
     axis.legend(frameon=False, fontsize=8)
     canvas.savefig(Path(out) / "best.png", dpi=150)
-    return markdown(["", "seed", "success", "most frequent exploit"], [[name, seed, show(row["after"], 500), f"{row['exploits'][0][1]} of 200: *{row['exploits'][0][0]}*" if row["exploits"] else "-"]
+    return markdown(["", "seed", "success", "most frequent exploit"], [[name, seed, show(row["after"], 500), f"{row['exploits'][0][1]} of 200: *{visible(row['exploits'][0][0])}*" if row["exploits"] else "-"]
                                                                      for name, rows in found.items() for seed, row in zip(seeds, rows)])
 
 
@@ -696,7 +706,7 @@ def best(folder, steps, round):
     write_json(run.folder / best_file(round), {"steps": steps, "before": before, "after": after, "gap": after - before, "curve": curve, "exploits": exploits})
     print(f"a fresh attacker breaks the defender in {before:.1%} of 500 tries, after {steps} PPO steps on the held-out judge in {after:.1%}: gap {after - before:+.1%}")
     print(f"success in the batch of every tenth step: {' '.join(f'{share:.2f}' for share in curve[::10])}")
-    print("\n".join(f"{count} of {len(seeds)} times: {prompt}" for prompt, count in exploits))
+    print("\n".join(f"{count} of {len(seeds)} times: {visible(prompt)}" for prompt, count in exploits))
 
 
 def main(argv):
@@ -721,6 +731,7 @@ def main(argv):
     parser.add_argument("--judge", help="attack: a judge as of train.py; default: the held-out judge of the attacker's run")
     parser.add_argument("--template", help="attack: how a seed is put to the attacker; default: as in its run, else as in the paper")
     parser.add_argument("--response_tokens", "--response-tokens", type=int, help="attack: longest answer; default: as in the attacker's run, else 64")
+    parser.add_argument("--trust_remote_code", "--trust-remote-code", action="store_true", help="attack: run the Python files that come with a model; they can do anything")
     parser.error = fail
     args = parser.parse_intermixed_args(argv)  # names of rows may follow a flag
     what, rest = args.what[0], args.what[1:]
@@ -742,7 +753,10 @@ def main(argv):
             if not rest or not all((folder / "games.jsonl").is_file() for folder in folders):
                 raise ValueError(f"eval.py report takes run folders with games.jsonl, got {' '.join(rest) or 'none'}")
             out = Path(args.out or Path(os.path.commonpath(folders)) / "report.html")
-            write_page(folders, out)
+            try:
+                write_page(folders, out)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"the files of {' or '.join(rest)} are damaged: {type(error).__name__}: {error}") from error
             print(f"written to {out}")
         elif what in ("reproduce", "ablate", "rounds", "nash"):
             if rest and what != "ablate":
@@ -751,12 +765,12 @@ def main(argv):
              "rounds": lambda: rounds(args.out, args.seeds or 2, args.first_seed), "nash": lambda: nash(args.out)}[what]()
         else:
             evaluate_runs(args.what, args.third_parties)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         fail(error)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        interrupted(stop, "; the same command goes on where it stopped" * (what in ("reproduce", "ablate", "rounds")))
 
 
 if __name__ == "__main__":
+    sigterm_as_ctrl_c()
     main(sys.argv[1:])

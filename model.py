@@ -35,7 +35,7 @@ from transformers.cache_utils import StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from data import first_line, save_tokenizer, write_text
+from data import check_tokenizer, first_line, save_tokenizer, write_text
 from kernel import linear_logprob
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -662,7 +662,7 @@ def load_policy(name_or_dir, critic="shared", dtype=torch.float32, device="cpu",
     """
     try:
         kwargs = dict(trust_remote_code=trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(name_or_dir, **kwargs)
+        check_tokenizer(tokenizer := AutoTokenizer.from_pretrained(name_or_dir, **kwargs))
         lm, info = AutoModelForCausalLM.from_pretrained(name_or_dir, dtype=torch.float32, output_loading_info=True, **kwargs)
         lm = lm.to(device)
     except Exception as error:  # transformers raises a dozen kinds here

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import read_lines, write_text
+from data import read_lines, visible, write_text
 
 
 # --- tables ---------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def write_report(folder, rows, examples):
     """report.md: the table, the curves, and the game as a story, round by round."""
     config = json.loads((folder / "config.json").read_text())["config"]
     games = read_lines(folder / "games.jsonl")
-    quote = lambda text: html.escape(" ".join(text.split()), quote=False).replace("|", "\\|") or "*(nothing)*"
+    quote = lambda text: html.escape(visible(" ".join(text.split())), quote=False).replace("|", "\\|") or "*(nothing)*"
     verdict = lambda p_safe: "undecided" if p_safe is None else f"{p_safe:.0f}"
     lines = [f"# {config['method']}, seed {config['seed']}", "", summary_table(rows), ""]
     if games:

@@ -14,8 +14,11 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -30,6 +33,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined: they run as plain Python then
@@ -37,8 +42,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer,
-                          LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, RobertaConfig, RobertaForSequenceClassification)
+                          LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, RobertaConfig, RobertaForSequenceClassification,
+                          T5Config, T5Model)
 
+import bench
+import data
 import eval as evaluation
 import gpo
 import kernel
@@ -239,6 +247,104 @@ def test_fused_logprob_names_what_does_not_fit():
     for args in ((torch.randn(3, 4), torch.randn(5, 6), torch.tensor([0, 1, 2])), (torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1]))):
         with pytest.raises(ValueError, match="needs"):
             linear_logprob(*args)
+
+
+# --- properties: examples that hypothesis looks for -----------------------------------------------------------
+def bounded(n):
+    return settings(max_examples=n, deadline=None, derandomize=True, database=None)
+
+
+NAMES = ["prompt", "response", "chosen", "rejected", "messages", "role", "content", "transcript", "label", "safe", "x"]
+SAID = st.one_of(st.text(max_size=8), st.sampled_from(["user", "assistant", "system", "\n\nHuman: hi\n\nAssistant: yes", "\n\nAssistant:", "\ud800"]))
+JSON = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), SAID), lambda inner: st.one_of(
+    st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(NAMES), inner, max_size=4), st.dictionaries(st.sampled_from(NAMES[:5]), inner, max_size=3)), max_leaves=8)
+MESSAGES = st.lists(st.one_of(JSON, st.fixed_dictionaries({"role": SAID, "content": JSON}), st.fixed_dictionaries({"role": SAID, "content": SAID})), min_size=1, max_size=3)
+ROW = st.one_of(JSON, MESSAGES, st.fixed_dictionaries({"messages": MESSAGES}), st.dictionaries(st.sampled_from(NAMES), SAID, max_size=4))
+
+
+@pytest.fixture(scope="session")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("scratch")
+
+
+@bounded(150)
+@given(values=st.lists(ROW, min_size=1, max_size=3))
+def test_any_json_in_lines_gives_rows_with_a_prompt_or_an_error_with_file_and_place(scratch, values):
+    file = scratch / "any.jsonl"
+    file.write_text("\n".join(map(json.dumps, values)), encoding="utf-8")
+    try:
+        rows = read_rows(file)
+    except ValueError as error:
+        assert re.match(re.escape(str(file)) + "(, (row|line) [1-9]| must hold at least one row)", str(error)), error
+        return
+    assert rows
+    for row in rows:
+        texts = {name: text for name, text in row.items() if name != "label"}
+        assert set(texts) <= {"prompt", "response", "chosen", "rejected"} and all(isinstance(text, str) and text == text.strip() for text in texts.values())
+        assert row["prompt"] or "Assistant:" in str(values)  # only of a transcript in which the human says nothing
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).map(str.strip).filter(bool)
+
+
+@bounded(50)
+@given(rows=st.lists(st.fixed_dictionaries({"prompt": TEXT}, optional={"response": TEXT, "label": st.integers(0, 1)}), min_size=1, max_size=5))
+def test_rows_that_are_written_are_the_rows_that_are_read(scratch, rows):
+    (scratch / "rows.jsonl").unlink(missing_ok=True)
+    data.append_lines(scratch / "rows.jsonl", rows)
+    data.write_json(scratch / "rows.json", rows)
+    (scratch / "rows.jsonl.gz").write_bytes(gzip.compress((scratch / "rows.jsonl").read_bytes()))
+    assert read_rows(scratch / "rows.jsonl") == read_rows(scratch / "rows.json") == read_rows(scratch / "rows.jsonl.gz") == rows == data.read_lines(scratch / "rows.jsonl")
+
+
+SENTENCE = st.lists(st.sampled_from(["a", "b", "the", "lock"]), max_size=9).map(" ".join)
+
+
+@bounded(50)
+@given(text=SENTENCE, history=st.lists(SENTENCE, min_size=1, max_size=6), order=st.permutations(range(6)))
+def test_self_bleu_is_the_definition_lies_in_0_to_1_and_does_not_care_for_the_order_of_the_history(text, history, order):
+    score, = self_bleu([text], history, leave_one_out=False)
+    assert score == pytest.approx(np.mean([bleu_by_definition(text, history, n) for n in (2, 3, 4, 5)]) if text else 0, abs=1e-9) and 0 <= score <= 1
+    assert score == self_bleu([text], [history[i] for i in order if i < len(history)], leave_one_out=False)[0]
+
+
+@bounded(40)
+@given(spans=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 5)), min_size=1, max_size=4), gamma=st.floats(0, 1), lam=st.floats(0, 1), seed=st.integers(0, 99))
+def test_gae_is_the_double_sum_of_its_definition(spans, gamma, lam, seed):
+    rng, (B, T) = np.random.default_rng(seed), (len(spans), 10)
+    mask = torch.tensor([[start <= t < start + n for t in range(T)] for start, n in spans])
+    rewards, values = (torch.tensor(rng.normal(size=(B, T))) * mask for _ in range(2))
+    advantages, returns = gae(rewards, values, mask, gamma, lam)
+    for b, (start, n) in enumerate(spans):
+        delta = {t: rewards[b, t] + gamma * (values[b, t + 1] if t + 1 < start + n else 0) - values[b, t] for t in range(start, start + n)}
+        for t in range(T):  # A_t = sum_l (gamma lambda)^l delta_{t+l}, within the response
+            expected = sum((gamma * lam) ** (u - t) * delta[u] for u in delta if u >= t) if t in delta else 0
+            assert float(advantages[b, t]) == pytest.approx(float(expected), abs=1e-6)
+            assert float(returns[b, t]) == pytest.approx(float(expected + values[b, t]) if t in delta else 0, abs=1e-6)
+
+
+@bounded(40)
+@given(rows=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)), min_size=1, max_size=6))
+def test_the_response_mask_is_true_from_the_prompts_end_to_the_rows_end(rows):
+    P, L = torch.tensor([p for p, _ in rows]), torch.tensor([p + n for p, n in rows])
+    rollout = model.Rollout([""] * len(rows), [""] * len(rows), torch.zeros(len(rows), int(L.max()), dtype=torch.long), P, L, L > P)
+    T = int(L.max())
+    assert rollout.response_mask.tolist() == [[False] * p + [True] * n + [False] * (T - p - n) for p, n in rows]
+
+
+@pytest.fixture(scope="session")
+def speaking():
+    return tiny_policy()
+
+
+@bounded(40)
+@given(prompts=st.lists(st.sampled_from(PROMPTS), min_size=1, max_size=6), n=st.integers(1, 12), temperature=st.sampled_from([0, 0.5, 1.0, 3.0]), top_k=st.sampled_from([0, 3]), seed=st.integers(0, 99))
+def test_a_response_ends_at_its_first_eos_or_at_the_limit_and_its_text_is_its_tokens(speaking, prompts, n, temperature, top_k, seed):
+    rollout, names = generate(speaking, prompts, n, temperature, top_k, seed=seed), {i: word for word, i in speaking.tokenizer.get_vocab().items()}
+    for row, start, end, ended, text in zip(rollout.tokens.tolist(), rollout.prompt_lengths, rollout.lengths, rollout.ended.tolist(), rollout.texts):
+        response = row[start:end]
+        assert 1 <= len(response) <= n and 0 not in response[:-1] and ended == (response[-1] == 0) and (ended or len(response) == n)  # 0 is <eos>
+        assert text == " ".join(names[i] for i in response if not names[i].startswith("<"))
 
 
 # --- PPO, the mathematics (section 2, points 10 to 14) -----------------------------------------------------
@@ -2333,7 +2439,6 @@ STEPS = "--sft_steps 2 --rounds 1 --attacker_steps 1 --defender_steps 2 --save_e
 @pytest.fixture(scope="session")
 def alone(own):
     """(Start or resume in one thread a small run of your own models; the contents of one that ended undisturbed.)"""
-    import bench
 
     def run(*args):
         threads, before = torch.get_num_threads(), Path.cwd()
@@ -2350,7 +2455,6 @@ def alone(own):
 
 
 def differing(folder, whole):
-    import bench
     end = bench.contents(folder) if (folder / "summary.json").exists() else {}
     return {name for name in {**whole, **end} if whole.get(name) != end.get(name)} - {"config.json"}  # it holds the folder's name
 
@@ -2459,7 +2563,6 @@ os.write(1, b"@end\\n")"""
 @pytest.mark.parametrize("what, end, status", [
     ("", "4 kills, 0 lost, 0 different", 0), ("if resumed: Path('run/more').touch()", "4 kills, 0 lost, 1 different", 1), ("if resumed: sys.exit(3)", "4 kills, 1 lost, 0 different", 1)])
 def test_a_soak_kills_as_often_as_asked_and_finds_what_is_lost_or_different(monkeypatch, capsys, tmp_path, what, end, status):
-    import bench
     monkeypatch.setattr(bench, "SOAK_PROGRAM", SOAKED.replace("WHAT", what))
     monkeypatch.setattr(bench.tempfile, "tempdir", str(tmp_path))
     with pytest.raises(SystemExit) as stopped:
@@ -2470,7 +2573,6 @@ def test_a_soak_kills_as_often_as_asked_and_finds_what_is_lost_or_different(monk
 
 
 def test_train_killed_by_the_soak_and_resumed_ends_like_one_that_was_not(finished, tmp_path, monkeypatch):
-    import bench
     monkeypatch.setattr(bench, "SOAK", [*TINY, "--out", "run"])
     status, seen = bench.live(tmp_path, ("ppo_update", 3, 0.01))  # it resumes with a defender step, then the attacker's: its optimizer and the history matter
     assert status == -signal.SIGKILL and [name for name, _ in seen].count("save") == 1 and not (tmp_path / "run" / "summary.json").exists()
@@ -2571,8 +2673,8 @@ def unfinished(tmp_path):
     (folder / "checkpoints/step_000002").mkdir(parents=True)
     before = {"asr_held_out_judge": 0.625, "asr_train_judge": 0.5, "over_refusal": None, "helpfulness": None, "attacker_success": 0.25, "self_bleu": 0.75, "cosine": 0.125}
     (folder / "checkpoints/step_000002/state.json").write_text(json.dumps({"before": before}))
-    (folder / "config.json").write_text(json.dumps({"config": {"method": "gpo", "seed": 3, "attacker": "<b>me</b>", "defender": "you"}, "versions": {}}))
-    games = [{"step": i // 4, "round": i // 8, "role": ("attacker", "defender")[i // 4 % 2], "seed": f"seed {i % 3}", "attack": NASTY[i % 5], "response": f"answer {i}",
+    (folder / "config.json").write_text(json.dumps({"config": {"method": "gpo", "seed": 3, "attacker": "<b>me</b>", "defender": "you", "template": "</pre><script>alert(4)</script>"}, "versions": {}}))
+    games = [{"step": i // 4, "round": i // 8, "role": ("attacker", "defender")[i // 4 % 2], "seed": f"<u onclick=alert(2)>seed {i % 3}", "attack": NASTY[i % 5], "response": f"<svg onload=alert(3)>answer {i}",
               "p_safe": i / 16, "score": -i / 2} for i in range(16)]
     games += [{"step": 3, "round": 1, "role": "probe", "attack": "a probe", "response": NASTY[0], "p_safe": float("nan")}]
     (folder / "games.jsonl").write_text("".join(json.dumps(game) + "\n" for game in games) + '{"step": 4, "half a li', encoding="utf-8")
@@ -2591,7 +2693,7 @@ def test_the_page_of_an_unfinished_run_shows_what_is_there_and_no_text_becomes_h
     assert found["runs"] == ["<i>run & co"] and len(page.scripts) == 3 and found["games"][-1].pop("p_safe") is None
     assert [{key: value for key, value in game.items() if key != "run"} for game in found["games"]] == games[:-1] + [{key: value for key, value in games[-1].items() if key != "p_safe"}]
     tags = [tag for tag, _ in page.tags]
-    assert tags.count("script") == 3 and not {"b", "i", "link", "iframe"} & set(tags)
+    assert tags.count("script") == 3 and not {"b", "i", "u", "svg", "link", "iframe"} & set(tags)
     assert [attributes["src"][:22] for _, attributes in page.tags if "src" in attributes] == ["data:image/png;base64,"]  # the curves; nothing is fetched
     assert not any("href" in attributes or any(name.startswith("on") for name in attributes) for _, attributes in page.tags)
     text = " ".join(page.words)
@@ -2629,6 +2731,125 @@ def test_eval_writes_one_page_for_the_runs_it_is_given(finished, tmp_path, capsy
     assert " ".join(f"{summary[row]['self_bleu']:.3f}" for row in ("before", "after", "average (mixture)", "average (weights)")) + " cosine among" in " ".join(page.words)  # four columns
     evaluation.main(["report", str(out), str(out), "--out", str(tmp_path / "both.html")])
     assert len(json.loads(Page(tmp_path / "both.html").scripts["data"])["games"]) == 2 * len(games)
+
+
+# --- what is let in, and what is not ---------------------------------------------------------------------------------------
+def test_no_file_of_ours_reads_a_pickle_or_runs_text_as_code():
+    for file in HERE.glob("*.py"):
+        if file.name != "test_gpo.py":
+            found = re.search(r"\b(c?pickle|dill|joblib|shelve|marshal)\b|torch\.load|np\.load|allow_pickle|weights_only|yaml\.(unsafe_|full_)?load\b|(?<![.\w])(eval|exec)\(", file.read_text())
+            assert not found, (file.name, found)
+
+
+class Trap:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_a_pickle_in_the_place_of_weights_is_not_run(own, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(own)
+    trap = pickle.dumps({"lm.transformer.wte.weight": Trap(tmp_path / "sprung")})
+    pickle.loads(trap)
+    (tmp_path / "sprung").rmdir()  # it works
+    for flag, kind, file in (("--defender", "defender", "pytorch_model.bin"), ("--defender", "defender", "model.safetensors"), ("--judge", "judge", "pytorch_model.bin"),
+                             ("--embedder", "embedder", "pytorch_model.bin"), ("--attacker", "attacker", "critic.safetensors")):
+        folder = tmp_path / f"{kind}-{file}"
+        shutil.copytree(kind, folder)
+        if file == "pytorch_model.bin":
+            (folder / "model.safetensors").unlink()
+        (folder / file).write_bytes(trap)
+        with pytest.raises(SystemExit) as stopped:
+            train.main([*OWN, *SMALL, flag, str(folder), "--out", "never"])
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and not (tmp_path / "sprung").exists(), error
+    (tmp_path / "defender.safetensors").write_bytes(trap)  # of a checkpoint
+    with pytest.raises(SafetensorError):
+        model.load_weights(tiny_policy(), tmp_path / "defender.safetensors")
+    assert not (tmp_path / "sprung").exists()
+    folder = tmp_path / "defender-pytorch_model.bin"  # many judges on the hub have their weights in such a file: tensors alone are read from it
+    torch.save(load_file("defender/model.safetensors"), folder / "pytorch_model.bin")
+    assert bytes_of(load_policy(folder).lm) == bytes_of(load_policy("defender").lm)
+
+
+def test_code_that_comes_with_a_model_runs_by_its_flag_only(own, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(own)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    for i, (flag, before) in enumerate((("--defender", ""), ("--judge", ""), ("--judge", "guard:"), ("--embedder", ""))):
+        folder = shutil.copytree("defender", tmp_path / f"custom{i}")
+        (folder / "theirs.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\nnumber = {i}\n")
+        (folder / "config.json").write_text(json.dumps({"model_type": "theirs", "auto_map": {name: "theirs.X" for name in (
+            "AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification")}}))
+        spec = f"{before}{folder}"
+        with pytest.raises(SystemExit) as stopped:
+            train.main([*OWN, *SMALL, flag, spec, "--out", "never"])
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and error.count("\n") == 1 and error.endswith("; --trust_remote_code runs it\n") and not (tmp_path / "ran").exists(), error
+        with pytest.raises(SystemExit):
+            train.main([*OWN, *SMALL, flag, spec, "--trust_remote_code", "--out", "never"])  # there is no class X in it
+        (tmp_path / "ran").rmdir()
+        capsys.readouterr()
+
+
+def test_a_judges_file_runs_only_when_its_function_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "mine.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\ndef judge(p, r): return [1.0] * len(p)\n")
+    for spec in (tmp_path, tmp_path / "mine.py", tmp_path / "mine", f"guard:{tmp_path}"):
+        with pytest.raises(ValueError):
+            load_judge(str(spec))
+    assert not (tmp_path / "ran").exists()
+    assert load_judge(f"{tmp_path}/mine.py:judge")(["a"], ["b"]) == [1.0] and (tmp_path / "ran").exists()
+
+
+UGLY = "\x1b[2Jclear\x9b1m \u202eleft \u2066in\r\x00"
+SEEN = r"\x1b[2Jclear\x9b1m \u202eleft \u2066in\r\x00"
+
+
+def test_control_characters_that_models_say_are_shown_and_not_sent_to_the_terminal(capsys):
+    assert data.visible(UGLY) == SEEN and data.visible("plain, é 日本 🙂") == "plain, é 日本 🙂"
+    evaluation.print_attack([{"attack": UGLY, "response": UGLY, "p_safe": 0.0}], None, word_embedder)
+    call_judge(lambda p, r: [None, 1.0, 1.0], [UGLY] * 3, [UGLY] * 3)
+    with pytest.raises(SystemExit):
+        data.fail(ValueError(f"a row of {UGLY}"))
+    out, err = capsys.readouterr()
+    assert out.count(SEEN) == 2 and err.count(SEEN) == 2 and r"a row of \x1b[2Jclear\x9b1m \u202eleft \u2066in \x00" in err
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", out + err.replace("\r", ""))
+
+
+def test_the_embedded_game_opens_no_connection_and_what_it_prints_is_plain(tmp_path, monkeypatch, capsys):
+    def never(*args, **kwargs):
+        raise AssertionError("a connection was opened")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, never)
+    monkeypatch.setattr(socket, "getaddrinfo", never)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(train.Run, "examples", lambda run: [(UGLY, UGLY, UGLY)])
+    small = "--sft_steps 4 --judge_steps 4 --batch_size 8 --eval_prompts 12 --rounds 1 --attacker_steps 1 --defender_steps 1 --mine 0 --guard 0 --average none --attack_tokens 4 --response_tokens 4".split()
+    train.main([*small, "--out", str(tmp_path / "run")])
+    evaluation.main([str(tmp_path / "run")])
+    out, report_text = capsys.readouterr().out, (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    assert out.count(SEEN) == 3 and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", out + report_text)
+
+
+def test_deterministic_asks_for_deterministic_algorithms_and_one_thread(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")  # and what the run sets is taken back at the end
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    try:
+        train.main(["--dry_run", "--deterministic"])
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
 
 
 # --- a trained attacker on any model ------------------------------------------------------------------------------------------
@@ -2766,26 +2987,19 @@ def test_probe_bounds_the_nash_gap_after_each_round_and_draws_who_breaks_whom(fi
     assert (out / "probe.png").stat().st_size > 10_000
 
 
-def in_process(command, stdout=None, **kwargs):
-    """What `subprocess.run` does with one of our programs, without the seconds that an interpreter takes to import torch."""
-    program = {"train.py": train, "eval.py": evaluation}.get(Path(command[1]).name)
-    if not program:  # what train.py itself runs: git
-        return RUN(command, stdout=stdout, **kwargs)
-    with ONE_AT_A_TIME, contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
-        try:
-            program.main(command[2:])
-            return subprocess.CompletedProcess(command, 0)
-        except SystemExit as end:
-            return subprocess.CompletedProcess(command, end.code)
+def in_process(program, arguments, log):
+    """What `evaluation.command` does, without the seconds that an interpreter takes to import torch."""
+    with ONE_AT_A_TIME, open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        {"train.py": train, "eval.py": evaluation}[program].main(arguments)
 
 
-ONE_AT_A_TIME, RUN = threading.Lock(), subprocess.run
+ONE_AT_A_TIME = threading.Lock()
 
 
 def test_a_suite_runs_every_row_on_every_seed_from_one_warm_start_and_nothing_twice(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="ended with status 2: error: --rounds must be"):  # in interpreters of their own, as users have it
         evaluation.run_suite(tmp_path / "other", {}, (0, 1), "--rounds 0", strangers=("SFT",))
-    monkeypatch.setattr(evaluation.subprocess, "run", in_process)
+    monkeypatch.setattr(evaluation, "command", in_process)
     turns, common = " ".join(PLAYED), " ".join(SIZES)
     suite = {"RLHF": f"--method rlhf {turns}", "one & more": f"--average distill --mine 8 {turns}"}
     rows = evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT", "RLHF"), probes={"RLHF": (0,)}, steps=1)
@@ -3186,7 +3400,7 @@ WRONG = {
     "a mixture that is not kept": (["--opponent", "mixture", "--average", "none"], "--opponent mixture needs --average mixture"),
     "an occupied run folder": (["--out", "bad"], "new or empty folder, got bad"),
     "a configuration of the wrong type": (["bad/types.json"], "argument --rounds: invalid int value: 'many'"),
-    "a configuration with an unknown name": (["bad/unknown.json"], "unrecognized arguments: --runds=3"),
+    "a configuration with an unknown name": (["bad/unknown.json"], "bad/unknown.json must hold options of train.py, got runds"),
     "a configuration that is a list": (["bad/list.yaml"], "must hold names and values, got"),
     "a configuration that is not there": (["bad/no.yaml"], "cannot read the configuration"),
     "a run resumed with another seed": (["--resume", "bad/other", "--seed", "0"], "--resume takes the run folder alone"),
@@ -3204,6 +3418,45 @@ WRONG = {
     "a hub model without a network": (["--attacker", "gpt2", "--defender", "gpt2"], "--held_out_judge, --embedder, --prompts, --sft_data and --benign_prompts take local paths"),
     "prompts alone without a network": (["--attacker", "attacker", "--defender", "defender", "--prompts", "prompts.txt"], "--judge: cannot load the judge 'facebook/roberta-hate"),
     "a held-out judge that cannot be fetched": ([*OWN, "--held_out_judge", "s-nlp/none"], "--held_out_judge: cannot load the judge 's-nlp/none'"),
+    "a folder of prompts": ([*OWN, "--prompts", "bad"], "a data file must exist, got 'bad'"),
+    "prompts of white space": ([*OWN, "--prompts", "bad/blank.jsonl"], "bad/blank.jsonl, row 1: a row must be a prompt"),
+    "messages that are numbers": ([*OWN, "--prompts", "bad/numbers.jsonl"], "bad/numbers.jsonl, row 1: a row must be a prompt"),
+    "half a character": ([*OWN, "--prompts", "bad/half.jsonl"], "bad/half.jsonl, row 1: a row must be a prompt"),
+    "an archive that is none": ([*OWN, "--prompts", "bad/plain.txt.gz"], "cannot read bad/plain.txt.gz: Not a gzipped file"),
+    "half an archive": ([*OWN, "--prompts", "bad/half.txt.gz"], "cannot read bad/half.txt.gz: Compressed file ended"),
+    "an empty word": (["--resume", ""], "--resume must not be empty"),
+    "a judge that is no Python": ([*OWN, "--judge", "bad/syntax.py:f"], "SyntaxError: '(' was never closed"),
+    "a judge that is not in its file": ([*OWN, "--judge", "bad/judge.py:none"], "has no attribute 'none'"),
+    "a judge of one argument": ([*OWN, "--judge", "bad/judge.py:alone"], "takes 1 positional argument but 2 were given"),
+    "a judge that leaves": ([*OWN, "--judge", "bad/judge.py:leave"], "the judge raised SystemExit: 5"),
+    "a file as a judge": ([*OWN, "--judge", "bad/judge.py"], "a judge from a file is written path/to/file.py:function"),
+    "a guard of a classifier": ([*OWN, "--judge", "guard:judge"], "cannot load the judge 'guard:judge'"),
+    "labels that do not tell": ([*OWN, "--unsafe_label", "bad"], "cannot tell which label of the judge means unsafe"),
+    "an embedder of no model": ([*OWN, "--embedder", "bad"], "cannot load the embedder 'bad'"),
+    "an embedder that writes": ([*OWN, "--embedder", "bad/t5"], "cannot load the embedder 'bad/t5'"),
+    "a player that never ends": ([*OWN, "--defender", "bad/endless"], "a policy needs an end-of-sequence token"),
+    "a player without a tokenizer": ([*OWN, "--defender", "bad/silent"], "cannot load 'bad/silent' as a causal language model (is the folder complete?): it has no tokenizer"),
+    "a judge without a tokenizer": ([*OWN, "--judge", "guard:bad/silent"], "cannot load the judge 'guard:bad/silent'"),
+    "half a model": ([*OWN, "--defender", "bad/cut"], "cannot load 'bad/cut' as a causal language model"),
+    "a file as a player": ([*OWN, "--defender", "prompts.txt"], "cannot load 'prompts.txt' as a causal language model"),
+    "a run folder in a file": (["--out", "prompts.txt/run"], "--out must lie in a folder that can be written to"),
+    "an endless penalty": (["--kl_coef", "inf"], "--kl_coef must be a finite number of at least 0 and below 2**31, got inf"),
+    "a huge batch": (["--batch_size", "1" + "0" * 30], "and below 2**31, got 1000"),
+    "a seed below 0": (["--seed", "-1"], "--seed must be a finite number of at least 0, got -1"),
+    "a mass of nan": (["--top_p", "nan"], "--top_p must lie in (0, 1]"),
+    "more minibatches than rows": (["--minibatches", "97"], "--minibatches must be at most --batch_size"),
+    "a device of no number": (["--device", "cpu:x"], "--device must be auto, cpu"),
+    "answers beyond the context": (["--response_tokens", "100000"], "the defender must hold a prompt and 100000 new tokens in its context of 64"),
+    "a flag without a value": (["--rounds"], "argument --rounds: expected one argument"),
+    "half a name": (["--attack", "3"], "unrecognized arguments: --attack 3"),
+    "a configuration that runs code": (["bad/tag.yaml"], "could not determine a constructor for the tag"),
+    "a configuration of bytes": (["bad/bytes.json"], "cannot read the configuration"),
+    "a configuration within a configuration": (["bad/nested.yaml"], "argument --rounds: invalid int value"),
+    "a model resumed": (["--resume", "attacker"], "--resume needs a run folder with its config.json, got attacker"),
+    "a run of an older version": (["--resume", "bad/older"], "it was begun by an older version, without mine"),
+    "a run of a newer version": (["--resume", "bad/newer"], "bad/newer must hold options of train.py, got future"),
+    "a run of another type": (["--resume", "bad/retyped"], "argument --rounds: invalid int value: 'many'"),
+    "a warm start of a list": (["--start", "bad/listed"], "--start needs a run folder"),
     "pairs without responses": ([*OWN, "--sft_data", "prompts.txt"], "prompts.txt: 24 rows, 24 incomplete left out, and none remain"),
 }
 
@@ -3212,7 +3465,9 @@ WRONG = {
 def bad(own):
     (own / BAD).mkdir()
     files = {"empty.txt": "", "broken.jsonl": '{"prompt": "a"}\n{"prompt": \n', "rows.jsonl": '{"text": "a"}\n', "long.txt": "ab " * 300 + "\n" + "cd " * 300,
-             "judge.py": "def short(p, r): return [0.5]\ndef two(p, r): return [2.0] * len(p)\ndef nan(p, r): return [float('nan')] * len(p)\ndef nothing(p, r): return [None] * len(p)\n"}
+             "blank.jsonl": '"  "\n""\n', "numbers.jsonl": '{"messages": [3]}\n', "half.jsonl": '{"prompt": "\\ud800"}\n', "plain.txt.gz": "words", "syntax.py": "def f(p, r:",
+             "tag.yaml": "!!python/object/apply:os.mkdir [never]", "nested.yaml": "rounds: {a: 1}", "labels.jsonl": '{"prompt": "a", "response": "b", "label": NaN}\n',
+             "judge.py": "def alone(p): return [1.0]\ndef leave(p, r): raise SystemExit(5)\ndef short(p, r): return [0.5]\ndef two(p, r): return [2.0] * len(p)\ndef nan(p, r): return [float('nan')] * len(p)\ndef nothing(p, r): return [None] * len(p)\n"}
     for name, text in files.items():
         (own / BAD / name).write_text(text)
     (own / BAD / "types.json").write_text('{"rounds": "many"}')
@@ -3228,8 +3483,31 @@ def bad(own):
     (own / BAD / "unstarted").mkdir()
     for name in ("other", "unstarted"):
         (own / BAD / name / "config.json").write_text(json.dumps({"config": asdict(train.resolve(train.Config(out="nowhere")))}))
-    (own / BAD / "binary.txt").write_bytes(bytes(range(128, 256)))
+    for name in ("binary.txt", "bytes.json"):
+        (own / BAD / name).write_bytes(bytes(range(128, 256)))
+    (own / BAD / "half.txt.gz").write_bytes(gzip.compress(bytes(range(256)))[:40])
+    config = json.loads((own / BAD / "other" / "config.json").read_text())["config"]
+    for name, value in {"older": {key: value for key, value in config.items() if key != "mine"}, "newer": {**config, "future": 1}, "retyped": {**config, "rounds": "many"}, "listed": None, "hurt": config}.items():
+        (own / BAD / name).mkdir()
+        (own / BAD / name / "config.json").write_text(json.dumps({"config": value} if value else []))
+    for name in ("summary.json", "games.jsonl", "metrics.jsonl"):
+        (own / BAD / "hurt" / name).write_text("3\n")
+    tokenizer = tiny_tokenizer()
+    lm = tiny_lm(tokenizer)
+    for name in ("silent", "cut", "endless"):
+        lm.config.eos_token_id = lm.generation_config.eos_token_id = None if name == "endless" else 0
+        lm.save_pretrained(own / BAD / name)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, unk_token="<unk>").save_pretrained(own / BAD / "endless")
+    tokenizer.save_pretrained(own / BAD / "cut")
+    (own / BAD / "cut" / "model.safetensors").write_bytes((own / BAD / "silent" / "model.safetensors").read_bytes()[:100])
+    T5Model(T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(own / BAD / "t5")
+    tokenizer.save_pretrained(own / BAD / "t5")
     return own
+
+
+def contents(folder):
+    """{path: bytes} of what lies in a folder, at any depth."""
+    return {path: path.is_file() and path.read_bytes() for path in Path(folder).rglob("*") if "__pycache__" not in path.parts}
 
 
 @pytest.mark.parametrize("flags", [[], ["--shard", "--critic", "separate"]])
@@ -3263,6 +3541,19 @@ def test_a_run_of_two_processes_is_complete_and_sharded_goes_on_with_two_or_one(
     assert (out / "summary.json").exists() and len((out / "metrics.jsonl").read_text().splitlines()) == 4
 
 
+def stop_the_second(rank, meeting, *argv):
+    real = train.Run.log
+    train.Run.log = lambda run, *args: (real(run, *args), os.kill(os.getpid(), signal.SIGTERM) if rank and run.step == 1 else None)
+    train_together(rank, meeting, *argv)
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
+    few = ["--sft_steps", 2, "--judge_steps", 2, "--eval_prompts", 6, "--average", "none", "--guard", 0, "--mine", 0, "--save_every", 9, "--attack_tokens", 4, "--response_tokens", 4]
+    assert two_processes(stop_the_second, tmp_path / "said", *TINY, *few, "--out", tmp_path / "run") == [143, 143]
+    assert (tmp_path / "said_0.txt").read_text().splitlines()[-1] == f"interrupted; go on with: python train.py --resume {tmp_path / 'run'}"
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_000002"] and len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
 def test_what_several_processes_cannot_do_is_said_once(tmp_path):
     assert two_processes(train_together, tmp_path / "said", "--rounds", 0, "--out", tmp_path / "never") == [2, 2]
     said = "error: --rounds must be a finite number of at least 1, got 0\n"
@@ -3276,22 +3567,32 @@ def test_wrong_input_gets_one_line_exit_status_2_and_leaves_nothing(bad, name, m
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     small = SMALL if "--attacker" in args and "gpt2" not in args else []
-    alone = args[0] == "--resume" or args[0].endswith(("json", "yaml"))
-    out = [] if "--out" in args or alone else ["--out", "never"]
+    alone = args[0] == "--resume" or args[0].endswith(("json", "yaml")) or len(args) == 1
+    out, before = [] if "--out" in args or alone else ["--out", "never"], contents(bad)
     with pytest.raises(SystemExit) as stopped:
         train.main(args if alone else [*small, *args, *out])
     error = capsys.readouterr().err
     lines = [line for line in error.replace("\r", "\n").splitlines() if line.strip() and "it/s" not in line]  # without progress bars
     assert stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], error
-    assert "Traceback" not in error and not (bad / "never").exists()
+    assert "Traceback" not in error and contents(bad) == before  # byte for byte
+
+
+@pytest.fixture
+def sigterm():
+    before = signal.getsignal(signal.SIGTERM)
+    data.sigterm_as_ctrl_c()  # as a program does that is started from a shell
+    yield lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM)
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("what, error, status, message", [
     ("own_world", KeyboardInterrupt(), 130, "interrupted before the game began; go on with: python train.py --resume stopped"), ("train", KeyboardInterrupt(), 130, "--resume stopped"),
+    ("sft", signal.SIGTERM, 143, "interrupted before the game began"), ("evaluate", signal.SIGTERM, 143, "interrupted before the game began"),
     ("train", signal.SIGTERM, 143, "interrupted; go on with: python train.py --resume stopped"),
+    ("draw_curves", signal.SIGTERM, 143, "interrupted; go on with: python train.py --resume stopped"),
     ("train", JudgeError("a score of 2"), 2, "error: a score of 2; the run can go on with --resume stopped"),
     ("save_weights", SafetensorError("No space left on device"), 2, "error: No space left on device; the run can go on with --resume stopped")])
-def test_a_run_that_is_stopped_says_in_one_line_how_to_go_on(own, monkeypatch, capsys, what, error, status, message):
+def test_a_run_that_is_stopped_says_in_one_line_how_to_go_on(own, sigterm, monkeypatch, capsys, what, error, status, message):
     def stop(*args):
         if isinstance(error, signal.Signals):  # it is sent to a run that goes on until it looks
             return os.kill(os.getpid(), error)
@@ -3365,7 +3666,7 @@ def test_on_a_full_disk_a_run_ends_with_one_line_and_with_more_room_it_goes_on_t
     # a disk in memory that grows by a factor after each failure: wherever a write was cut off, the run goes on from there. A factor of 1.02 cuts off about every write
     disk, size, growth, failures = tmp_path / "disk", 128, float(os.environ.get("DISK_GROWTH", 1.5)), 0
     disk.mkdir()
-    mount = lambda how: RUN(["mount", *how.split(), "tmpfs", disk], capture_output=True).returncode
+    mount = lambda how: subprocess.run(["mount", *how.split(), "tmpfs", disk], capture_output=True).returncode
     if mount(f"-t tmpfs -o size={size}k"):
         pytest.skip("only root may mount a disk of its own")
     monkeypatch.chdir(undisturbed)
@@ -3386,7 +3687,7 @@ def test_on_a_full_disk_a_run_ends_with_one_line_and_with_more_room_it_goes_on_t
             same_end(disk / "run", "whole_faulty")
         assert failures >= 5 and begun
     finally:
-        RUN(["umount", disk])
+        subprocess.run(["umount", disk])
 
 
 def test_a_tokenizer_that_a_full_disk_cuts_off_is_an_oserror_like_any_other_file(tmp_path):
@@ -3431,16 +3732,91 @@ def test_a_run_that_collapses_and_hacks_its_judge_says_so_after_the_round_and_in
     assert [bool(a) for a in alarms] == [False, False, False, True] * 2 and all(a == {"alarm/collapse": 1, "alarm/reward_hacking": 1} for a in alarms if a)
 
 
-def test_wrong_input_to_eval_gets_one_line_too(tmp_path):
-    for args in (["no-such-run"], ["best"], ["best", tmp_path, "--steps", "x"], [], ["reproduce", "run"], ["reproduce", "--seeds", "1"], ["probe"],
-                 ["report", tmp_path], ["attack", "x"], ["ablate", "--seeds", "2", "no such row"]):
-        done = program("eval.py", *args, ok=False)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert "got no such row" in done.stderr  # names may follow a flag
+@pytest.mark.parametrize("program, what, args, message", [
+    (evaluation, "evaluate_runs", ["run"], "interrupted"), (evaluation, "reproduce", ["reproduce"], "interrupted; the same command goes on where it stopped"),
+    (reward, "make_judge", ["x", "--model", "x", "--out", "x"], "interrupted; no judge was saved"), (bench, "bench_game", ["game"], "interrupted")])
+def test_the_other_programs_end_with_one_line_too_when_they_are_stopped(sigterm, program, what, args, message, monkeypatch, capsys):
+    monkeypatch.setattr(program, what, sigterm)
+    with pytest.raises(SystemExit) as stopped:
+        program.main(args)
+    assert stopped.value.code == 143 and capsys.readouterr().err == f"\n{message}\n"
+
+
+def test_sigterm_ends_the_warm_start_within_ten_seconds(tmp_path):
+    with subprocess.Popen([sys.executable, HERE / "train.py", "--out", "run"], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        said = b""
+        while b"SFT of the defender" not in said:  # its bar has been drawn
+            said += process.stderr.read(1)
+        process.send_signal(signal.SIGTERM)
+        said += process.communicate(timeout=10)[1]
+    assert process.returncode == 143 and said.decode().splitlines()[-1] == "interrupted before the game began; go on with: python train.py --resume run"
+
+
+def test_sigterm_to_a_suite_ends_the_programs_that_it_has_started(sigterm, tmp_path, monkeypatch):
+    (tmp_path / "train.py").write_text("import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluation, "HERE", tmp_path)
+
+    def when_it_runs():
+        while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
+            time.sleep(0.02)
+        sigterm()
+
+    clock = time.time()
+    threading.Thread(target=when_it_runs).start()
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.run_suite(tmp_path / "out", {}, (0, 1))
+    assert time.time() - clock < 30 and all(process.poll() is not None for process in evaluation.RUNNING)
+
+
+# --- wrong input to the other programs ----------------------------------------------------------------------------------
+OF_YOURS = ["attack", "attacker", "defender", "--prompts", "prompts.txt", "--out", "never"]
+TRAINED = ["bad/labels.jsonl", "--model", "embedder", "--out", "never"]
+WRONG_ELSEWHERE = {
+    "nothing to evaluate": (evaluation, [], "the following arguments are required"),
+    "no run": (evaluation, ["no-such-run"], "a finished run folder with summary.json is needed, got no-such-run"),
+    "a run that goes on still": (evaluation, ["bad/other"], "go on with an unfinished one by train.py --resume"),
+    "a finished run that is damaged": (evaluation, ["bad/hurt"], "the run in bad/hurt is damaged"),
+    "a best response to nothing": (evaluation, ["best"], "eval.py best takes one run folder, got []"),
+    "steps in words": (evaluation, ["best", "bad", "--steps", "x"], "argument --steps: invalid int value: 'x'"),
+    "a suite of a run": (evaluation, ["reproduce", "run"], "eval.py reproduce takes no run folder"),
+    "one seed": (evaluation, ["reproduce", "--seeds", "1"], "--seeds at least 2"),
+    "a probe of nothing": (evaluation, ["probe"], "eval.py probe takes one run folder"),
+    "a report of no run": (evaluation, ["report", "bad"], "takes run folders with games.jsonl, got bad"),
+    "a report of damaged games": (evaluation, ["report", "bad/hurt"], "the files of bad/hurt are damaged"),
+    "a row that is in no table": (evaluation, ["ablate", "--seeds", "2", "no such row"], "got no such row"),  # names may follow a flag
+    "a suite in a file": (evaluation, ["reproduce", "--quick", "--out", "prompts.txt/x"], "Not a directory"),
+    "an attack without a target": (evaluation, ["attack", "attacker"], "eval.py attack takes an attacker and a target"),
+    "an attack on what is not there": (evaluation, [*OF_YOURS[:2], "nobody", *OF_YOURS[3:], "--judge", "rule"], "cannot load 'nobody' as a causal language model"),
+    "an attack into no folder": (evaluation, [*OF_YOURS, "--judge", "rule", "--out", "no/never"], "--out must name a new file in a folder that exists"),
+    "an attack with another brace": (evaluation, [*OF_YOURS, "--judge", "rule", "--template", "{x}"], "--template must hold {} once"),
+    "an attack judged by a lone argument": (evaluation, [*OF_YOURS, "-n", "2", "--response_tokens", "2", "--judge", "bad/judge.py:alone"], "takes 1 positional argument"),
+    "a judge without an encoder": (reward, TRAINED[:1], "the following arguments are required: --model, --out"),
+    "no labels": (reward, ["no.jsonl", *TRAINED[1:]], "a data file must exist"),
+    "an endless learning rate": (reward, [*TRAINED, "--learning_rate", "inf"], "--learning_rate positive"),
+    "a seed below zero": (reward, [*TRAINED, "--seed", "-1"], "--seed in [0, 2**31)"),
+    "labels that are nan": (reward, TRAINED, "a label must be safe or unsafe"),
+    "a judge in a file": (reward, ["pairs.jsonl", *TRAINED[1:-1], "prompts.txt"], "--out must name a new or empty folder, got prompts.txt"),
+    "a bench that is none": (bench, ["nonsense"], "argument what: invalid choice: 'nonsense'"),
+    "no repeats": (bench, ["diversity", "--repeats", "0"], "--repeats must be at least 1, got 0"),
+    "rows into no folder": (bench, ["diversity", "--json", "no/rows.jsonl"], "No such file or directory: 'no/rows.jsonl'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_ELSEWHERE)
+def test_wrong_input_to_the_other_programs_gets_one_line_too(bad, name, monkeypatch, capsys):
+    program, args, message = WRONG_ELSEWHERE[name]
+    monkeypatch.chdir(bad)
+    before = contents(bad)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit) as stopped:
+        program.main(args)
+    error = "".join(line for line in capsys.readouterr().err.splitlines(True) if "gone, " not in line).strip("\r")  # without a progress bar
+    assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert contents(bad) == before
 
 
 def test_bench_prints_ratios_and_json_lines(tmp_path, monkeypatch, capsys):
-    import bench
     monkeypatch.setitem(bench.SIZES, "gpt2", bench.SIZES["4x128"])  # the large size takes minutes
     for what in ("ppo", "diversity"):
         bench.main([what, "--repeats", "1", "--json", str(tmp_path / "rows.jsonl")])
@@ -3453,7 +3829,6 @@ def test_bench_prints_ratios_and_json_lines(tmp_path, monkeypatch, capsys):
 
 
 def test_the_peers_of_the_logprob_bench_do_the_same_work():
-    import bench
     torch.manual_seed(0)
     h, w, y = torch.randn(40, 16, requires_grad=True), torch.randn(300, 16, requires_grad=True), torch.randint(300, (40,))
     truth = torch.autograd.grad(linear_logprob(h, w, y)[0].sum(), (h, w))
@@ -3465,7 +3840,6 @@ def test_the_peers_of_the_logprob_bench_do_the_same_work():
 
 
 def test_bench_game_splits_a_step_into_rollout_score_and_update():
-    import bench
     rows = bench.bench_game(1)
     assert [row["bench"] for row in rows] == ["game, one step of the attacker", "game, one step of the defender"]
     for row in rows:

@@ -26,6 +26,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -46,12 +47,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from data import (HUB_DATA, append_lines, fail, first_line, first_turn, hub_file, is_test, plain, read_lines, read_rows, save_tokenizer, sync, usable,
-                  whole_folder, write_json, write_text)
+from data import (HUB_DATA, append_lines, check_template, fail, first_line, first_turn, hub_file, interrupted, is_test, plain, read_lines, read_rows, save_tokenizer,
+                  sigterm_as_ctrl_c, sync, usable, visible, whole_folder, write_json, write_text)
 from diversity import Diversity, load_embedder, word_embedder
 from gpo import NotFinite, Player, PolicyAverage, Speaker, alarms, distill, evaluate, memory_plan, naturalness, peak_memory, play, player_memory, ppo_update, sft
-from model import (DTYPE_NAMES, DTYPES, Policy, add_lora, best_dtype, checkpoint_blocks, demonstrations, first_decides, fold_lora, from_first, join_processes,
-                   keep_freed_memory, load_policy, load_weights, load_whole, model_size, on_first, rank, save_policy, save_weights, shard, shared_judge, world_size)
+from model import (DTYPE_NAMES, DTYPES, Policy, add_lora, best_dtype, checkpoint_blocks, demonstrations, first_decides, fold_lora, from_first, in_shares,
+                   join_processes, keep_freed_memory, load_policy, load_weights, load_whole, model_size, on_first, rank, save_policy, save_weights, shard, shared_judge, world_size)
 from report import draw_curves, model_card, summary_table, write_report
 from reward import JudgeError, call_judge, is_refusal, load_judge, train_judge
 
@@ -136,17 +137,19 @@ class Config:
     ppo_epochs: int = option(2, "passes over a batch")
     minibatches: int = option(2, "optimizer steps in a pass")
     micro_batch: int = option(0, "rows per forward and backward, four times as many without gradients; 0: the whole minibatch")
-    gradient_checkpointing: bool = option(False, "keep only the blocks' inputs for the backward: less memory, a third more time")
+    gradient_checkpointing: bool = option(False, "keep only the blocks' inputs for the backward: less memory, a third slower")
     lora: int = option(0, "rank of LoRA adapters (needs peft): they alone are trained, averaged and saved; the reference is the base; 0: all weights")
     dtype: str | None = option(None, "compute dtype: fp32, bf16 (weights stay fp32), or auto: bf16 where the processor has it")
     device: str = option("auto", "auto, cpu or cuda")
+    deterministic: bool = option(False, "the same bits every time on one machine: one CPU thread, slower kernels")
+    trust_remote_code: bool = option(False, "run Python files that come with a model; they can do anything")
     shard: bool = option(False, "under torchrun: cut weights, gradients and optimizer among the processes (FSDP2); default: a copy in each (DDP)")
     seed: int = option(0, "of everything random")
     eval_prompts: int | None = option(None, "held-out prompts in the table; a third of them after every round")
     dry_run: bool = option(False, "print the first prompts of the players and the judges as their models read them, with token counts, and stop")
     out: str | None = option(None, "run folder; default: runs/DATE_METHOD_sSEED")
     save_every: int | None = option(None, "PPO steps between checkpoints")
-    log: str = option("none", "tensorboard: also write the metrics to RUN/tensorboard; wandb: send them there")
+    log: str = option("none", "tensorboard: also write the metrics to RUN/tensorboard; wandb: send them")
     start: str | None = option(None, "begin with the warm-started players, judge and test sets of this run folder")
     resume: str | None = option(None, "go on with this run folder; its own configuration is used")
     given = frozenset()  # no option: the names of those that the user gave
@@ -219,7 +222,7 @@ def train(config, world, players, run):
                     average.add(player.policy)
             metrics |= run.evaluate_round(round, metrics)
         run.log(role, round, game, scores, metrics)
-        stop = first_decides(lambda: run.stop)  # the same in all processes, or some would wait for ever
+        stop = max(in_shares(lambda _: [run.stop], range(world_size())))  # the same in all processes, or some would wait for ever
         if stop or (run.step + 1) % config.save_every == 0 or run.step + 1 == len(turns):
             run.save()
         if stop:  # by Ctrl-C or SIGTERM; --resume begins with the next step
@@ -514,11 +517,11 @@ def toy_world(config, start=None):
     game = ToyGame(config.seed)
     known, judge_to_save = {"truth": game.ground_truth}, None
     if config.judge != "toy":
-        known["chosen"] = load_judge(config.judge, config.unsafe_label, known, config.device)
+        known["chosen"] = load_judge(config.judge, config.unsafe_label, known, config.device, config.trust_remote_code)
     elif start:
         known["chosen"] = judge_to_save = load_judge(str(start / "judge"), device=config.device)
-    held_out = load_judge(config.held_out_judge, config.unsafe_label, known, config.device)
-    embedder = {"toy": game.embed, "words": word_embedder}.get(config.embedder) or load_embedder(config.embedder, config.device)
+    held_out = load_judge(config.held_out_judge, config.unsafe_label, known, config.device, config.trust_remote_code)
+    embedder = {"toy": game.embed, "words": word_embedder}.get(config.embedder) or load_embedder(config.embedder, config.device, config.trust_remote_code)
     rng = np.random.default_rng([config.seed, 2**20])
     torch.manual_seed(config.seed)
     tokenizer = game.tokenizer()
@@ -562,9 +565,10 @@ def own_world(config, start=None):
     flags = ([] if start else ["prompts", "test_prompts", "benign_prompts"]) + ["sft_data"] * demos_used
     names = {flag: getattr(config, flag) or (f"Anthropic/hh-rlhf/{HUB_DATA[flag]}" if flag in HUB_DATA and not config.prompts else None) for flag in flags}
     data = {flag: (name, read_rows(getattr(config, flag) or hub_file(flag))) for flag, name in names.items() if name}
-    judge, held_out = (named(flag, load_judge, getattr(config, flag), config.unsafe_label, (), config.device) for flag in ("judge", "held_out_judge"))
-    embedder = word_embedder if config.embedder == "words" else load_embedder(config.embedder, config.device)
-    policies = {name: slim(named(name, load_policy, start / name if start else getattr(config, name), config.critic, DTYPES[config.dtype], config.device), config)
+    place = config.device, config.trust_remote_code
+    judge, held_out = (named(flag, load_judge, getattr(config, flag), config.unsafe_label, (), *place) for flag in ("judge", "held_out_judge"))
+    embedder = word_embedder if config.embedder == "words" else load_embedder(config.embedder, *place)
+    policies = {name: slim(named(name, load_policy, start / name if start else getattr(config, name), config.critic, DTYPES[config.dtype], *place), config)
                 for name in ("attacker", "defender")}
     if start:  # a resumed run goes on with its own prompts, whatever has become of the files
         saved = json.loads((start / "prompts.json").read_text(encoding="utf-8"))
@@ -673,7 +677,7 @@ def show_prompts(config, world, n=3):
     the tokens decoded again, special ones and chat template included, control characters escaped."""
     def show(tokenizer, ids):
         text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        print(f"{len(ids):5} tokens  {''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)}")
+        print(f"{len(ids):5} tokens  {visible(text)}")
 
     for name, policy, prompts in (("attacker", world.attacker, [config.template.format(s) for s in world.seeds[:n]]), ("defender", world.defender, world.seeds[:n])):
         print(f"\nthe {name} reads")
@@ -746,14 +750,12 @@ def help_text():
     return "\n".join(lines) + "\n"
 
 
-def flags_of(file):
-    """A JSON or YAML file of {option: value} as flags: both ways of giving options are checked by the same parser."""
-    text = Path(file).read_text(encoding="utf-8")
-    values = json.loads(text) if file.endswith(".json") else yaml.safe_load(text)
+def flags_of(values, source):
+    """{option: value} of a file or of a run as flags: all ways of giving options are checked by the same parser."""
     if not isinstance(values, dict):
-        raise ValueError(f"{file} must hold names and values, got {str(values)[:40]!r}")
-    if unknown := set(values) - {entry.name for entry in fields(Config)}:
-        raise ValueError(f"{file} must hold options of train.py, got {', '.join(sorted(unknown))}" + "; a run goes on with --resume RUN" * ("versions" in unknown))
+        raise ValueError(f"{source} must hold names and values, got {str(values)[:40]!r}")
+    if unknown := {str(name).replace("-", "_") for name in values} - {entry.name for entry in fields(Config)}:
+        raise ValueError(f"{source} must hold options of train.py, got {', '.join(sorted(unknown))}" + "; a run goes on with --resume RUN" * ("versions" in unknown))
     return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
 
@@ -766,12 +768,15 @@ def parse(argv):
         action.default = argparse.SUPPRESS  # only what was given comes out
     try:
         if argv and argv[0].endswith((".json", ".yaml", ".yml")):
-            argv = flags_of(argv[0]) + argv[1:]
+            text = Path(argv[0]).read_text(encoding="utf-8")
+            argv = flags_of(json.loads(text) if argv[0].endswith(".json") else yaml.safe_load(text), argv[0]) + argv[1:]
         given = vars(parser.parse_args(argv))
     except Exception as error:
         fail(f"cannot read the configuration: {error}")
     config = Config(**given)
     config.given = frozenset(given)
+    if empty := [name for name, value in given.items() if value == ""]:  # as an unset variable of a shell is
+        fail(f"--{empty[0]} must not be empty; to do without it leave it out")
     if not config.resume:
         return config
     if len(given) > 1:
@@ -780,7 +785,7 @@ def parse(argv):
         saved = json.loads((Path(config.resume) / "config.json").read_text(encoding="utf-8"))["config"]
         if missing := {entry.name for entry in fields(Config)} - set(saved):  # today's default would not be what the run began with
             raise ValueError(f"it was begun by an older version, without {', '.join(sorted(missing))}")
-        return Config(**{**saved, "resume": config.resume, "out": config.resume})
+        return Config(**{**vars(parser.parse_args(flags_of(saved, config.resume))), "resume": config.resume, "out": config.resume})
     except Exception as error:
         fail(f"--resume needs a run folder with its config.json, got {config.resume} ({type(error).__name__}: {error})")
 
@@ -813,7 +818,7 @@ def resolve(config):
             setattr(config, name, values[bool(config.attacker)])
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if config.device.split(":")[0] not in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?" if torch.cuda.is_available() else "cpu", config.device):
         raise ValueError(f"--device must be auto, cpu or, where there is one, cuda, got {config.device!r}")
     if config.held_out_judge == "toy":
         raise ValueError("--held_out_judge must differ from the judge of training, got toy; the embedded game's own is 'truth'")
@@ -833,8 +838,8 @@ def resolve(config):
                   "diversity restart replay mine history guard lora target_kl")
     least = {**dict.fromkeys(at_least_1.split(), 1), **dict.fromkeys(at_least_0.split(), 0)}
     for name, bound in least.items():
-        if not bound <= getattr(config, name) < float("inf"):
-            raise ValueError(f"--{name} must be a finite number of at least {bound}, got {getattr(config, name)}")
+        if not bound <= (value := getattr(config, name)) < 2**31:
+            raise ValueError(f"--{name} must be a finite number of at least {bound}{' and below 2**31' * (value > bound)}, got {value}")
     for name in ("learning_rate", "attacker_learning_rate", "temperature", "mine_temperature"):
         if not 0 < getattr(config, name) < float("inf"):
             raise ValueError(f"--{name} must be a finite number above 0, got {getattr(config, name)}")
@@ -847,8 +852,7 @@ def resolve(config):
     if config.shard and config.lora:
         raise ValueError("--shard and --lora do not go together: adapters are small, and DDP (without --shard) sums their gradients alone")
     config.shard = config.shard and world_size() > 1  # a resumed run may have fewer processes than it began with
-    if config.template.count("{}") > 1 or any(brace in config.template.replace("{}", "") for brace in "{}"):
-        raise ValueError(f"--template must hold {{}} once, for the seed, or not at all, got {config.template!r}")
+    check_template(config.template)
     refuse_contradictions(config)
     if config.log != "none" and not importlib.util.find_spec(config.log):
         raise ValueError(f"--log {config.log} needs the package {config.log}: pip install {config.log}")
@@ -856,7 +860,7 @@ def resolve(config):
         try:
             other = json.loads((Path(config.start) / "config.json").read_text(encoding="utf-8"))["config"]
             json.loads((Path(config.start) / "checkpoints" / "start" / "prompts.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"--start needs a run folder with its config.json and checkpoints/start, got {config.start}") from error
         different = [name for name in WARM_START if other.get(name) != getattr(config, name)]
         if different:
@@ -914,6 +918,14 @@ def stop_after_a_step(run):
         yield
     finally:
         restore()
+
+
+def be_deterministic():
+    """What `--deterministic` does; README says how far that goes."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS looks at it before its first product
+    torch.use_deterministic_algorithms(True, warn_only=True)  # an error would stop the sampler, whose cumsum PyTorch does not vouch for on a GPU
+    torch.backends.cudnn.benchmark = False
+    torch.set_num_threads(1)  # two threads were seen to add in another order, in one run of four
 
 
 def begin(config):
@@ -984,24 +996,22 @@ def play_game(config, clock):
         if not (config.resume or config.dry_run or start.exists() or rank()):
             shutil.rmtree(folder, ignore_errors=True)
         fail(error)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted before the game began{'' if config.dry_run else f'; go on with: python train.py --resume {folder}'}", file=sys.stderr)
-        sys.exit(130)
-    print(f"attack success on held-out prompts before the game: {run.before['asr_held_out_judge']:.1%}")
+    except KeyboardInterrupt as stop:
+        interrupted(stop, f" before the game began{'' if config.dry_run else f'; go on with: python train.py --resume {folder}'}")
     try:
+        print(f"attack success on held-out prompts before the game: {run.before['asr_held_out_judge']:.1%}")
         with stop_after_a_step(run), tqdm(total=len(schedule(config)), initial=run.step, dynamic_ncols=True) as run.bar:
             train(config, world, players, run)
         if run.stop:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(run.stop)
         rows, examples = run.finish(time.time() - clock)
     except (JudgeError, NotFinite, OSError, SafetensorError) as error:  # the judge broke its word, numbers are not finite, the disk is full
         fail(f"{error}; the run can go on with --resume {folder}")
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; go on with: python train.py --resume {folder}", file=sys.stderr)
-        sys.exit(128 + (run.stop or signal.SIGINT))
+    except KeyboardInterrupt as stop:
+        interrupted(stop, f"; go on with: python train.py --resume {folder}")
     print(f"\n{summary_table(rows)}\n")
-    for prompt, first, now in examples:
-        print(f"  prompt  {prompt}\n  before  {first}\n  after   {now}\n")
+    for example in examples:
+        print("  prompt  {}\n  before  {}\n  after   {}\n".format(*map(visible, example)))
     print(f"{time.time() - clock:.0f} seconds. Read {folder}/report.md, look at {folder}/curves.png;\n"
           f"the models are in {folder}/attacker and {folder}/defender, every exchange of a PPO step in {folder}/games.jsonl.")
 
@@ -1013,6 +1023,8 @@ def main(argv):
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries are not news; what could not be had is said once
     clock, config = time.time(), parse(argv)
+    if config.deterministic:
+        be_deterministic()
     if config.resume and (Path(config.out) / "summary.json").is_file():
         print(f"the run in {config.out} is finished: read {config.out}/report.md")
         return
@@ -1029,4 +1041,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    sigterm_as_ctrl_c()
     main(sys.argv[1:])
