@@ -1,7 +1,7 @@
 """The specification of gpo. Every name is a promise; every expected value is computed by hand, by an
 independent implementation or by enumeration, never taken from our own output.
 
-    python -m pytest -q test_gpo.py        about 8 minutes on 2 cores
+    python -m pytest -q -n 2 test_gpo.py        two workers of one thread each
 """
 
 import contextlib
@@ -66,6 +66,8 @@ from toy import ToyGame
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DATA = HERE.parent / "shared" / "data"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the other core is the other worker's
 WORDS = "a b c d e f g h i j k l m n o p q r s t u v w x y z safe unsafe sorry yes no Human: AI:".split()
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="needs the real data in ../shared/data")
 
