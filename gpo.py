@@ -16,9 +16,11 @@ or average weights (an approximation): both are here.
 import contextlib
 import copy
 import math
+import re
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -362,6 +364,8 @@ def peak_memory(device):
     """Most bytes that this process has held at a time: of the GPU's memory or, on a CPU, of main memory (0 on Windows)."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):  # Linux; its getrusage would count the parent before the fork
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
     with contextlib.suppress(ImportError):
         import resource
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

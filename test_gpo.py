@@ -1779,7 +1779,7 @@ def test_lists_in_lines_conversations_byte_order_marks_and_silent_transcripts_ar
     assert read_rows(tmp_path / "chats.jsonl") == [answered, answered] and read_rows(tmp_path / "chat.jsonl") == read_rows(tmp_path / "chat.json") == [answered]
     assert read_rows(tmp_path / "array.jsonl") == [{"prompt": ""}, {"prompt": "b"}]
     (tmp_path / "half.jsonl").write_text('["\\ud800"]')  # half a character: no file could hold it again
-    with pytest.raises(ValueError, match="cannot read"):
+    with pytest.raises(ValueError, match="row 1: a row must be a prompt"):
         read_rows(tmp_path / "half.jsonl")
 
 
@@ -3095,7 +3095,7 @@ def own(tmp_path_factory):
 
 
 def test_your_own_models_with_four_different_tokenizers_are_trained(own):
-    without_benign = [*SMALL, "--method", "sft", "--out", "unmeasured"]  # what cannot be measured is null, not an error
+    without_benign = ["--sft_steps", "3", "--ptx_coef", "0.1", "--attack_tokens", "8", "--response_tokens", "8", "--method", "sft", "--out", "unmeasured"]  # what cannot be measured is null, not an error
     program(HERE / "train.py", *OWN[:-2], *without_benign, cwd=own)
     assert json.loads((own / "unmeasured" / "summary.json").read_text())["after"]["over_refusal"] is None
     program(HERE / "train.py", *OWN, *SMALL, "--out", "run", cwd=own)
