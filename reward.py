@@ -20,6 +20,7 @@ import re
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -402,6 +403,7 @@ def main(argv):
         parser.add_argument(name, type=str if default is None else type(default), default=default, help=help, **({"required": default is None} if "-" in name else {}))
     args = parser.parse_args(argv)
     transformers.utils.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
         p, y = make_judge(args)
