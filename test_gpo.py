@@ -3562,6 +3562,15 @@ def test_what_several_processes_cannot_do_is_said_once(tmp_path):
     assert [(tmp_path / f"said_{rank}.txt").read_text() for rank in (0, 1)] == [said, ""] and not (tmp_path / "never").exists()
 
 
+@pytest.mark.parametrize("step", ["resolve", "begin"])
+def test_a_run_that_is_stopped_before_it_began_says_so_and_leaves_nothing(step, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, step, lambda config: (_ for _ in ()).throw(KeyboardInterrupt(15)))
+    with pytest.raises(SystemExit) as end:
+        train.main(["--out", "run"])
+    assert end.value.code == 143 and capsys.readouterr().err.strip() == "interrupted before the run began" and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_input_gets_one_line_exit_status_2_and_leaves_nothing(bad, name, monkeypatch, capsys):
     args, message = WRONG[name]

@@ -1033,6 +1033,8 @@ def main(argv):
         lock = None if config.dry_run else first_decides(lambda: begin(config))
     except (ValueError, OSError) as error:
         fail(error)
+    except KeyboardInterrupt as stop:
+        interrupted(stop, " before the run began")
     try:
         play_game(config, clock)
     finally:
