@@ -1,7 +1,7 @@
 """The specification of gpo. Every name is a promise; every expected value is computed by hand, by an
 independent implementation or by enumeration, never taken from our own output.
 
-    python -m pytest -q -n 2 test_gpo.py        two workers of one thread each
+    python -m pytest -q -n 2 --dist worksteal test_gpo.py        two workers of one thread each
 """
 
 import contextlib
