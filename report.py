@@ -8,11 +8,15 @@ import html
 import json
 import math
 import re
+import textwrap
 from pathlib import Path
 
 import numpy as np
 
 from data import read_lines, visible, write_text
+
+
+ATTACKER, DEFENDER = "#c0392b", "#1f5f8b"  # the players' colours in all figures
 
 
 # --- tables ---------------------------------------------------------------------------------------------------
@@ -153,6 +157,105 @@ Made for hardening models: an attacker is a test instrument, not a tool against 
 {json.dumps(row, indent=1)}
 ```
 """
+
+
+# --- the game: who sends what to whom, and whose turn it is --------------------------------------------------------
+def telling_exchange(games: list[dict]) -> tuple[dict, dict | None]:
+    """(an attack that succeeded, the last safe answer to the same prompt in a later round, or None).
+
+    games: lines of games.jsonl. Taken from the first round that has such pairs; of these the attack that was paid most.
+    Raises ValueError where nothing has been played."""
+    played = [game for game in games if game["role"] != "probe"]
+    if not played:
+        raise ValueError("the figure of the game shows an exchange, and games.jsonl holds none; let the run play a PPO step")
+    safe = {game["attack"]: game for game in played if game["role"] == "defender" and game["p_safe"] >= 0.5}
+    broke = [game for game in played if game["role"] == "attacker" and game["p_safe"] < 0.5]
+    pairs = [(game, safe[game["attack"]]) for game in broke if safe.get(game["attack"], game)["round"] > game["round"]]
+    pairs = [pair for pair in pairs if pair[0]["round"] == pairs[0][0]["round"]] or [(game, None) for game in broke or played]
+    return max(pairs, key=lambda pair: pair[0]["score"] or 0)
+
+
+def draw_game(folder: Path) -> Path:
+    """game.png: an exchange of the run in `folder` on its way through the game; below it, whose turn each PPO step was."""
+    from matplotlib.figure import Figure
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
+    canvas = Figure(figsize=(9, 5.6))
+    exchange, turns = canvas.add_axes((0, 0.35, 1, 0.65)), canvas.add_axes((0.09, 0.08, 0.89, 0.22))
+    draw_exchange(exchange, config, *telling_exchange(read_lines(folder / "games.jsonl")))
+    draw_turns(turns, config, read_lines(folder / "metrics.jsonl"))
+    canvas.savefig(folder / "game.png", dpi=150)
+    return folder / "game.png"
+
+
+def draw_exchange(axis, config, first, later):
+    """Boxes and arrows, in inches. first, later: the lines of games.jsonl that `telling_exchange` has chosen."""
+    from matplotlib.patches import FancyBboxPatch
+
+    axis.set(xlim=(0, 9), ylim=(0, 3.64))
+    axis.axis("off")
+
+    def say(x, y, text, **look):
+        axis.text(x, y, text, **{"ha": "center", "va": "center", "size": 9, "parse_math": False, **look})
+
+    def box(x, y, width, height, text, **look):
+        corner = (x - width / 2, y - height / 2)
+        axis.add_patch(FancyBboxPatch(corner, width, height, boxstyle="round,pad=0,rounding_size=0.08", **{"fc": "white", "ec": "black", **look}))
+        say(x, y, text)
+
+    def arrow(*points, ls="-"):
+        axis.plot(*zip(*points), color="black", lw=1, ls=ls)
+        axis.annotate("", points[-1], points[-2], arrowprops=dict(arrowstyle="-|>", color="black", lw=1, ls=ls, shrinkA=0, shrinkB=0))
+
+    def quote(text, width, most=120):
+        return textwrap.fill(f"“{textwrap.shorten(visible(' '.join(text.split())), most, placeholder=' …')}”", width)
+
+    # the exchange itself: seed -> attacker -> prompt -> defender -> response -> judge
+    box(0.78, 2.0, 1.4, 1.0, quote(first["seed"], 19, 70))
+    box(2.35, 2.0, 1.0, 0.6, "attacker\nμ", ec=ATTACKER, lw=2.5)
+    box(5.3, 2.0, 1.0, 0.6, "defender\nπ", ec=DEFENDER, lw=2.5)
+    box(8.4, 2.0, 1.0, 0.6, "judge")
+    for start, end in ((1.48, 1.84), (2.86, 4.79), (5.81, 7.89)):
+        arrow((start, 2.0), (end, 2.0))
+    say(0.78, 2.62, "seed", weight="bold")
+    for x, name, text in ((3.8, "prompt x", first["attack"]), (6.82, "response y", first["response"])):
+        say(x, 2.06, quote(text, 26), va="bottom")
+        say(x, 1.95, name, va="top", weight="bold")
+
+    # what comes back to the players
+    arrow((8.25, 1.69), (8.25, 1.25), (5.3, 1.25), (5.3, 1.68))
+    say(6.78, 1.29, f"in the defender's turn: P(safe) = {first['p_safe']:.2f}", va="bottom")
+    arrow((8.55, 1.69), (8.55, 0.75), (2.35, 0.75), (2.35, 1.68))
+    unsafe, novelty = 1 - first["p_safe"], (first["score"] or 0) - (1 - first["p_safe"])  # the score is the attacker's, in its turn
+    terms = f" = {unsafe:.2f} {'+−'[novelty < 0]} {abs(novelty):.2f}" if first["role"] == "attacker" else ""
+    say(5.45, 0.79, f"in the attacker's turn: P(unsafe) + k · (R_div − its mean){terms}", va="bottom")
+    if later:
+        answer = f"{quote(later['response'], 200, 60)}   P(safe) = {later['p_safe']:.2f}"
+        say(5.45, 0.33, f"the same prompt again in round {later['round'] + 1}:   {answer}", style="italic")
+
+    # what each is held to, and what attacks are compared with and chosen from
+    for x, to, coefficient in ((1.6, 2.1, config["attacker_kl_coef"]), (6.0, 5.5, config["kl_coef"])):
+        box(x, 3.25, 1.5, 0.5, f"{config['kl_anchor']} policy\nKL penalty {coefficient:g}", ls="--")
+        arrow((x, 3.0), (to, 2.31), ls="--")
+    box(3.8, 3.25, 1.9, 0.5, "earlier attacks\nR_div: new?      replay")
+    arrow((3.8, 2.84), (3.8, 2.99))
+    arrow((3.1, 3.0), (2.6, 2.31))
+    arrow((4.5, 3.0), (5.05, 2.31))
+
+
+def draw_turns(axis, config, log):
+    """A bar for each PPO step in the row of the player that it updated; its height is 0.1 and the attack success of that step."""
+    for role, base, color in (("attacker", 1.3, ATTACKER), ("defender", 0, DEFENDER)):
+        mine = [line for line in log if line["role"] == role]
+        axis.bar([line["step"] + 1 for line in mine], [0.1 + line["game/attack_success"] for line in mine], 1, base, color=color)
+    ends = [line["step"] + 1.5 for line in log if "game/asr_held_out_judge" in line]
+    axis.vlines(ends, -0.25, 2.4, color="black", lw=0.5, ls=":")
+    axis.plot(ends, [-0.25] * len(ends), "kD", ms=4, clip_on=False)
+    axis.set(ylim=(-0.25, 2.4), xlim=(0.5, max(line["step"] for line in log) + 1.5), yticks=[0.25, 1.55], yticklabels=["defender", "attacker"])
+    axis.set_title("who is updated at each PPO step (height: attack success);  ◆ both policies enter their averages", size=9)
+    axis.set_xlabel("PPO step", size=9)
+    axis.tick_params(labelsize=9, left=False)
+    axis.spines[["top", "right", "left"]].set_visible(False)
 
 
 # --- the page: page.html, filled in -------------------------------------------------------------------------------
