@@ -211,7 +211,7 @@ def draw_exchange(axis, config, first, later):
         return textwrap.fill(f"“{textwrap.shorten(visible(' '.join(text.split())), most, placeholder=' …')}”", width)
 
     # the exchange itself: seed -> attacker -> prompt -> defender -> response -> judge
-    box(0.78, 2.0, 1.4, 1.0, quote(first["seed"], 19, 70))
+    box(0.78, 2.0, 1.4, 1.0, quote(first["seed"], 18, 75))
     box(2.35, 2.0, 1.0, 0.6, "attacker\nμ", ec=ATTACKER, lw=2.5)
     box(5.3, 2.0, 1.0, 0.6, "defender\nπ", ec=DEFENDER, lw=2.5)
     box(8.4, 2.0, 1.0, 0.6, "judge")
@@ -251,8 +251,12 @@ def draw_turns(axis, config, log):
     ends = [line["step"] + 1.5 for line in log if "game/asr_held_out_judge" in line]
     axis.vlines(ends, -0.25, 2.4, color="black", lw=0.5, ls=":")
     axis.plot(ends, [-0.25] * len(ends), "kD", ms=4, clip_on=False)
+    begins = {line["round"]: line["step"] + 1 for line in reversed(log) if line["role"] == "attacker" and line["round"] and config["restart"]}
+    again = [step for round, step in begins.items() if round % config["restart"] == 0]
+    axis.plot(again, [2.3] * len(again), "kv", ms=4)
     axis.set(ylim=(-0.25, 2.4), xlim=(0.5, max(line["step"] for line in log) + 1.5), yticks=[0.25, 1.55], yticklabels=["defender", "attacker"])
-    axis.set_title("who is updated at each PPO step (height: attack success);  ◆ both policies enter their averages", size=9)
+    axis.set_title("who is updated at each PPO step (height: attack success)    ◆ both policies enter their averages"
+                   + "    ▼ the attacker begins again" * bool(again), size=9)
     axis.set_xlabel("PPO step", size=9)
     axis.tick_params(labelsize=9, left=False)
     axis.spines[["top", "right", "left"]].set_visible(False)

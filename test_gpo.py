@@ -2970,9 +2970,9 @@ def test_the_figure_of_the_game_shows_one_exchange_what_it_paid_and_whose_turn_e
     games = [line(0, 0, "attacker", "repelled", "no", 0.9, 1.5), line(0, 0, "attacker", "never closed", "yes", 0.1, 1.4), line(0, 0, "attacker", "costs $5 or $6", "take it", 0.25, 0.85),
              line(0, 0, "attacker", "paid less", "take it too", 0.25, 0.7), line(1, 0, "defender", "costs $5 or $6", "same round", 0.8, 0.8),
              line(2, 1, "defender", "costs $5 or $6", "never", 0.9, 0.9), line(2, 1, "defender", "paid less", "never", 0.9, 0.9), line(2, 1, "probe", "probe", "x", None, None)]
-    log = [{"step": step, "round": round, "role": role, "game/attack_success": share, **({"game/asr_held_out_judge": 0.5} if step else {})}
-           for step, round, role, share in ((0, 0, "attacker", 0.5), (1, 0, "defender", 0.0), (2, 1, "defender", 0.25))]
-    data.write_json(tmp_path / "config.json", {"config": {"kl_anchor": "initial", "kl_coef": 0.05, "attacker_kl_coef": 0.01}})
+    log = [{"step": step, "round": step // 2, "role": role, "game/attack_success": share, **({"game/asr_held_out_judge": 0.5} if step % 2 else {})}
+           for step, (role, share) in enumerate((("attacker", 0.5), ("defender", 0.0), ("attacker", 0.4), ("defender", 0.25)))]
+    data.write_json(tmp_path / "config.json", {"config": {"kl_anchor": "initial", "kl_coef": 0.05, "attacker_kl_coef": 0.01, "restart": 1}})
     for name, lines in (("games.jsonl", games), ("metrics.jsonl", log)):
         append_lines(tmp_path / name, lines)
     drawn, real = [], Figure.savefig
@@ -2984,7 +2984,8 @@ def test_the_figure_of_the_game_shows_one_exchange_what_it_paid_and_whose_turn_e
     said = " ".join(texts)
     assert "P(safe) = 0.25" in said and "= 0.75 + 0.10" in said and "again in round 2: “never” P(safe) = 0.90" in said
     bars = [[(bar.get_x() + bar.get_width() / 2, round(bar.get_height(), 6)) for bar in of] for of in turns.containers]
-    assert bars == [[(1, 0.6)], [(2, 0.1), (3, 0.35)]] and turns.lines[0].get_xdata().tolist() == [2.5, 3.5]  # the attacker's; the defender's; ends of rounds
+    assert bars == [[(1, 0.6), (3, 0.5)], [(2, 0.1), (4, 0.35)]]  # the attacker's, the defender's
+    assert [list(marks.get_xdata()) for marks in turns.lines] == [[2.5, 4.5], [3]]  # ends of rounds; where the attacker began again
     append_lines(tmp_path / "empty.jsonl", games[-1:])
     with pytest.raises(ValueError, match="let the run play a PPO step"):
         report.telling_exchange(read_lines(tmp_path / "empty.jsonl"))
