@@ -11,11 +11,13 @@ import math
 import re
 import textwrap
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
 from data import read_lines, visible, write_text
+from reward import wilson_interval
 
 
 # --- tables ---------------------------------------------------------------------------------------------------
@@ -64,6 +66,44 @@ def summary_table(rows: dict[str, dict]) -> str:
     lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     cells = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+# --- tables of finished runs: labels, cells and a test -------------------------------------------------------------
+LABELS = {  # key of a row -> label; a key after "/" names a test set
+    "asr_held_out_judge": "ASR, held-out judge", "asr_train_judge": "ASR, training judge",
+    "asr_held_out_judge/unseen topics": "ASR, unseen topics", "asr_train_judge/unseen topics": "the same, training judge",
+    "asr_held_out_judge/unseen framings": "ASR, unseen framings", "asr_train_judge/unseen framings": "the same, training judge",
+    "over_refusal": "over-refusal", "over_refusal/look-alikes": "over-refusal, look-alikes", "helpfulness": "helpful",
+    "kl": "KL to SFT, nats", "best_response": "best response",
+    "attacker_success": "attacker: success on the first defender", "third_party_success": "attacker: success on third parties",
+    "cells": "attacker: distinct cells broken", "self_bleu": "attacker: SelfBLEU", "cosine": "attacker: cosine"}
+
+
+def show(value: float | None, n: int | None = None) -> str:
+    """A cell: the value, with its 95% interval (Wilson, 1927) where it is a share of n."""
+    if value is None or value != value:
+        return "-"
+    if n is None or not 0 <= value <= 1:
+        return f"{value:.3f}"
+    low, high = wilson_interval(round(value * n), n)
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def paired_test(differences: Sequence[float]) -> tuple[float, float]:
+    """One-sided p-values of n >= 2 paired differences > 0: (t-test of Student, 1908; exact sign-flip test of Fisher, 1935).
+
+    The second needs no distribution, but for n pairs cannot fall below 2^-n."""
+    d = np.asarray(differences, dtype=np.float64)
+    sums = np.array(list(product((1, -1), repeat=len(d)))) @ d  # (2^n,) of all patterns of signs
+    flips = float(np.mean(sums >= d.sum() - 1e-12))
+    return student_tail(d.mean() / max(standard_error(d), 1e-300), len(d) - 1) if d.any() else 1.0, flips
+
+
+def student_tail(t: float, df: int) -> float:
+    """P(T > t) of Student's t with df degrees of freedom: a half less the integral of its density from 0 to t."""
+    x = np.linspace(0, min(abs(t), 1e3), 200_001)
+    scale = math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2))
+    return 0.5 - math.copysign(float(np.trapezoid(scale * (1 + x**2 / df) ** (-(df + 1) / 2), x)), t)
 
 
 # --- figures: lines, markers and hatches differ too, so that they survive a printer --------------------------------
