@@ -39,9 +39,10 @@ from tqdm import tqdm
 from data import append_lines, check_template, fail, first_turn, interrupted, read_lines, read_rows, sigterm_as_ctrl_c, visible, write_json, write_text
 from diversity import load_embedder, word_embedder
 from gpo import Player, PolicyAverage, evaluate, nash_gap, play, ppo_update, solve_matrix_game
-from model import DTYPES, add_lora, best_dtype, generate, keep_freed_memory, load_adapter, load_policy, logprobs_and_values
+from model import DTYPES, best_dtype, generate, keep_freed_memory, load_adapter, load_policy, logprobs_and_values
 from report import LOOKS, band, draw_methods, draw_probe, draw_rounds, figure, markdown, mean_and_error, write_page
 from reward import call_judge, is_refusal, load_judge, unsafe_share, wilson_interval
+from scale import add_lora
 
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
