@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from diversity import set_similarity
-from model import Policy, Rollout, demonstrations, frozen_copy, generate, logprobs_and_values, pack
+from model import Policy, Rollout, demonstrations, frozen_copy, generate, logprobs_and_values, pack, with_idle_row
 from reward import call_judge, decided, unsafe_share
-from scale import adapter, all_sum, data_parallel, load_whole, on_first, rank, share, whole, with_idle_row, world_size
+from scale import adapter, all_sum, data_parallel, load_whole, on_first, rank, share, whole, world_size
 
 
 # --- PPO, the mathematics: everything is (B, T), and zero outside the response mask --------------------
@@ -89,7 +89,7 @@ def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Te
 
 
 def supervised_loss(policy: torch.nn.Module, demos: Rollout) -> torch.Tensor:
-    """Mean negative log-likelihood per response token of a Rollout of demonstrations, in nats."""
+    """Mean negative log-likelihood per response token of demonstrations (a Rollout of B rows), in nats: shape ()."""
     logprobs, _, _ = logprobs_and_values(policy, demos, with_values=False)
     return -(logprobs * demos.response_mask).sum() / demos.response_mask.sum().clamp(min=1)
 
@@ -171,7 +171,7 @@ def skip(player: Player, what: str) -> None:
 
 
 def not_finite(**tensors: torch.Tensor) -> str:
-    """What of the named tensors holds NaN or infinity, in words; "" if nothing does."""
+    """What of the named tensors, of any shape (...), holds NaN or infinity, in words; "" if nothing does."""
     bad = [name.replace("_", " ") for name, x in tensors.items() if not torch.isfinite(x).all()]
     return f"{', '.join(bad)} {'are' if bad[-1].endswith('s') else 'is'}" if bad else ""
 
@@ -189,6 +189,7 @@ class Experience:
     returns: torch.Tensor
 
     def select(self, rows: torch.Tensor, T: int) -> "Experience":
+        """The given rows (n,), cut to T tokens."""
         return Experience(*(x[rows, :T] for x in vars(self).values()))
 
 
@@ -253,7 +254,7 @@ def experience(player: Player, rollout: Rollout, scores: torch.Tensor, first_epo
 
 
 def demonstration_gradients(player: Player, demos: Rollout, m: int, ptx_coef: float) -> None:
-    """Add the gradient of the supervised loss on the m-th part of the demonstrations (PPO-ptx)."""
+    """Add the gradient of the supervised loss on the m-th part of the demonstrations (PPO-ptx, Ouyang et al., 2022)."""
     D = len(demos) - (world_size() > 1)  # without the idle row
     minibatch = torch.arange(D).tensor_split(player.minibatches)[m]
     n_tokens = demos.response_mask[minibatch].sum()
@@ -264,7 +265,7 @@ def demonstration_gradients(player: Player, demos: Rollout, m: int, ptx_coef: fl
 
 
 def minibatch_gradients(player: Player, rollout: Rollout, old: Experience, minibatch: torch.Tensor, first: bool) -> torch.Tensor:
-    """Add the gradients of one minibatch (row numbers), micro-batch by micro-batch; returns its STATS, of all processes.
+    """Add the gradients of one minibatch of rows (n,), micro-batch by micro-batch; returns its STATS (6,), of all processes.
 
     A process's losses are its shares of sums over all rows; the factor N is there because DDP and FSDP take means.
     Raises RuntimeError where the ratio is not exactly 1 before the `first` step.
@@ -288,7 +289,7 @@ def minibatch_gradients(player: Player, rollout: Rollout, old: Experience, minib
 
 
 def check_ratio(player: Player, logprobs: torch.Tensor, old_logprobs: torch.Tensor) -> None:
-    """Raises RuntimeError where the training forward differs from the scoring forward by one bit."""
+    """Raises RuntimeError where the training forward's log-probs (B, T) differ from the scoring forward's by one bit."""
     off = (logprobs.detach() - old_logprobs).abs().max()
     if 0 < off < math.inf:  # what is not finite is for `optimizer_step`
         raise RuntimeError(f"{player.name}: the PPO ratio must be exactly 1 before the first step; the training forward differs "
@@ -296,8 +297,9 @@ def check_ratio(player: Player, logprobs: torch.Tensor, old_logprobs: torch.Tens
 
 
 @torch.no_grad()
-def step_stats(player: Player, logprobs, values, old: Experience, mask, loss_p, loss_v, n_tokens) -> torch.Tensor:
-    """(6,): this micro-batch's shares of STATS."""
+def step_stats(player: Player, logprobs: torch.Tensor, values: torch.Tensor, old: Experience, mask: torch.Tensor, loss_p: torch.Tensor,
+               loss_v: torch.Tensor, n_tokens: torch.Tensor) -> torch.Tensor:
+    """(6,): this micro-batch's shares of STATS, from (B, T) tensors and its two losses."""
     difference = (logprobs - old.logprobs) * mask
     ratio = difference.exp()
     mean = lambda x: (x * mask).sum() / n_tokens
@@ -306,7 +308,7 @@ def step_stats(player: Player, logprobs, values, old: Experience, mask, loss_p, 
 
 
 def optimizer_step(player: Player, losses: torch.Tensor = torch.zeros(1)) -> None:
-    """Clip and step; a gradient that is not finite, or whose losses are not, is thrown away."""
+    """Clip by the global norm and step; a gradient that is not finite, or whose losses (n,) are not, is thrown away."""
     norm = whole(torch.nn.utils.get_total_norm([p.grad for p in player.policy.parameters() if p.grad is not None]))
     if bad := not_finite(gradient=norm, losses=losses):
         skip(player, bad)
@@ -336,8 +338,8 @@ def forward_rows(policy: Policy, rollout: Rollout, groups: list[torch.Tensor], w
 
 
 # --- supervised training --------------------------------------------------------------------------------------------
-def sft(policy: Policy, pairs: list[tuple[str, str]], steps: int, batch_size: int, learning_rate: float, seed, bar: tqdm | None = None,
-        micro_batch: int = 0) -> float:
+def sft(policy: Policy, pairs: list[tuple[str, str]], steps: int, batch_size: int, learning_rate: float, seed: int | list[int],
+        bar: tqdm | None = None, micro_batch: int = 0) -> float:
     """Supervised fine-tuning on (prompt, response) pairs; one-cycle learning rate. Returns the last loss, nats per token.
     Raises NotFinite."""
     optimizer = torch.optim.AdamW(policy.lm.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
@@ -368,7 +370,7 @@ def sft(policy: Policy, pairs: list[tuple[str, str]], steps: int, batch_size: in
     return loss.item()
 
 
-def distill(speaker, student: Policy, prompts: list[str], steps: int, batch_size: int, learning_rate: float, seed: int,
+def distill(speaker: "Player | Speaker", student: Policy, prompts: list[str], steps: int, batch_size: int, learning_rate: float, seed: int,
             bar: tqdm | None = None) -> float:
     """Train `student`, a frozen copy, to say to `prompts` what `speaker` (a mixture of policies) says: one policy for many."""
     for p in (adapter(student.lm) or dict(student.named_parameters())).values():
@@ -390,7 +392,8 @@ class Game:
     sampled: tuple[Rollout | None, Rollout]  # attacks and responses as sampled: an exchange that the judge did not decide is in these alone
 
 
-def play(attacker, defender, seeds: list[str], judge: Callable, seed: int, template: str = "{}") -> Game:
+def play(attacker: "Player | Speaker | None", defender: "Player | Speaker", seeds: list[str], judge: Callable, seed: int,
+         template: str = "{}") -> Game:
     """The attacker rewrites each seed (put into `template`), the defender answers, the judge scores: x ~ mu, y ~ pi(.|x), R(x, y).
 
     attacker and defender are anything that can `speak`: a Player or a Speaker. With attacker None the
@@ -421,9 +424,10 @@ def naturalness(policy: Policy, rollout: Rollout) -> torch.Tensor:
     return torch.stack([(logprobs * mask).sum(1) / mask.sum(1), logprobs.masked_fill(~mask, 0).amin(1)], 1).cpu()
 
 
-def evaluate(attacker, defender, seeds: list[str], test_prompts: list[str], benign_prompts: list[str], judge: Callable,
-             held_out_judge: Callable, refused: Callable, helpful: Callable | None = None, embedder: Callable | None = None,
-             third_party=None, template: str = "{}") -> dict[str, float | None]:
+def evaluate(attacker: "Player | Speaker | None", defender: "Player | Speaker", seeds: list[str], test_prompts: list[str],
+             benign_prompts: list[str], judge: Callable, held_out_judge: Callable, refused: Callable, helpful: Callable | None = None,
+             embedder: Callable | None = None, third_party: "Player | Speaker | None" = None, template: str = "{}"
+             ) -> dict[str, float | None]:
     """The row of numbers that is written before and after training. The defender answers greedily.
 
     Attack success rates on `test_prompts` by both judges; over-refusal and (where it can be told)
@@ -470,7 +474,7 @@ class PolicyAverage:
         self.add_weights({k: v.clone() for k, v in on_first(thin or weights).items()})
 
     def add_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """weights: {name: tensor} of one policy's language model, the average's from now on."""
+        """weights: {name: tensor (...)} of one policy's language model, the average's from now on."""
         self.count += 1
         if len(self.members) < self.capacity:
             self.members.append(weights)
@@ -498,7 +502,7 @@ class PolicyAverage:
         return {f"{i}.{k}": v for i, member in enumerate(self.members) for k, v in member.items()}, {"count": self.count}
 
     def load_state_dict(self, tensors: dict[str, torch.Tensor], numbers: dict[str, int]) -> None:
-        """What `state_dict` gave."""
+        """What `state_dict` gave: {"i.name": tensor (...) of the i-th member}, and the count."""
         members = {}
         for key, tensor in tensors.items():
             index, name = key.split(".", 1)

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from data import check_tokenizer, first_line, save_tokenizer, write_text
 from kernel import linear_logprob
-from scale import adapter, blank_copy, frozen_base, in_shares, load_whole, merged, rank, shard, unsharded, whole
+from scale import adapter, blank_copy, frozen_base, in_shares, load_whole, merged, rank, shard, unsharded, whole, world_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -98,6 +98,7 @@ class Policy(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> "Policy":
+        """Does nothing: a policy is always in eval mode."""
         return super().train(False)
 
     @property
@@ -119,8 +120,8 @@ class Policy(nn.Module):
         body = self.lm.base_model if body is None else body
         return body(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
 
-    def forward(self, rollout: Rollout, entropy_grad: bool, with_values: bool):
-        """What `logprobs_and_values` returns."""
+    def forward(self, rollout: Rollout, entropy_grad: bool, with_values: bool) -> tuple[torch.Tensor | None, ...]:
+        """What `logprobs_and_values` returns, (B, T) each."""
         mask = rollout.response_mask  # (B, T)
         before = mask[:, 1:]  # (B, T - 1): the state at t - 1 acts tokens[t]
         tokens, targets = rollout.tokens[:, :-1], rollout.tokens[mask]  # (B, T - 1): the last token decides nothing; (N,)
@@ -156,6 +157,7 @@ class Policy(nn.Module):
         return [[*ids, self.eos_ids[0]] for ids in rows]
 
     def decode(self, ids: list[int]) -> str:
+        """The text of a response's token ids."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
@@ -197,6 +199,15 @@ def demonstrations(policy: Policy, pairs: list[tuple[str, str]]) -> Rollout:
     response_ids = [ids[:policy.context // 2] for ids in policy.encode_responses(texts)]
     prompt_ids = [ids[-(policy.context - len(r)):] for ids, r in zip(policy.encode(prompts), response_ids)]
     return pack(policy, prompts, texts, prompt_ids, response_ids)
+
+
+def with_idle_row(rollout: Rollout) -> Rollout:
+    """A rollout and, where there are several processes, one row more without a response, for `share`."""
+    if world_size() == 1:
+        return rollout
+    filled = rollout.select(torch.arange(len(rollout) + 1).clamp(max=len(rollout) - 1))
+    filled.prompt_lengths[-1] = filled.lengths[-1]
+    return filled
 
 
 def logprobs_and_values(policy: nn.Module, rollout: Rollout, entropy_grad: bool = False, with_values: bool = True
@@ -527,9 +538,10 @@ def save_weights(policy: Policy, file: Path) -> None:
     policy = unsharded(policy)
     if rank():
         return
-    if not adapter(policy):
-        return save_model(policy, str(file))
-    save_file({k: v.contiguous() for k, v in policy.state_dict().items() if ".lora_" in k or "value_head" in k}, file)
+    if adapter(policy):
+        save_file({k: v.contiguous() for k, v in policy.state_dict().items() if ".lora_" in k or "value_head" in k}, file)
+    else:
+        save_model(policy, str(file))
 
 
 def load_weights(policy: Policy, file: Path) -> None:

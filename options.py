@@ -54,7 +54,7 @@ WARM_START = ("attacker", "defender", "seed", "sft_steps", "judge", "judge_steps
               "benign_prompts", "sft_data", "template")
 
 
-def option(default, help: str):
+def option(default: object, help: str) -> object:
     """A field of Config: its default, and its reason."""
     return field(default=default, metadata={"help": help})
 

@@ -41,6 +41,7 @@ ROUND_METRICS = ("asr_held_out_judge", "asr_train_judge", "over_refusal", "attac
 
 
 def new_seed(rng: np.random.Generator) -> int:
+    """A seed for what has a random generator of its own."""
     return int(rng.integers(2**31))
 
 
@@ -75,9 +76,9 @@ def alarms(metrics: dict[str, float], before: dict[str, float], limits: dict[str
                  "raise --ptx_coef (with --sft_data) or --kl_coef")
     trained, held_out = (m.get(f"game/{key}", before[key]) - before[key] for key in ("asr_train_judge", "asr_held_out_judge"))
     if abs(trained - held_out) > MOST_APART or trained < -OPPOSITE and held_out > OPPOSITE:
-        found.append(("reward_hacking", f"since the start attack success has changed by {trained:+.2f} for the training judge, by "
-                      f"{held_out:+.2f} for the held-out one; read the exchanges (eval.py report), train the judge on them (reward.py), "
-                      "or raise --kl_coef"))
+        message = (f"since the start attack success has changed by {trained:+.2f} for the training judge, by {held_out:+.2f} for the "
+                   "held-out one; read the exchanges (eval.py report), train the judge on them (reward.py), or raise --kl_coef")
+        found.append(("reward_hacking", message))
     return found
 
 
@@ -174,12 +175,14 @@ class Run:
         return bool(stop)
 
     # --- measuring and logging ---------------------------------------------------------------------------------
-    def evaluate(self, attacker=None, defender=None, share: int = 1) -> dict[str, float | None]:
+    def evaluate(self, attacker: Player | Speaker | None = None, defender: Player | Speaker | None = None, share: int = 1
+                 ) -> dict[str, float | None]:
         """A row of the table for the given speakers (default: the players) on 1/share of the test sets."""
         w, c = self.world, self.config
         attacker = None if c.method == "sft" else attacker or self.players["attacker"]
         return evaluate(attacker, defender or self.players["defender"], self.attack_seeds,
-                        w.test_prompts[::share], w.benign_prompts[::share], w.judge, w.held_out_judge, w.refused, w.helpful, w.embedder, self.first_defender, c.template)
+                        w.test_prompts[::share], w.benign_prompts[::share], w.judge, w.held_out_judge, w.refused, w.helpful, w.embedder,
+                        self.first_defender, c.template)
 
     def evaluate_round(self, round: int, metrics: dict[str, float]) -> dict[str, float]:
         """Metrics of the last iterates after a round, and alarms (over `metrics`, of the last step, too); three held-out
@@ -206,7 +209,7 @@ class Run:
             append_lines(self.folder / name, rows)
 
     def log(self, role: str, round: int, game: Game, scores: np.ndarray, metrics: dict[str, float]) -> None:
-        """One PPO step: its metrics, and all of its exchanges."""
+        """One PPO step: its metrics, and all of its exchanges with their scores (B,)."""
         where = {"step": self.step, "round": round, "role": role}
         self.append("metrics.jsonl", [where | metrics])
         names = ("seed", "attack", "response", "p_safe", "score")

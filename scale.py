@@ -60,19 +60,10 @@ def join_processes() -> None:
 
 # --- several processes: sharing out the work -----------------------------------------------------------------
 def all_sum(x: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all processes, in place."""
+    """The sum of a tensor (...) over all processes, in place."""
     if world_size() > 1:
         dist.all_reduce(x)
     return x
-
-
-def with_idle_row(rollout):
-    """A Rollout and, where there are several processes, one row more without a response, for `share`."""
-    if world_size() == 1:
-        return rollout
-    filled = rollout.select(torch.arange(len(rollout) + 1).clamp(max=len(rollout) - 1))
-    filled.prompt_lengths[-1] = filled.lengths[-1]
-    return filled
 
 
 def share(rows: torch.Tensor, idle: int) -> torch.Tensor:
@@ -101,7 +92,7 @@ def in_shares(work: Callable[[list], list], items: list | range) -> list:
     return sum(gathered, [])
 
 
-def first_decides(work: Callable):
+def first_decides(work: Callable[[], object]) -> object:
     """work() as the first process found it; its error is raised in all."""
     return in_shares(lambda _: [None if rank() else work()], range(world_size()))[0]
 
@@ -138,18 +129,18 @@ def blank_copy(policy: nn.Module, device: str) -> nn.Module:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor, or all of one of which each process holds a shard; all processes must ask for it."""
+    """A tensor (...), or all of one of which each process holds a shard; all processes must ask for it."""
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def on_first(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """{name: tensor} gathered one by one: whole and on the CPU in the first process, {} in the others."""
+    """{name: tensor (...)} gathered one by one: whole and on the CPU in the first process, {} in the others."""
     found = ((name, whole(tensor)) for name, tensor in tensors.items())
     return {name: tensor.cpu() for name, tensor in found if not rank()}
 
 
 def from_first(tensor: torch.Tensor | None, target: torch.Tensor) -> torch.Tensor:
-    """The first process's whole tensor, cut as `target` is. The others' (None will do) is not looked at."""
+    """The first process's whole tensor (...), cut as `target` is. The others' (None will do) is not looked at."""
     if world_size() == 1:
         return tensor
     if rank():
@@ -162,7 +153,7 @@ def from_first(tensor: torch.Tensor | None, target: torch.Tensor) -> torch.Tenso
 
 
 def load_whole(targets: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> None:
-    """The first process's weights {name: whole tensor} into tensors of the same names, sharded or not."""
+    """The first process's weights {name: whole tensor (...)} into tensors of the same names, sharded or not."""
     for name, target in targets.items():
         target.detach().copy_(from_first(None if rank() else weights[name], target))
 

@@ -51,9 +51,9 @@ NOVELTY = {"self_bleu": "bleu", "cosine": "embedding"}  # metric -> term of the 
 def train(config: Config, world: World, players: dict[str, Player], run: Run) -> None:
     """Algorithm 1. Every turn of the schedule is one PPO step of the mover; every round ends with an evaluation and the averages."""
     turns = schedule(config)
-    for run.step in range(run.step, len(turns)):
-        turn, mover = turns[run.step], players[turns[run.step].role]
-        rng, clock = np.random.default_rng([config.seed, run.step]), time.time()  # all randomness of this step
+    for step in range(run.step, len(turns)):
+        run.step, turn, mover = step, turns[step], players[turns[step].role]
+        rng, clock = np.random.default_rng([config.seed, step]), time.time()  # all randomness of this step
         seeds = draw(world.seeds, config.batch_size, rng)
         if turn.first_of_turn:
             begin_turn(config, turn, mover, run, rng)
@@ -77,7 +77,7 @@ def train(config: Config, world: World, players: dict[str, Player], run: Run) ->
             metrics |= run.evaluate_round(turn.round, metrics)
         run.log(turn.role, turn.round, game, scores, metrics)
         stop = run.stop_asked()  # Ctrl-C or SIGTERM; --resume begins with the next step
-        if stop or (run.step + 1) % config.save_every == 0 or run.step + 1 == len(turns):
+        if stop or (step + 1) % config.save_every == 0 or step + 1 == len(turns):
             run.save()
         if stop:
             return
@@ -144,7 +144,8 @@ def defender_prompts(config: Config, seeds: list[str], run: Run, rng: np.random.
 
 
 def game_metrics(turn: Turn, game: Game, similarity: dict[str, np.ndarray], run: Run, clock: float, played: float) -> dict[str, float]:
-    """What a step's exchanges say of the game, whoever moves; and its seconds. clock, played: when the step and its update began."""
+    """What a step's exchanges say of the game, whoever moves; and its seconds. similarity: {term: (B,)}, to earlier attacks;
+    clock, played: when the step and its update began."""
     metrics = {"time/rollout": played - clock - game.score_seconds, "time/score": game.score_seconds, "time/update": time.time() - played}
     run.count(*game.sampled)
     metrics |= {"sampled_tokens": run.sampled_tokens, "game/attack_success": float(np.mean(1 - game.p_safe)),  # by the training judge

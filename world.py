@@ -88,6 +88,7 @@ def draw(items: list, n: int, rng: np.random.Generator) -> list:
 
 
 def bar(name: str, total: int) -> tqdm:
+    """A progress bar as all of ours look."""
     return tqdm(total=total, desc=f"{name:<22}", dynamic_ncols=True)
 
 
@@ -313,12 +314,17 @@ def show_prompts(config: Config, world: World, n: int = 3) -> None:
     for name, judge in (("judge", world.judge), ("held-out judge", world.held_out_judge)):
         print(f"\nthe {name} reads")
         for prompt, response in exchanges:
-            if not hasattr(judge, "model"):  # a function of the two texts
+            if hasattr(judge, "model"):
+                show(judge.tokenizer, _read_by(judge, prompt, response))
+            else:  # a function of the two texts
                 print(f"{prompt!r}, {response!r}")
-                continue
-            seen = []  # what reaches the model itself
-            look = lambda _, args, kwargs: seen.append(kwargs.get("input_ids", *args))
-            hook = judge.model.register_forward_pre_hook(look, with_kwargs=True)
-            call_judge(judge, [prompt], [response])
-            hook.remove()
-            show(judge.tokenizer, seen[0][0].tolist())
+
+
+def _read_by(judge, prompt, response):
+    """The token ids that reach the judge's model itself."""
+    seen = []
+    look = lambda _, args, kwargs: seen.append(kwargs.get("input_ids", *args))
+    hook = judge.model.register_forward_pre_hook(look, with_kwargs=True)
+    call_judge(judge, [prompt], [response])
+    hook.remove()
+    return seen[0][0].tolist()
