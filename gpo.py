@@ -7,10 +7,12 @@ The attacker mu writes prompts x, the defender pi answers with y, a judge gives 
 in turn with token-level PPO: `play` collects an exchange, `ppo_update` improves the mover. The policies'
 averages (`PolicyAverage`) are what the theory speaks of; `solve_matrix_game` is that theory on small tables.
 
-Differs from the paper: (1) the KL anchor is the initial policy by default, as in the authors' code; the
-previous round's with `--kl_anchor previous`. (2) The KL penalty is the k1 estimate on sampled tokens, inside
-the reward. (3) Theorem 3.2 averages distributions; of two language models one can only mix episodes (exact)
-or average weights (an approximation): both are here.
+Differs from the paper (numbers as in the README; rows are of docs/results.md):
+(1) The KL anchor is the initial policy by default, as in the authors' code: row *KL to the previous round*.
+(2) The KL penalty is the k1 estimate on sampled tokens, inside the reward: the same quantity in expectation.
+(3) Theorem 3.2 averages distributions; of two language models one can only mix episodes (exact) or average
+weights (an approximation): both are here, table *what an average costs*.
+(14) Algorithms 2 and 3 take the constants of the step sizes that give an explicit bound: section *the theory*.
 """
 
 import copy

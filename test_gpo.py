@@ -2289,7 +2289,7 @@ def train_together(rank, meeting, *argv):
     """What `torchrun --nproc_per_node=2 train.py` does in each process, but meeting over a file."""
     os.environ["WORLD_SIZE"], sys.stderr = "2", open(f"{meeting}_{rank}.txt", "w")
     torch.set_num_threads(1)
-    model.dist.init_process_group = functools.partial(dist.init_process_group, init_method=f"file://{meeting}", rank=rank, world_size=2)
+    scale.dist.init_process_group = functools.partial(dist.init_process_group, init_method=f"file://{meeting}", rank=rank, world_size=2)
     train.main([str(arg) for arg in argv])
 
 

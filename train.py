@@ -7,17 +7,21 @@ Two-Player Games" (arXiv 2406.10977), from an empty folder to a report.
     python train.py --resume runs/...                          go on where a run stopped (Ctrl-C ends a step, and saves)
     torchrun --nproc_per_node=8 train.py [--shard] ...         on several GPUs: DDP, or FSDP2 with --shard
 
-One round: the defender takes `--defender_steps` PPO steps against the frozen attacker, then the attacker
-`--attacker_steps` against the frozen defender. The loop itself is `train`, below.
+One round: the attacker takes `--attacker_steps` PPO steps against the frozen defender, then the defender
+`--defender_steps` against the frozen attacker. The loop itself is `train`, below.
 
-Differs from the paper: (1) the attacker moves first by default (`--first defender` for the paper's order), so
-that the defender of a finished run has answered the last attacker. (2) `--replay`: a share of the defender's
-batch is drawn from earlier attacks, the successful ones more often, so that it does not forget them.
-(3) `--ptx_coef`: the defender also keeps up the likelihood of demonstrations, against over-refusal.
-(4) `--mine`: untrained attacks, and attacks that once succeeded, are tried on the defender before its turns; what
-succeeds is replayed too. (5) R_div is centred over the batch: its level, about -k for every attack, is no signal
-but swamps a critic that starts at zero. (6) `--guard`: an attack that has left the first attacker's language counts
-as a failed repetition. (7) `--restart`: every few rounds the attacker begins anew, and looks for another hole.
+Differs from the paper (numbers as in the README; rows are of docs/results.md):
+(4) The attacker moves first, so that the finished defender has answered the last attacker: row *defender first*.
+(5) `--restart`: every few rounds the attacker begins anew, and looks for another hole: row *no restarts*.
+(6) `--replay`: a share of the defender's batch is drawn from earlier attacks, the successful ones more often, so
+that it does not forget them: row *no mining, no replay*.
+(7) `--mine`: untrained attacks, and attacks that once succeeded, are tried on the defender before its turns; what
+succeeds is replayed too: row *no mining*.
+(8) `--ptx_coef`: the defender keeps up the likelihood of demonstrations, against over-refusal: row *no demonstrations*.
+(11) R_div is centred over the batch: its level, about -k for every attack, is no signal but swamps a critic that
+starts at zero: seen on the seeds of choosing; row *k = 10* is possible only so.
+(12) `--guard`: an attack that has left the first attacker's language counts as a failed repetition: row *no guard*.
+(13) No test prompt is in an update of the defender, whoever wrote it: else the tables would measure memory.
 """
 
 import os
