@@ -6,6 +6,7 @@ independent implementation or by enumeration, never taken from our own output.
 
 import contextlib
 import copy
+import doctest
 import functools
 import gzip
 import hashlib
@@ -3861,3 +3862,34 @@ def test_bench_game_splits_a_step_into_rollout_score_and_update():
     assert [row["bench"] for row in rows] == ["game, one step of the attacker", "game, one step of the defender"]
     for row in rows:
         assert row["ours_s"] == pytest.approx(sum(row["parts"].values())) and set(row["parts"]) == {"rollout", "score", "update"} and 0 < row["share_of_gemm"] < 1
+
+
+# --- the walkthrough -----------------------------------------------------------------------------------------------------------
+class Rounded(doctest.OutputChecker):
+    """Texts must be equal but for white space; a number with decimals may be off by one in its last place."""
+
+    number = re.compile(r"-?\d+\.\d+")
+
+    def check_output(self, want, got, flags):
+        numbers = zip(self.number.findall(want), self.number.findall(got))
+        return self.number.sub("#", want).split() == self.number.sub("#", got).split() and all(
+            abs(float(w) - float(g)) < 1.01 * 10.0 ** -len(w.split(".")[1]) for w, g in numbers)
+
+
+def test_every_number_of_the_walkthrough_is_what_its_snippet_prints():
+    text = (HERE / "docs" / "walkthrough.md").read_text(encoding="utf-8")
+    text = re.sub("^```.*", "", text, flags=re.MULTILINE)  # the closing fence would be taken for output
+    examples = doctest.DocTestParser().get_doctest(text, {}, "walkthrough", "docs/walkthrough.md", 0)
+    threads, said = torch.get_num_threads(), []
+    try:
+        result = doctest.DocTestRunner(Rounded(), verbose=False).run(examples, out=said.append)
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(torch.float32)
+    assert result.attempted > 100 and not result.failed, "".join(said)
+
+
+@pytest.mark.parametrize("got, equal", [("loss 0.43 of 75\n", True), ("loss  0.42 of 75\n", True), ("loss 0.45 of 75\n", False), ("loss 0.43 of 76\n", False),
+                                        ("loss -0.43 of 75\n", False), ("losses 0.43 of 75\n", False), ("loss 0.43 0.43 of 75\n", False)])
+def test_a_wrong_number_or_word_of_the_walkthrough_is_found(got, equal):
+    assert Rounded().check_output("loss 0.43 of 75\n", got, 0) == equal
