@@ -3866,7 +3866,8 @@ def test_bench_game_splits_a_step_into_rollout_score_and_update():
 
 # --- the walkthrough -----------------------------------------------------------------------------------------------------------
 class Rounded(doctest.OutputChecker):
-    """Texts must be equal but for white space; a number with decimals may be off by one in its last place."""
+    """Texts must be equal but for white space; a number with decimals may be off by one in its last place.
+    None was off by more with ATEN_CPU_CAPABILITY=default and =avx2 on a processor with avx512."""
 
     number = re.compile(r"-?\d+\.\d+")
 
@@ -3889,7 +3890,8 @@ def test_every_number_of_the_walkthrough_is_what_its_snippet_prints():
     assert result.attempted > 100 and not result.failed, "".join(said)
 
 
-@pytest.mark.parametrize("got, equal", [("loss 0.43 of 75\n", True), ("loss  0.42 of 75\n", True), ("loss 0.45 of 75\n", False), ("loss 0.43 of 76\n", False),
-                                        ("loss -0.43 of 75\n", False), ("losses 0.43 of 75\n", False), ("loss 0.43 0.43 of 75\n", False)])
+@pytest.mark.parametrize("got, equal", [
+    ("loss 0.43 of 75\n", True), ("loss  0.42 of 75\n", True), ("loss 0.45 of 75\n", False), ("loss -0.43 of 75\n", False),
+    ("loss 0.43 of 76\n", False), ("losses 0.43 of 75\n", False), ("loss 0.43 0.43 of 75\n", False)])
 def test_a_wrong_number_or_word_of_the_walkthrough_is_found(got, equal):
     assert Rounded().check_output("loss 0.43 of 75\n", got, 0) == equal
