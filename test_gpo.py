@@ -36,6 +36,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined: they run as plain Python then
@@ -2968,6 +2969,36 @@ def test_a_run_of_t_rounds_is_the_beginning_of_a_longer_one(finished, tmp_path):
         for key, value in summary["after"].items():
             assert row[key] == pytest.approx(value), key
         assert row["averages"]["average (mixture)"]["asr_held_out_judge"] == pytest.approx(summary["average (mixture)"]["asr_held_out_judge"]) and row["updates"] == 2 * t
+
+
+def test_the_figure_of_the_game_shows_one_exchange_what_it_paid_and_whose_turn_each_step_was(tmp_path, monkeypatch):
+    line = lambda step, role, attack, response, p_safe, score: {
+        "step": step, "round": step // 2, "role": role, "seed": f"seed of {attack}", "attack": attack, "response": response,
+        "p_safe": p_safe, "score": score}
+    games = [line(0, "attacker", "repelled", "no", 0.9, 1.5), line(0, "attacker", "never closed", "yes", 0.1, 1.4),
+             line(0, "attacker", "costs $5 or $6", "take it", 0.25, 0.85), line(0, "attacker", "paid less", "take it too", 0.25, 0.7),
+             line(1, "defender", "costs $5 or $6", "same round", 0.8, 0.8), line(3, "defender", "costs $5 or $6", "never", 0.9, 0.9),
+             line(3, "defender", "paid less", "never", 0.9, 0.9), line(3, "probe", "probe", "x", None, None)]
+    last = lambda step: {"game/asr_held_out_judge": 0.5} if step % 2 else {}
+    log = [{"step": step, "round": step // 2, "role": role, "game/attack_success": share, **last(step)}
+           for step, (role, share) in enumerate((("attacker", 0.5), ("defender", 0.0), ("attacker", 0.4), ("defender", 0.25)))]
+    config = {"kl_anchor": "initial", "kl_coef": 0.05, "attacker_kl_coef": 0.01, "restart": 1}
+    data.write_json(tmp_path / "config.json", {"config": config})
+    for name, lines in (("games.jsonl", games), ("metrics.jsonl", log)):
+        append_lines(tmp_path / name, lines)
+    drawn, real = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda canvas, *args, **more: (drawn.append(canvas), real(canvas, *args, **more)))
+    assert report.draw_game(tmp_path) == tmp_path / "game.png" and (tmp_path / "game.png").stat().st_size > 10_000
+    exchange, turns = drawn[0].axes
+    texts = [" ".join(text.get_text().split()) for text in exchange.texts]
+    assert {"“seed of costs $5 or $6”", "“costs $5 or $6”", "“take it”"} <= set(texts)  # no mathematics between dollars
+    said = " ".join(texts)
+    assert "P(safe) = 0.25" in said and "= 0.75 + 0.10" in said and "again in round 2: “never” P(safe) = 0.90" in said
+    bars = [[(bar.get_x() + bar.get_width() / 2, round(bar.get_height(), 6)) for bar in of] for of in turns.containers]
+    assert bars == [[(1, 0.6), (3, 0.5)], [(2, 0.1), (4, 0.35)]]  # the attacker's, the defender's
+    assert [list(marks.get_xdata()) for marks in turns.lines] == [[2.5, 4.5], [3]]  # ends of rounds; where the attacker began again
+    with pytest.raises(ValueError, match="let the run play a PPO step"):
+        report.telling_exchange(games[-1:])
 
 
 def test_the_figure_of_rounds_shows_both_budgets_and_best_responses_where_there_are_any(tmp_path, monkeypatch):
