@@ -1778,6 +1778,8 @@ def test_lists_in_lines_conversations_byte_order_marks_and_silent_transcripts_ar
     assert read_rows(tmp_path / "lists.jsonl") == [{"prompt": "one"}, {"prompt": "two"}] and read_rows(tmp_path / "excel.csv") == [{"prompt": "one"}]
     assert read_rows(tmp_path / "chats.jsonl") == [answered, answered] and read_rows(tmp_path / "chat.jsonl") == read_rows(tmp_path / "chat.json") == [answered]
     assert read_rows(tmp_path / "array.jsonl") == [{"prompt": ""}, {"prompt": "b"}]
+    (tmp_path / "one.jsonl").write_text('[{"prompt": "p", "response": "r", "label": 1}]\n[{"transcript": "\\n\\nHuman: t\\n\\nAssistant: u"}]\n')
+    assert read_rows(tmp_path / "one.jsonl") == [{"prompt": "p", "response": "r", "label": 1}, {"prompt": "t"}]  # what is alone in a list is the row
     (tmp_path / "half.jsonl").write_text('["\\ud800"]')  # half a character: no file could hold it again
     with pytest.raises(ValueError, match="row 1: a row must be a prompt"):
         read_rows(tmp_path / "half.jsonl")
