@@ -11,8 +11,10 @@ Differs from the paper:
    Measured in the columns "training judge" of the README's Table 1, beside those of the held-out judge.
 2. A judge that cannot decide an exchange says None (a NaN is a mistake, and stays an error): `call_judge` makes it NaN
    and says how many there are; such rows are in no update and in no rate, and fewer than half may be such (`decided`).
-   In no row of the results: the toy world's judges decide everything.
+   In no row: the toy world's judges decide everything.
 """
+
+from __future__ import annotations  # signatures say Judge, in pydoc too
 
 import argparse
 import importlib.util
@@ -146,9 +148,8 @@ def first_tokens(tokenizer: Tokenizer, text: str, n: int) -> str:
 
 
 def classifier_logits(model: Model, tokenizer: Tokenizer, prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
-    """Logits (B, labels) of exchanges; the judge sees the prompt too if it was trained on pairs (`train_judge`).
-
-    Of an overlong pair the beginning of the prompt is cut off, never the response, unless that is too long alone."""
+    """Logits (B, labels) of exchanges; the judge sees the prompt too if it was trained on pairs (`train_judge`). Of an
+    overlong pair the beginning of the prompt is cut off, never the response, unless that is too long alone."""
     longest = longest_input(tokenizer, model.config)
     responses = [r if r.strip() else tokenizer.pad_token for r in responses]  # a classifier cannot read nothing
     if getattr(model.config, "judge_input", "response") == "response":
@@ -163,9 +164,8 @@ def classifier_logits(model: Model, tokenizer: Tokenizer, prompts: Sequence[str]
 
 
 def classifier_judge(model: Model, tokenizer: Tokenizer, unsafe_label: str | None = None) -> Judge:
-    """A judge from a sequence classifier: P(safe) = 1 - P(the unsafe label), softmax (sigmoid for one label).
-
-    Raises ValueError where the labels do not say which of them means unsafe."""
+    """A judge from a sequence classifier: P(safe) = 1 - P(the unsafe label), softmax (sigmoid for one label). Raises
+    ValueError where the labels do not say which of them means unsafe."""
     unsafe = _unsafe_index(model.config, unsafe_label)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.padding_side = "right"  # decoders count positions from the left
@@ -186,7 +186,7 @@ def classifier_judge(model: Model, tokenizer: Tokenizer, unsafe_label: str | Non
 
 
 # --- a judge from a word ----------------------------------------------------------------------------------------
-def load_model(kind: type, name: str, device: str, trust_remote_code: bool) -> tuple[Model, Tokenizer]:
+def _load_model(kind: type, name: str, device: str, trust_remote_code: bool) -> tuple[Model, Tokenizer]:
     """(model, tokenizer) by a class such as AutoModelForCausalLM, with all of its weights, in fp32. Raises ValueError
     where some are missing: transformers would fill a missing head with random numbers."""
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -212,11 +212,9 @@ def _function_from_file(path, name):
 
 def load_judge(spec: str, unsafe_label: str | None = None, known: Mapping[str, Judge] | tuple = (), device: str = "cpu",
                trust_remote_code: bool = False) -> Judge:
-    """A judge from a word: `rule`; a name in the dict `known` (train.py brings the toy world's); a
-    sequence-classification folder or hub id; `guard:` + a causal LM folder or hub id; `file.py:function`.
-
-    Raises ValueError, in one line, when there is no such judge or its labels do not tell safe from unsafe.
-    """
+    """A judge from a word: `rule`; a name in the dict `known` (train.py brings the toy world's); a sequence-classification
+    folder or hub id; `guard:` + a causal LM folder or hub id; `file.py:function`. Raises ValueError, in one line, when
+    there is no such judge or its labels do not tell safe from unsafe."""
     judges = {"rule": rule_judge, **dict(known)}
     if spec in judges:
         return judges[spec]
@@ -227,8 +225,8 @@ def load_judge(spec: str, unsafe_label: str | None = None, known: Mapping[str, J
     try:
         if spec.startswith("guard:"):
             name = spec.removeprefix("guard:")
-            return guard_judge(*load_model(AutoModelForCausalLM, name, device, trust_remote_code))
-        model, tokenizer = load_model(AutoModelForSequenceClassification, spec, device, trust_remote_code)
+            return guard_judge(*_load_model(AutoModelForCausalLM, name, device, trust_remote_code))
+        model, tokenizer = _load_model(AutoModelForSequenceClassification, spec, device, trust_remote_code)
     except Exception as error:
         names = ", ".join([*judges, "file.py:function", "guard:MODEL", "a sequence-classification folder or hub id"])
         raise ValueError(f"cannot load the judge {spec!r}; --judge takes {names}: {first_line(error)}") from error
@@ -259,8 +257,7 @@ def train_judge(model: Model, tokenizer: Tokenizer, samples: list[tuple], steps:
     samples: triples (prompt, response, safe in [0, 1]), trained by cross-entropy; or (prompt, chosen, rejected) texts,
     trained by -log sigmoid(s(chosen) - s(rejected)) (Bradley and Terry, 1952), where the score s is logit(safe) -
     logit(unsafe) in both cases. Returns the judge; `judge.model.save_pretrained` and `judge.tokenizer.save_pretrained`
-    make a folder that `load_judge` takes. Raises ValueError on a classifier with another number of labels.
-    """
+    make a folder that `load_judge` takes. Raises ValueError on a classifier with another number of labels."""
     if model.config.num_labels != 2:
         raise ValueError(f"train_judge needs a classifier with two labels, got {model.config.num_labels}")
     model.config.id2label, model.config.label2id = {0: "unsafe", 1: "safe"}, {"unsafe": 0, "safe": 1}
@@ -325,8 +322,8 @@ def _read_samples(path):
     held_out = [sample for sample in samples if is_test(sample[0])]
     training = [sample for sample in samples if not is_test(sample[0])]
     if min(len(training), len(held_out)) < 2:
-        raise ValueError("a judge needs at least 2 samples to train on and 2 held out (a tenth, by hash of the prompt), "
-                         f"got {len(training)} and {len(held_out)}")
+        raise ValueError("a judge needs at least 2 samples to train on and 2 held out (a tenth, by hash of the prompt), got "
+                         f"{len(training)} and {len(held_out)}")
     if not pairs and len({label > 0.5 for _, _, label in training}) < 2:
         raise ValueError(f"a judge needs safe and unsafe samples to train on, got one class only in {path}")
     print(f"{len(samples)} of {len(rows)} rows are {'preference pairs' if pairs else 'labelled responses'}: "
@@ -336,10 +333,10 @@ def _read_samples(path):
 
 def make_judge(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     """Train, measure and save as the flags say; returns `measure_judge`'s (p, y). Raises ValueError or OSError."""
-    if (args.steps < 2 or args.batch_size < 1 or args.max_length < 16 or not 0 < args.learning_rate < math.inf
-            or not 0 <= args.seed < 2**31):
-        raise ValueError("--steps must be at least 2, --max_length at least 16, --batch_size and --learning_rate "
-                         "positive, --seed in [0, 2**31)")
+    sizes = args.steps >= 2 and args.batch_size >= 1 and args.max_length >= 16
+    if not (sizes and 0 < args.learning_rate < math.inf and 0 <= args.seed < 2**31):
+        raise ValueError("--steps must be at least 2, --max_length at least 16, --batch_size and --learning_rate positive, "
+                         "--seed in [0, 2**31)")
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out must name a new or empty folder, got {args.out}")
@@ -363,13 +360,12 @@ def make_judge(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _parse(argv):
-    parser = argparse.ArgumentParser(
-        prog="reward.py", description="Train a judge, measure it on a held-out tenth, save it for --judge.",
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    about = "Train a judge, measure it on a held-out tenth, save it for --judge."
+    parser = argparse.ArgumentParser(prog="reward.py", description=about, allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: fail(f"{message}; see python reward.py --help")
     flag = parser.add_argument
-    flag("data", help="rows of prompt, response and safe (or label: 1 is safe); or of prompt, chosen, rejected; "
-                      "or HH transcripts")
+    flag("data", help="rows of prompt, response and safe (or label: 1 is safe), or of prompt, chosen, rejected, or HH")
     flag("--model", required=True, help="classifier, encoder or decoder, folder or hub id; a missing head is made new")
     flag("--out", required=True, help="new folder for the judge")
     flag("--steps", type=int, default=500, help="of AdamW; more will overfit a few thousand rows")
