@@ -58,6 +58,7 @@ import report
 import reward
 import run as run_folder
 import scale
+import soak
 import train
 import world
 from data import append_lines, first_turn, is_test, read_lines, read_rows, save_tokenizer, usable, whole_folder, write_text
@@ -1786,6 +1787,8 @@ def test_lists_in_lines_conversations_byte_order_marks_and_silent_transcripts_ar
     assert read_rows(tmp_path / "lists.jsonl") == [{"prompt": "one"}, {"prompt": "two"}] and read_rows(tmp_path / "excel.csv") == [{"prompt": "one"}]
     assert read_rows(tmp_path / "chats.jsonl") == [answered, answered] and read_rows(tmp_path / "chat.jsonl") == read_rows(tmp_path / "chat.json") == [answered]
     assert read_rows(tmp_path / "array.jsonl") == [{"prompt": ""}, {"prompt": "b"}]
+    (tmp_path / "one.jsonl").write_text('[{"prompt": "p", "response": "r", "label": 1}]\n[{"transcript": "\\n\\nHuman: t\\n\\nAssistant: u"}]\n')
+    assert read_rows(tmp_path / "one.jsonl") == [{"prompt": "p", "response": "r", "label": 1}, {"prompt": "t"}]  # what is alone in a list is the row
     (tmp_path / "half.jsonl").write_text('["\\ud800"]')  # half a character: no file could hold it again
     with pytest.raises(ValueError, match="row 1: a row must be a prompt"):
         read_rows(tmp_path / "half.jsonl")
@@ -2461,11 +2464,11 @@ def alone(own):
             os.chdir(before)
 
     run("--out", "alone")
-    return run, bench.contents(own / "alone")
+    return run, soak.contents(own / "alone")
 
 
 def differing(folder, whole):
-    end = bench.contents(folder) if (folder / "summary.json").exists() else {}
+    end = soak.contents(folder) if (folder / "summary.json").exists() else {}
     return {name for name in {**whole, **end} if whole.get(name) != end.get(name)} - {"config.json"}  # it holds the folder's name
 
 
@@ -2573,8 +2576,8 @@ os.write(1, b"@end\\n")"""
 @pytest.mark.parametrize("what, end, status", [
     ("", "4 kills, 0 lost, 0 different", 0), ("if resumed: Path('run/more').touch()", "4 kills, 0 lost, 1 different", 1), ("if resumed: sys.exit(3)", "4 kills, 1 lost, 0 different", 1)])
 def test_a_soak_kills_as_often_as_asked_and_finds_what_is_lost_or_different(monkeypatch, capsys, tmp_path, what, end, status):
-    monkeypatch.setattr(bench, "SOAK_PROGRAM", SOAKED.replace("WHAT", what))
-    monkeypatch.setattr(bench.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(soak, "SOAK_PROGRAM", SOAKED.replace("WHAT", what))
+    monkeypatch.setattr(soak.tempfile, "tempdir", str(tmp_path))
     with pytest.raises(SystemExit) as stopped:
         bench.main(["soak", "--kills", "4"])
     lines = capsys.readouterr().out.splitlines()
@@ -2583,11 +2586,11 @@ def test_a_soak_kills_as_often_as_asked_and_finds_what_is_lost_or_different(monk
 
 
 def test_train_killed_by_the_soak_and_resumed_ends_like_one_that_was_not(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "SOAK", [*TINY, "--out", "run"])
-    status, seen = bench.live(tmp_path, ("ppo_update", 3, 0.01))  # it resumes with a defender step, then the attacker's: its optimizer and the history matter
+    monkeypatch.setattr(soak, "SOAK", [*TINY, "--out", "run"])
+    status, seen = soak.live(tmp_path, ("ppo_update", 3, 0.01))  # it resumes with a defender step, then the attacker's: its optimizer and the history matter
     assert status == -signal.SIGKILL and [name for name, _ in seen].count("save") == 1 and not (tmp_path / "run" / "summary.json").exists()
-    assert bench.live(tmp_path)[0] == 0
-    assert not differing(tmp_path / "run", bench.contents(finished[0]))
+    assert soak.live(tmp_path)[0] == 0
+    assert not differing(tmp_path / "run", soak.contents(finished[0]))
 
 
 WAIT = """import sys, time, train
