@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from data import read_lines, visible, write_text
-from reward import wilson_interval
 
 
 # --- tables ---------------------------------------------------------------------------------------------------
@@ -79,14 +78,11 @@ LABELS = {  # key of a row -> label; a key after "/" names a test set
     "cells": "attacker: distinct cells broken", "self_bleu": "attacker: SelfBLEU", "cosine": "attacker: cosine"}
 
 
-def show(value: float | None, n: int | None = None) -> str:
-    """A cell: the value, with its 95% interval (Wilson, 1927) where it is a share of n."""
+def show(value: float | None, interval: Sequence[float] = ()) -> str:
+    """A cell: the value, with its interval (low, high) where there is one; "-" for none and NaN."""
     if value is None or value != value:
         return "-"
-    if n is None or not 0 <= value <= 1:
-        return f"{value:.3f}"
-    low, high = wilson_interval(round(value * n), n)
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
 
 
 def paired_test(differences: Sequence[float]) -> tuple[float, float]:

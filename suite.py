@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data import read_lines, visible, write_json, write_text
 from report import LABELS, LOOKS, band, draw_methods, draw_rounds, figure, markdown, mean_and_error, paired_test, show
-from reward import call_judge, unsafe_share
+from reward import call_judge, unsafe_share, wilson_interval
 from run import FinishedRun
 
 HERE = Path(__file__).parent
@@ -153,7 +153,7 @@ def run_suite(out: str | Path, suite: dict[str, str], seeds: Sequence[int], comm
             raise ValueError(f"{folder} must be a run of train.py {flags}, got one of train.py {made}; pass another --out")
         alone = name == "SFT" or "--template" in flags  # the attacker is warm-started on its template
         start = [] if alone else ["--start", str(run_folder(out, "SFT", seed))]
-        stages[not alone].append(Job(150 if alone else 60, finish, (folder, flags, start, log), folder / "summary.json"))
+        stages[0 if alone else 1].append(Job(150 if alone else 60, finish, (folder, flags, start, log), folder / "summary.json"))
         third = [str(run_folder(out, stranger, seeds[i - 1 if i else 1])) for stranger in strangers]
         forget(folder / "eval.json", "third_parties", third)
         stages[2].append(Job(15, command, ("eval.py", [str(folder), "--third_parties", *third], log), folder / "eval.json"))
@@ -316,7 +316,7 @@ def best_responses(out: str | Path, seeds: Iterable[int], names: Iterable[str]) 
         band(axis, range(1, 1 + len(found[0]["curve"])), [row["curve"] for row in found], name, {**look, "marker": None})
         for seed, row in zip(seeds, found):
             most_frequent = [f"{count} of 200: *{visible(prompt)}*" for prompt, count in row["exploits"][:1]] or ["-"]
-            lines.append([name, seed, show(row["after"], 500), *most_frequent])
+            lines.append([name, seed, show(row["after"], wilson_interval(round(500 * row["after"]), 500)), *most_frequent])
     axis.set(xlabel="PPO steps of a fresh attacker", ylabel="its success against the finished defender", ylim=(0, 1))
     axis.legend(frameon=False, fontsize=8)
     canvas.savefig(Path(out) / "best.png", dpi=150)

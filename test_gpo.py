@@ -6,6 +6,7 @@ independent implementation or by enumeration, never taken from our own output.
 
 import contextlib
 import copy
+import doctest
 import functools
 import gzip
 import hashlib
@@ -52,17 +53,25 @@ import eval as evaluation
 import gpo
 import kernel
 import model
+import options
 import report
 import reward
+import run as run_folder
+import scale
+import soak
+import suite
 import train
+import world
 from data import append_lines, first_turn, is_test, read_lines, read_rows, save_tokenizer, usable, whole_folder, write_text
 from diversity import Diversity, NgramTable, cosine_to_history, load_embedder, self_bleu, set_similarity, word_embedder
 from gpo import Player, PolicyAverage, Speaker, gae, nash_gap, play, policy_loss, ppo_update, solve_matrix_game, token_rewards, value_loss, whiten
 from kernel import linear_logprob, linear_logprob_reference
-from model import (Policy, add_lora, best_dtype, checkpoint_blocks, demonstrations, frozen_copy, generate, load_policy, logprobs_and_values, model_size, pack,
-                   save_policy)
+from model import Policy, best_dtype, demonstrations, frozen_copy, generate, load_policy, logprobs_and_values, pack, save_policy
 from reward import first_tokens, JudgeError, calibration, call_judge, classifier_logits, decided, load_judge, rule_judge, train_judge, unsafe_share
+from run import FinishedRun, Run, alarms, begin, stop_after_a_step, tracker
+from scale import add_lora, checkpoint_blocks, model_size
 from toy import ToyGame
+from world import World
 
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -591,7 +600,7 @@ def test_freed_memory_is_kept_for_the_next_tensor():
 
 
 def test_defaults_sample_the_full_distribution_and_score_what_was_sampled():
-    config = train.resolve(train.Config(out="nowhere"))
+    config = options.resolve(options.Config(out="nowhere"))
     assert (config.temperature, config.top_k, config.top_p) == (1.0, 0, 1.0)
     player = Player.__dataclass_fields__
     assert (player["temperature"].default, player["top_k"].default, player["top_p"].default) == (1.0, 0, 1.0)
@@ -680,9 +689,9 @@ def test_bf16_keeps_fp32_weights_gradients_and_logprobs():
 
 def test_dtype_auto_is_bf16_where_the_processor_has_it_and_the_embedded_game_stays_in_fp32(monkeypatch):
     for native, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        monkeypatch.setattr(train, "best_dtype", lambda device: native)
-        assert train.resolve(train.Config(out="nowhere", attacker="a", defender="d")).dtype == name  # the default for models of one's own
-        assert train.resolve(train.Config(out="nowhere")).dtype == "fp32"
+        monkeypatch.setattr(options, "best_dtype", lambda device: native)
+        assert options.resolve(options.Config(out="nowhere", attacker="a", defender="d")).dtype == name  # the default for models of one's own
+        assert options.resolve(options.Config(out="nowhere")).dtype == "fp32"
     assert best_dtype("cpu") == (torch.bfloat16 if {"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()) else torch.float32)
 
 
@@ -869,9 +878,9 @@ HEALTHY = {"diversity/different": 0.42, "attacker/objective/entropy": 0.24, "att
     ({"game/asr_train_judge": 0.92, "game/asr_held_out_judge": 0.79}, None, None)])  # apart by .12, but it is the judge of training that is the stricter
 def test_a_sick_round_raises_an_alarm_that_says_what_to_do_and_a_healthy_one_none(changed, name, said):
     before, limits = {"asr_train_judge": 0.85, "asr_held_out_judge": 0.86}, {"attacker": 25, "defender": 16}
-    found = gpo.alarms(HEALTHY | changed, before, limits)
+    found = alarms(HEALTHY | changed, before, limits)
     assert [alarm for alarm, _ in found] == ([name] if name else []) and all(said in message for _, message in found)
-    assert gpo.alarms({}, before, limits) == []  # nobody played, nobody is ill
+    assert alarms({}, before, limits) == []  # nobody played, nobody is ill
 
 
 def test_each_player_has_its_own_critic_and_optimizer_and_the_idle_one_does_not_move():
@@ -997,7 +1006,7 @@ def test_a_folded_adapter_is_the_new_base_and_a_distilled_student_leaves_its_tea
     gpo.sft(player.policy, [("a b", "yes"), ("c d", "no")], 100, 8, 1e-2, 0, micro_batch=3)
     rollout = rollout_of(player.policy)
     learned = logprobs_and_values(player.policy, rollout)[0]
-    model.fold_lora(player.policy)
+    scale.fold_lora(player.policy)
     assert all((p == 0).all() for name, p in player.policy.lm.named_parameters() if "lora_B" in name)
     assert torch.allclose(logprobs_and_values(player.policy, rollout)[0], learned, atol=1e-4)
     assert generate(player.policy, ["a b", "c d"], 4, temperature=0).texts == ["yes", "no"]
@@ -1066,7 +1075,7 @@ def test_micro_batch_bounds_the_rows_of_sampling_and_of_the_warm_start(monkeypat
 def test_the_memory_plan_counts_the_bytes_that_are_there(lora, critic, dtype, references):
     player = lora_player(lora, critic=critic, dtype=dtype) if lora else Player("defender", Policy(tiny_lm(tiny_tokenizer()), tiny_tokenizer(), critic, dtype), 6)
     size, counted = model_size(player.policy.lm), {}
-    plan = gpo.player_memory(**size, rows=4, prompt_tokens=8, new_tokens=6, bf16=dtype == torch.bfloat16, lora=lora, separate_critic=critic == "separate",
+    plan = scale.player_memory(**size, rows=4, prompt_tokens=8, new_tokens=6, bf16=dtype == torch.bfloat16, lora=lora, separate_critic=critic == "separate",
                              references=references)
     held = lambda tensors: sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in tensors}.values())
     player.optimizer.step = lambda real=player.optimizer.step: (counted.update(gradients=held(p.grad for p in player.policy.parameters() if p.grad is not None)), real())
@@ -1075,7 +1084,7 @@ def test_the_memory_plan_counts_the_bytes_that_are_there(lora, critic, dtype, re
     counted["reference"] = references * (held([*player.policy.parameters(), *player.reference.parameters()]) - counted["parameters"])
     counted["optimizer"] = held(state[k] for state in player.optimizer.state.values() for k in ("exp_avg", "exp_avg_sq"))
     assert counted == {what: plan[what] for what in counted}
-    table, most = gpo.memory_plan({"attacker": plan, "defender": plan}, {"judge": 2**20})
+    table, most = scale.memory_plan({"attacker": plan, "defender": plan}, {"judge": 2**20})
     assert most == 2**20 + 2 * sum(counted[k] for k in ("parameters", "optimizer", "reference")) + plan["bf16 copies"] + max(
         counted["gradients"] + plan["activations"], plan["sampling"])
     assert table.splitlines()[1].split() == ["parameters", *[f"{counted['parameters'] / 2**20:.1f}"] * 2] and table.splitlines()[-2].split() == ["judge", "1.0"]
@@ -1086,7 +1095,7 @@ def test_the_memory_plan_knows_models_that_are_not_loaded():
         size = model_size(LlamaForCausalLM(LlamaConfig()))  # the defaults are Llama 2 7B
     assert size["parameters"] == 6_738_415_616 and 8 * size["sides"] == 19_988_480  # published; peft's own count at rank 8, all-linear
     assert (size["layers"], size["width"], size["kv_width"], size["vocabulary"]) == (32, 4096, 4096, 32000)
-    plan = lambda **kwargs: gpo.player_memory(**size, rows=1, prompt_tokens=0, new_tokens=1, sampled_rows=1, bf16=True, device="cuda", **kwargs)
+    plan = lambda **kwargs: scale.player_memory(**size, rows=1, prompt_tokens=0, new_tokens=1, sampled_rows=1, bf16=True, device="cuda", **kwargs)
     assert plan(ranks=8)["optimizer"] == 8 * (6_738_415_616 + 4097) / 8  # AdamW keeps 8 bytes a trained weight, here over 8 ranks
     assert plan(lora=8)["optimizer"] == 8 * (19_988_480 + 4097)
     matrices = 6_738_415_616 - 2 * 32000 * 4096 - (2 * 32 + 1) * 4096  # all but embedding, head and norms
@@ -1779,6 +1788,8 @@ def test_lists_in_lines_conversations_byte_order_marks_and_silent_transcripts_ar
     assert read_rows(tmp_path / "lists.jsonl") == [{"prompt": "one"}, {"prompt": "two"}] and read_rows(tmp_path / "excel.csv") == [{"prompt": "one"}]
     assert read_rows(tmp_path / "chats.jsonl") == [answered, answered] and read_rows(tmp_path / "chat.jsonl") == read_rows(tmp_path / "chat.json") == [answered]
     assert read_rows(tmp_path / "array.jsonl") == [{"prompt": ""}, {"prompt": "b"}]
+    (tmp_path / "one.jsonl").write_text('[{"prompt": "p", "response": "r", "label": 1}]\n[{"transcript": "\\n\\nHuman: t\\n\\nAssistant: u"}]\n')
+    assert read_rows(tmp_path / "one.jsonl") == [{"prompt": "p", "response": "r", "label": 1}, {"prompt": "t"}]  # what is alone in a list is the row
     (tmp_path / "half.jsonl").write_text('["\\ud800"]')  # half a character: no file could hold it again
     with pytest.raises(ValueError, match="row 1: a row must be a prompt"):
         read_rows(tmp_path / "half.jsonl")
@@ -1809,9 +1820,9 @@ def test_the_real_files_are_read():
 def test_the_attacker_is_paid_for_unsafe_and_diverse_and_trained_on_its_own_tokens(monkeypatch):
     # the authors' code collects with the phase fixed at "defend", so that the attacker would be trained on the
     # defender's tokens with the safe reward, and the diversity reward never used
-    config = train.resolve(train.Config(out="nowhere", rounds=1, attacker_steps=2, defender_steps=1, batch_size=8, diversity=3.0, ptx_coef=0.0, mine=0, save_every=100))
+    config = options.resolve(options.Config(out="nowhere", rounds=1, attacker_steps=2, defender_steps=1, batch_size=8, diversity=3.0, ptx_coef=0.0, mine=0, save_every=100))
     players = {"attacker": tiny_player("attacker", 1), "defender": tiny_player("defender", 2)}
-    world = train.World(players["attacker"].policy, players["defender"].policy, PROMPTS, PROMPTS, PROMPTS, [], lambda p, r: [0.25 if "a" in x else 0.75 for x in r],
+    world = World(players["attacker"].policy, players["defender"].policy, PROMPTS, PROMPTS, PROMPTS, [], lambda p, r: [0.25 if "a" in x else 0.75 for x in r],
                         rule_judge, lambda r: [0.0] * len(r), None, word_embedder)
     run, updates, games = FakeRun(config, world, players), [], []
     real_update, real_play = train.ppo_update, train.play
@@ -1831,7 +1842,7 @@ def test_the_attacker_is_paid_for_unsafe_and_diverse_and_trained_on_its_own_toke
     assert abs(history.score(games[0].prompts)["reward"]).max() > 0.1
 
 
-class FakeRun(train.Run):
+class FakeRun(Run):
     """A Run that writes nothing, with no guard."""
 
     def __init__(self, config, world, players):
@@ -1886,6 +1897,13 @@ def test_a_strange_text_is_read_said_judged_compared_learned_logged_and_reported
     assert [game["attack"] for game in data["games"]] == [text] * 2
 
 
+def test_a_line_holds_null_for_a_number_that_json_does_not_have_and_all_else_as_it_is(tmp_path):
+    rows = [{"p": math.nan, "parts": [math.inf, {"q": -math.inf}], "text": "NaN \U0001f642", "x": 0.1, "n": 3, "none": None}, ["a", math.nan]]
+    append_lines(tmp_path / "rows.jsonl", rows)
+    assert (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines() == [
+        '{"p": null, "parts": [null, {"q": null}], "text": "NaN \U0001f642", "x": 0.1, "n": 3, "none": null}', '["a", null]']
+
+
 def test_half_a_surrogate_pair_which_no_file_can_hold_is_refused_by_file(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a\\ud83d"}\n')
     with pytest.raises(ValueError, match="rows.jsonl"):
@@ -1907,7 +1925,7 @@ def test_players_that_end_at_once_play_and_learn_and_raise_the_alarm():
     assert all(map(math.isfinite, metrics.values())) and metrics["attacker/response_length"] == 1
     row = gpo.evaluate(*players.values(), PROMPTS, PROMPTS, PROMPTS, rule_judge, rule_judge, lambda r: [0.0] * len(r), None, word_embedder)
     assert row["asr_held_out_judge"] == 0 and row["self_bleu"] == row["cosine"] == 0
-    said = " ".join(message for _, message in gpo.alarms(metrics, row, {"attacker": 6, "defender": 6}))
+    said = " ".join(message for _, message in alarms(metrics, row, {"attacker": 6, "defender": 6}))
     assert said.count("hardly chooses") == said.count("says 1.0 tokens") == 2 and "12% of the attacks differ" in said
 
 
@@ -1924,9 +1942,9 @@ def test_a_prompt_may_fill_the_context_but_for_the_new_tokens_and_one_without_ro
 def test_kl_anchor_previous_anchors_the_mover_at_the_start_of_each_turn_and_initial_never(monkeypatch):
     anchored = {}
     for anchor in ("previous", "initial"):
-        config = train.resolve(train.Config(out="nowhere", rounds=2, attacker_steps=2, defender_steps=1, batch_size=8, ptx_coef=0.0, mine=0, kl_anchor=anchor))
+        config = options.resolve(options.Config(out="nowhere", rounds=2, attacker_steps=2, defender_steps=1, batch_size=8, ptx_coef=0.0, mine=0, kl_anchor=anchor))
         players = {"attacker": tiny_player("attacker", 1), "defender": tiny_player("defender", 2)}
-        world = train.World(players["attacker"].policy, players["defender"].policy, PROMPTS, [], [], [], lambda p, r: [0.5] * len(p), rule_judge,
+        world = World(players["attacker"].policy, players["defender"].policy, PROMPTS, [], [], [], lambda p, r: [0.5] * len(p), rule_judge,
                             None, None, word_embedder)
         run, calls = FakeRun(config, world, players), []
         with monkeypatch.context() as patch:
@@ -1937,9 +1955,9 @@ def test_kl_anchor_previous_anchors_the_mover_at_the_start_of_each_turn_and_init
 
 
 def test_a_restarted_attacker_begins_its_turn_with_its_first_weights_and_the_defender_never_does(monkeypatch):
-    config = train.resolve(train.Config(out="nowhere", rounds=5, attacker_steps=2, defender_steps=1, batch_size=8, ptx_coef=0.0, mine=0, restart=2))
+    config = options.resolve(options.Config(out="nowhere", rounds=5, attacker_steps=2, defender_steps=1, batch_size=8, ptx_coef=0.0, mine=0, restart=2))
     players = {"attacker": tiny_player("attacker", 1), "defender": tiny_player("defender", 2)}
-    world = train.World(players["attacker"].policy, players["defender"].policy, PROMPTS, [], [], [], lambda p, r: [0.5 + 0.01 * len(x) for x in p], rule_judge,
+    world = World(players["attacker"].policy, players["defender"].policy, PROMPTS, [], [], [], lambda p, r: [0.5 + 0.01 * len(x) for x in p], rule_judge,
                         None, None, word_embedder)
     first, seen, run = {name: bytes_of(player.policy.lm) for name, player in players.items()}, [], FakeRun(config, world, players)
     monkeypatch.setattr(train, "ppo_update", lambda mover, *a: (seen.append((mover.name, bytes_of(mover.policy.lm) == first[mover.name], not mover.optimizer.state)),
@@ -1967,8 +1985,8 @@ def test_over_a_whole_run_nothing_of_the_idle_player_changes_by_one_bit(own, mon
     real = {name: getattr(train, name) for name in ("train", "ppo_update")}
     monkeypatch.setattr(train, "train", lambda config, world, players, run: (here.append(run), look(run, "begin"), real["train"](config, world, players, run)))
     monkeypatch.setattr(train, "ppo_update", lambda *args: (look(here[0], "before"), real["ppo_update"](*args), look(here[0], "after"))[1])
-    monkeypatch.setattr(train.Run, "save", lambda run, real=train.Run.save: (real(run), look(run, "end")))
-    monkeypatch.setattr(train, "draw_curves", lambda *args: None)
+    monkeypatch.setattr(Run, "save", lambda run, real=Run.save: (real(run), look(run, "end")))
+    monkeypatch.setattr(run_folder, "draw_curves", lambda *args: None)
     train.main([*OWN, *SMALL, *"--rounds 2 --attacker_steps 2 --defender_steps 2 --save_every 1 --mine 4 --critic separate --embedder words --eval_prompts 4".split(),
                 "--kl_anchor", anchor, "--restart", str(restart), "--out", f"idle_{anchor}"])
     turns, moments = train.schedule(here[0].config), [state for _, _, state in seen]
@@ -1993,9 +2011,9 @@ def test_over_a_whole_run_nothing_of_the_idle_player_changes_by_one_bit(own, mon
 
 def test_the_rlhf_attacker_plays_the_first_defender_and_the_gpo_attacker_the_present_one(monkeypatch):
     for method in ("rlhf", "gpo"):
-        config = train.resolve(train.Config(out="nowhere", method=method, rounds=2, attacker_steps=1, defender_steps=1, batch_size=8, ptx_coef=0.0, mine=0))
+        config = options.resolve(options.Config(out="nowhere", method=method, rounds=2, attacker_steps=1, defender_steps=1, batch_size=8, ptx_coef=0.0, mine=0))
         players = {"attacker": tiny_player("attacker", 1), "defender": tiny_player("defender", 2)}
-        world = train.World(players["attacker"].policy, players["defender"].policy, PROMPTS, [], [], [], lambda p, r: [0.3] * len(p), rule_judge,
+        world = World(players["attacker"].policy, players["defender"].policy, PROMPTS, [], [], [], lambda p, r: [0.3] * len(p), rule_judge,
                             None, None, word_embedder)
         run, pairs, real = FakeRun(config, world, players), [], play
         first = bytes_of(run.first_defender.policies[0].lm)
@@ -2007,7 +2025,7 @@ def test_the_rlhf_attacker_plays_the_first_defender_and_the_gpo_attacker_the_pre
 
 
 def turns(**kwargs):
-    config = train.resolve(train.Config(out="nowhere", **kwargs))
+    config = options.resolve(options.Config(out="nowhere", **kwargs))
     return [(r, role) for r, role, *_ in train.schedule(config)]
 
 
@@ -2022,8 +2040,8 @@ def test_the_players_take_turns_as_algorithm_1_says():
 
 def a_run(**kwargs):
     players = {"attacker": tiny_player("attacker", 1), "defender": tiny_player("defender", 2)}
-    world = train.World(players["attacker"].policy, players["defender"].policy, *[[]] * 4, *[None] * 4, word_embedder)
-    return FakeRun(train.resolve(train.Config(out="nowhere", **kwargs)), world, players)
+    world = World(players["attacker"].policy, players["defender"].policy, *[[]] * 4, *[None] * 4, word_embedder)
+    return FakeRun(options.resolve(options.Config(out="nowhere", **kwargs)), world, players)
 
 
 def test_rlhf_asks_only_fixed_prompts_and_replay_only_earlier_attacks():
@@ -2148,15 +2166,15 @@ def test_wilson_interval_equals_published_values():
 
 
 def test_the_paired_tests_equal_the_tables():
-    _, flips = evaluation.paired_test([0.1, 0.3, 0.2, 0.5, 0.4])
+    _, flips = report.paired_test([0.1, 0.3, 0.2, 0.5, 0.4])
     assert flips == 1 / 32  # only the signs as they are
     # (1, 2, -1), sum 2: of the eight sign patterns +++, ++-, -+- give 2, 4 and 2
-    assert evaluation.paired_test([1, 2, -1])[1] == 3 / 8 and evaluation.paired_test([0.0, 0.0]) == (1.0, 1.0)
+    assert report.paired_test([1, 2, -1])[1] == 3 / 8 and report.paired_test([0.0, 0.0]) == (1.0, 1.0)
     # Student's table, one-sided 5%: t = 2.132 at 4 and 6.314 at 1 degrees of freedom; differences with that t:
     for t, n in ((2.13185, 5), (6.31375, 2)):
         noise = np.arange(n) - (n - 1) / 2
         d = noise / noise.std(ddof=1) + t / math.sqrt(n)
-        assert evaluation.paired_test(d)[0] == pytest.approx(0.05, abs=1e-6) and evaluation.paired_test(-d)[0] == pytest.approx(0.95, abs=1e-6)
+        assert report.paired_test(d)[0] == pytest.approx(0.05, abs=1e-6) and report.paired_test(-d)[0] == pytest.approx(0.95, abs=1e-6)
 
 
 def test_the_nash_gap_bound_is_best_attack_minus_best_defence(monkeypatch):
@@ -2222,19 +2240,19 @@ WARM = [("a b", "yes"), ("c d", "no sorry no"), ("e", "x y z")], 3, 4, 1e-2, 0  
 def one_update(sharded=False, ptx_coef=0.0, rows=8, demos=4, **kwargs):
     """The gradients of the first optimizer step, and metrics and weights after a whole update on given texts and scores."""
     policy = tiny_policy(critic=kwargs.pop("critic", "shared"))
-    player = Player("defender", model.shard(policy, "cpu") if sharded else policy, 6, **{"learning_rate": 1e-3, "max_grad_norm": 0.5, **kwargs})
+    player = Player("defender", scale.shard(policy, "cpu") if sharded else policy, 6, **{"learning_rate": 1e-3, "max_grad_norm": 0.5, **kwargs})
     rollout = rollout_of(policy, LONG_AND_SHORT[:rows], PROMPTS[:rows], cut=(3,))
     demos = demonstrations(policy, [("a b", "yes"), ("c d", "no sorry no no"), ("e", "x y z"), ("f", "a")][:demos])
     gradients, real = {}, gpo.optimizer_step
 
     def spied(player, *losses):
-        gradients.update(gradients or {name: model.whole(p.grad).clone() for name, p in player.policy.named_parameters()})
+        gradients.update(gradients or {name: scale.whole(p.grad).clone() for name, p in player.policy.named_parameters()})
         real(player, *losses)
 
     gpo.optimizer_step = spied
     metrics = ppo_update(player, rollout, np.arange(float(rows)), 5, demos, ptx_coef)  # seed 5: one process has 7 tokens of the first step, the other 14
     gpo.optimizer_step = real
-    return gradients, metrics, {name: model.whole(p).clone() for name, p in player.policy.named_parameters()}, player
+    return gradients, metrics, {name: scale.whole(p).clone() for name, p in player.policy.named_parameters()}, player
 
 
 def act_together(rank, folder):
@@ -2251,9 +2269,9 @@ def act_together(rank, folder):
         policy, average = player.policy, PolicyAverage("weights")
         seen[mode, "spoken"] = generate(policy, PROMPTS[:3], 6, temperature=0)
         seen[mode, "sampled"] = generate(policy, ["a b"] * 8, 6, seed=0).texts
-        seen[mode, "judged"] = call_judge(model.shared_judge(lambda prompts, responses: [len(prompts) / 10] * len(prompts)), ["a"] * 5, ["b"] * 5)
+        seen[mode, "judged"] = call_judge(scale.shared_judge(lambda prompts, responses: [len(prompts) / 10] * len(prompts)), ["a"] * 5, ["b"] * 5)
         seen[mode, "warm start"] = gpo.sft(policy, *WARM)
-        kept = lambda module: {name: tensor.clone() for name, tensor in model.on_first(module.state_dict()).items()}
+        kept = lambda module: {name: tensor.clone() for name, tensor in scale.on_first(module.state_dict()).items()}
         before = kept(policy)
         average.add(policy)
         save_policy(policy, folder / mode)
@@ -2266,7 +2284,7 @@ def act_together(rank, folder):
         model.load_weights(policy, folder / f"{mode}.safetensors")
         seen[mode, "loaded"] = kept(policy)
     try:
-        model.in_shares(lambda items: [1 / item for item in items], [1, 2, 3, 0])
+        scale.in_shares(lambda items: [1 / item for item in items], [1, 2, 3, 0])
     except ZeroDivisionError:  # of the second process's share
         (folder / f"error_{rank}").touch()
     torch.save(seen, folder / f"seen_{rank}")
@@ -2284,7 +2302,7 @@ def train_together(rank, meeting, *argv):
     """What `torchrun --nproc_per_node=2 train.py` does in each process, but meeting over a file."""
     os.environ["WORLD_SIZE"], sys.stderr = "2", open(f"{meeting}_{rank}.txt", "w")
     torch.set_num_threads(1)
-    model.dist.init_process_group = functools.partial(dist.init_process_group, init_method=f"file://{meeting}", rank=rank, world_size=2)
+    scale.dist.init_process_group = functools.partial(dist.init_process_group, init_method=f"file://{meeting}", rank=rank, world_size=2)
     train.main([str(arg) for arg in argv])
 
 
@@ -2454,15 +2472,15 @@ def alone(own):
             os.chdir(before)
 
     run("--out", "alone")
-    return run, bench.contents(own / "alone")
+    return run, soak.contents(own / "alone")
 
 
 def differing(folder, whole):
-    end = bench.contents(folder) if (folder / "summary.json").exists() else {}
+    end = soak.contents(folder) if (folder / "summary.json").exists() else {}
     return {name for name in {**whole, **end} if whole.get(name) != end.get(name)} - {"config.json"}  # it holds the folder's name
 
 
-@pytest.mark.parametrize("owner, name, call", [(train, "sft", 2), (train, "play", 3), (train.Run, "save_averages", 2), (train, "draw_curves", 1)])
+@pytest.mark.parametrize("owner, name, call", [(world, "sft", 2), (train, "play", 3), (Run, "save_averages", 2), (run_folder, "draw_curves", 1)])
 def test_a_run_that_dies_before_in_or_after_the_game_can_be_resumed_and_ends_like_one_left_alone(own, alone, monkeypatch, owner, name, call):
     run, whole = alone
     out, calls = own / f"died_{name}_{call}", []
@@ -2497,7 +2515,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(own, alone, tmp_path, capsys)
                          ("defender_optimizer.safetensors", Path.unlink), ("attacker.safetensors", cut), ("defender_weights.safetensors", write), ("attacker_mixture.json", write)):
         shutil.copytree(own / "alone" / "checkpoints", tmp_path / "checkpoints", dirs_exist_ok=True)
         damage(tmp_path / "checkpoints" / "step_000003" / file)
-        assert train.Run.newest_checkpoint(types.SimpleNamespace(folder=tmp_path)) == tmp_path / "checkpoints" / "step_000002"
+        assert Run.newest_checkpoint(types.SimpleNamespace(folder=tmp_path)) == tmp_path / "checkpoints" / "step_000002"
         assert capsys.readouterr().err.startswith(f"{tmp_path}/checkpoints/step_000003 is damaged and not used: ")
         shutil.rmtree(tmp_path / "checkpoints")
 
@@ -2523,10 +2541,10 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint_or_from_its_start_and_keep
 
 
 def test_of_two_runs_that_begin_in_the_same_moment_one_gets_the_folder(tmp_path):
-    first, second = (train.resolve(train.Config(out=str(tmp_path / "same"), seed=seed)) for seed in (1, 2))  # both find it free
-    lock = train.begin(first)
+    first, second = (options.resolve(options.Config(out=str(tmp_path / "same"), seed=seed)) for seed in (1, 2))  # both find it free
+    lock = begin(first)
     with pytest.raises(OSError, match="not empty"):
-        train.begin(second)
+        begin(second)
     os.close(lock)
     assert json.loads((tmp_path / "same" / "config.json").read_text())["config"]["seed"] == 1 and [path.name for path in tmp_path.iterdir()] == ["same"]
 
@@ -2534,7 +2552,7 @@ def test_of_two_runs_that_begin_in_the_same_moment_one_gets_the_folder(tmp_path)
 def test_a_second_run_in_one_folder_ends_with_one_line(own, alone, monkeypatch, capsys):
     said = []
 
-    def second(run, *args, real=train.Run.log):
+    def second(run, *args, real=Run.log):
         real(run, *args)
         for args in (["--resume", "shared"], [*OWN, *SMALL, "--out", "shared"]) if run.step == 0 else ():
             capsys.readouterr()
@@ -2542,7 +2560,7 @@ def test_a_second_run_in_one_folder_ends_with_one_line(own, alone, monkeypatch, 
                 train.main(args)
             said.append((stopped.value.code, capsys.readouterr().err))
 
-    monkeypatch.setattr(train.Run, "log", second)
+    monkeypatch.setattr(Run, "log", second)
     alone[0]("--out", "shared")
     assert said == [(2, "error: a run folder is for one process at a time, and one is at work in shared; wait for its end or pass another --out\n"),
                     (2, "error: --out must name a new or empty folder, got shared; to go on with a run use --resume shared\n")]
@@ -2566,8 +2584,8 @@ os.write(1, b"@end\\n")"""
 @pytest.mark.parametrize("what, end, status", [
     ("", "4 kills, 0 lost, 0 different", 0), ("if resumed: Path('run/more').touch()", "4 kills, 0 lost, 1 different", 1), ("if resumed: sys.exit(3)", "4 kills, 1 lost, 0 different", 1)])
 def test_a_soak_kills_as_often_as_asked_and_finds_what_is_lost_or_different(monkeypatch, capsys, tmp_path, what, end, status):
-    monkeypatch.setattr(bench, "SOAK_PROGRAM", SOAKED.replace("WHAT", what))
-    monkeypatch.setattr(bench.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(soak, "SOAK_PROGRAM", SOAKED.replace("WHAT", what))
+    monkeypatch.setattr(soak.tempfile, "tempdir", str(tmp_path))
     with pytest.raises(SystemExit) as stopped:
         bench.main(["soak", "--kills", "4"])
     lines = capsys.readouterr().out.splitlines()
@@ -2576,11 +2594,11 @@ def test_a_soak_kills_as_often_as_asked_and_finds_what_is_lost_or_different(monk
 
 
 def test_train_killed_by_the_soak_and_resumed_ends_like_one_that_was_not(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "SOAK", [*TINY, "--out", "run"])
-    status, seen = bench.live(tmp_path, ("ppo_update", 3, 0.01))  # it resumes with a defender step, then the attacker's: its optimizer and the history matter
+    monkeypatch.setattr(soak, "SOAK", [*TINY, "--out", "run"])
+    status, seen = soak.live(tmp_path, ("ppo_update", 3, 0.01))  # it resumes with a defender step, then the attacker's: its optimizer and the history matter
     assert status == -signal.SIGKILL and [name for name, _ in seen].count("save") == 1 and not (tmp_path / "run" / "summary.json").exists()
-    assert bench.live(tmp_path)[0] == 0
-    assert not differing(tmp_path / "run", bench.contents(finished[0]))
+    assert soak.live(tmp_path)[0] == 0
+    assert not differing(tmp_path / "run", soak.contents(finished[0]))
 
 
 WAIT = """import sys, time, train
@@ -2618,7 +2636,7 @@ def test_ctrl_c_finishes_the_step_saves_it_and_a_resumed_run_ends_like_one_that_
 def test_a_second_signal_stops_at_once_and_what_was_before_comes_back():
     run, before = types.SimpleNamespace(stop=0), signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with pytest.raises(KeyboardInterrupt), train.stop_after_a_step(run):
+        with pytest.raises(KeyboardInterrupt), stop_after_a_step(run):
             os.kill(os.getpid(), signal.SIGINT)
             assert run.stop == signal.SIGINT
             os.kill(os.getpid(), signal.SIGINT)
@@ -2631,7 +2649,7 @@ def test_a_second_signal_stops_at_once_and_what_was_before_comes_back():
 def test_a_package_that_is_not_there_is_named_in_one_line(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=f"--log {package} needs the package {package}: pip install {package}"):
-        train.resolve(parsed(f"--log {package}"))
+        options.resolve(parsed(f"--log {package}"))
 
 
 def test_wandb_gets_each_step_once(monkeypatch, tmp_path):
@@ -2639,7 +2657,7 @@ def test_wandb_gets_each_step_once(monkeypatch, tmp_path):
     fake = types.SimpleNamespace(init=lambda **kwargs: types.SimpleNamespace(log=lambda metrics, step: sent.append((step, metrics))))
     monkeypatch.setitem(sys.modules, "wandb", fake)
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "round": 0, "role": "attacker", "a": 0.5}\n')  # from before it was stopped
-    train.tracker(train.Config(log="wandb"), tmp_path)(1, {"a": 0.25})
+    tracker(options.Config(log="wandb"), tmp_path)(1, {"a": 0.25})
     assert sent == [(0, {"round": 0, "a": 0.5}), (1, {"a": 0.25})]
 
 
@@ -2734,6 +2752,12 @@ def test_eval_writes_one_page_for_the_runs_it_is_given(finished, tmp_path, capsy
     assert " ".join(f"{summary[row]['self_bleu']:.3f}" for row in ("before", "after", "average (mixture)", "average (weights)")) + " cosine among" in " ".join(page.words)  # four columns
     evaluation.main(["report", str(out), str(out), "--out", str(tmp_path / "both.html")])
     assert len(json.loads(Page(tmp_path / "both.html").scripts["data"])["games"]) == 2 * len(games)
+
+
+def test_eval_draws_the_game_of_each_run_it_is_given(finished, capsys):
+    out, _ = finished
+    evaluation.main(["game", str(out), str(out)])
+    assert capsys.readouterr().out == 2 * f"written to {out}/game.png\n" and (out / "game.png").stat().st_size > 10_000
 
 
 # --- what is let in, and what is not ---------------------------------------------------------------------------------------
@@ -2831,7 +2855,7 @@ def test_the_embedded_game_opens_no_connection_and_what_it_prints_is_plain(tmp_p
         monkeypatch.setattr(socket.socket, name, never)
     monkeypatch.setattr(socket, "getaddrinfo", never)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(train.Run, "examples", lambda run: [(UGLY, UGLY, UGLY)])
+    monkeypatch.setattr(Run, "examples", lambda run: [(UGLY, UGLY, UGLY)])
     small = "--sft_steps 4 --judge_steps 4 --batch_size 8 --eval_prompts 12 --rounds 1 --attacker_steps 1 --defender_steps 1 --mine 0 --guard 0 --average none --attack_tokens 4 --response_tokens 4".split()
     train.main([*small, "--out", str(tmp_path / "run")])
     evaluation.main([str(tmp_path / "run")])
@@ -2867,7 +2891,7 @@ def test_a_trained_attacker_is_let_loose_on_a_target_and_what_it_did_is_written_
     out, file = finished[0], str(tmp_path / "a.jsonl")
     arguments = ["attack", str(out / "attacker"), str(out / "checkpoints/start/defender"), "-n", "40", "--seed", "5", "--judge", "rule", "--out", file]
     evaluation.main(arguments)
-    printed, run = capsys.readouterr().out, evaluation.FinishedRun(out)
+    printed, run = capsys.readouterr().out, FinishedRun(out)
     seeds = [run.prompts["seeds"][i] for i in np.random.default_rng(5).choice(len(run.prompts["seeds"]), 40, replace=False)]
     attacks = run.end["attacker"].speak(seeds, 5).texts
     answers = run.start["defender"].speak(attacks, 0, temperature=0).texts
@@ -2921,7 +2945,7 @@ def test_eval_repeats_the_numbers_of_the_run_with_intervals(finished):
 
 def test_eval_measures_the_further_test_sets_the_kl_and_the_attack_on_strangers(finished):
     out, _ = finished
-    run, game = evaluation.FinishedRun(out), ToyGame(0)
+    run, game = FinishedRun(out), ToyGame(0)
     row, stranger = run.row(run.end["attacker"], run.end["defender"], [run.start["defender"], run.end["defender"]]), run.start["defender"]
     answers = lambda prompts: run.end["defender"].speak(prompts, 0, temperature=0).texts
     for name in ("unseen topics", "unseen framings"):
@@ -2946,7 +2970,7 @@ def test_a_best_response_can_meet_an_earlier_round_and_says_what_it_exploits(fin
     printed = program("eval.py", "best", out, "--steps", 2, "--round", 1).stdout
     row = json.loads((out / "best_1.json").read_text())
     assert len(row["curve"]) == 2 and row["gap"] == pytest.approx(row["after"] - row["before"]) and f"in {row['after']:.1%}" in printed
-    run, game = evaluation.FinishedRun(out), ToyGame(0)
+    run, game = FinishedRun(out), ToyGame(0)
     assert all(game.topics_in(prompt) and game.topics_in(prompt)[0] < 32 and prompt in printed for prompt, _ in row["exploits"])
     assert row["before"] == evaluation.success(
         run.start["attacker"], Speaker([run.snapshots("defender").policy(run.end["defender"].policy, 0)], run.end["defender"]), run.prompts["seeds"], run.held_out_judge)
@@ -2958,21 +2982,25 @@ def test_a_run_of_t_rounds_is_the_beginning_of_a_longer_one(finished, tmp_path):
     program("train.py", *TINY, "--rounds", 1, "--out", tmp_path / "shorter")
     shorter, longer = (json.loads((folder / "summary.json").read_text()) for folder in (tmp_path / "shorter", out))
     for t, summary in ((1, shorter), (2, longer)):
-        row = evaluation.row_of_round(evaluation.FinishedRun(out), t)
+        row = suite.row_of_round(FinishedRun(out), t)
         for key, value in summary["after"].items():
             assert row[key] == pytest.approx(value), key
         assert row["averages"]["average (mixture)"]["asr_held_out_judge"] == pytest.approx(summary["average (mixture)"]["asr_held_out_judge"]) and row["updates"] == 2 * t
 
 
 def test_the_figure_of_the_game_shows_one_exchange_what_it_paid_and_whose_turn_each_step_was(tmp_path, monkeypatch):
-    line = lambda step, round, role, attack, response, p_safe, score: {
-        "step": step, "round": round, "role": role, "seed": f"seed of {attack}", "attack": attack, "response": response, "p_safe": p_safe, "score": score}
-    games = [line(0, 0, "attacker", "repelled", "no", 0.9, 1.5), line(0, 0, "attacker", "never closed", "yes", 0.1, 1.4), line(0, 0, "attacker", "costs $5 or $6", "take it", 0.25, 0.85),
-             line(0, 0, "attacker", "paid less", "take it too", 0.25, 0.7), line(1, 0, "defender", "costs $5 or $6", "same round", 0.8, 0.8),
-             line(2, 1, "defender", "costs $5 or $6", "never", 0.9, 0.9), line(2, 1, "defender", "paid less", "never", 0.9, 0.9), line(2, 1, "probe", "probe", "x", None, None)]
-    log = [{"step": step, "round": step // 2, "role": role, "game/attack_success": share, **({"game/asr_held_out_judge": 0.5} if step % 2 else {})}
+    line = lambda step, role, attack, response, p_safe, score: {
+        "step": step, "round": step // 2, "role": role, "seed": f"seed of {attack}", "attack": attack, "response": response,
+        "p_safe": p_safe, "score": score}
+    games = [line(0, "attacker", "repelled", "no", 0.9, 1.5), line(0, "attacker", "never closed", "yes", 0.1, 1.4),
+             line(0, "attacker", "costs $5 or $6", "take it", 0.25, 0.85), line(0, "attacker", "paid less", "take it too", 0.25, 0.7),
+             line(1, "defender", "costs $5 or $6", "same round", 0.8, 0.8), line(3, "defender", "costs $5 or $6", "never", 0.9, 0.9),
+             line(3, "defender", "paid less", "never", 0.9, 0.9), line(3, "probe", "probe", "x", None, None)]
+    last = lambda step: {"game/asr_held_out_judge": 0.5} if step % 2 else {}
+    log = [{"step": step, "round": step // 2, "role": role, "game/attack_success": share, **last(step)}
            for step, (role, share) in enumerate((("attacker", 0.5), ("defender", 0.0), ("attacker", 0.4), ("defender", 0.25)))]
-    data.write_json(tmp_path / "config.json", {"config": {"kl_anchor": "initial", "kl_coef": 0.05, "attacker_kl_coef": 0.01, "restart": 1}})
+    config = {"kl_anchor": "initial", "kl_coef": 0.05, "attacker_kl_coef": 0.01, "restart": 1}
+    data.write_json(tmp_path / "config.json", {"config": config})
     for name, lines in (("games.jsonl", games), ("metrics.jsonl", log)):
         append_lines(tmp_path / name, lines)
     drawn, real = [], Figure.savefig
@@ -2980,27 +3008,26 @@ def test_the_figure_of_the_game_shows_one_exchange_what_it_paid_and_whose_turn_e
     assert report.draw_game(tmp_path) == tmp_path / "game.png" and (tmp_path / "game.png").stat().st_size > 10_000
     exchange, turns = drawn[0].axes
     texts = [" ".join(text.get_text().split()) for text in exchange.texts]
-    assert "“seed of costs $5 or $6”" in texts and "“costs $5 or $6”" in texts and "“take it”" in texts  # no mathematics between dollars
+    assert {"“seed of costs $5 or $6”", "“costs $5 or $6”", "“take it”"} <= set(texts)  # no mathematics between dollars
     said = " ".join(texts)
     assert "P(safe) = 0.25" in said and "= 0.75 + 0.10" in said and "again in round 2: “never” P(safe) = 0.90" in said
     bars = [[(bar.get_x() + bar.get_width() / 2, round(bar.get_height(), 6)) for bar in of] for of in turns.containers]
     assert bars == [[(1, 0.6), (3, 0.5)], [(2, 0.1), (4, 0.35)]]  # the attacker's, the defender's
     assert [list(marks.get_xdata()) for marks in turns.lines] == [[2.5, 4.5], [3]]  # ends of rounds; where the attacker began again
-    append_lines(tmp_path / "empty.jsonl", games[-1:])
     with pytest.raises(ValueError, match="let the run play a PPO step"):
-        report.telling_exchange(read_lines(tmp_path / "empty.jsonl"))
+        report.telling_exchange(games[-1:])
 
 
 def test_the_figure_of_rounds_shows_both_budgets_and_best_responses_where_there_are_any(tmp_path, monkeypatch):
     drawn, real = [], report.band
     monkeypatch.setattr(report, "band", lambda axis, x, values, label, look: (drawn.append((label, list(x), np.asarray(values).mean(0).tolist())), real(axis, x, values, label, look)))
     point = lambda asr, **more: [{"asr_held_out_judge": asr, "over_refusal/look-alikes": 0.0, "averages": {"average (mixture)": {"asr_held_out_judge": asr + 0.1}}, **more}] * 2
-    rows = {f"equal, T = {t}": point(1 / t, **({"best_response": 0.9} if t > 8 else {})) for t in evaluation.HORIZONS} | {f"growing, T = {t}": point(0.5, best_response=0.7) for t in evaluation.HORIZONS}
-    report.draw_rounds(tmp_path, rows, evaluation.HORIZONS)
+    rows = {f"equal, T = {t}": point(1 / t, **({"best_response": 0.9} if t > 8 else {})) for t in suite.HORIZONS} | {f"growing, T = {t}": point(0.5, best_response=0.7) for t in suite.HORIZONS}
+    report.draw_rounds(tmp_path, rows, suite.HORIZONS)
     lines = dict((label, (x, y)) for label, x, y in drawn[:len(drawn) // 2])
-    assert lines["held-out prompts"] == ([1, 2, 4, 8, 16, 32], [1 / t for t in evaluation.HORIZONS])
+    assert lines["held-out prompts"] == ([1, 2, 4, 8, 16, 32], [1 / t for t in suite.HORIZONS])
     assert lines["best response, 90 steps"] == ([16, 32], [pytest.approx(0.9)] * 2)  # only where one was trained
-    assert lines["held-out prompts, mixture"][1] == pytest.approx([1 / t + 0.1 for t in evaluation.HORIZONS])
+    assert lines["held-out prompts, mixture"][1] == pytest.approx([1 / t + 0.1 for t in suite.HORIZONS])
     assert dict((label, y) for label, _, y in drawn)["best response, 90 steps"] == pytest.approx([0.7] * 6)
     assert (tmp_path / "rounds.png").stat().st_size > 10_000
 
@@ -3008,7 +3035,7 @@ def test_the_figure_of_rounds_shows_both_budgets_and_best_responses_where_there_
 def test_probe_bounds_the_nash_gap_after_each_round_and_draws_who_breaks_whom(finished):
     out, _ = finished
     program("eval.py", "probe", out, "--steps", 2, "--every", 1)
-    found, run = json.loads((out / "probe.json").read_text()), evaluation.FinishedRun(out)
+    found, run = json.loads((out / "probe.json").read_text()), FinishedRun(out)
     assert [(row["round"], row["kind"]) for row in found["gaps"]] == [(r, kind) for r in (1, 2) for kind in ("last", "mixture", "weights")]
     for row in found["gaps"]:
         assert 0 <= row["best_defence"] <= row["value"] <= row["best_attack"] <= 1
@@ -3018,7 +3045,7 @@ def test_probe_bounds_the_nash_gap_after_each_round_and_draws_who_breaks_whom(fi
 
 
 def in_process(program, arguments, log):
-    """What `evaluation.command` does, without the seconds that an interpreter takes to import torch."""
+    """What `suite.command` does, without the seconds that an interpreter takes to import torch."""
     with ONE_AT_A_TIME, open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         {"train.py": train, "eval.py": evaluation}[program].main(arguments)
 
@@ -3028,22 +3055,22 @@ ONE_AT_A_TIME = threading.Lock()
 
 def test_a_suite_runs_every_row_on_every_seed_from_one_warm_start_and_nothing_twice(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="ended with status 2: error: --rounds must be"):  # in interpreters of their own, as users have it
-        evaluation.run_suite(tmp_path / "other", {}, (0, 1), "--rounds 0", strangers=("SFT",))
-    monkeypatch.setattr(evaluation, "command", in_process)
+        suite.run_suite(tmp_path / "other", {}, (0, 1), "--rounds 0", strangers=("SFT",))
+    monkeypatch.setattr(suite, "command", in_process)
     turns, common = " ".join(PLAYED), " ".join(SIZES)
-    suite = {"RLHF": f"--method rlhf {turns}", "one & more": f"--average distill --mine 8 {turns}"}
-    rows = evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT", "RLHF"), probes={"RLHF": (0,)}, steps=1)
+    methods = {"RLHF": f"--method rlhf {turns}", "one & more": f"--average distill --mine 8 {turns}"}
+    rows = suite.run_suite(tmp_path, methods, (0, 1), common, strangers=("SFT", "RLHF"), probes={"RLHF": (0,)}, steps=1)
     assert list(rows) == ["SFT", "RLHF", "one & more"] and all(len(of_name) == 2 for of_name in rows.values())
     for name in rows:
         for seed, row in enumerate(rows[name]):
-            folder = evaluation.run_folder(tmp_path, name, seed)
+            folder = suite.run_folder(tmp_path, name, seed)
             config, summary = (json.loads((folder / f).read_text()) for f in ("config.json", "summary.json"))
             assert config["config"]["seed"] == seed and row["asr_held_out_judge"] == pytest.approx(summary["after"]["asr_held_out_judge"])
             for player in ("attacker", "defender"):  # paired: every row of a seed starts from the very same players
                 assert (folder / f"checkpoints/start/{player}/model.safetensors").read_bytes() == (
-                    evaluation.run_folder(tmp_path, "SFT", seed) / f"{player}/model.safetensors").read_bytes()
+                    suite.run_folder(tmp_path, "SFT", seed) / f"{player}/model.safetensors").read_bytes()
             met = json.loads((folder / "eval.json").read_text())["third_parties"]
-            assert met == [str(evaluation.run_folder(tmp_path, stranger, 1 - seed)) for stranger in ("SFT", "RLHF")]
+            assert met == [str(suite.run_folder(tmp_path, stranger, 1 - seed)) for stranger in ("SFT", "RLHF")]
             assert ("best_response" in row) == (name == "RLHF") and len(row["third_parties"]) == 2 and row["updates"] == (0 if name == "SFT" else 4)
             tokenizer, spoken = AutoTokenizer.from_pretrained(folder / "attacker"), 0
             for game in map(json.loads, (folder / "games.jsonl").read_text().splitlines()):
@@ -3053,32 +3080,32 @@ def test_a_suite_runs_every_row_on_every_seed_from_one_warm_start_and_nothing_tw
             assert spoken <= row["tokens"] <= spoken + 6 * 8 * 2 + 4 * 8 * 26 + 2 * 8 * 43 and (row["tokens"] > 0) == (name != "SFT")
     assert set(rows["one & more"][0]["averages"]) == {"average (mixture)", "average (weights)", "average (distill)"}
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "command", lambda *a: pytest.fail(f"done again: {a}"))
-        assert json.dumps(evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT", "RLHF"), probes={"RLHF": (0,)}, steps=1)) == json.dumps(rows)
-    folder = evaluation.run_folder(tmp_path, "RLHF", 1)
-    evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT",), probes={"RLHF": (0,)}, steps=2)  # other third parties, a longer probe
+        patch.setattr(suite, "command", lambda *a: pytest.fail(f"done again: {a}"))
+        assert json.dumps(suite.run_suite(tmp_path, methods, (0, 1), common, strangers=("SFT", "RLHF"), probes={"RLHF": (0,)}, steps=1)) == json.dumps(rows)
+    folder = suite.run_folder(tmp_path, "RLHF", 1)
+    suite.run_suite(tmp_path, methods, (0, 1), common, strangers=("SFT",), probes={"RLHF": (0,)}, steps=2)  # other third parties, a longer probe
     assert len(json.loads((folder / "eval.json").read_text())["third_parties"]) == 1 and json.loads((folder / "best.json").read_text())["steps"] == 2
     games = (folder / "games.jsonl").read_text()
     for lost in ("summary.json", "eval.json"):  # stopped just before its end
         (folder / lost).unlink()
-    again = evaluation.run_suite(tmp_path, suite, (0, 1), common, strangers=("SFT", "RLHF"), probes={"RLHF": (0,)}, steps=1)
+    again = suite.run_suite(tmp_path, methods, (0, 1), common, strangers=("SFT", "RLHF"), probes={"RLHF": (0,)}, steps=1)
     assert (folder / "games.jsonl").read_text() == games and again["RLHF"][1]["asr_held_out_judge"] == rows["RLHF"][1]["asr_held_out_judge"]
     with pytest.raises(ValueError, match="RLHF_s0 must be a run of train.py --method rlhf --replay 0 .* got one of train.py --method rlhf --rounds"):
-        evaluation.run_suite(tmp_path, {"RLHF": "--method rlhf --replay 0"}, (0, 1), common)
+        suite.run_suite(tmp_path, {"RLHF": "--method rlhf --replay 0"}, (0, 1), common)
 
 
 def test_the_rows_of_all_suites_can_share_one_results_folder():
-    suites = (evaluation.METHODS, evaluation.ABLATIONS, evaluation.RECIPE, evaluation.ROUNDS)
+    suites = (suite.METHODS, suite.ABLATIONS, suite.RECIPE, suite.ROUNDS)
     flags = {}
-    for name, of_suite in (item for suite in suites for item in suite.items()):
-        assert flags.setdefault(str(evaluation.run_folder("results", name, 0)), of_suite) == of_suite, name  # one folder, one command
-        train.resolve(parsed(of_suite))  # every row is a possible setting
-    assert all(train.resolve(parsed(evaluation.METHODS[name])).rounds * train.resolve(parsed(evaluation.METHODS[name])).defender_steps == 40
+    for name, of_suite in (item for rows in suites for item in rows.items()):
+        assert flags.setdefault(str(suite.run_folder("results", name, 0)), of_suite) == of_suite, name  # one folder, one command
+        options.resolve(parsed(of_suite))  # every row is a possible setting
+    assert all(options.resolve(parsed(suite.METHODS[name])).rounds * options.resolve(parsed(suite.METHODS[name])).defender_steps == 40
                for name in ("RLHF", "RLHF+Div", "Iterative", "GPO", "GPO+Div"))  # matched: the same number of defender updates
 
 
 def parsed(flags):
-    config = train.parse(flags.split())
+    config = options.parse(flags.split())
     config.out = "nowhere"
     return config
 
@@ -3253,7 +3280,7 @@ def test_a_dry_run_prints_what_the_models_read_and_writes_nothing(own, hub, monk
         raise AssertionError("a dry run trained")
 
     monkeypatch.chdir(own)
-    monkeypatch.setattr(train, "sft", never)
+    monkeypatch.setattr(world, "sft", never)
     tokenizer = AutoTokenizer.from_pretrained("defender")
     tokenizer.chat_template = "{% for m in messages %}<eos>{{ m['content'] }}<unk>{% endfor %}"
     shutil.copytree("defender", "chatty")
@@ -3307,20 +3334,20 @@ def test_exchanges_that_the_judge_leaves_open_are_reported_and_in_no_update(own)
     ("--attacker a --defender b --held_out_judge truth", "--held_out_judge truth"), ("--attacker a --defender b --embedder toy", "--embedder toy")])
 def test_what_the_user_gave_and_the_run_would_not_do_is_refused(flags, message):
     with pytest.raises(ValueError) as refused:
-        train.resolve(parsed(flags))
+        options.resolve(parsed(flags))
     assert message in str(refused.value)
 
 
 @pytest.mark.parametrize("flags", ["--method rlhf --replay 0 --mine 0 --opponent last", "--method iterative --attacker_steps 0 --diversity_terms bleu --diversity 0", "--method sft",
                                    "--mine_temperature 2", "--attacker a --defender b --mine 8 --mine_temperature 2", "--average mixture --average_size 4", "--diversity 0"])
 def test_defaults_and_what_is_turned_off_contradict_nothing(flags):
-    train.resolve(parsed(flags))
+    options.resolve(parsed(flags))
 
 
 def test_help_fits_two_screens_and_has_each_option_once_under_a_heading_with_its_defaults(capsys):
     for flag in ("--help", "-h"):
         with pytest.raises(SystemExit) as stopped:
-            train.parse([flag])
+            options.parse([flag])
         lines = capsys.readouterr().out.splitlines()
         assert not stopped.value.code and len(lines) <= 100 and max(map(len, lines)) <= 120
     headings, entries = [line for line in lines[5:] if not line.startswith(" ")], {}
@@ -3329,9 +3356,9 @@ def test_help_fits_two_screens_and_has_each_option_once_under_a_heading_with_its
             entries[name := line.split()[0][2:]] = line
         elif line.startswith("  "):
             entries[name] += f" {line.strip()}"
-    assert headings[1:] == list(train.HEADINGS.values()) and list(entries) == [entry.name for entry in fields(train.Config)]
-    for entry in fields(train.Config):
-        own = train.PRESETS.get(entry.name, () if entry.default is None else (entry.default,))
+    assert headings[1:] == list(options.HEADINGS.values()) and list(entries) == [entry.name for entry in fields(options.Config)]
+    for entry in fields(options.Config):
+        own = options.PRESETS.get(entry.name, () if entry.default is None else (entry.default,))
         assert " / ".join(map(str, own)) in entries[entry.name] and len(entries[entry.name].split()) > 3, entry.name
 
 
@@ -3339,7 +3366,7 @@ def test_help_fits_two_screens_and_has_each_option_once_under_a_heading_with_its
                                         ("a.json", '{"rounds": 3, "kl_coef": 1e-5, "average": "none", "sft_steps": null, "template": "a: {}"}')])
 def test_flags_after_a_configuration_file_count_more_than_the_file(tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    alone, more = train.parse([str(tmp_path / name)]), train.parse([str(tmp_path / name), "--rounds", "4", "--seed", "3"])
+    alone, more = options.parse([str(tmp_path / name)]), options.parse([str(tmp_path / name), "--rounds", "4", "--seed", "3"])
     assert (alone.rounds, alone.kl_coef, alone.average, alone.sft_steps, alone.template, alone.seed) == (3, 1e-5, "none", None, "a: {}", 0)
     assert (more.rounds, more.kl_coef, more.seed) == (4, 1e-5, 3)
 
@@ -3352,7 +3379,7 @@ def test_a_lora_run_killed_and_resumed_ends_like_one_that_was_not_and_eval_repea
     torch.set_num_threads(1)  # as in `program`
     train.main([*flags, "--out", "whole"])
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "save", lambda run, real=train.Run.save: (real(run), sys.exit(9) if run.step == 3 else None))
+        patch.setattr(Run, "save", lambda run, real=Run.save: (real(run), sys.exit(9) if run.step == 3 else None))
         with pytest.raises(SystemExit):
             train.main([*flags, "--out", "half"])
     saved = load_file("half/checkpoints/step_000004/defender.safetensors")
@@ -3369,7 +3396,7 @@ def test_a_lora_run_killed_and_resumed_ends_like_one_that_was_not_and_eval_repea
         assert differ(start, end) and all("attn" in name or "mlp" in name for name in differ(start, end) | differ(given, start))
         assert not torch.equal(given.transformer.h[0].mlp.c_fc.weight.bfloat16(), start.transformer.h[0].mlp.c_fc.weight.bfloat16())  # the warm start
     assert all("lora_" in name for name in load_file("whole/average/defender_mixture.safetensors"))
-    run, lines = evaluation.FinishedRun("whole"), [json.loads(line) for line in Path("whole/games.jsonl").read_text().splitlines()]
+    run, lines = FinishedRun("whole"), [json.loads(line) for line in Path("whole/games.jsonl").read_text().splitlines()]
     probes = [line for line in lines if line["role"] == "probe"][-3:]  # what the last defender answered in the run
     assert run.end["defender"].speak([p["attack"] for p in probes], 0, temperature=0).texts == [p["response"] for p in probes]
     rollout = pack(run.end["defender"].policy, ["x"], ["y"], [[3, 4, 5]], [[6, 7, 8]])
@@ -3377,18 +3404,18 @@ def test_a_lora_run_killed_and_resumed_ends_like_one_that_was_not_and_eval_repea
     assert torch.equal(*(logprobs_and_values(policy, rollout)[0] for policy in (last, run.end["defender"].policy)))
 
 
-MEMORY = """import sys, numpy as np, gpo, model, peft, toy
+MEMORY = """import sys, numpy as np, gpo, model, peft, scale, toy
 from transformers import GPT2Config, GPT2LMHeadModel
-lora, resident = int(sys.argv[1]), gpo.peak_memory("cpu")
+lora, resident = int(sys.argv[1]), scale.peak_memory("cpu")
 def player(name):
     lm = GPT2LMHeadModel(GPT2Config(vocab_size=12000, n_positions=64, n_embd=512, n_layer=2, n_head=4, eos_token_id=0, bos_token_id=0))
     policy = model.Policy(lm, toy.ToyGame(0).tokenizer())
-    if lora: model.add_lora(policy, lora)
+    if lora: scale.add_lora(policy, lora)
     return gpo.Player(name, policy, 16)
 players = [player("attacker"), player("defender")]
-plan = {p.name: gpo.player_memory(**model.model_size(p.policy.lm), rows=16, prompt_tokens=22, new_tokens=16, sampled_rows=32, lora=lora) for p in players}
+plan = {p.name: scale.player_memory(**scale.model_size(p.policy.lm), rows=16, prompt_tokens=22, new_tokens=16, sampled_rows=32, lora=lora) for p in players}
 for p in players: gpo.ppo_update(p, p.speak(["how do i open the door " * 3] * 32, 0), np.arange(32.0), 0)
-print(gpo.memory_plan(plan, {})[1] / (gpo.peak_memory("cpu") - resident))"""
+print(scale.memory_plan(plan, {})[1] / (scale.peak_memory("cpu") - resident))"""
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="looks at main memory")
@@ -3512,7 +3539,7 @@ def bad(own):
     (own / BAD / "other" / "checkpoints" / "start" / "prompts.json").write_text("{}")
     (own / BAD / "unstarted").mkdir()
     for name in ("other", "unstarted"):
-        (own / BAD / name / "config.json").write_text(json.dumps({"config": asdict(train.resolve(train.Config(out="nowhere")))}))
+        (own / BAD / name / "config.json").write_text(json.dumps({"config": asdict(options.resolve(options.Config(out="nowhere")))}))
     for name in ("binary.txt", "bytes.json"):
         (own / BAD / name).write_bytes(bytes(range(128, 256)))
     (own / BAD / "half.txt.gz").write_bytes(gzip.compress(bytes(range(256)))[:40])
@@ -3572,8 +3599,8 @@ def test_a_run_of_two_processes_is_complete_and_sharded_goes_on_with_two_or_one(
 
 
 def stop_the_second(rank, meeting, *argv):
-    real = train.Run.log
-    train.Run.log = lambda run, *args: (real(run, *args), os.kill(os.getpid(), signal.SIGTERM) if rank and run.step == 1 else None)
+    real = Run.log
+    Run.log = lambda run, *args: (real(run, *args), os.kill(os.getpid(), signal.SIGTERM) if rank and run.step == 1 else None)
     train_together(rank, meeting, *argv)
 
 
@@ -3624,21 +3651,21 @@ def sigterm():
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.parametrize("what, error, status, message", [
-    ("own_world", KeyboardInterrupt(), 130, "interrupted before the game began; go on with: python train.py --resume stopped"), ("train", KeyboardInterrupt(), 130, "--resume stopped"),
-    ("sft", signal.SIGTERM, 143, "interrupted before the game began"), ("evaluate", signal.SIGTERM, 143, "interrupted before the game began"),
-    ("train", signal.SIGTERM, 143, "interrupted; go on with: python train.py --resume stopped"),
-    ("draw_curves", signal.SIGTERM, 143, "interrupted; go on with: python train.py --resume stopped"),
-    ("train", JudgeError("a score of 2"), 2, "error: a score of 2; the run can go on with --resume stopped"),
-    ("save_weights", SafetensorError("No space left on device"), 2, "error: No space left on device; the run can go on with --resume stopped")])
-def test_a_run_that_is_stopped_says_in_one_line_how_to_go_on(own, sigterm, monkeypatch, capsys, what, error, status, message):
+@pytest.mark.parametrize("where, what, error, status, message", [
+    (world, "own_world", KeyboardInterrupt(), 130, "interrupted before the game began; go on with: python train.py --resume stopped"), (train, "train", KeyboardInterrupt(), 130, "--resume stopped"),
+    (world, "sft", signal.SIGTERM, 143, "interrupted before the game began"), (run_folder, "evaluate", signal.SIGTERM, 143, "interrupted before the game began"),
+    (train, "train", signal.SIGTERM, 143, "interrupted; go on with: python train.py --resume stopped"),
+    (run_folder, "draw_curves", signal.SIGTERM, 143, "interrupted; go on with: python train.py --resume stopped"),
+    (train, "train", JudgeError("a score of 2"), 2, "error: a score of 2; the run can go on with --resume stopped"),
+    (run_folder, "save_weights", SafetensorError("No space left on device"), 2, "error: No space left on device; the run can go on with --resume stopped")])
+def test_a_run_that_is_stopped_says_in_one_line_how_to_go_on(own, sigterm, monkeypatch, capsys, where, what, error, status, message):
     def stop(*args):
         if isinstance(error, signal.Signals):  # it is sent to a run that goes on until it looks
             return os.kill(os.getpid(), error)
         raise error
 
     monkeypatch.chdir(own)
-    monkeypatch.setattr(train, what, stop)
+    monkeypatch.setattr(where, what, stop)
     shutil.rmtree("stopped", ignore_errors=True)
     with pytest.raises(SystemExit) as stopped:
         train.main([*OWN, *SMALL, "--out", "stopped"])
@@ -3738,13 +3765,13 @@ def test_a_tokenizer_that_a_full_disk_cuts_off_is_an_oserror_like_any_other_file
 @pytest.mark.filterwarnings("ignore:invalid value")  # inf - inf, in numpy
 def test_scores_that_stay_not_finite_end_the_run_after_ten_skipped_steps_with_finite_checkpoints(own, monkeypatch, capsys):
     monkeypatch.chdir(own)
-    calls, healthy = [], train.Diversity.score
+    calls, healthy = [], Diversity.score
 
     def sick(diversity, texts):  # from the third step on
         calls.append(texts)
         return {name: values + (math.inf if len(calls) > 2 else 0) for name, values in healthy(diversity, texts).items()}
 
-    monkeypatch.setattr(train.Diversity, "score", sick)
+    monkeypatch.setattr(Diversity, "score", sick)
     line = failed(capsys, [*FAULTY, "--attacker_steps", "16", "--out", "spoiled"])
     assert line == ("error: attacker: scores are not finite, step skipped (10 so far); these were 10 in a row: look at the judge and the embedder, or begin again "
                     "with a lower learning rate; the run can go on with --resume spoiled")
@@ -3794,7 +3821,7 @@ def test_sigterm_ends_the_warm_start_within_ten_seconds(tmp_path):
 def test_sigterm_to_a_suite_ends_the_programs_that_it_has_started(sigterm, tmp_path, monkeypatch):
     (tmp_path / "train.py").write_text("import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluation, "HERE", tmp_path)
+    monkeypatch.setattr(suite, "HERE", tmp_path)
 
     def when_it_runs():
         while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
@@ -3804,8 +3831,8 @@ def test_sigterm_to_a_suite_ends_the_programs_that_it_has_started(sigterm, tmp_p
     clock = time.time()
     threading.Thread(target=when_it_runs).start()
     with pytest.raises(KeyboardInterrupt):
-        evaluation.run_suite(tmp_path / "out", {}, (0, 1))
-    assert time.time() - clock < 30 and all(process.poll() is not None for process in evaluation.RUNNING)
+        suite.run_suite(tmp_path / "out", {}, (0, 1))
+    assert time.time() - clock < 30 and all(process.poll() is not None for process in suite.RUNNING)
 
 
 # --- wrong input to the other programs ----------------------------------------------------------------------------------
@@ -3823,6 +3850,9 @@ WRONG_ELSEWHERE = {
     "a probe of nothing": (evaluation, ["probe"], "eval.py probe takes one run folder"),
     "a report of no run": (evaluation, ["report", "bad"], "takes run folders with games.jsonl, got bad"),
     "a report of damaged games": (evaluation, ["report", "bad/hurt"], "the files of bad/hurt are damaged"),
+    "the game of no run": (evaluation, ["game", "bad"], "eval.py game takes run folders with games.jsonl, got bad"),
+    "the game of nothing": (evaluation, ["game"], "eval.py game takes run folders with games.jsonl, got none"),
+    "a damaged game": (evaluation, ["game", "bad/hurt"], "the game of bad/hurt cannot be drawn"),
     "a row that is in no table": (evaluation, ["ablate", "--seeds", "2", "no such row"], "got no such row"),  # names may follow a flag
     "a suite in a file": (evaluation, ["reproduce", "--quick", "--out", "prompts.txt/x"], "Not a directory"),
     "an attack without a target": (evaluation, ["attack", "attacker"], "eval.py attack takes an attacker and a target"),
@@ -3883,3 +3913,36 @@ def test_bench_game_splits_a_step_into_rollout_score_and_update():
     assert [row["bench"] for row in rows] == ["game, one step of the attacker", "game, one step of the defender"]
     for row in rows:
         assert row["ours_s"] == pytest.approx(sum(row["parts"].values())) and set(row["parts"]) == {"rollout", "score", "update"} and 0 < row["share_of_gemm"] < 1
+
+
+# --- the walkthrough -----------------------------------------------------------------------------------------------------------
+class Rounded(doctest.OutputChecker):
+    """Texts must be equal but for white space; a number with decimals may be off by one in its last place.
+    None was off by more with ATEN_CPU_CAPABILITY=default and =avx2 on a processor with avx512."""
+
+    number = re.compile(r"-?\d+\.\d+")
+
+    def check_output(self, want, got, flags):
+        numbers = zip(self.number.findall(want), self.number.findall(got))
+        return self.number.sub("#", want).split() == self.number.sub("#", got).split() and all(
+            abs(float(w) - float(g)) < 1.01 * 10.0 ** -len(w.split(".")[1]) for w, g in numbers)
+
+
+def test_every_number_of_the_walkthrough_is_what_its_snippet_prints():
+    text = (HERE / "docs" / "walkthrough.md").read_text(encoding="utf-8")
+    text = re.sub("^```.*", "", text, flags=re.MULTILINE)  # the closing fence would be taken for output
+    examples = doctest.DocTestParser().get_doctest(text, {}, "walkthrough", "docs/walkthrough.md", 0)
+    threads, said = torch.get_num_threads(), []
+    try:
+        result = doctest.DocTestRunner(Rounded(), verbose=False).run(examples, out=said.append)
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(torch.float32)
+    assert result.attempted > 100 and not result.failed, "".join(said)
+
+
+@pytest.mark.parametrize("got, equal", [
+    ("loss 0.43 of 75\n", True), ("loss  0.42 of 75\n", True), ("loss 0.45 of 75\n", False), ("loss -0.43 of 75\n", False),
+    ("loss 0.43 of 76\n", False), ("losses 0.43 of 75\n", False), ("loss 0.43 0.43 of 75\n", False)])
+def test_a_wrong_number_or_word_of_the_walkthrough_is_found(got, equal):
+    assert Rounded().check_output("loss 0.43 of 75\n", got, 0) == equal

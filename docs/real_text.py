@@ -1,11 +1,14 @@
-"""A trial on real language without a hub: models of about 10 million parameters, trained from nothing on the transcripts of
-Anthropic's hh-rlhf, play the game on real questions. What came out, and what it can show, is in real_text.md.
+"""A trial on real language without a hub: models of about 10 million parameters, trained from nothing on the
+transcripts of Anthropic's hh-rlhf, play the game on real questions. What came out, and what it can show, is in
+real_text.md.
 
     python docs/real_text.py OUT --hh hh_harmless_base_test.jsonl.gz --prompts gpo_prompts.json --embedder MINILM_FOLDER
 
+(1,263 + 2,059 seconds and the judges' on one thread of a busy machine.)
+
     1. a byte-level BPE tokenizer and a GPT-2-format language model on the transcripts, chosen and rejected: both players
-    2. two judges on disjoint halves of the preference pairs (`reward.py`), from the sentence encoder where there is one:
-       one to train against, one to measure with
+    2. two judges on disjoint halves of the preference pairs (`reward.py`), from the sentence encoder where there is
+       one: one to train against, one to measure with
     3. GPO+Div and RLHF (`train.py`) with the same defender steps from the same warm start
     4. both runs in one figure and one table
 
@@ -28,31 +31,36 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import append_lines, read_lines, read_rows
-from eval import FinishedRun, kept
 from kernel import linear_logprob
 from model import PLAIN_TEMPLATE, Policy, best_dtype, keep_freed_memory, save_policy
 from report import LOOKS, figure, markdown
 from reward import call_judge
+from run import FinishedRun
 
 EOS, VOCABULARY, CONTEXT, BATCH, STEPS = "<|endoftext|>", 4096, 256, 32, 300
-GAME = ("--rounds 5 --defender_steps 8 --attacker_steps 6 --batch_size 32 --sft_steps 100 --learning_rate 3e-5 --attacker_learning_rate 3e-5 --kl_coef 0.05 "
-        "--attacker_kl_coef 0.1 --attack_tokens 32 --response_tokens 48 --ptx_coef 0.2 --eval_prompts 150 --dtype auto")
-RUNS = {"GPO+Div": "--method gpo --diversity 1", "RLHF": "--method rlhf --diversity 0"}
+GAME = ("--rounds 5 --defender_steps 8 --attacker_steps 6 --batch_size 32 --sft_steps 100 --learning_rate 3e-5 "
+        "--attacker_learning_rate 3e-5 --kl_coef 0.05 --attacker_kl_coef 0.1 --attack_tokens 32 --response_tokens 48 "
+        "--ptx_coef 0.2 --eval_prompts 150 --dtype auto").split()
+RUNS = {"GPO+Div": "--method gpo --diversity 1".split(), "RLHF": "--method rlhf --diversity 0".split()}
 
 
-def transcripts(hh):
-    """Each dialogue of the file twice, with the chosen and with the rejected end, in the format that the players speak."""
-    return [f"{PLAIN_TEMPLATE.format(row['prompt'])} {row[end].strip()}" for row in read_rows(hh) for end in ("chosen", "rejected") if row.get(end)]
+def transcripts(hh: str) -> list[str]:
+    """Each dialogue of the file twice, with the chosen and with the rejected end, in the format the players speak."""
+    return [f"{PLAIN_TEMPLATE.format(row['prompt'])} {row[end].strip()}"
+            for row in read_rows(hh) for end in ("chosen", "rejected") if row.get(end)]
 
 
-def make_tokenizer(texts):
+def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of VOCABULARY tokens."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    inner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    inner.pre_tokenizer, inner.decoder = byte_level, decoders.ByteLevel()
+    inner.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[EOS], initial_alphabet=byte_level.alphabet(), show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=EOS, pad_token=EOS, model_max_length=CONTEXT)
 
 
-def pretrain(texts, folder):
+def pretrain(texts: list[str], folder: Path) -> None:
     """Next-token prediction over the transcripts, end to end, in blocks of CONTEXT tokens; the last 1/50 is held out."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer(texts)
@@ -60,7 +68,8 @@ def pretrain(texts, folder):
     train, test = ids[:-len(ids) // 50], ids[-len(ids) // 50:]
     config = GPT2Config(vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=320, n_layer=7, n_head=5, bos_token_id=0, eos_token_id=0)
     policy = Policy(GPT2LMHeadModel(config), tokenizer, dtype=best_dtype("cpu"))
-    print(f"{sum(p.numel() for p in policy.lm.parameters()) / 1e6:.1f} million parameters, {len(ids) / 1e6:.2f} million tokens, {policy.compute_dtype}")
+    size = policy.lm.num_parameters()
+    print(f"{size / 1e6:.1f} million parameters, {len(ids) / 1e6:.2f} million tokens, {policy.compute_dtype}")
     optimizer = torch.optim.AdamW(policy.lm.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, STEPS, pct_start=0.05)
 
@@ -85,52 +94,65 @@ def pretrain(texts, folder):
     save_policy(policy, folder)
 
 
-def halves(hh, out):
+def halves(hh: str, out: Path) -> None:
     """The preference pairs in two files; pairs of one prompt stay together."""
-    rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in read_rows(hh) if row.get("chosen") and row.get("rejected")]
+    rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")}
+            for row in read_rows(hh) if row.get("chosen") and row.get("rejected")]
     half = {prompt: i % 2 for i, prompt in enumerate(dict.fromkeys(row["prompt"] for row in rows))}
     for i in (0, 1):
         (out / f"pairs_{i}.jsonl").unlink(missing_ok=True)
         append_lines(out / f"pairs_{i}.jsonl", [row for row in rows if half[row["prompt"]] == i])
 
 
-def call(program, *arguments):
+def call(program: str, *arguments: object) -> None:
+    """Runs one of our programs, after printing the command as a user would type it."""
     print(f"\npython {program} {' '.join(map(str, arguments))}", flush=True)
     subprocess.run([sys.executable, str(ROOT / program), *map(str, arguments)], check=True)
 
 
-def compare(out):
-    """real_text.png and a table, round by round, of both runs: the judges' mean P(safe) of sampled answers to held-out prompts,
-    how alike the attacks are, and the defender's KL to its warm start."""
+def curves(folder: Path) -> dict[str, list[float]]:
+    """{what: before the game and after each round} of a run: the judges' mean P(safe) of sampled answers to held-out
+    prompts, how alike the attacks are, and the defender's KL to its warm start."""
+    run = FinishedRun(folder)
+    log, before = read_lines(folder / "metrics.jsonl"), json.loads((folder / "summary.json").read_text())["before"]
+    prompts, rounds = run.prompts["test_prompts"], range(run.snapshots("defender").count)
+    defenders = run.start["defender"], *(run.speaker("defender", [r]) for r in rounds)
+    answers = [defender.speak(prompts, 0).texts for defender in defenders]
+
+    def reward(judge):
+        return [np.nanmean(call_judge(judge, prompts, texts)) for texts in answers]
+
+    kl = [[m["defender/objective/kl"] for m in log if m["round"] == r and m["role"] == "defender"] for r in rounds]
+    return {"reward on held-out prompts, training judge": reward(run.judge),
+            "the same, held-out judge": reward(run.held_out_judge),
+            "SelfBLEU among the attacks": [before["self_bleu"], *(m["game/self_bleu"] for m in log if "game/self_bleu" in m)],
+            "KL of the defender, nats a response": [0.0, *map(np.mean, kl)]}
+
+
+def compare(out: Path) -> None:
+    """real_text.png and a table, round by round, of both runs."""
     canvas, axes = figure(4, width=3.6, height=3.4)
-    panels = ["reward on held-out prompts, training judge", "the same, held-out judge", "SelfBLEU among the attacks", "KL of the defender, nats a response"]
     lines = []
     for name, look in zip(RUNS, LOOKS):
-        run = FinishedRun(out / name)
-        log, prompts, mixture = read_lines(run.folder / "metrics.jsonl"), run.prompts["test_prompts"], run.snapshots("defender")
-        defenders = [run.start["defender"], *(kept(mixture, [r], "mixture").speaker(run.end["defender"]) for r in range(mixture.count))]
-        answers = [defender.speak(prompts, 0).texts for defender in defenders]
-        curves = [[np.nanmean(call_judge(judge, prompts, texts)) for texts in answers] for judge in (run.judge, run.held_out_judge)]
-        before = json.loads((run.folder / "summary.json").read_text())["before"]["self_bleu"]
-        curves.append([before] + [m["game/self_bleu"] for m in log if "game/self_bleu" in m])
-        curves.append([0.0] + [np.mean([m["defender/objective/kl"] for m in log if m["round"] == r and m["role"] == "defender"]) for r in range(mixture.count)])
-        for axis, title, curve in zip(axes, panels, curves):
+        for axis, (title, curve) in zip(axes, curves(out / name).items()):
             axis.plot(range(len(curve)), curve, label=name, ms=4, **look)
             axis.set(xlabel="round")
             axis.set_title(title, fontsize=9)
             lines.append([name, title, *(f"{value:.3f}" for value in curve)])
     axes[0].legend(frameon=False, fontsize=8)
     canvas.savefig(out / "real_text.png", dpi=130)
-    print("\n" + markdown(["", "", "before", *(f"round {r + 1}" for r in range(mixture.count))], lines) + f"\n\nwritten to {out}/real_text.png; dialogues by round: {out}/GPO+Div/report.md")
+    print("\n" + markdown(["", "", "before", *(f"round {r}" for r in range(1, len(lines[0]) - 2))], lines))
+    print(f"\nwritten to {out}/real_text.png; dialogues by round: {out}/GPO+Div/report.md")
 
 
-def main():
+def main() -> None:
+    """The program: what is finished already is not done again."""
     keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=Path, help="a folder for everything; call again to go on")
     parser.add_argument("--hh", required=True, help="preference pairs of hh-rlhf")
     parser.add_argument("--prompts", required=True, help="seed prompts; train.py holds a tenth of them out")
-    parser.add_argument("--embedder", default="words", help="a sentence-embedding folder")
+    parser.add_argument("--embedder", default="words", help="a sentence-embedding folder, for R_div and the judges")
     args, clock = parser.parse_args(), time.time()
     out, start = args.out, args.out / "lm"
     out.mkdir(parents=True, exist_ok=True)
@@ -140,14 +162,19 @@ def main():
     halves(args.hh, out)
     for i in (0, 1):
         if not (out / f"judge_{i}" / "config.json").is_file():
-            call("reward.py", out / f"pairs_{i}.jsonl", "--model", start if args.embedder == "words" else args.embedder, "--out", out / f"judge_{i}", "--steps", 150,
-                 "--batch_size", 8, "--max_length", 128, "--learning_rate", 1e-4)
-    models_ = ["--attacker", start, "--defender", start, "--judge", out / "judge_0", "--held_out_judge", out / "judge_1", "--embedder", args.embedder]
+            call("reward.py", out / f"pairs_{i}.jsonl", "--model", start if args.embedder == "words" else args.embedder,
+                 "--out", out / f"judge_{i}", "--steps", 150, "--batch_size", 8, "--max_length", 128,
+                 "--learning_rate", 1e-4)
+    shared = ["--attacker", start, "--defender", start, "--judge", out / "judge_0", "--held_out_judge", out / "judge_1",
+              "--embedder", args.embedder, "--prompts", args.prompts, "--sft_data", args.hh, *GAME]
     for name, flags in RUNS.items():
-        if not (out / name / "summary.json").is_file():
+        if (out / name / "summary.json").is_file():
+            continue
+        if (out / name / "config.json").is_file():
+            call("train.py", "--resume", out / name)
+        else:
             warm = ["--start", out / "GPO+Div"] if name != "GPO+Div" else []
-            fresh = [*models_, "--prompts", args.prompts, "--sft_data", args.hh, *GAME.split(), *flags.split(), *warm, "--out", out / name]
-            call("train.py", *(["--resume", out / name] if (out / name / "config.json").is_file() else fresh))
+            call("train.py", *shared, *flags, *warm, "--out", out / name)
     compare(out)
     print(f"{time.time() - clock:.0f} seconds in all")
 
