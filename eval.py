@@ -172,6 +172,7 @@ def means_table(by_method: dict[str, list[dict[str, dict]]]) -> str:
 
 # --- eval.py best and probe: best responses ----------------------------------------------------------------------------
 def the_run(what: str, names: Sequence[str]) -> FinishedRun:
+    """The one run that the command `what` was given."""
     if len(names) != 1:
         raise ValueError(f"eval.py {what} takes one run folder, got {names}")
     return FinishedRun(names[0])
@@ -392,7 +393,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     of("--third_parties", "--third-parties", nargs="+", default=[], metavar="RUN", help="whose finished defenders the attackers meet")
     of = parser.add_argument_group("reproduce, ablate, rounds").add_argument
     of("--seeds", type=int, help="how many: 5 for reproduce, 2 for ablate and rounds")
-    of("--first_seed", "--first-seed", type=int, default=20, help="the first of them; settings were chosen on 0 to 2, an earlier world measured on 10 to 14")
+    of("--first_seed", "--first-seed", type=int, default=20,
+       help="the first of them; settings were chosen on 0 to 2, an earlier world measured on 10 to 14")
     of("--quick", action="store_true", help="reproduce: four methods, two seeds, two rounds")
     of = parser.add_argument_group("best, probe").add_argument
     of("--steps", type=int, default=90, help="PPO steps of a best response")
@@ -433,6 +435,7 @@ def dispatch(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
+    """As a user calls it: what goes wrong is one line and exit status 2."""
     keep_freed_memory()
     transformers.utils.logging.set_verbosity_error()
     huggingface_hub.utils.logging.set_verbosity_error()

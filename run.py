@@ -477,6 +477,7 @@ class FinishedRun:
             raise ValueError(f"the run in {folder} is damaged: {type(error).__name__}: {error}") from error
 
     def load(self) -> None:
+        """All but the averages, which are read when they are asked for."""
         start, read = self.folder / "checkpoints" / "start", lambda file: json.loads(file.read_text(encoding="utf-8"))
         self.config = read(self.folder / "config.json")["config"]
         self.prompts, self.attack_seeds = read(start / "prompts.json"), read(start / "attack_seeds.json")
@@ -514,6 +515,7 @@ class FinishedRun:
 
     # --- averages ------------------------------------------------------------------------------------------------
     def average(self, name: str, kind: str) -> PolicyAverage:
+        """A player's average as it was saved; kind: mixture, weights or distill."""
         stem, average = self.folder / "average" / f"{name}_{kind}", PolicyAverage(kind)
         average.load_state_dict(load_file(f"{stem}.safetensors"), json.loads(Path(f"{stem}.json").read_text()))
         return average

@@ -91,6 +91,8 @@ COST = {"updates": "defender updates", "tokens": "sampled tokens", "kl": "KL to 
 
 # --- running: jobs, each of which leaves a file ----------------------------------------------------------------------
 class Job(NamedTuple):
+    """A command that leaves a file; it is not done again."""
+
     seconds: int  # about, for the bar
     work: Callable
     arguments: tuple
@@ -122,6 +124,7 @@ def finish(folder: Path, flags: str, start: list[str], log: Path) -> None:
 
 
 def run_folder(out: str | Path, name: str, seed: int) -> Path:
+    """Where a row's run with a seed is; two rows of one name are one run."""
     return Path(out) / "runs" / f"{''.join(c if c.isalnum() or c == '+' else '_' for c in name)}_s{seed}"
 
 
@@ -203,6 +206,7 @@ def suite_row(folder: Path) -> dict:
 
 
 def best_row(folder: Path, round: int) -> dict[str, float]:
+    """{"best_response": success of a fresh attacker against the defender after a round}, or {} where none was trained."""
     file = folder / best_file(round)
     return {"best_response": json.loads(file.read_text())["after"]} if file.is_file() else {}
 
