@@ -26,7 +26,7 @@ SOAK = ("--out run --sft_steps 6 --judge_steps 6 --batch_size 8 --eval_prompts 8
         "--critic separate --average distill").split()
 SOAK_PROGRAM = """
 import os, sys
-import gpo, train
+import gpo, run, train, world
 
 def announce(owner, name, around=["between"]):  # on stdout, when it begins, and when what is around it goes on
     def announced(*args, real=getattr(owner, name), **kwargs):
@@ -38,8 +38,9 @@ def announce(owner, name, around=["between"]):  # on stdout, when it begins, and
         return result
     setattr(owner, name, announced)
 
-WHERE = ((train, "begin sft train_judge prepare play ppo_update distill save_policy draw_curves write_report"),
-         (train.Run, "load save evaluate"), (gpo, "call_judge"))
+WHERE = (  # each name where it is looked up
+         (train, "begin prepare play ppo_update"), (world, "sft train_judge"), (run.Run, "load save evaluate"),
+         (run, "play distill save_policy draw_curves write_report"), (gpo, "call_judge"))
 for owner, names in WHERE:
     for name in names.split():
         announce(owner, name)
