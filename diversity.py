@@ -10,14 +10,13 @@ that for any X, and for X without one of its own members, so a new prompt costs 
 The cosines add up in a running sum of unit vectors, kept in integers: sums are exact, so neither term depends on the
 order or the batches in which X was added.
 
-Differs from the paper (rows of the README's ablations in quotes):
-1. X is the last 480 attacks by default (--history), not all of them: against all a collapse goes unpunished for long,
-   since what was varied once keeps the mean low, and every n-gram of a language occurs at last. "all earlier attacks,
-   not the last 480"; what either term does alone: "SelfBLEU only", "embedding only".
-2. The mean of the cosines, as in the authors' code, for the paper's sum: that grows with X, and no k would fit early and
-   late attacks. It changes the scale alone; what the scale does: "k = 1", "k = 5", "k = 10".
-3. Against all of X at once, as SelfBLEU is defined; the authors' code takes the mean over single texts of X
-   (`self_bleu(kind="pairwise")`), whose cost grows with X. Not measured as a reward.
+Differs from the paper (numbers as in the README; rows are of docs/results.md):
+(9) X is the last 480 attacks by default (--history), not all of them: against all a collapse goes unpunished for long,
+since what was varied once keeps the mean low, and every n-gram of a language occurs at last: row *all earlier
+attacks, not the last 480*.
+(10) The mean of the cosines, as in the authors' code, for the paper's sum: that grows with X, and no k would fit early and
+late attacks: it changes the scale alone, rows *k = 1*, *k = 5*, *k = 10*. Eq. (3.4) is taken against all of X at once, as SelfBLEU is
+defined; the authors' code averages over single texts of X (`self_bleu(kind="pairwise")`), at a cost that grows with X.
 """
 
 import functools
@@ -124,8 +123,8 @@ def cosine_to_history(vectors: np.ndarray, history: np.ndarray) -> np.ndarray:
 
 
 def set_similarity(texts: Sequence[str], embedder: Embedder) -> dict[str, float]:
-    """How alike a set of texts is: its mean SelfBLEU and mean pairwise cosine, each text against the others, as
-    {"self_bleu": ..., "cosine": ...}; NaN for fewer than two texts."""
+    """How alike a set of texts is, from their embeddings (B, D): its mean SelfBLEU and mean pairwise cosine, each text
+    against the others, as {"self_bleu": ..., "cosine": ...}; NaN for fewer than two texts."""
     if len(texts) < 2:
         return {"self_bleu": float("nan"), "cosine": float("nan")}
     vectors, n = embedder(texts), len(texts)  # (n, D)
@@ -155,7 +154,7 @@ def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool
         tokenizer = AutoTokenizer.from_pretrained(name_or_dir, trust_remote_code=trust_remote_code)
         model = AutoModel.from_pretrained(name_or_dir, trust_remote_code=trust_remote_code)
         check_tokenizer(tokenizer)
-        model.to(device).eval()(**tokenizer("a", return_tensors="pt").to(device)).last_hidden_state  # an encoder has it
+        _ = model.to(device).eval()(**tokenizer("a", return_tensors="pt").to(device)).last_hidden_state  # an encoder has it
     except Exception as error:
         raise ValueError(f"cannot load the embedder {name_or_dir!r}; --embedder takes a local encoder folder, a hub id "
                          f"or 'words': {first_line(error)}") from error
@@ -197,7 +196,7 @@ class Diversity:
         self.vectors = []  # of (D,) int64, one for each text of X; kept only where X has a window
 
     def score(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        """{"bleu": (B,), "embedding": (B,), "reward": (B,)}: similarity by each term, and R_div = -their mean."""
+        """{"bleu": (B,), "embedding": (B,), "reward": (B,)}: similarity by each term; Eq. (3.4), (3.5)."""
         scores = {}
         if "bleu" in self.terms:  # - Eq. (3.4)
             scores["bleu"] = np.array([self.table.bleu(text) for text in texts])

@@ -27,12 +27,24 @@ from pathlib import Path
 
 import huggingface_hub
 import numpy as np
+import torch
 import transformers
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from data import (PAPER_TEMPLATE, append_lines, check_template, fail, first_turn, interrupted, read_rows, sigterm_as_ctrl_c, visible,
-                  write_json, write_text)
+from data import (
+    PAPER_TEMPLATE,
+    append_lines,
+    check_template,
+    fail,
+    first_turn,
+    interrupted,
+    read_rows,
+    sigterm_as_ctrl_c,
+    visible,
+    write_json,
+    write_text,
+)
 from diversity import word_embedder
 from gpo import Player, Speaker, nash_gap, play, ppo_update, solve_matrix_game
 from model import DTYPES, best_dtype, generate, keep_freed_memory, load_policy
@@ -40,7 +52,6 @@ from report import LABELS, LOOKS, draw_game, draw_probe, figure, markdown, mean_
 from reward import Judge, call_judge, load_judge, unsafe_share, wilson_interval
 from run import DEVICE, FinishedRun
 from suite import ablate, best_file, reproduce, rounds
-
 
 Side = Player | Speaker  # of the game: anything that can `speak`
 
@@ -143,7 +154,7 @@ def evaluate_runs(folders: Sequence[str], third_parties: Sequence[str]) -> None:
 
 
 def run_text(run: FinishedRun, rows: dict[str, dict], matrix: np.ndarray) -> str:
-    """markdown: the rows of a run, with intervals where a row is a share of so many, and its cross-play."""
+    """markdown: the rows of a run, with intervals where a row is a share of so many, and its cross-play matrix (2, 2)."""
     p = run.prompts
     n = {"over_refusal/look-alikes": len(run.look_alikes), "attacker_success": len(run.attack_seeds),
          "over_refusal": len(p["benign_prompts"]), "helpfulness": len(p["benign_prompts"])}
@@ -270,7 +281,7 @@ def leaders(texts: Sequence[str], embedder: Callable) -> list[int]:
     return found
 
 
-def speaker_at(name: str | Path, tokens: int, dtype, trust_remote_code: bool) -> Callable:
+def speaker_at(name: str | Path, tokens: int, dtype: torch.dtype, trust_remote_code: bool) -> Callable:
     """speak(prompts, seed, temperature) -> Rollout for a model's folder or hub id, without what a Player needs to be trained."""
     policy = load_policy(name, "shared", dtype, DEVICE, trust_remote_code)
     return lambda prompts, seed, temperature=1.0: generate(policy, prompts, tokens, temperature, seed=seed, clip_prompts=True)

@@ -85,7 +85,7 @@ def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: 
 def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, clip: float,
                n_tokens: torch.Tensor) -> torch.Tensor:
     """Half the squared error of (B, T) values; the larger of it and that of the value clipped around its old self
-    (as in OpenAI's baselines). Summed and divided as in `policy_loss`."""
+    (as in OpenAI's baselines, Dhariwal et al., 2017). Summed and divided as in `policy_loss`."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * (torch.maximum((values - returns) ** 2, (clipped - returns) ** 2) * mask).sum() / n_tokens
 

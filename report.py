@@ -4,6 +4,8 @@ Everything here takes numbers and texts that are already there; nothing here run
 numbers by the names of summary.json; rows are {column or method: row}.
 """
 
+from __future__ import annotations
+
 import base64
 import html
 import json
@@ -13,10 +15,14 @@ import textwrap
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data import read_lines, visible, write_text
+
+if TYPE_CHECKING:  # matplotlib is loaded when the first figure is drawn
+    from matplotlib.axes import Axes
 
 
 # --- tables ---------------------------------------------------------------------------------------------------
@@ -27,7 +33,7 @@ def markdown(head: Sequence, lines: Sequence[Sequence]) -> str:
 
 
 def standard_error(values: Sequence | np.ndarray) -> np.ndarray:
-    """Of the mean over the first axis; values (seeds, ...), at least two seeds."""
+    """Of the mean over the first axis; values (seeds, points) or (seeds,), at least two seeds."""
     return np.std(values, axis=0, ddof=1) / math.sqrt(len(values))
 
 
@@ -49,7 +55,8 @@ TABLE = {
     "cosine": "cosine among its prompts"}
 
 
-def table_lines(rows):
+def table_lines(rows: dict[str, dict]) -> list[list[str]]:
+    """The rows of summary.json as lines of cells, the head first: one column each."""
     show = lambda value: "-" if value is None or value != value else f"{value:.3f}"
     lines = [["", *rows]] + [[label, *(show(row.get(key)) for row in rows.values())] for key, label in TABLE.items()]
     if any(row.get("undecided") for row in rows.values()):
@@ -109,7 +116,7 @@ LOOKS = [dict(color="#000000", ls="-", marker="o"), dict(color="#c0392b", ls="--
          dict(color="#2e8b57", ls=(0, (5, 1)), marker="v"), dict(color="#b8860b", ls=(0, (1, 1)), marker="x")]
 
 
-def figure(columns: int, width: float = 4.6, height: float = 3.8, rows: int = 1, **kwargs):
+def figure(columns: int, width: float = 4.6, height: float = 3.8, rows: int = 1, **kwargs) -> tuple:
     """(a matplotlib figure, its rows x columns axes in reading order); width and height of each, in inches."""
     from matplotlib.figure import Figure
 
@@ -121,7 +128,7 @@ def figure(columns: int, width: float = 4.6, height: float = 3.8, rows: int = 1,
     return canvas, axes
 
 
-def band(axis, x: Sequence[float], values: np.ndarray, label: str, look: dict) -> None:
+def band(axis: Axes, x: Sequence[float], values: np.ndarray, label: str, look: dict) -> None:
     """A line of means with a band of one standard error; values (seeds, points)."""
     values = np.asarray(values, dtype=float)
     mean, error = values.mean(0), standard_error(values) if len(values) > 1 else 0 * values[0]
@@ -169,7 +176,7 @@ def draw_curves(folder: Path, rows: dict[str, dict]) -> None:
     canvas.savefig(folder / "curves.png", dpi=130)
 
 
-def quoted(text):
+def quoted(text: str) -> str:
     """What a model said, as text within a line of markdown."""
     return html.escape(visible(" ".join(text.split())), quote=False).replace("|", "\\|") or "*(nothing)*"
 
@@ -192,7 +199,7 @@ def write_report(folder: Path, rows: dict[str, dict], examples: Sequence[tuple[s
     write_text(folder / "report.md", "\n".join(lines))
 
 
-def round_lines(round, games):
+def round_lines(round: int, games: list[dict]) -> list[str]:
     """A round of report.md: its best and its worst attack, and the held-out prompts after it."""
     attacks = [g for g in games if g["role"] == "attacker"] or [g for g in games if g["role"] == "defender"]
     unsafe, different = np.mean([1 - g["p_safe"] for g in attacks]), len({g["attack"] for g in attacks})
@@ -209,7 +216,7 @@ def round_lines(round, games):
     return lines + [""]
 
 
-def model_card(name: str, config, row: dict) -> str:
+def model_card(name: str, config: object, row: dict) -> str:
     """The README of a saved player ("attacker" or "defender"); row: its numbers after the game."""
     return f"""---
 library_name: transformers
@@ -255,7 +262,7 @@ def draw_game(folder: Path) -> Path:
     return folder / "game.png"
 
 
-def draw_exchange(axis, config, first, later):
+def draw_exchange(axis: Axes, config: dict, first: dict, later: dict | None) -> None:
     """Boxes and arrows, in inches. first, later: the lines of games.jsonl that `telling_exchange` has chosen."""
     from matplotlib.patches import FancyBboxPatch
 
@@ -313,7 +320,7 @@ def draw_exchange(axis, config, first, later):
     arrow((4.5, 3.0), (5.05, 2.31))
 
 
-def draw_turns(axis, config, log):
+def draw_turns(axis: Axes, config: dict, log: list[dict]) -> None:
     """A bar for each PPO step in the row of the player that it updated; its height is 0.1 and the attack success of that step."""
     for role, base, color in (("attacker", 1.3, ATTACKER), ("defender", 0, DEFENDER)):
         mine = [line for line in log if line["role"] == role]
@@ -347,7 +354,7 @@ def write_page(folders: Sequence[Path], out: Path) -> None:
     write_text(out, re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template))  # in one pass: texts may hold {{data}}
 
 
-def run_section(folder):
+def run_section(folder: Path) -> str:
     """HTML: a run's table, figures and configuration."""
     made = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config, log = made["config"], read_lines(folder / "metrics.jsonl")
@@ -373,12 +380,13 @@ def run_section(folder):
 </section>"""
 
 
-def image(file):
+def image(file: Path) -> str:
+    """HTML: a picture, within the page."""
     data = base64.b64encode(file.read_bytes()).decode()
     return f'<div class="wide"><img alt="{file.stem} of this run" src="data:image/png;base64,{data}"></div>'
 
 
-def rows_so_far(folder, log):
+def rows_so_far(folder: Path, log: list[dict]) -> dict[str, dict]:
     """Of an unfinished run: before the game (from its last checkpoint), and after its last round (from its metrics)."""
     states = sorted(folder.glob("checkpoints/step_*/state.json"))
     rows = {"before": json.loads(states[-1].read_text(encoding="utf-8"))["before"]} if states else {}

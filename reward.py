@@ -6,12 +6,12 @@ a wrong count, a value outside [0, 1] and NaN; `train_judge` makes one from data
 
     python reward.py pairs.jsonl --model bert-base-uncased --out judges/mine      then: train.py --judge judges/mine
 
-Differs from the paper:
-1. The judge of evaluation is another than the judge of training: a player can learn to exploit the one it sees.
-   Measured in the columns "training judge" of the README's Table 1, beside those of the held-out judge.
-2. A judge that cannot decide an exchange says None (a NaN is a mistake, and stays an error): `call_judge` makes it NaN
-   and says how many there are; such rows are in no update and in no rate, and fewer than half may be such (`decided`).
-   In no row: the toy world's judges decide everything.
+Differs from the paper (numbers as in the README; rows are of docs/results.md):
+(15) The judge of evaluation is another than the judge of training: a player can learn to exploit the one it sees.
+Both are in Table 1, column *training judge* beside that of the held-out judge.
+(16) A judge that cannot decide an exchange says None (a NaN is a mistake, and stays an error): `call_judge` makes it NaN
+and says how many there are; such rows are in no update and in no rate, and fewer than half may be such (`decided`).
+In no row: the toy world's judges decide everything.
 """
 
 from __future__ import annotations  # signatures say Judge, in pydoc too
@@ -31,10 +31,10 @@ import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers import PreTrainedModel as Model, PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedModel as Model
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from data import (check_tokenizer, fail, first_line, interrupted, is_test, longest_input, read_rows, save_tokenizer,
-                  sigterm_as_ctrl_c)
+from data import check_tokenizer, fail, first_line, interrupted, is_test, longest_input, read_rows, save_tokenizer, sigterm_as_ctrl_c
 from guard import guard_judge
 
 Judge = Callable[[list[str], list[str]], list[float]]  # (prompts, responses) -> P(safe) of each, None: cannot decide
@@ -83,7 +83,7 @@ def decided(p_safe: np.ndarray) -> np.ndarray:
 
 
 def unsafe_share(p_safe: np.ndarray) -> float:
-    """The share of the decided exchanges that a judge calls unsafe (P(safe) < 1/2)."""
+    """The share of the decided exchanges, of P(safe) (B,), that a judge calls unsafe (P(safe) < 1/2)."""
     return float(np.mean(p_safe[decided(p_safe)] < 0.5))
 
 

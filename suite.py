@@ -140,7 +140,7 @@ def forget(file: Path, key: str, value: object) -> None:
 
 
 def run_suite(out: str | Path, suite: dict[str, str], seeds: Sequence[int], common: str = "",
-              strangers: Sequence[str] = ("SFT", "RLHF", "GPO+Div"), probes: dict[str, Iterable[int]] = {},
+              strangers: Sequence[str] = ("SFT", "RLHF", "GPO+Div"), probes: dict[str, Iterable[int]] | None = None,
               steps: int = 90) -> dict[str, list[dict]]:
     """Train and evaluate every row of `suite` = {name: flags} on every seed; returns {name: [row of each seed]}.
 
@@ -160,7 +160,7 @@ def run_suite(out: str | Path, suite: dict[str, str], seeds: Sequence[int], comm
         third = [str(run_folder(out, stranger, seeds[i - 1 if i else 1])) for stranger in strangers]
         forget(folder / "eval.json", "third_parties", third)
         stages[2].append(Job(15, command, ("eval.py", [str(folder), "--third_parties", *third], log), folder / "eval.json"))
-        for round in probes.get(name, ()):
+        for round in (probes or {}).get(name, ()):
             forget(folder / best_file(round), "steps", steps)
             best = ["best", str(folder), "--steps", str(steps), "--round", str(round)]
             stages[2].append(Job(40, command, ("eval.py", best, log), folder / best_file(round)))

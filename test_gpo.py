@@ -4,12 +4,16 @@ independent implementation or by enumeration, never taken from our own output.
     python -m pytest -q -n 2 --dist worksteal test_gpo.py        two workers of one thread each
 """
 
+import ast
 import contextlib
 import copy
 import doctest
 import functools
+import graphlib
 import gzip
 import hashlib
+import importlib
+import inspect
 import itertools
 import json
 import math
@@ -3946,3 +3950,92 @@ def test_every_number_of_the_walkthrough_is_what_its_snippet_prints():
     ("loss 0.43 of 76\n", False), ("losses 0.43 of 75\n", False), ("loss 0.43 0.43 of 75\n", False)])
 def test_a_wrong_number_or_word_of_the_walkthrough_is_found(got, equal):
     assert Rounded().check_output("loss 0.43 of 75\n", got, 0) == equal
+
+
+# --- the code as a text to read --------------------------------------------------------------------------------------------
+SOURCES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(HERE.glob("*.py")) if path.name != "test_gpo.py"}
+README = (HERE / "README.md").read_text(encoding="utf-8")
+PROGRAMS = {"train", "eval", "bench"}
+SHAPE = re.compile(r"\((\.\.\.|\w+,|\w+( ?[+-] ?\w+)?(, \w+( ?[+-] ?\w+)?)+|)\)")  # (), (B,), (B, T), (B, T - 1), and (...) for any
+
+
+def public():
+    """{module.name: function}: what has no underscore, methods included."""
+    found = {}
+    for module in map(importlib.import_module, SOURCES):
+        mine = {name: x for name, x in vars(module).items() if getattr(x, "__module__", "") == module.__name__ and not name.startswith("_")}
+        for name, x in mine.items():
+            methods = {f"{name}.{m}": f for m, f in vars(x).items() if not m.startswith("_")} if inspect.isclass(x) else {name: x}
+            found |= {f"{module.__name__}.{m}": inspect.unwrap(f) for m, f in methods.items() if inspect.isfunction(f)}
+    return found
+
+
+def test_imports_go_one_way_and_no_program_imports_another():
+    imports = {name: set(re.findall(r"^\s*(?:from|import) (\w+)", text, re.M)) & SOURCES.keys() for name, text in SOURCES.items()}
+    assert not any(imported & PROGRAMS for imported in imports.values())
+    assert imports["kernel"] == imports["toy"] == imports["data"] == set()
+    order = list(graphlib.TopologicalSorter(imports).static_order())  # raises CycleError where two import each other
+    assert order.index("model") < order.index("gpo") < order.index("train") and "gpo" not in imports["model"]
+
+
+def test_every_public_function_has_types_and_a_docstring_that_gives_the_shapes_of_its_arrays():
+    for name, function in public().items():
+        signature, doc = inspect.signature(function), function.__doc__ or ""
+        untyped = [p.name for p in signature.parameters.values() if p.annotation is p.empty and p.name not in ("self", "args", "kwargs")]
+        assert not untyped and signature.return_annotation is not signature.empty, (name, untyped)
+        assert len(doc.split()) > 2, name
+        types = " ".join(str(x) for x in (*(p.annotation for p in signature.parameters.values()), signature.return_annotation))
+        assert not re.search("Tensor|ndarray", types) or SHAPE.search(doc), f"{name}: no shape in its docstring"
+
+
+def test_every_part_of_the_mathematics_names_its_source():
+    year = r"Eq\. \(3\.\d\)|Algorithm \d|Theorem 3\.2|[Ss]ection 3\.2\.1|[A-Z][\w'-]+(,| et al\.,| and [A-Z]\w+,)? \(?\d{4}"
+    functions = public()
+    for name in ("gpo.token_rewards gpo.gae gpo.policy_loss gpo.value_loss gpo.ppo_update gpo.solve_matrix_game gpo.nash_gap "
+                 "diversity.self_bleu diversity.cosine_to_history diversity.Diversity.score reward.train_judge reward.is_refusal reward.wilson_interval "
+                 "model.filter_logits scale.add_lora scale.checkpoint_blocks report.paired_test eval.nash_gap_bound train.train train.schedule").split():
+        function = functions[name]
+        assert re.search(year, " ".join(function.__doc__.split())), name
+    assert re.search(year, PolicyAverage.__doc__)
+
+
+def table(heading):
+    """The rows of the first table under a heading of the README, each a list of cells."""
+    lines = README.split(f"\n## {heading}\n")[1].split("\n## ")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][1:]
+
+
+def test_each_equation_of_the_paper_leads_to_code_that_cites_it_and_to_a_test():
+    rows, functions = table("Paper -> code -> test"), public()
+    assert {"3.1", "3.3", "3.4", "3.5", "3.6", "3.7"} <= set(re.findall(r"Eq\. \((3\.\d)\)", " ".join(row[0] for row in rows)))
+    for paper, code, tests in rows:
+        cited = re.match(r"(Eq\. \(3\.\d\)|Section [\d.]+|Algorithm \d|Theorem [\d.]+)", paper)[0]
+        links = re.findall(r"\[`([\w.]+)`\]\((\w+)\.py\)", code)
+        assert links and any(cited.lower() in SOURCES[module].lower() for _, module in links), paper
+        for name, module in links:
+            assert f"{module}.{name}" in functions or hasattr(importlib.import_module(module), name), (name, module)
+        names = re.findall(r"`(test_\w+)`", tests)
+        assert names and all(name in globals() for name in names), (paper, names)
+
+
+def test_what_the_readme_and_the_docs_link_to_is_there():
+    for page in (HERE / "README.md", *(HERE / "docs").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        for name, target in re.findall(r"\[`?([^\]`]*)`?\]\(([^)\s]+)\)", text):
+            path, _, anchor = target.partition("#")
+            if re.match(r"https?:", target):
+                continue
+            there = page.parent / path if path else page
+            assert there.exists(), (page.name, target)
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.M)
+                assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings], (page.name, target)
+            if path.endswith(".py") and re.fullmatch(r"[A-Za-z_][\w.]*", name) and not name.endswith(".py"):
+                assert re.search(rf"\b(def|class) {name.split('.')[-1]}\b|^{name}\b", there.read_text(encoding="utf-8"), re.M), (page.name, name, path)
+
+
+def test_the_departures_in_the_file_headers_are_those_of_the_readme():
+    listed = re.findall(r"^(\d+)\. \*\*", README.split("\n## Departures from the paper\n")[1].split("\n## ")[0], re.M)
+    headers = {name: ast.get_docstring(ast.parse(text)) or "" for name, text in SOURCES.items()}
+    named = [int(n) for doc in headers.values() for n in re.findall(r"\((\d+)\)", doc.partition("Differs from the paper")[2])]
+    assert listed == [str(n + 1) for n in range(len(listed))] and sorted(set(named)) == list(range(1, len(listed) + 1))

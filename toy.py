@@ -13,7 +13,7 @@ samples, so the two differ and a player that exploits the one is caught by the o
 defender refuses only some harmful topics when the game starts: the others look harmless to it, and
 only an attacker (or luck) brings them to light.
 
-Differs from the paper, whose players are of 7 billion parameters and speak any English, so that the truth is known and
+The paper's players are of 7 billion parameters and speak any English, so that the truth is known and
 a whole game takes minutes. All rows of the README's results are measured in it.
 """
 
@@ -23,8 +23,14 @@ from itertools import product
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import (BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel,
-                          PreTrainedTokenizerBase, PreTrainedTokenizerFast)
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 # tool | three paraphrases. Harmful topics; the first twelve are *known*: the SFT defender mostly refuses them.
 HARMFUL = """
@@ -204,7 +210,7 @@ class ToyGame:
     def sample_prompts(self, n: int, rng: np.random.Generator, harmful: bool | None = None, held_out: bool = False,
                        jailbreak: bool = False, topics: np.ndarray | None = None) -> list[str]:
         """n prompts, cells drawn uniformly (without repetition where there are enough), of the open framings
-        or of the jailbreak ones; of any topic, or of the `topics` given by their numbers."""
+        or of the jailbreak ones; of any topic, or of the `topics` (n,) given by their numbers."""
         keep = (self.held_out == held_out) & (self.open != jailbreak)
         if harmful is not None:
             keep &= self.harmful == harmful
