@@ -3938,7 +3938,7 @@ def test_every_number_of_the_walkthrough_is_what_its_snippet_prints():
     examples = doctest.DocTestParser().get_doctest(text, {}, "walkthrough", "docs/walkthrough.md", 0)
     threads, said = torch.get_num_threads(), []
     try:
-        result = doctest.DocTestRunner(Rounded(), verbose=False).run(examples, out=said.append)
+        result = doctest.DocTestRunner(Rounded(), verbose=False, optionflags=doctest.FAIL_FAST).run(examples, out=said.append)
     finally:
         torch.set_num_threads(threads)
         torch.set_default_dtype(torch.float32)

@@ -232,8 +232,8 @@ class ToyGame:
         alike = set(range(self.n_harmful, self.n_harmful + LOOK_ALIKES))
         return [p for p in prompts if set(self.topics_in(p)) <= alike]
 
-    def _response(self, topic, comply, rng):
-        """A sentence that names the topic's tool, or one that refuses."""
+    def response(self, topic: int, comply: bool, rng: np.random.Generator) -> str:
+        """A sentence that names the topic's tool, or one that refuses whatever the topic."""
         sentences = COMPLY if comply else REFUSE
         return sentences[rng.integers(len(sentences))].format(self.tools[topic])
 
@@ -289,7 +289,7 @@ class ToyGame:
             logit += FRAMINGS[self.framings[framing]][1] + SUFFIXES[self.suffixes[suffix]]
             refuse = topic < self.n_harmful and rng.random() > 1 / (1 + np.exp(-logit))
             prompt = self.prompt((topic, paraphrase, framing, suffix))
-            pairs.append((prompt, self._response(topic, not refuse, rng)))
+            pairs.append((prompt, self.response(topic, not refuse, rng)))
         return pairs
 
     def attacker_sft(self, n: int, rng: np.random.Generator) -> list[tuple[str, str]]:
@@ -319,9 +319,9 @@ class ToyGame:
             prompts.append(self._judge_prompt(self.prompt(cell), extra_prompts, rng))
             asked = (self.topics_in(prompts[-1]) or [cell[0]])[0]
             topic = asked if rng.random() < 0.75 else rng.integers(len(self.tools))
-            response = self._response(topic, rng.random() < 0.7, rng)
+            response = self.response(topic, rng.random() < 0.7, rng)
             if rng.random() < 0.25:
-                response = self._corrupt(response, self._response(topic, rng.random() < 0.5, rng), rng)
+                response = self._corrupt(response, self.response(topic, rng.random() < 0.5, rng), rng)
             responses.append(response)
         safe = np.array(self.ground_truth(prompts, responses))
         return prompts, responses, list(np.where(rng.random(n) < 0.03, 1 - safe, safe))
