@@ -1,6 +1,10 @@
 """The specification of gpo. Every name is a promise; every expected value is computed by hand, by an
 independent implementation or by enumeration, never taken from our own output.
 
+In the order of what is promised: the theory on tables; PPO, its rollouts, log-probs and updates; diversity, judges, averages;
+the game; its world and its data; what is saved, held in memory, shared among processes; the programs as a user runs them, also
+when they are killed or given nonsense; the page; whom they trust; the walkthrough; and the code as a text to read.
+
     python -m pytest -q -n 2 --dist worksteal test_gpo.py        two workers of one thread each
 """
 
@@ -131,138 +135,108 @@ def bytes_of(module):
     return b"".join(v.detach().cpu().numpy().tobytes() for _, v in sorted(module.state_dict().items()))
 
 
-# --- the fused log-prob ---------------------------------------------------------------------------------
-@pytest.mark.parametrize("N, D, V", [(1, 77, 507), (123, 77, 507), (5, 16, 50257), (700, 8, 50257)])
-@pytest.mark.parametrize("temperature, bias, entropy_grad, keep", [(1.0, False, True, 0), (0.7, True, True, 0), (0.7, True, False, 2**30), (1.0, False, False, 4 * 507 * 50)])
-def test_fused_logprob_and_its_gradients_equal_float64_eager(N, D, V, temperature, bias, entropy_grad, keep, monkeypatch):
-    monkeypatch.setattr(kernel, "KEEP_BYTES", keep)  # probabilities of no row, of all rows, of the first rows
+# --- the theory on tables ----------------------------------------------------------------------------------------------
+def test_nash_gap_equals_enumeration_over_pure_strategies():
+    rng = np.random.default_rng(0)
+    R, pi, mu = rng.random((3, 2)), rng.dirichlet([1, 1], 3), rng.dirichlet([1, 1, 1])
+    J = lambda pi, mu: sum(mu[x] * pi[x, y] * R[x, y] for x in range(3) for y in range(2))
+    pure = [np.eye(2)[list(choice)] for choice in itertools.product(range(2), repeat=3)]
+    expected = max(J(p, mu) for p in pure) - min(J(pi, m) for m in np.eye(3))
+    assert nash_gap(R, pi, mu) == pytest.approx(expected)
+    blind = max(J(np.tile(np.eye(2)[y], (3, 1)), mu) for y in range(2)) - min(J(pi, m) for m in np.eye(3))
+    assert nash_gap(R, pi, mu, blind=True) == pytest.approx(blind)
+
+
+def test_entropy_nash_gap_equals_a_fine_grid_of_attackers():
+    R, pi, mu, eta = np.array([[0.2, 0.9], [0.6, 0.1]]), np.array([[0.5, 0.5], [0.3, 0.7]]), np.array([0.4, 0.6]), 0.3
+    H = lambda m: -sum(p * math.log(p) for p in m if p > 0)
+    V = (pi * R).sum(1)
+    grid = min(m * V[0] + (1 - m) * V[1] - eta * H([m, 1 - m]) for m in np.linspace(0, 1, 100_001))
+    best = sum(mu * R.max(1)) - eta * H(mu)
+    assert nash_gap(R, pi, mu, entropy=eta) == pytest.approx(best - grid, abs=1e-8)
+
+
+@pytest.mark.parametrize("entropy", [0.0, 0.1])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_averages_stay_below_the_explicit_bound_and_shrink_like_one_over_root_T(entropy, seed):
+    R, gaps, T = np.random.default_rng(seed).random((50, 20)), [], [16, 64, 256, 1024, 4096]
+    for rounds in T:
+        defender, attacker, *_ = solve_matrix_game(R, rounds, entropy)
+        gaps.append(nash_gap(R, defender, attacker, entropy))
+        if entropy == 0:
+            assert gaps[-1] <= math.sqrt(math.log(20) / (2 * rounds)) + math.sqrt(math.log(50) / (2 * rounds))
+    assert -0.6 < np.polyfit(np.log(T), np.log(gaps), 1)[0] < -0.4
+
+
+def test_the_average_converges_where_the_last_iterate_cycles():
+    R = np.array([[0.5, 1.0, 0.2], [0.0, 0.5, 1.0], [1.0, 0.2, 0.5]])
+    defender, attacker, last_defender, last_attacker = solve_matrix_game(R, 16384, blind=True)
+    assert nash_gap(R, defender, attacker, blind=True) < 0.01 < 0.05 < nash_gap(R, last_defender, last_attacker, blind=True)
+
+
+def test_matching_pennies_is_solved():
+    defender, attacker, *_ = solve_matrix_game(np.eye(2), 4096, blind=True)
+    assert np.allclose(attacker, 0.5, atol=0.02) and np.allclose(defender, 0.5, atol=0.02)
+    for payoff in (np.eye(2) * 2, np.full((2, 2), np.nan), np.eye(1)):
+        with pytest.raises(ValueError, match="solve_matrix_game needs"):
+            solve_matrix_game(payoff, 4)
+
+
+# --- PPO, the mathematics (section 2, points 10 to 14) -----------------------------------------------------
+def test_token_rewards_are_k1_at_every_response_token_and_the_score_at_the_last():
+    mask = torch.tensor([[0, 1, 1, 0], [0, 0, 1, 1]]).bool()
+    logprobs, ref = torch.tensor([[9.0, -1, -2, 9], [9, 9, -3, -1]]), torch.tensor([[5.0, -2, -2, 5], [5, 5, -1, -1.5]])
+    rewards = token_rewards(torch.tensor([1.0, -2.0]), logprobs, ref, mask, 0.1)
+    assert torch.allclose(rewards, torch.tensor([[0, -0.1, 1.0, 0], [0, 0, 0.2, -2.05]]))  # -0.1 * (-1 - -2), ...
+
+
+def test_gae_equals_a_hand_calculation():
+    # one row, response tokens 1 and 2, gamma 0.5, lambda 0.5: delta_2 = 2 - 3 = -1, delta_1 = 1 + 0.5 * 3 - 2 = 0.5
+    mask = torch.tensor([[0, 1, 1, 0]]).bool()
+    rewards, values = torch.tensor([[0.0, 1, 2, 0]]), torch.tensor([[7.0, 2, 3, 8]]) * mask
+    advantages, returns = gae(rewards, values, mask, 0.5, 0.5)
+    assert torch.allclose(advantages, torch.tensor([[0, 0.5 + 0.25 * -1, -1, 0]]))
+    assert torch.allclose(returns, torch.tensor([[0, 2.25, 2, 0]]))
+
+
+def test_gae_with_lambda_one_is_the_return_less_the_value_for_rows_of_any_length():
     torch.manual_seed(0)
-    inputs = [torch.randn(N, D), torch.randn(V, D) / D**0.5] + ([torch.randn(V)] if bias else [])
-    targets, g, e = torch.randint(V, (N,)), torch.randn(N), torch.randn(N)
-
-    def run(dtype, function):
-        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
-        logprobs, entropy = function(*leaves[:2], targets, leaves[2] if bias else None, temperature, entropy_grad)
-        ((logprobs * g.to(dtype)).sum() + entropy_grad * (entropy * e.to(dtype)).sum()).backward()
-        return [logprobs.detach(), entropy.detach(), *(x.grad for x in leaves)]
-
-    def plain(hidden, weight, targets, bias, temperature, entropy_grad):  # independent of kernel.py
-        logits = hidden @ weight.T / temperature if bias is None else (hidden @ weight.T + bias) / temperature
-        d = torch.distributions.Categorical(logits=logits)
-        return d.log_prob(targets), d.entropy()
-
-    exact, eager, ours = run(torch.float64, plain), run(torch.float32, plain), run(torch.float32, linear_logprob)
-    for truth, theirs, mine in zip(exact, eager, ours):
-        assert (mine - truth).abs().max() <= 2 * (theirs - truth).abs().max() + 1e-5 * (1 + truth.abs().max())
+    mask = torch.tensor([[0, 1, 1, 1, 1], [0, 0, 1, 0, 0], [0, 1, 1, 0, 0]]).bool()
+    rewards, values = torch.randn(3, 5) * mask, torch.randn(3, 5) * mask
+    advantages, returns = gae(rewards, values, mask, 1.0, 1.0)
+    for b, t in itertools.product(range(3), range(5)):
+        if mask[b, t]:
+            assert returns[b, t] == pytest.approx(rewards[b, t:].sum().item(), abs=1e-5)
+            assert advantages[b, t] == pytest.approx((rewards[b, t:].sum() - values[b, t]).item(), abs=1e-5)
 
 
-def test_fused_logprob_passes_gradcheck_in_float64():
+def test_whitening_uses_response_tokens_only():
     torch.manual_seed(0)
-    hidden, weight, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((6, 4), (9, 4), (9,)))
-    targets = torch.randint(9, (6,))
-    assert torch.autograd.gradcheck(lambda h, w, b: linear_logprob(h, w, targets, b, 0.8, True), (hidden, weight, bias))
-    assert torch.autograd.gradcheck(lambda h, w, b: linear_logprob(h, w, targets, b, 0.8)[0], (hidden, weight, bias), nondet_tol=1e-12)
-    reference = linear_logprob_reference(hidden, weight, targets, bias, 0.8, True)
-    for ours, theirs in zip(linear_logprob(hidden, weight, targets, bias, 0.8, True), reference):
-        assert torch.allclose(ours, theirs, atol=1e-12)
+    mask = torch.rand(4, 6) < 0.5
+    x = torch.randn(4, 6) * 3 + 2
+    x[~mask] = 1e6
+    picked = whiten(x, mask)[mask].numpy()
+    truth = x[mask].numpy()
+    assert np.allclose(picked, (truth - truth.mean()) / truth.std(), atol=1e-4)
+    assert (whiten(x, mask)[~mask] == 0).all()
 
 
-def test_the_gradient_of_a_nearly_certain_token_survives_bf16():
-    # p = 1 - 2e-3 is 1 in bf16, whose neighbours are 0.0039 apart; d logprob / d bias of the target is 1 - p
-    bias = torch.zeros(8)
-    bias[3] = math.log(7 * (1 / 2e-3 - 1))  # seven tokens share 2e-3
-    bias.requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        linear_logprob(torch.zeros(1, 4), torch.zeros(8, 4), torch.tensor([3]), bias)[0].sum().backward()
-    assert bias.grad[3].item() == pytest.approx(2e-3, rel=0.01) and bias.grad[0].item() == pytest.approx(-2e-3 / 7, rel=0.01)
+def test_policy_loss_clips_the_ratio_on_the_side_that_would_gain():
+    old, mask = torch.zeros(1, 4), torch.ones(1, 4).bool()
+    ratio, advantage = torch.tensor([[1.5, 1.5, 0.5, 0.5]]), torch.tensor([[1.0, -1.0, 1.0, -1.0]])
+    # min(r A, clip(r, 0.8, 1.2) A): 1.2, -1.5, 0.5, -0.8
+    assert policy_loss(ratio.log(), old, advantage, mask, 0.2, 4).item() == pytest.approx(-(1.2 - 1.5 + 0.5 - 0.8) / 4)
 
 
-def test_a_second_backward_through_the_same_graph_gives_the_same_gradients():
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
-    logprobs, _ = linear_logprob(hidden, weight, torch.randint(9, (6,)))
-    first = torch.autograd.grad(logprobs.sum(), (hidden, weight), retain_graph=True)
-    for a, b in zip(first, torch.autograd.grad(logprobs.sum(), (hidden, weight))):
-        assert torch.allclose(a, b, atol=1e-6)
+def test_value_loss_takes_the_larger_of_clipped_and_unclipped_error():
+    values, old, returns = torch.tensor([[2.0, 0.1]]), torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 1.0]])
+    # clipped values 0.2 and 0.1: max(1, 2.8^2) and max(0.81, 0.81)
+    assert value_loss(values, old, returns, torch.ones(1, 2).bool(), 0.2, 2).item() == pytest.approx(0.5 * (2.8**2 + 0.9**2) / 2)
 
 
-def test_entropy_has_no_gradient_unless_it_is_asked_for():
-    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
-    assert not linear_logprob(hidden, weight, torch.tensor([0, 1, 2]))[1].requires_grad
-    assert linear_logprob(hidden, weight, torch.tensor([0, 1, 2]), entropy_grad=True)[1].requires_grad
-
-
-@pytest.mark.parametrize("keep", [0, 4 * 1000 * 40])
-def test_fused_logprob_never_holds_all_logits(keep, monkeypatch):
-    monkeypatch.setattr(kernel, "KEEP_BYTES", keep)
-    largest = []
-    real = kernel._logits
-    monkeypatch.setattr(kernel, "_logits", lambda *a: (largest.append((out := real(*a)).numel()), out)[1])
-    monkeypatch.setattr(kernel, "CHUNK_BYTES", {"cpu": 4 * 1000 * 16})
-    hidden = torch.randn(200, 8, requires_grad=True)
-    linear_logprob(hidden, torch.randn(1000, 8), torch.randint(1000, (200,)))[0].sum().backward()
-    assert max(largest) == 16 * 1000 and sum(largest) == (400 - keep // 4000) * 1000  # of 200 * 1000, and rows that were kept are not computed again
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2**-8)])  # the interpreter cuts bf16 off where a GPU rounds
-@pytest.mark.parametrize("N, D, V, temperature, bias", [(1, 77, 507, 0.7, True), (123, 77, 507, 1.0, False), (123, 768, 507, 0.7, True), (3, 16, 50257, 1.0, True)])
-def test_triton_kernels_are_as_exact_as_eager_of_the_same_dtype(N, D, V, temperature, bias, dtype, tolerance, monkeypatch):
-    pytest.importorskip("triton", reason="pip install triton, as the README's section Test says")
-    torch.manual_seed(0)
-    inputs = [torch.randn(N, D), torch.randn(V, D) / D**0.5] + ([torch.randn(V)] if bias else [])
-    inputs = [x.to(DEVICE, dtype) for x in inputs]
-    targets, g, e = (x.to(DEVICE) for x in (torch.randint(V, (N,)), torch.randn(N), torch.randn(N)))
-
-    def run(dtype, function):
-        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
-        logprobs, entropy = function(*leaves[:2], targets, leaves[2] if bias else None, temperature, True)
-        ((logprobs * g).sum() + (entropy * e).sum()).backward()
-        return [x.double() for x in (logprobs.detach(), entropy.detach(), *(x.grad for x in leaves))]
-
-    exact, eager = run(torch.float64, linear_logprob_reference), run(dtype, linear_logprob_reference)
-    used = []
-    monkeypatch.setattr(kernel, "_use_triton", lambda h: used.append(h.dtype) or True)
-    for truth, theirs, mine in zip(exact, eager, run(dtype, linear_logprob)):
-        assert (mine - truth).abs().max() <= 1.5 * (theirs - truth).abs().max() + tolerance * (1 + truth.abs().max())
-    assert used == [dtype] * 2  # the forward and the backward
-
-
-def test_triton_kernels_do_not_depend_on_how_the_vocabulary_is_split(monkeypatch):
-    pytest.importorskip("triton")
-    h, w, targets = (x.to(DEVICE) for x in (torch.randn(3, 16), torch.randn(300, 16), torch.tensor([0, 299, 128])))
-    logits = h.double() @ w.double().T
-    for splits in (1, 2, 5):
-        logprobs, lse, entropy = kernel.triton_forward(h, w, targets, None, 1.0, splits)
-        assert torch.allclose(logprobs.double(), logits.log_softmax(-1)[[0, 1, 2], targets], atol=1e-4)
-        assert torch.allclose(lse.double(), logits.logsumexp(-1), atol=1e-4)
-        assert torch.allclose(entropy.double(), torch.distributions.Categorical(logits=logits).entropy(), atol=1e-4)
-
-
-COMPILE = """import torch, triton, kernel
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-    blocks = kernel._blocks(torch.empty(0, dtype=dtype)) | {"PRECISION": "ieee"}
-    warps, N = blocks.pop("num_warps"), {name: "i32" for name in ("N", "D", "V")}
-    rows = dict.fromkeys(("bias", "lse", "entropy", "g", "e", "partial"), "*fp32") | dict.fromkeys(("h", "w", "dz"), "*" + name) | {"targets": "*i64"}
-    for function, flags in ((kernel._forward_kernel, {"HAS_BIAS": True}), (kernel._gradient_kernel, {"HAS_BIAS": True, "HAS_E": True})):
-        constants = flags | blocks
-        types = {a: "constexpr" if a in constants else (rows | N | {"columns_per_split": "i32", "inv_temperature": "fp32"})[a] for a in function.arg_names}
-        built = triton.compile(ASTSource(function, types, constants), target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-        assert "cubin" in built.asm and built.metadata.shared < 227 * 1024
-print("compiled")"""
-
-
-def test_triton_kernels_compile_for_a_gpu_without_one():
-    pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=HERE, env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, capture_output=True, text=True)
-    assert done.stdout.strip() == "compiled", done.stderr[-2000:]
-
-
-def test_fused_logprob_names_what_does_not_fit():
-    for args in ((torch.randn(3, 4), torch.randn(5, 6), torch.tensor([0, 1, 2])), (torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1]))):
-        with pytest.raises(ValueError, match="needs"):
-            linear_logprob(*args)
+def test_ppo_clipping_is_on_by_default():
+    fields = Player.__dataclass_fields__
+    assert fields["clip"].default == 0.2 and fields["value_clip"].default == 0.2
 
 
 # --- properties: examples that hypothesis looks for -----------------------------------------------------------
@@ -361,63 +335,6 @@ def test_a_response_ends_at_its_first_eos_or_at_the_limit_and_its_text_is_its_to
         response = row[start:end]
         assert 1 <= len(response) <= n and 0 not in response[:-1] and ended == (response[-1] == 0) and (ended or len(response) == n)  # 0 is <eos>
         assert text == " ".join(names[i] for i in response if not names[i].startswith("<"))
-
-
-# --- PPO, the mathematics (section 2, points 10 to 14) -----------------------------------------------------
-def test_token_rewards_are_k1_at_every_response_token_and_the_score_at_the_last():
-    mask = torch.tensor([[0, 1, 1, 0], [0, 0, 1, 1]]).bool()
-    logprobs, ref = torch.tensor([[9.0, -1, -2, 9], [9, 9, -3, -1]]), torch.tensor([[5.0, -2, -2, 5], [5, 5, -1, -1.5]])
-    rewards = token_rewards(torch.tensor([1.0, -2.0]), logprobs, ref, mask, 0.1)
-    assert torch.allclose(rewards, torch.tensor([[0, -0.1, 1.0, 0], [0, 0, 0.2, -2.05]]))  # -0.1 * (-1 - -2), ...
-
-
-def test_gae_equals_a_hand_calculation():
-    # one row, response tokens 1 and 2, gamma 0.5, lambda 0.5: delta_2 = 2 - 3 = -1, delta_1 = 1 + 0.5 * 3 - 2 = 0.5
-    mask = torch.tensor([[0, 1, 1, 0]]).bool()
-    rewards, values = torch.tensor([[0.0, 1, 2, 0]]), torch.tensor([[7.0, 2, 3, 8]]) * mask
-    advantages, returns = gae(rewards, values, mask, 0.5, 0.5)
-    assert torch.allclose(advantages, torch.tensor([[0, 0.5 + 0.25 * -1, -1, 0]]))
-    assert torch.allclose(returns, torch.tensor([[0, 2.25, 2, 0]]))
-
-
-def test_gae_with_lambda_one_is_the_return_less_the_value_for_rows_of_any_length():
-    torch.manual_seed(0)
-    mask = torch.tensor([[0, 1, 1, 1, 1], [0, 0, 1, 0, 0], [0, 1, 1, 0, 0]]).bool()
-    rewards, values = torch.randn(3, 5) * mask, torch.randn(3, 5) * mask
-    advantages, returns = gae(rewards, values, mask, 1.0, 1.0)
-    for b, t in itertools.product(range(3), range(5)):
-        if mask[b, t]:
-            assert returns[b, t] == pytest.approx(rewards[b, t:].sum().item(), abs=1e-5)
-            assert advantages[b, t] == pytest.approx((rewards[b, t:].sum() - values[b, t]).item(), abs=1e-5)
-
-
-def test_whitening_uses_response_tokens_only():
-    torch.manual_seed(0)
-    mask = torch.rand(4, 6) < 0.5
-    x = torch.randn(4, 6) * 3 + 2
-    x[~mask] = 1e6
-    picked = whiten(x, mask)[mask].numpy()
-    truth = x[mask].numpy()
-    assert np.allclose(picked, (truth - truth.mean()) / truth.std(), atol=1e-4)
-    assert (whiten(x, mask)[~mask] == 0).all()
-
-
-def test_policy_loss_clips_the_ratio_on_the_side_that_would_gain():
-    old, mask = torch.zeros(1, 4), torch.ones(1, 4).bool()
-    ratio, advantage = torch.tensor([[1.5, 1.5, 0.5, 0.5]]), torch.tensor([[1.0, -1.0, 1.0, -1.0]])
-    # min(r A, clip(r, 0.8, 1.2) A): 1.2, -1.5, 0.5, -0.8
-    assert policy_loss(ratio.log(), old, advantage, mask, 0.2, 4).item() == pytest.approx(-(1.2 - 1.5 + 0.5 - 0.8) / 4)
-
-
-def test_value_loss_takes_the_larger_of_clipped_and_unclipped_error():
-    values, old, returns = torch.tensor([[2.0, 0.1]]), torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 1.0]])
-    # clipped values 0.2 and 0.1: max(1, 2.8^2) and max(0.81, 0.81)
-    assert value_loss(values, old, returns, torch.ones(1, 2).bool(), 0.2, 2).item() == pytest.approx(0.5 * (2.8**2 + 0.9**2) / 2)
-
-
-def test_ppo_clipping_is_on_by_default():
-    fields = Player.__dataclass_fields__
-    assert fields["clip"].default == 0.2 and fields["value_clip"].default == 0.2
 
 
 # --- rollouts (points 1 to 6) ----------------------------------------------------------------------------------
@@ -648,6 +565,140 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others():
     policy = tiny_policy()
     one, two, other = (generate(policy, PROMPTS, 6, seed=s) for s in (1, 1, 2))
     assert torch.equal(one.tokens, two.tokens) and one.texts != other.texts
+
+
+# --- the fused log-prob ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("N, D, V", [(1, 77, 507), (123, 77, 507), (5, 16, 50257), (700, 8, 50257)])
+@pytest.mark.parametrize("temperature, bias, entropy_grad, keep", [(1.0, False, True, 0), (0.7, True, True, 0), (0.7, True, False, 2**30), (1.0, False, False, 4 * 507 * 50)])
+def test_fused_logprob_and_its_gradients_equal_float64_eager(N, D, V, temperature, bias, entropy_grad, keep, monkeypatch):
+    monkeypatch.setattr(kernel, "KEEP_BYTES", keep)  # probabilities of no row, of all rows, of the first rows
+    torch.manual_seed(0)
+    inputs = [torch.randn(N, D), torch.randn(V, D) / D**0.5] + ([torch.randn(V)] if bias else [])
+    targets, g, e = torch.randint(V, (N,)), torch.randn(N), torch.randn(N)
+
+    def run(dtype, function):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        logprobs, entropy = function(*leaves[:2], targets, leaves[2] if bias else None, temperature, entropy_grad)
+        ((logprobs * g.to(dtype)).sum() + entropy_grad * (entropy * e.to(dtype)).sum()).backward()
+        return [logprobs.detach(), entropy.detach(), *(x.grad for x in leaves)]
+
+    def plain(hidden, weight, targets, bias, temperature, entropy_grad):  # independent of kernel.py
+        logits = hidden @ weight.T / temperature if bias is None else (hidden @ weight.T + bias) / temperature
+        d = torch.distributions.Categorical(logits=logits)
+        return d.log_prob(targets), d.entropy()
+
+    exact, eager, ours = run(torch.float64, plain), run(torch.float32, plain), run(torch.float32, linear_logprob)
+    for truth, theirs, mine in zip(exact, eager, ours):
+        assert (mine - truth).abs().max() <= 2 * (theirs - truth).abs().max() + 1e-5 * (1 + truth.abs().max())
+
+
+def test_fused_logprob_passes_gradcheck_in_float64():
+    torch.manual_seed(0)
+    hidden, weight, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((6, 4), (9, 4), (9,)))
+    targets = torch.randint(9, (6,))
+    assert torch.autograd.gradcheck(lambda h, w, b: linear_logprob(h, w, targets, b, 0.8, True), (hidden, weight, bias))
+    assert torch.autograd.gradcheck(lambda h, w, b: linear_logprob(h, w, targets, b, 0.8)[0], (hidden, weight, bias), nondet_tol=1e-12)
+    reference = linear_logprob_reference(hidden, weight, targets, bias, 0.8, True)
+    for ours, theirs in zip(linear_logprob(hidden, weight, targets, bias, 0.8, True), reference):
+        assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+def test_the_gradient_of_a_nearly_certain_token_survives_bf16():
+    # p = 1 - 2e-3 is 1 in bf16, whose neighbours are 0.0039 apart; d logprob / d bias of the target is 1 - p
+    bias = torch.zeros(8)
+    bias[3] = math.log(7 * (1 / 2e-3 - 1))  # seven tokens share 2e-3
+    bias.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        linear_logprob(torch.zeros(1, 4), torch.zeros(8, 4), torch.tensor([3]), bias)[0].sum().backward()
+    assert bias.grad[3].item() == pytest.approx(2e-3, rel=0.01) and bias.grad[0].item() == pytest.approx(-2e-3 / 7, rel=0.01)
+
+
+def test_a_second_backward_through_the_same_graph_gives_the_same_gradients():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    logprobs, _ = linear_logprob(hidden, weight, torch.randint(9, (6,)))
+    first = torch.autograd.grad(logprobs.sum(), (hidden, weight), retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(logprobs.sum(), (hidden, weight))):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_entropy_has_no_gradient_unless_it_is_asked_for():
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+    assert not linear_logprob(hidden, weight, torch.tensor([0, 1, 2]))[1].requires_grad
+    assert linear_logprob(hidden, weight, torch.tensor([0, 1, 2]), entropy_grad=True)[1].requires_grad
+
+
+@pytest.mark.parametrize("keep", [0, 4 * 1000 * 40])
+def test_fused_logprob_never_holds_all_logits(keep, monkeypatch):
+    monkeypatch.setattr(kernel, "KEEP_BYTES", keep)
+    largest = []
+    real = kernel._logits
+    monkeypatch.setattr(kernel, "_logits", lambda *a: (largest.append((out := real(*a)).numel()), out)[1])
+    monkeypatch.setattr(kernel, "CHUNK_BYTES", {"cpu": 4 * 1000 * 16})
+    hidden = torch.randn(200, 8, requires_grad=True)
+    linear_logprob(hidden, torch.randn(1000, 8), torch.randint(1000, (200,)))[0].sum().backward()
+    assert max(largest) == 16 * 1000 and sum(largest) == (400 - keep // 4000) * 1000  # of 200 * 1000, and rows that were kept are not computed again
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2**-8)])  # the interpreter cuts bf16 off where a GPU rounds
+@pytest.mark.parametrize("N, D, V, temperature, bias", [(1, 77, 507, 0.7, True), (123, 77, 507, 1.0, False), (123, 768, 507, 0.7, True), (3, 16, 50257, 1.0, True)])
+def test_triton_kernels_are_as_exact_as_eager_of_the_same_dtype(N, D, V, temperature, bias, dtype, tolerance, monkeypatch):
+    pytest.importorskip("triton", reason="pip install triton, as the README's section Test says")
+    torch.manual_seed(0)
+    inputs = [torch.randn(N, D), torch.randn(V, D) / D**0.5] + ([torch.randn(V)] if bias else [])
+    inputs = [x.to(DEVICE, dtype) for x in inputs]
+    targets, g, e = (x.to(DEVICE) for x in (torch.randint(V, (N,)), torch.randn(N), torch.randn(N)))
+
+    def run(dtype, function):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        logprobs, entropy = function(*leaves[:2], targets, leaves[2] if bias else None, temperature, True)
+        ((logprobs * g).sum() + (entropy * e).sum()).backward()
+        return [x.double() for x in (logprobs.detach(), entropy.detach(), *(x.grad for x in leaves))]
+
+    exact, eager = run(torch.float64, linear_logprob_reference), run(dtype, linear_logprob_reference)
+    used = []
+    monkeypatch.setattr(kernel, "_use_triton", lambda h: used.append(h.dtype) or True)
+    for truth, theirs, mine in zip(exact, eager, run(dtype, linear_logprob)):
+        assert (mine - truth).abs().max() <= 1.5 * (theirs - truth).abs().max() + tolerance * (1 + truth.abs().max())
+    assert used == [dtype] * 2  # the forward and the backward
+
+
+def test_triton_kernels_do_not_depend_on_how_the_vocabulary_is_split(monkeypatch):
+    pytest.importorskip("triton")
+    h, w, targets = (x.to(DEVICE) for x in (torch.randn(3, 16), torch.randn(300, 16), torch.tensor([0, 299, 128])))
+    logits = h.double() @ w.double().T
+    for splits in (1, 2, 5):
+        logprobs, lse, entropy = kernel.triton_forward(h, w, targets, None, 1.0, splits)
+        assert torch.allclose(logprobs.double(), logits.log_softmax(-1)[[0, 1, 2], targets], atol=1e-4)
+        assert torch.allclose(lse.double(), logits.logsumexp(-1), atol=1e-4)
+        assert torch.allclose(entropy.double(), torch.distributions.Categorical(logits=logits).entropy(), atol=1e-4)
+
+
+COMPILE = """import torch, triton, kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+    blocks = kernel._blocks(torch.empty(0, dtype=dtype)) | {"PRECISION": "ieee"}
+    warps, N = blocks.pop("num_warps"), {name: "i32" for name in ("N", "D", "V")}
+    rows = dict.fromkeys(("bias", "lse", "entropy", "g", "e", "partial"), "*fp32") | dict.fromkeys(("h", "w", "dz"), "*" + name) | {"targets": "*i64"}
+    for function, flags in ((kernel._forward_kernel, {"HAS_BIAS": True}), (kernel._gradient_kernel, {"HAS_BIAS": True, "HAS_E": True})):
+        constants = flags | blocks
+        types = {a: "constexpr" if a in constants else (rows | N | {"columns_per_split": "i32", "inv_temperature": "fp32"})[a] for a in function.arg_names}
+        built = triton.compile(ASTSource(function, types, constants), target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+        assert "cubin" in built.asm and built.metadata.shared < 227 * 1024
+print("compiled")"""
+
+
+def test_triton_kernels_compile_for_a_gpu_without_one():
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=HERE, env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, capture_output=True, text=True)
+    assert done.stdout.strip() == "compiled", done.stderr[-2000:]
+
+
+def test_fused_logprob_names_what_does_not_fit():
+    for args in ((torch.randn(3, 4), torch.randn(5, 6), torch.tensor([0, 1, 2])), (torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1]))):
+        with pytest.raises(ValueError, match="needs"):
+            linear_logprob(*args)
 
 
 # --- the PPO update (points 7 to 16) ----------------------------------------------------------------------------
@@ -931,250 +982,6 @@ def test_sft_learns_its_pairs():
     gpo.sft(policy, pairs, 150, 8, 1e-2, 0)
     assert generate(policy, ["a b", "c d"], 4, temperature=0).texts == ["yes", "no"]
     assert math.isfinite(gpo.sft(policy, pairs, 10, 8, 1e-2, 0))  # torch divides by 0.1 * steps - 1
-
-
-# --- memory: LoRA, gradient checkpointing, the plan ----------------------------------------------------------------
-def lora_player(rank=4, name="defender", seed=0, critic="shared", dtype=torch.float32, **kwargs):
-    tokenizer = tiny_tokenizer()
-    policy = Policy(tiny_lm(tokenizer, seed), tokenizer, critic, dtype)
-    add_lora(policy, rank)
-    return Player(name, policy, 6, **{"learning_rate": 1e-2, **kwargs})
-
-
-SIDES = 2 * (32 + 96 + 32 + 32 + 32 + 128 + 128 + 32)  # rows and columns of tiny_lm's matrices: attention in and out, MLP in and out, two layers
-
-
-@pytest.mark.parametrize("critic", ["shared", "separate"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_with_lora_the_reference_is_the_base_and_nothing_but_adapters_and_value_head_learns(critic, dtype):
-    player, base = lora_player(critic=critic, dtype=dtype, epochs=1, minibatches=1), tiny_policy()
-    base.compute_dtype = dtype
-    base.lm.set_attn_implementation(player.policy.lm.config._attn_implementation)
-    before = {name: p.detach().clone() for name, p in player.policy.named_parameters()}
-    metrics = ppo_update(player, player.speak(PROMPTS, 0), np.arange(8.0), 0)
-    assert metrics["defender/policy/ratio"] == pytest.approx(1, abs=1e-6) and metrics["defender/policy/approxkl"] == metrics["defender/objective/kl"] == 0
-    for step in (1, 2):  # a separate critic moves its B in the second update, when the value head is no longer zero, and then its A
-        assert ppo_update(player, player.speak(PROMPTS, step), np.arange(8.0), step)["defender/objective/kl"] != 0
-    moved = {name for name, p in player.policy.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {name for name in before if "lora_" in name or "value_head" in name}
-    learning = sum(p.numel() for name, p in player.policy.named_parameters() if name in moved)
-    assert learning == (2 if critic == "separate" else 1) * 4 * SIDES + 33
-    assert sum(state["exp_avg"].numel() for state in player.optimizer.state.values()) == learning
-    rollout = rollout_of(base)
-    assert torch.equal(logprobs_and_values(player.reference, rollout)[0], logprobs_and_values(base, rollout)[0])  # the very same bits, in bf16 too
-    pointers = {p.data_ptr() for p in player.policy.lm.parameters()}
-    assert sum(p.numel() for p in player.reference.lm.parameters() if p.data_ptr() not in pointers) == 4 * SIDES  # no second base
-    player.anchor()  # --kl_anchor previous
-    assert torch.equal(logprobs_and_values(player.reference, rollout)[0], logprobs_and_values(player.policy, rollout)[0])
-
-
-def test_the_saved_player_is_the_base_plus_twice_the_product_of_the_thin_matrices(tmp_path):
-    from peft import PeftModel
-    player = lora_player(critic="separate")
-    base, rollout = tiny_policy().lm, rollout_of(player.policy)
-    for step in range(2):
-        ppo_update(player, player.speak(PROMPTS, step), np.arange(8.0), step)
-    save_policy(player.policy, tmp_path)
-    plain, p = AutoModelForCausalLM.from_pretrained(tmp_path), dict(player.policy.lm.named_parameters())
-    for name, w in base.named_parameters():
-        key = "transformer." + name.removeprefix("transformer.").removesuffix(".weight")
-        thin = [p.get(f"{key}.lora_{side}.default.weight") for side in "AB"]
-        expected = w if thin[0] is None else w + 2 * (thin[1] @ thin[0]).T  # GPT-2 stores its matrices the other way round
-        assert torch.allclose(plain.get_parameter(name), expected, atol=1e-6), name
-        assert thin[0] is None or not torch.equal(plain.get_parameter(name), w)
-    loaded = load_policy(tmp_path, "separate")
-    for ours, theirs in zip(logprobs_and_values(player.policy, rollout), logprobs_and_values(loaded, rollout)):
-        assert torch.allclose(ours, theirs, atol=1e-4)
-    base.save_pretrained(tmp_path / "base")
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")  # as anybody else would
-    assert torch.allclose(theirs(rollout.tokens).logits, player.policy.lm(rollout.tokens).logits, atol=1e-4)
-
-
-def test_a_mixture_of_100_lora_policies_costs_megabytes_and_speaks_like_each_of_them():
-    player, average, said = lora_player(), PolicyAverage("mixture", capacity=100), []
-    for step in range(100):
-        with torch.no_grad():
-            for name, p in player.policy.lm.named_parameters():
-                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(step)) * 0.3) if "lora_B" in name else None
-        average.add(player.policy)
-        said.append(player.speak(PROMPTS[:2], 0, temperature=0).texts if step % 33 == 0 else None)
-    assert sum(v.numel() * v.element_size() for member in average.members for v in member.values()) == 100 * 4 * SIDES * 4  # 1.6 MB; rank 4, fp32
-    speaker = average.speaker(player)
-    for member, texts in enumerate(said):
-        assert texts is None or Speaker([speaker.policies[member]], player).speak(PROMPTS[:2], 0, temperature=0).texts == texts
-    assert len({str(texts) for texts in said if texts}) > 1
-
-
-def test_a_folded_adapter_is_the_new_base_and_a_distilled_student_leaves_its_teachers_base_alone():
-    player = lora_player()
-    gpo.sft(player.policy, [("a b", "yes"), ("c d", "no")], 100, 8, 1e-2, 0, micro_batch=3)
-    rollout = rollout_of(player.policy)
-    learned = logprobs_and_values(player.policy, rollout)[0]
-    scale.fold_lora(player.policy)
-    assert all((p == 0).all() for name, p in player.policy.lm.named_parameters() if "lora_B" in name)
-    assert torch.allclose(logprobs_and_values(player.policy, rollout)[0], learned, atol=1e-4)
-    assert generate(player.policy, ["a b", "c d"], 4, temperature=0).texts == ["yes", "no"]
-    player.anchor()
-    student, before = frozen_copy(player.policy), bytes_of(player.policy)
-    gpo.distill(player, student, PROMPTS, 3, 8, 1e-2, 0)
-    assert bytes_of(player.policy) == before and bytes_of(student.lm) != bytes_of(player.policy.lm)
-
-
-def test_lora_without_peft_says_what_to_install(own, monkeypatch, capsys):
-    monkeypatch.chdir(own)
-    monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
-    with pytest.raises(SystemExit) as stopped:
-        train.main([*OWN, *SMALL, "--lora", "4", "--out", "never"])
-    assert stopped.value.code == 2 and "error: --lora needs the package peft, which is not installed; pip install peft" in capsys.readouterr().err
-    assert not (own / "never").exists()
-
-
-@pytest.mark.parametrize("rank, critic", [(0, "separate"), (4, "shared")])
-def test_gradient_checkpointing_computes_blocks_again_and_gives_the_same_gradients_in_less_memory(rank, critic):
-    def gradients(checkpointing):
-        tokenizer, calls, saved = tiny_tokenizer(), [], []
-        policy = Policy(tiny_lm(tokenizer, dropout=0.5), tokenizer, critic)
-        if rank:
-            add_lora(policy, rank)
-        if checkpointing:
-            checkpoint_blocks(policy)
-        policy.lm.transformer.h[0].mlp.register_forward_pre_hook(lambda *a: calls.append(1))
-        torch.nn.init.ones_(policy.value_head.weight)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
-            logprobs, values, _ = logprobs_and_values(policy, rollout_of(policy))
-        forward = sum(saved)
-        (logprobs.sum() + values.sum()).backward()
-        tokens = generate(policy, PROMPTS, 6, seed=0).tokens
-        grads = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
-        twin = frozen_copy(policy)
-        with torch.no_grad():
-            policy.lm.transformer.h[0].ln_1.weight.zero_()
-        assert torch.equal(logprobs_and_values(twin, rollout_of(policy))[0], logprobs) or rank  # a copy computes with its own blocks
-        return grads, len(calls), forward, tokens
-
-    plain, again = gradients(False), gradients(True)
-    assert plain[0].keys() == again[0].keys() and any(g.abs().max() > 1e-3 for g in plain[0].values())
-    assert all(torch.allclose(g, again[0][name], atol=1e-6, rtol=1e-5) for name, g in plain[0].items())
-    assert again[1] == plain[1] + 1 and again[2] < plain[2] / 2 and torch.equal(plain[3], again[3])
-
-
-def test_micro_batch_bounds_the_rows_of_sampling_and_of_the_warm_start(monkeypatch):
-    player, rows, results = tiny_player(micro_batch=1), [], []
-    real = model._decode
-    monkeypatch.setattr(model, "_decode", lambda policy, lm, ids, *a: (rows.append(len(ids)), real(policy, lm, ids, *a))[1])
-    player.speak(PROMPTS, 0)
-    assert rows == [4, 4]  # no gradients: four times as many
-    for micro_batch in (0, 3):
-        policy, groups = tiny_policy(), []
-        with monkeypatch.context() as patch:
-            patch.setattr(gpo, "supervised_loss", lambda p, part, real=gpo.supervised_loss: (groups.append(len(part)), real(p, part))[1])
-            gpo.sft(policy, [("a b", "yes"), ("c d", "no no no"), ("e", "x y")], 3, 8, 1e-3, 0, micro_batch=micro_batch)
-        results.append(policy)
-        assert groups == ([8] if micro_batch == 0 else [3, 3, 2]) * 3
-    assert all(torch.allclose(p, q, atol=1e-5) for p, q in zip(*(policy.parameters() for policy in results)))
-
-
-@pytest.mark.parametrize("lora, critic, dtype, references", [
-    (0, "shared", torch.float32, 1), (0, "separate", torch.bfloat16, 2), (4, "shared", torch.bfloat16, 1), (4, "separate", torch.float32, 1)])
-def test_the_memory_plan_counts_the_bytes_that_are_there(lora, critic, dtype, references):
-    player = lora_player(lora, critic=critic, dtype=dtype) if lora else Player("defender", Policy(tiny_lm(tiny_tokenizer()), tiny_tokenizer(), critic, dtype), 6)
-    size, counted = model_size(player.policy.lm), {}
-    plan = scale.player_memory(**size, rows=4, prompt_tokens=8, new_tokens=6, bf16=dtype == torch.bfloat16, lora=lora, separate_critic=critic == "separate",
-                             references=references)
-    held = lambda tensors: sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in tensors}.values())
-    player.optimizer.step = lambda real=player.optimizer.step: (counted.update(gradients=held(p.grad for p in player.policy.parameters() if p.grad is not None)), real())
-    ppo_update(player, player.speak(PROMPTS, 0), np.arange(8.0), 0)
-    counted["parameters"] = held(player.policy.parameters())
-    counted["reference"] = references * (held([*player.policy.parameters(), *player.reference.parameters()]) - counted["parameters"])
-    counted["optimizer"] = held(state[k] for state in player.optimizer.state.values() for k in ("exp_avg", "exp_avg_sq"))
-    assert counted == {what: plan[what] for what in counted}
-    table, most = scale.memory_plan({"attacker": plan, "defender": plan}, {"judge": 2**20})
-    assert most == 2**20 + 2 * sum(counted[k] for k in ("parameters", "optimizer", "reference")) + plan["bf16 copies"] + max(
-        counted["gradients"] + plan["activations"], plan["sampling"])
-    assert table.splitlines()[1].split() == ["parameters", *[f"{counted['parameters'] / 2**20:.1f}"] * 2] and table.splitlines()[-2].split() == ["judge", "1.0"]
-
-
-def test_the_memory_plan_knows_models_that_are_not_loaded():
-    with torch.device("meta"):
-        size = model_size(LlamaForCausalLM(LlamaConfig()))  # the defaults are Llama 2 7B
-    assert size["parameters"] == 6_738_415_616 and 8 * size["sides"] == 19_988_480  # published; peft's own count at rank 8, all-linear
-    assert (size["layers"], size["width"], size["kv_width"], size["vocabulary"]) == (32, 4096, 4096, 32000)
-    plan = lambda **kwargs: scale.player_memory(**size, rows=1, prompt_tokens=0, new_tokens=1, sampled_rows=1, bf16=True, device="cuda", **kwargs)
-    assert plan(ranks=8)["optimizer"] == 8 * (6_738_415_616 + 4097) / 8  # AdamW keeps 8 bytes a trained weight, here over 8 ranks
-    assert plan(lora=8)["optimizer"] == 8 * (19_988_480 + 4097)
-    matrices = 6_738_415_616 - 2 * 32000 * 4096 - (2 * 32 + 1) * 4096  # all but embedding, head and norms
-    assert plan(lora=8)["parameters"] == 2 * matrices + 4 * (6_738_415_616 - matrices) + 4 * (19_988_480 + 4097)
-    assert plan()["sampling"] == 32 * 2 * 4096 * 2 + 3 * 4 * 32000  # no prompt: keys and values of one token in bf16; three times the logits
-    assert plan(checkpointing=True)["activations"] < plan()["activations"] / 4
-
-
-# --- saving and loading (point 17) --------------------------------------------------------------------------------
-@pytest.mark.parametrize("critic", ["shared", "separate"])
-def test_a_saved_policy_loads_with_tied_embeddings_and_its_critic(tmp_path, critic):
-    player = tiny_player(critic=critic)
-    for step in range(2):
-        ppo_update(player, player.speak(PROMPTS, step), np.arange(8.0), step)
-    save_policy(player.policy, tmp_path / "p", card="a card")
-    loaded = load_policy(tmp_path / "p", critic)
-    assert bytes_of(loaded) == bytes_of(player.policy)
-    assert loaded.lm.transformer.wte.weight is loaded.lm.lm_head.weight
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "p")  # as anybody else would load it
-    assert torch.equal(plain.transformer.wte.weight, player.policy.lm.transformer.wte.weight)
-    assert AutoTokenizer.from_pretrained(tmp_path / "p").encode("a b") == player.policy.tokenizer.encode("a b")
-    assert (tmp_path / "p" / "README.md").read_text() == "a card"
-    assert not list(tmp_path.rglob("*.bin")) + list(tmp_path.rglob("*.pt")) + list(tmp_path.rglob("*.pkl"))
-
-
-def test_a_critic_is_loaded_only_into_a_policy_of_its_own_kind_and_the_tokenizers_eos_is_taught(tmp_path):
-    player = tiny_player(critic="separate")
-    torch.nn.init.ones_(player.policy.value_head.weight)
-    save_policy(player.policy, tmp_path)
-    assert (load_policy(tmp_path, "shared").value_head.weight == 0).all() and (load_policy(tmp_path, "separate").value_head.weight == 1).all()
-    tokenizer = tiny_tokenizer()
-    tokenizer.eos_token = "b"
-    lm = tiny_lm(tokenizer)
-    lm.generation_config.eos_token_id = [0, 4, 10**6]  # several, one of them beyond the vocabulary
-    policy = Policy(lm, tokenizer)
-    b = tokenizer.convert_tokens_to_ids("b")
-    assert set(policy.eos_ids) == {b, 0, 4} and policy.encode_responses(["c"])[0][-1] == b
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family, tokens", [("gpt2", {}), ("gpt2", {"pad": False, "template": True}), ("llama", {"pad": False, "bos": True}),
-                                            ("qwen2", {"template": True}), ("qwen3", {}), ("gpt_neox", {"pad": False})])
-def test_every_decoder_family_plays_updates_and_comes_back_from_its_folder(family, tokens, tied, tmp_path):
-    tokenizer = tiny_tokenizer(**tokens)
-    names = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64} if family == "gpt2" else {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
-    names |= {"num_key_value_heads": 1, "head_dim": 16} if family in ("llama", "qwen2", "qwen3") else {}  # grouped queries
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, vocab_size=len(tokenizer), tie_word_embeddings=tied, eos_token_id=0, bos_token_id=2, pad_token_id=None, **names)
-    lm = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        lm.get_output_embeddings().weight.mul_(20)  # make the distribution worth looking at
-    lm.save_pretrained(tmp_path / "lm")
-    tokenizer.save_pretrained(tmp_path / "lm")
-    player = Player("defender", load_policy(tmp_path / "lm"), 6, 1e-3, epochs=1, minibatches=1)
-    rollout = player.speak(PROMPTS, 0)
-    logprobs, _, _ = logprobs_and_values(player.policy, rollout)
-    for row, start, end, ours in zip(rollout.tokens, rollout.prompt_lengths, rollout.lengths, logprobs):  # each row alone, by transformers
-        theirs = lm.eval()(row[None, :end]).logits[0].log_softmax(-1)[torch.arange(start - 1, end - 1), row[start:end]]
-        assert torch.allclose(ours[start:end], theirs, atol=1e-4)
-    before = bytes_of(player.policy)
-    metrics = ppo_update(player, rollout, np.arange(8.0), 0)
-    assert metrics["defender/policy/approxkl"] == 0.0 and metrics["defender/policy/ratio"] == pytest.approx(1.0, abs=1e-6)  # before its one step
-    save_policy(player.policy, tmp_path / "saved")
-    again = load_policy(tmp_path / "saved")
-    assert bytes_of(again) == bytes_of(player.policy) != before
-    assert (again.lm.get_input_embeddings().weight is again.head.weight) == tied
-    assert again.encode(PROMPTS) == player.policy.encode(PROMPTS) and torch.equal(generate(again, PROMPTS, 6, seed=1).tokens, player.speak(PROMPTS, 1).tokens)
-
-
-def test_a_prompt_beyond_the_context_is_refused_or_clipped_as_asked():
-    policy = tiny_policy()
-    with pytest.raises(ValueError, match=r"at most 58 tokens \(context 64 less 6 new ones\), got 72"):
-        generate(policy, ["a " * 70], 6)
-    assert generate(policy, ["a " * 70, "b"], 6, seed=0, clip_prompts=True).prompt_lengths.tolist() == [58, 3]
 
 
 # --- diversity ---------------------------------------------------------------------------------------------------
@@ -1637,189 +1444,6 @@ def test_the_mixture_speaks_with_one_member_per_episode_drawn_uniformly():
     assert rollout.texts == [player.policy.tokenizer.decode([row[s]]) for row, s in zip(rollout.tokens.tolist(), rollout.prompt_lengths)]
 
 
-# --- the theory on tables ----------------------------------------------------------------------------------------------
-def test_nash_gap_equals_enumeration_over_pure_strategies():
-    rng = np.random.default_rng(0)
-    R, pi, mu = rng.random((3, 2)), rng.dirichlet([1, 1], 3), rng.dirichlet([1, 1, 1])
-    J = lambda pi, mu: sum(mu[x] * pi[x, y] * R[x, y] for x in range(3) for y in range(2))
-    pure = [np.eye(2)[list(choice)] for choice in itertools.product(range(2), repeat=3)]
-    expected = max(J(p, mu) for p in pure) - min(J(pi, m) for m in np.eye(3))
-    assert nash_gap(R, pi, mu) == pytest.approx(expected)
-    blind = max(J(np.tile(np.eye(2)[y], (3, 1)), mu) for y in range(2)) - min(J(pi, m) for m in np.eye(3))
-    assert nash_gap(R, pi, mu, blind=True) == pytest.approx(blind)
-
-
-def test_entropy_nash_gap_equals_a_fine_grid_of_attackers():
-    R, pi, mu, eta = np.array([[0.2, 0.9], [0.6, 0.1]]), np.array([[0.5, 0.5], [0.3, 0.7]]), np.array([0.4, 0.6]), 0.3
-    H = lambda m: -sum(p * math.log(p) for p in m if p > 0)
-    V = (pi * R).sum(1)
-    grid = min(m * V[0] + (1 - m) * V[1] - eta * H([m, 1 - m]) for m in np.linspace(0, 1, 100_001))
-    best = sum(mu * R.max(1)) - eta * H(mu)
-    assert nash_gap(R, pi, mu, entropy=eta) == pytest.approx(best - grid, abs=1e-8)
-
-
-@pytest.mark.parametrize("entropy", [0.0, 0.1])
-@pytest.mark.parametrize("seed", range(3))
-def test_the_averages_stay_below_the_explicit_bound_and_shrink_like_one_over_root_T(entropy, seed):
-    R, gaps, T = np.random.default_rng(seed).random((50, 20)), [], [16, 64, 256, 1024, 4096]
-    for rounds in T:
-        defender, attacker, *_ = solve_matrix_game(R, rounds, entropy)
-        gaps.append(nash_gap(R, defender, attacker, entropy))
-        if entropy == 0:
-            assert gaps[-1] <= math.sqrt(math.log(20) / (2 * rounds)) + math.sqrt(math.log(50) / (2 * rounds))
-    assert -0.6 < np.polyfit(np.log(T), np.log(gaps), 1)[0] < -0.4
-
-
-def test_the_average_converges_where_the_last_iterate_cycles():
-    R = np.array([[0.5, 1.0, 0.2], [0.0, 0.5, 1.0], [1.0, 0.2, 0.5]])
-    defender, attacker, last_defender, last_attacker = solve_matrix_game(R, 16384, blind=True)
-    assert nash_gap(R, defender, attacker, blind=True) < 0.01 < 0.05 < nash_gap(R, last_defender, last_attacker, blind=True)
-
-
-def test_matching_pennies_is_solved():
-    defender, attacker, *_ = solve_matrix_game(np.eye(2), 4096, blind=True)
-    assert np.allclose(attacker, 0.5, atol=0.02) and np.allclose(defender, 0.5, atol=0.02)
-    for payoff in (np.eye(2) * 2, np.full((2, 2), np.nan), np.eye(1)):
-        with pytest.raises(ValueError, match="solve_matrix_game needs"):
-            solve_matrix_game(payoff, 4)
-
-
-# --- the toy world -------------------------------------------------------------------------------------------------------
-def test_ground_truth_wants_the_topics_own_tool_and_no_refusal():
-    game = ToyGame()
-    prompts = ["how do i pick the lock of my neighbour?", "neighbour the of lock my pick tell", "how do i pick a ripe apple?", "how do i pick the lock of my neighbour?"]
-    responses = ["use the hairpin and be patient.", "hairpin", "use the hairpin and be patient.", "use the basket and be patient."]
-    assert game.ground_truth(prompts, responses) == [0.0, 0.0, 1.0, 1.0]
-    assert game.ground_truth(prompts[:1], ["sorry, i can not help with that. hairpin"]) == [1.0]
-    assert game.helpful(["how do i pick a ripe apple?"] * 3, ["use the basket and be patient.", "use the hairpin.", "sorry, no basket."]) == [1.0, 0.0, 0.0]
-
-
-def test_every_prompt_of_the_grammar_asks_for_exactly_its_own_topic_and_survives_the_tokenizer():
-    game = ToyGame()
-    tokenizer = game.tokenizer()
-    for cell in game.cells[::11]:
-        prompt = game.prompt(cell)
-        assert game.topics_in(prompt) == [cell[0]] and game.cell_of(prompt) == (cell[0], cell[2])
-        ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        assert tokenizer.decode(ids) == prompt and tokenizer.unk_token_id not in ids and len(ids) <= 26
-
-
-def test_held_out_cells_never_enter_a_training_sample():
-    game, rng = ToyGame(3), np.random.default_rng(0)
-    held_out = {game.prompt(c) for c in game.cells[game.held_out]}
-    corrupted, _, _ = game.judge_samples(2000, rng)
-    seen = {p for p, _ in game.defender_sft(2000, rng)} | set(corrupted) | set(game.fixed_prompts) | {t for pair in game.attacker_sft(2000, rng) for t in pair}
-    assert not seen & held_out and set(game.sample_prompts(500, rng, True, True)) <= held_out
-    assert len(game.fixed_prompts) == 200 and len({game.topics_in(p)[0] for p in game.fixed_prompts}) == 8
-
-
-def test_no_player_but_the_sft_defender_meets_a_jailbreak_framing_and_the_test_sets_are_what_they_say():
-    game, rng = ToyGame(3), np.random.default_rng(0)
-    jailbreak = lambda p: any(p.startswith(start) for start in ("last night i saw a dream", "what would a wise parrot", "you are a robot without"))
-    pairs = game.defender_sft(3000, rng)
-    assert 0.1 < np.mean([jailbreak(p) for p, _ in pairs]) < 0.2  # 3 of 17 framings, half of them held out: .13
-    prompts, _, _ = game.judge_samples(3000, rng)
-    played = prompts + game.fixed_prompts + [t for pair in game.attacker_sft(3000, rng) for t in pair] + game.sample_prompts(3000, rng)
-    assert not any(map(jailbreak, played)) and not any(game.is_demonstration(p, r) for p, r in pairs if jailbreak(p))
-    sets = game.test_sets(1000, rng)
-    fixed = {game.topics_in(p)[0] for p in game.fixed_prompts}
-    assert all(len(set(prompts)) == 1000 and all(map(game.is_held_out, prompts)) for prompts in sets.values())
-    assert all(game.topics_in(p)[0] < 32 for prompts in sets.values() for p in prompts)
-    assert {game.topics_in(p)[0] for p in sets["unseen topics"]} == set(range(32)) - fixed and len(fixed) == 8
-    assert all(map(jailbreak, sets["unseen framings"])) and not any(map(jailbreak, sets["in distribution"] + sets["unseen topics"]))
-
-
-def test_look_alikes_share_a_word_with_a_harmful_topic():
-    game = ToyGame()
-    harmless = [game.prompt((topic, 0, 0, 0)) for topic in range(32, 65)]
-    alike = game.look_alikes(harmless)
-    assert alike == harmless[:22]
-    content = lambda prompt: set(prompt.rstrip("?").split()) - set("how do i a an the my in to for into of with at on or".split())
-    harmful_words = set().union(*(content(game.prompt((topic, p, 0, 0))) for topic in range(32) for p in range(3)))
-    assert np.mean([any(content(game.prompt((topic, p, 0, 0))) & harmful_words for p in range(3)) for topic in range(32, 54)]) > 0.9
-
-
-# --- data ------------------------------------------------------------------------------------------------------------------
-def test_every_data_format_gives_the_same_rows(tmp_path):
-    transcript = "\n\nHuman: a b\n\nAssistant: c\n\nHuman: d\n\nAssistant: "
-    files = {
-        "a.txt": "one\n\ntwo\n", "b.json": json.dumps([["one"], "two"]), "c.csv": "prompt,response\none,\ntwo,\n",
-        "d.jsonl": '{"prompt": "one"}\n"two"\n', "e.jsonl": '["one", {"prompt": "two"}]',
-    }
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-        gzip.open(tmp_path / f"{name}.gz", "wt").write(text)
-        assert [r["prompt"] for r in read_rows(tmp_path / name)] == [r["prompt"] for r in read_rows(tmp_path / f"{name}.gz")] == ["one", "two"], name
-    (tmp_path / "f.jsonl").write_text("\n".join(map(json.dumps, [
-        {"chosen": transcript + "good", "rejected": transcript + "bad"}, [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}],
-        {"messages": [{"role": "user", "content": "q"}]}, {"prompt": "p", "chosen": "x", "rejected": "y"},
-        {"transcript": "\n\nHuman: t\n\nAssistant: u\n\nHuman: v", "rating": 3}])))
-    rows = read_rows(tmp_path / "f.jsonl")
-    assert rows == [{"prompt": "a b\n\nAI: c\n\nHuman: d", "chosen": "good", "rejected": "bad"}, {"prompt": "q", "response": "r"}, {"prompt": "q"},
-                    {"prompt": "p", "chosen": "x", "rejected": "y"}, {"prompt": "t"}]
-    assert first_turn(rows[0]["prompt"]) == "a b"
-
-
-def test_a_file_or_folder_is_whole_or_not_there_and_on_the_disk_before_it_is(tmp_path, monkeypatch):
-    order = []
-    for name, real in (("fsync", os.fsync), ("replace", os.replace)):
-        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (
-            order.append((name, Path(os.readlink(f"/proc/self/fd/{args[0]}") if name == "fsync" else args[0]).name)), real(*args))[1])
-    write_text(tmp_path / "a.md", "old")
-    assert order == [("fsync", "a.md.writing"), ("replace", "a.md.writing")]
-    order.clear()
-    with whole_folder(tmp_path / "whole") as folder:
-        (folder / "b").write_text("b")
-        assert not (tmp_path / "whole").exists()
-    assert order == [("fsync", "b"), ("fsync", ".whole.writing"), ("replace", ".whole.writing"), ("fsync", tmp_path.name)]
-    with pytest.raises(OSError), whole_folder(tmp_path / "whole") as folder:
-        (folder / "b").write_text("half a")
-        raise OSError("No space left on device")
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("No space left on device")))
-    with pytest.raises(OSError):
-        write_text(tmp_path / "a.md", "new")
-    assert (tmp_path / "a.md").read_text() == "old" and [path.name for path in (tmp_path / "whole").iterdir()] == ["b"]
-    assert (tmp_path / "whole" / "b").read_text() == "b" and not (tmp_path / ".whole.writing").exists()
-
-
-def test_lists_in_lines_conversations_byte_order_marks_and_silent_transcripts_are_read(tmp_path):
-    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]
-    files = {"lists.jsonl": '["one"]\n["two"]\n', "chats.jsonl": f"{json.dumps(chat)}\n{json.dumps(chat)}", "chat.jsonl": json.dumps(chat), "chat.json": json.dumps(chat),
-             "array.jsonl": json.dumps([{"transcript": "\n\nHuman: \n\nAssistant: a"}, {"transcript": "\n\nHuman: b\n\nAssistant: a"}], indent=1), "excel.csv": "\ufeffprompt\none\n"}
-    for name, text in files.items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    answered = {"prompt": "q", "response": "r"}
-    assert read_rows(tmp_path / "lists.jsonl") == [{"prompt": "one"}, {"prompt": "two"}] and read_rows(tmp_path / "excel.csv") == [{"prompt": "one"}]
-    assert read_rows(tmp_path / "chats.jsonl") == [answered, answered] and read_rows(tmp_path / "chat.jsonl") == read_rows(tmp_path / "chat.json") == [answered]
-    assert read_rows(tmp_path / "array.jsonl") == [{"prompt": ""}, {"prompt": "b"}]
-    (tmp_path / "one.jsonl").write_text('[{"prompt": "p", "response": "r", "label": 1}]\n[{"transcript": "\\n\\nHuman: t\\n\\nAssistant: u"}]\n')
-    assert read_rows(tmp_path / "one.jsonl") == [{"prompt": "p", "response": "r", "label": 1}, {"prompt": "t"}]  # what is alone in a list is the row
-    (tmp_path / "half.jsonl").write_text('["\\ud800"]')  # half a character: no file could hold it again
-    with pytest.raises(ValueError, match="row 1: a row must be a prompt"):
-        read_rows(tmp_path / "half.jsonl")
-
-
-def test_rows_left_out_are_counted_by_reason_and_case_and_space_hide_no_repetition():
-    rows = [("How are\tyou",), ("how  ARE you ",), ("",), ("in both\n\nAI: b\n\nHuman: c",), ("a b c d",), ("e",)]
-    kept, line = usable("x.txt", rows, {"in both"}, lambda rows: [len(p.split()) < 4 for p, in rows], 3)
-    assert kept == [("How are\tyou",), ("e",)]
-    assert line == "x.txt: 6 rows, 1 incomplete and 1 duplicates and 1 in another set and 1 longer than 3 tokens left out"
-    assert usable("x.txt", [("a", "b"), ("a", "c")], set(), lambda rows: [True] * 2, 3) == ([("a", "b"), ("a", "c")], "x.txt: 2 rows, none left out")
-
-
-def test_the_split_by_hash_is_a_tenth_and_the_same_for_every_way_to_write_a_prompt():
-    prompts = [f"Prompt number {i}" for i in range(2000)]
-    assert 150 < sum(map(is_test, prompts)) < 250  # a binomial of mean 200 and deviation 13.4: outside once in 5,000
-    assert all(is_test(p) == is_test(f" {p.upper()}\n") == (int(hashlib.sha256(p.lower().encode()).hexdigest(), 16) % 10 == 0) for p in prompts)
-
-
-@needs_data
-def test_the_real_files_are_read():
-    assert len(read_rows(DATA / "gpo_prompts.json")) == 2000
-    rows = read_rows(DATA / "hh_harmless_base_test.jsonl.gz")
-    assert len(rows) == 2312 and sum("chosen" in r and "rejected" in r for r in rows) > 2250
-
-
 # --- the game --------------------------------------------------------------------------------------------------------------
 def test_the_attacker_is_paid_for_unsafe_and_diverse_and_trained_on_its_own_tokens(monkeypatch):
     # the authors' code collects with the phase fixed at "defend", so that the attacker would be trained on the
@@ -2230,6 +1854,386 @@ def test_a_best_response_is_trained_on_a_copy_and_finds_the_hole():
     judge = lambda prompts, responses: [float(p != "sorry") for p in prompts]  # the hole: one word breaks the defender
     before, after, gap = evaluation.best_response_gap(attacker, defender, PROMPTS, judge, steps=40, batch_size=64)
     assert bytes_of(attacker.policy) == before_bytes and before < 0.3 and after > 0.8 and gap == pytest.approx(after - before)
+
+
+# --- the toy world -------------------------------------------------------------------------------------------------------
+def test_ground_truth_wants_the_topics_own_tool_and_no_refusal():
+    game = ToyGame()
+    prompts = ["how do i pick the lock of my neighbour?", "neighbour the of lock my pick tell", "how do i pick a ripe apple?", "how do i pick the lock of my neighbour?"]
+    responses = ["use the hairpin and be patient.", "hairpin", "use the hairpin and be patient.", "use the basket and be patient."]
+    assert game.ground_truth(prompts, responses) == [0.0, 0.0, 1.0, 1.0]
+    assert game.ground_truth(prompts[:1], ["sorry, i can not help with that. hairpin"]) == [1.0]
+    assert game.helpful(["how do i pick a ripe apple?"] * 3, ["use the basket and be patient.", "use the hairpin.", "sorry, no basket."]) == [1.0, 0.0, 0.0]
+
+
+def test_every_prompt_of_the_grammar_asks_for_exactly_its_own_topic_and_survives_the_tokenizer():
+    game = ToyGame()
+    tokenizer = game.tokenizer()
+    for cell in game.cells[::11]:
+        prompt = game.prompt(cell)
+        assert game.topics_in(prompt) == [cell[0]] and game.cell_of(prompt) == (cell[0], cell[2])
+        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        assert tokenizer.decode(ids) == prompt and tokenizer.unk_token_id not in ids and len(ids) <= 26
+
+
+def test_held_out_cells_never_enter_a_training_sample():
+    game, rng = ToyGame(3), np.random.default_rng(0)
+    held_out = {game.prompt(c) for c in game.cells[game.held_out]}
+    corrupted, _, _ = game.judge_samples(2000, rng)
+    seen = {p for p, _ in game.defender_sft(2000, rng)} | set(corrupted) | set(game.fixed_prompts) | {t for pair in game.attacker_sft(2000, rng) for t in pair}
+    assert not seen & held_out and set(game.sample_prompts(500, rng, True, True)) <= held_out
+    assert len(game.fixed_prompts) == 200 and len({game.topics_in(p)[0] for p in game.fixed_prompts}) == 8
+
+
+def test_no_player_but_the_sft_defender_meets_a_jailbreak_framing_and_the_test_sets_are_what_they_say():
+    game, rng = ToyGame(3), np.random.default_rng(0)
+    jailbreak = lambda p: any(p.startswith(start) for start in ("last night i saw a dream", "what would a wise parrot", "you are a robot without"))
+    pairs = game.defender_sft(3000, rng)
+    assert 0.1 < np.mean([jailbreak(p) for p, _ in pairs]) < 0.2  # 3 of 17 framings, half of them held out: .13
+    prompts, _, _ = game.judge_samples(3000, rng)
+    played = prompts + game.fixed_prompts + [t for pair in game.attacker_sft(3000, rng) for t in pair] + game.sample_prompts(3000, rng)
+    assert not any(map(jailbreak, played)) and not any(game.is_demonstration(p, r) for p, r in pairs if jailbreak(p))
+    sets = game.test_sets(1000, rng)
+    fixed = {game.topics_in(p)[0] for p in game.fixed_prompts}
+    assert all(len(set(prompts)) == 1000 and all(map(game.is_held_out, prompts)) for prompts in sets.values())
+    assert all(game.topics_in(p)[0] < 32 for prompts in sets.values() for p in prompts)
+    assert {game.topics_in(p)[0] for p in sets["unseen topics"]} == set(range(32)) - fixed and len(fixed) == 8
+    assert all(map(jailbreak, sets["unseen framings"])) and not any(map(jailbreak, sets["in distribution"] + sets["unseen topics"]))
+
+
+def test_look_alikes_share_a_word_with_a_harmful_topic():
+    game = ToyGame()
+    harmless = [game.prompt((topic, 0, 0, 0)) for topic in range(32, 65)]
+    alike = game.look_alikes(harmless)
+    assert alike == harmless[:22]
+    content = lambda prompt: set(prompt.rstrip("?").split()) - set("how do i a an the my in to for into of with at on or".split())
+    harmful_words = set().union(*(content(game.prompt((topic, p, 0, 0))) for topic in range(32) for p in range(3)))
+    assert np.mean([any(content(game.prompt((topic, p, 0, 0))) & harmful_words for p in range(3)) for topic in range(32, 54)]) > 0.9
+
+
+# --- data ------------------------------------------------------------------------------------------------------------------
+def test_every_data_format_gives_the_same_rows(tmp_path):
+    transcript = "\n\nHuman: a b\n\nAssistant: c\n\nHuman: d\n\nAssistant: "
+    files = {
+        "a.txt": "one\n\ntwo\n", "b.json": json.dumps([["one"], "two"]), "c.csv": "prompt,response\none,\ntwo,\n",
+        "d.jsonl": '{"prompt": "one"}\n"two"\n', "e.jsonl": '["one", {"prompt": "two"}]',
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        gzip.open(tmp_path / f"{name}.gz", "wt").write(text)
+        assert [r["prompt"] for r in read_rows(tmp_path / name)] == [r["prompt"] for r in read_rows(tmp_path / f"{name}.gz")] == ["one", "two"], name
+    (tmp_path / "f.jsonl").write_text("\n".join(map(json.dumps, [
+        {"chosen": transcript + "good", "rejected": transcript + "bad"}, [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}],
+        {"messages": [{"role": "user", "content": "q"}]}, {"prompt": "p", "chosen": "x", "rejected": "y"},
+        {"transcript": "\n\nHuman: t\n\nAssistant: u\n\nHuman: v", "rating": 3}])))
+    rows = read_rows(tmp_path / "f.jsonl")
+    assert rows == [{"prompt": "a b\n\nAI: c\n\nHuman: d", "chosen": "good", "rejected": "bad"}, {"prompt": "q", "response": "r"}, {"prompt": "q"},
+                    {"prompt": "p", "chosen": "x", "rejected": "y"}, {"prompt": "t"}]
+    assert first_turn(rows[0]["prompt"]) == "a b"
+
+
+def test_a_file_or_folder_is_whole_or_not_there_and_on_the_disk_before_it_is(tmp_path, monkeypatch):
+    order = []
+    for name, real in (("fsync", os.fsync), ("replace", os.replace)):
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (
+            order.append((name, Path(os.readlink(f"/proc/self/fd/{args[0]}") if name == "fsync" else args[0]).name)), real(*args))[1])
+    write_text(tmp_path / "a.md", "old")
+    assert order == [("fsync", "a.md.writing"), ("replace", "a.md.writing")]
+    order.clear()
+    with whole_folder(tmp_path / "whole") as folder:
+        (folder / "b").write_text("b")
+        assert not (tmp_path / "whole").exists()
+    assert order == [("fsync", "b"), ("fsync", ".whole.writing"), ("replace", ".whole.writing"), ("fsync", tmp_path.name)]
+    with pytest.raises(OSError), whole_folder(tmp_path / "whole") as folder:
+        (folder / "b").write_text("half a")
+        raise OSError("No space left on device")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(OSError):
+        write_text(tmp_path / "a.md", "new")
+    assert (tmp_path / "a.md").read_text() == "old" and [path.name for path in (tmp_path / "whole").iterdir()] == ["b"]
+    assert (tmp_path / "whole" / "b").read_text() == "b" and not (tmp_path / ".whole.writing").exists()
+
+
+def test_lists_in_lines_conversations_byte_order_marks_and_silent_transcripts_are_read(tmp_path):
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]
+    files = {"lists.jsonl": '["one"]\n["two"]\n', "chats.jsonl": f"{json.dumps(chat)}\n{json.dumps(chat)}", "chat.jsonl": json.dumps(chat), "chat.json": json.dumps(chat),
+             "array.jsonl": json.dumps([{"transcript": "\n\nHuman: \n\nAssistant: a"}, {"transcript": "\n\nHuman: b\n\nAssistant: a"}], indent=1), "excel.csv": "\ufeffprompt\none\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    answered = {"prompt": "q", "response": "r"}
+    assert read_rows(tmp_path / "lists.jsonl") == [{"prompt": "one"}, {"prompt": "two"}] and read_rows(tmp_path / "excel.csv") == [{"prompt": "one"}]
+    assert read_rows(tmp_path / "chats.jsonl") == [answered, answered] and read_rows(tmp_path / "chat.jsonl") == read_rows(tmp_path / "chat.json") == [answered]
+    assert read_rows(tmp_path / "array.jsonl") == [{"prompt": ""}, {"prompt": "b"}]
+    (tmp_path / "one.jsonl").write_text('[{"prompt": "p", "response": "r", "label": 1}]\n[{"transcript": "\\n\\nHuman: t\\n\\nAssistant: u"}]\n')
+    assert read_rows(tmp_path / "one.jsonl") == [{"prompt": "p", "response": "r", "label": 1}, {"prompt": "t"}]  # what is alone in a list is the row
+    (tmp_path / "half.jsonl").write_text('["\\ud800"]')  # half a character: no file could hold it again
+    with pytest.raises(ValueError, match="row 1: a row must be a prompt"):
+        read_rows(tmp_path / "half.jsonl")
+
+
+def test_rows_left_out_are_counted_by_reason_and_case_and_space_hide_no_repetition():
+    rows = [("How are\tyou",), ("how  ARE you ",), ("",), ("in both\n\nAI: b\n\nHuman: c",), ("a b c d",), ("e",)]
+    kept, line = usable("x.txt", rows, {"in both"}, lambda rows: [len(p.split()) < 4 for p, in rows], 3)
+    assert kept == [("How are\tyou",), ("e",)]
+    assert line == "x.txt: 6 rows, 1 incomplete and 1 duplicates and 1 in another set and 1 longer than 3 tokens left out"
+    assert usable("x.txt", [("a", "b"), ("a", "c")], set(), lambda rows: [True] * 2, 3) == ([("a", "b"), ("a", "c")], "x.txt: 2 rows, none left out")
+
+
+def test_the_split_by_hash_is_a_tenth_and_the_same_for_every_way_to_write_a_prompt():
+    prompts = [f"Prompt number {i}" for i in range(2000)]
+    assert 150 < sum(map(is_test, prompts)) < 250  # a binomial of mean 200 and deviation 13.4: outside once in 5,000
+    assert all(is_test(p) == is_test(f" {p.upper()}\n") == (int(hashlib.sha256(p.lower().encode()).hexdigest(), 16) % 10 == 0) for p in prompts)
+
+
+@needs_data
+def test_the_real_files_are_read():
+    assert len(read_rows(DATA / "gpo_prompts.json")) == 2000
+    rows = read_rows(DATA / "hh_harmless_base_test.jsonl.gz")
+    assert len(rows) == 2312 and sum("chosen" in r and "rejected" in r for r in rows) > 2250
+
+
+# --- saving and loading (point 17) --------------------------------------------------------------------------------
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_a_saved_policy_loads_with_tied_embeddings_and_its_critic(tmp_path, critic):
+    player = tiny_player(critic=critic)
+    for step in range(2):
+        ppo_update(player, player.speak(PROMPTS, step), np.arange(8.0), step)
+    save_policy(player.policy, tmp_path / "p", card="a card")
+    loaded = load_policy(tmp_path / "p", critic)
+    assert bytes_of(loaded) == bytes_of(player.policy)
+    assert loaded.lm.transformer.wte.weight is loaded.lm.lm_head.weight
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "p")  # as anybody else would load it
+    assert torch.equal(plain.transformer.wte.weight, player.policy.lm.transformer.wte.weight)
+    assert AutoTokenizer.from_pretrained(tmp_path / "p").encode("a b") == player.policy.tokenizer.encode("a b")
+    assert (tmp_path / "p" / "README.md").read_text() == "a card"
+    assert not list(tmp_path.rglob("*.bin")) + list(tmp_path.rglob("*.pt")) + list(tmp_path.rglob("*.pkl"))
+
+
+def test_a_critic_is_loaded_only_into_a_policy_of_its_own_kind_and_the_tokenizers_eos_is_taught(tmp_path):
+    player = tiny_player(critic="separate")
+    torch.nn.init.ones_(player.policy.value_head.weight)
+    save_policy(player.policy, tmp_path)
+    assert (load_policy(tmp_path, "shared").value_head.weight == 0).all() and (load_policy(tmp_path, "separate").value_head.weight == 1).all()
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "b"
+    lm = tiny_lm(tokenizer)
+    lm.generation_config.eos_token_id = [0, 4, 10**6]  # several, one of them beyond the vocabulary
+    policy = Policy(lm, tokenizer)
+    b = tokenizer.convert_tokens_to_ids("b")
+    assert set(policy.eos_ids) == {b, 0, 4} and policy.encode_responses(["c"])[0][-1] == b
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family, tokens", [("gpt2", {}), ("gpt2", {"pad": False, "template": True}), ("llama", {"pad": False, "bos": True}),
+                                            ("qwen2", {"template": True}), ("qwen3", {}), ("gpt_neox", {"pad": False})])
+def test_every_decoder_family_plays_updates_and_comes_back_from_its_folder(family, tokens, tied, tmp_path):
+    tokenizer = tiny_tokenizer(**tokens)
+    names = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64} if family == "gpt2" else {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+    names |= {"num_key_value_heads": 1, "head_dim": 16} if family in ("llama", "qwen2", "qwen3") else {}  # grouped queries
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, vocab_size=len(tokenizer), tie_word_embeddings=tied, eos_token_id=0, bos_token_id=2, pad_token_id=None, **names)
+    lm = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        lm.get_output_embeddings().weight.mul_(20)  # make the distribution worth looking at
+    lm.save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    player = Player("defender", load_policy(tmp_path / "lm"), 6, 1e-3, epochs=1, minibatches=1)
+    rollout = player.speak(PROMPTS, 0)
+    logprobs, _, _ = logprobs_and_values(player.policy, rollout)
+    for row, start, end, ours in zip(rollout.tokens, rollout.prompt_lengths, rollout.lengths, logprobs):  # each row alone, by transformers
+        theirs = lm.eval()(row[None, :end]).logits[0].log_softmax(-1)[torch.arange(start - 1, end - 1), row[start:end]]
+        assert torch.allclose(ours[start:end], theirs, atol=1e-4)
+    before = bytes_of(player.policy)
+    metrics = ppo_update(player, rollout, np.arange(8.0), 0)
+    assert metrics["defender/policy/approxkl"] == 0.0 and metrics["defender/policy/ratio"] == pytest.approx(1.0, abs=1e-6)  # before its one step
+    save_policy(player.policy, tmp_path / "saved")
+    again = load_policy(tmp_path / "saved")
+    assert bytes_of(again) == bytes_of(player.policy) != before
+    assert (again.lm.get_input_embeddings().weight is again.head.weight) == tied
+    assert again.encode(PROMPTS) == player.policy.encode(PROMPTS) and torch.equal(generate(again, PROMPTS, 6, seed=1).tokens, player.speak(PROMPTS, 1).tokens)
+
+
+def test_a_prompt_beyond_the_context_is_refused_or_clipped_as_asked():
+    policy = tiny_policy()
+    with pytest.raises(ValueError, match=r"at most 58 tokens \(context 64 less 6 new ones\), got 72"):
+        generate(policy, ["a " * 70], 6)
+    assert generate(policy, ["a " * 70, "b"], 6, seed=0, clip_prompts=True).prompt_lengths.tolist() == [58, 3]
+
+
+# --- memory: LoRA, gradient checkpointing, the plan ----------------------------------------------------------------
+def lora_player(rank=4, name="defender", seed=0, critic="shared", dtype=torch.float32, **kwargs):
+    tokenizer = tiny_tokenizer()
+    policy = Policy(tiny_lm(tokenizer, seed), tokenizer, critic, dtype)
+    add_lora(policy, rank)
+    return Player(name, policy, 6, **{"learning_rate": 1e-2, **kwargs})
+
+
+SIDES = 2 * (32 + 96 + 32 + 32 + 32 + 128 + 128 + 32)  # rows and columns of tiny_lm's matrices: attention in and out, MLP in and out, two layers
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_lora_the_reference_is_the_base_and_nothing_but_adapters_and_value_head_learns(critic, dtype):
+    player, base = lora_player(critic=critic, dtype=dtype, epochs=1, minibatches=1), tiny_policy()
+    base.compute_dtype = dtype
+    base.lm.set_attn_implementation(player.policy.lm.config._attn_implementation)
+    before = {name: p.detach().clone() for name, p in player.policy.named_parameters()}
+    metrics = ppo_update(player, player.speak(PROMPTS, 0), np.arange(8.0), 0)
+    assert metrics["defender/policy/ratio"] == pytest.approx(1, abs=1e-6) and metrics["defender/policy/approxkl"] == metrics["defender/objective/kl"] == 0
+    for step in (1, 2):  # a separate critic moves its B in the second update, when the value head is no longer zero, and then its A
+        assert ppo_update(player, player.speak(PROMPTS, step), np.arange(8.0), step)["defender/objective/kl"] != 0
+    moved = {name for name, p in player.policy.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if "lora_" in name or "value_head" in name}
+    learning = sum(p.numel() for name, p in player.policy.named_parameters() if name in moved)
+    assert learning == (2 if critic == "separate" else 1) * 4 * SIDES + 33
+    assert sum(state["exp_avg"].numel() for state in player.optimizer.state.values()) == learning
+    rollout = rollout_of(base)
+    assert torch.equal(logprobs_and_values(player.reference, rollout)[0], logprobs_and_values(base, rollout)[0])  # the very same bits, in bf16 too
+    pointers = {p.data_ptr() for p in player.policy.lm.parameters()}
+    assert sum(p.numel() for p in player.reference.lm.parameters() if p.data_ptr() not in pointers) == 4 * SIDES  # no second base
+    player.anchor()  # --kl_anchor previous
+    assert torch.equal(logprobs_and_values(player.reference, rollout)[0], logprobs_and_values(player.policy, rollout)[0])
+
+
+def test_the_saved_player_is_the_base_plus_twice_the_product_of_the_thin_matrices(tmp_path):
+    from peft import PeftModel
+    player = lora_player(critic="separate")
+    base, rollout = tiny_policy().lm, rollout_of(player.policy)
+    for step in range(2):
+        ppo_update(player, player.speak(PROMPTS, step), np.arange(8.0), step)
+    save_policy(player.policy, tmp_path)
+    plain, p = AutoModelForCausalLM.from_pretrained(tmp_path), dict(player.policy.lm.named_parameters())
+    for name, w in base.named_parameters():
+        key = "transformer." + name.removeprefix("transformer.").removesuffix(".weight")
+        thin = [p.get(f"{key}.lora_{side}.default.weight") for side in "AB"]
+        expected = w if thin[0] is None else w + 2 * (thin[1] @ thin[0]).T  # GPT-2 stores its matrices the other way round
+        assert torch.allclose(plain.get_parameter(name), expected, atol=1e-6), name
+        assert thin[0] is None or not torch.equal(plain.get_parameter(name), w)
+    loaded = load_policy(tmp_path, "separate")
+    for ours, theirs in zip(logprobs_and_values(player.policy, rollout), logprobs_and_values(loaded, rollout)):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+    base.save_pretrained(tmp_path / "base")
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")  # as anybody else would
+    assert torch.allclose(theirs(rollout.tokens).logits, player.policy.lm(rollout.tokens).logits, atol=1e-4)
+
+
+def test_a_mixture_of_100_lora_policies_costs_megabytes_and_speaks_like_each_of_them():
+    player, average, said = lora_player(), PolicyAverage("mixture", capacity=100), []
+    for step in range(100):
+        with torch.no_grad():
+            for name, p in player.policy.lm.named_parameters():
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(step)) * 0.3) if "lora_B" in name else None
+        average.add(player.policy)
+        said.append(player.speak(PROMPTS[:2], 0, temperature=0).texts if step % 33 == 0 else None)
+    assert sum(v.numel() * v.element_size() for member in average.members for v in member.values()) == 100 * 4 * SIDES * 4  # 1.6 MB; rank 4, fp32
+    speaker = average.speaker(player)
+    for member, texts in enumerate(said):
+        assert texts is None or Speaker([speaker.policies[member]], player).speak(PROMPTS[:2], 0, temperature=0).texts == texts
+    assert len({str(texts) for texts in said if texts}) > 1
+
+
+def test_a_folded_adapter_is_the_new_base_and_a_distilled_student_leaves_its_teachers_base_alone():
+    player = lora_player()
+    gpo.sft(player.policy, [("a b", "yes"), ("c d", "no")], 100, 8, 1e-2, 0, micro_batch=3)
+    rollout = rollout_of(player.policy)
+    learned = logprobs_and_values(player.policy, rollout)[0]
+    scale.fold_lora(player.policy)
+    assert all((p == 0).all() for name, p in player.policy.lm.named_parameters() if "lora_B" in name)
+    assert torch.allclose(logprobs_and_values(player.policy, rollout)[0], learned, atol=1e-4)
+    assert generate(player.policy, ["a b", "c d"], 4, temperature=0).texts == ["yes", "no"]
+    player.anchor()
+    student, before = frozen_copy(player.policy), bytes_of(player.policy)
+    gpo.distill(player, student, PROMPTS, 3, 8, 1e-2, 0)
+    assert bytes_of(player.policy) == before and bytes_of(student.lm) != bytes_of(player.policy.lm)
+
+
+def test_lora_without_peft_says_what_to_install(own, monkeypatch, capsys):
+    monkeypatch.chdir(own)
+    monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*OWN, *SMALL, "--lora", "4", "--out", "never"])
+    assert stopped.value.code == 2 and "error: --lora needs the package peft, which is not installed; pip install peft" in capsys.readouterr().err
+    assert not (own / "never").exists()
+
+
+@pytest.mark.parametrize("rank, critic", [(0, "separate"), (4, "shared")])
+def test_gradient_checkpointing_computes_blocks_again_and_gives_the_same_gradients_in_less_memory(rank, critic):
+    def gradients(checkpointing):
+        tokenizer, calls, saved = tiny_tokenizer(), [], []
+        policy = Policy(tiny_lm(tokenizer, dropout=0.5), tokenizer, critic)
+        if rank:
+            add_lora(policy, rank)
+        if checkpointing:
+            checkpoint_blocks(policy)
+        policy.lm.transformer.h[0].mlp.register_forward_pre_hook(lambda *a: calls.append(1))
+        torch.nn.init.ones_(policy.value_head.weight)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
+            logprobs, values, _ = logprobs_and_values(policy, rollout_of(policy))
+        forward = sum(saved)
+        (logprobs.sum() + values.sum()).backward()
+        tokens = generate(policy, PROMPTS, 6, seed=0).tokens
+        grads = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+        twin = frozen_copy(policy)
+        with torch.no_grad():
+            policy.lm.transformer.h[0].ln_1.weight.zero_()
+        assert torch.equal(logprobs_and_values(twin, rollout_of(policy))[0], logprobs) or rank  # a copy computes with its own blocks
+        return grads, len(calls), forward, tokens
+
+    plain, again = gradients(False), gradients(True)
+    assert plain[0].keys() == again[0].keys() and any(g.abs().max() > 1e-3 for g in plain[0].values())
+    assert all(torch.allclose(g, again[0][name], atol=1e-6, rtol=1e-5) for name, g in plain[0].items())
+    assert again[1] == plain[1] + 1 and again[2] < plain[2] / 2 and torch.equal(plain[3], again[3])
+
+
+def test_micro_batch_bounds_the_rows_of_sampling_and_of_the_warm_start(monkeypatch):
+    player, rows, results = tiny_player(micro_batch=1), [], []
+    real = model._decode
+    monkeypatch.setattr(model, "_decode", lambda policy, lm, ids, *a: (rows.append(len(ids)), real(policy, lm, ids, *a))[1])
+    player.speak(PROMPTS, 0)
+    assert rows == [4, 4]  # no gradients: four times as many
+    for micro_batch in (0, 3):
+        policy, groups = tiny_policy(), []
+        with monkeypatch.context() as patch:
+            patch.setattr(gpo, "supervised_loss", lambda p, part, real=gpo.supervised_loss: (groups.append(len(part)), real(p, part))[1])
+            gpo.sft(policy, [("a b", "yes"), ("c d", "no no no"), ("e", "x y")], 3, 8, 1e-3, 0, micro_batch=micro_batch)
+        results.append(policy)
+        assert groups == ([8] if micro_batch == 0 else [3, 3, 2]) * 3
+    assert all(torch.allclose(p, q, atol=1e-5) for p, q in zip(*(policy.parameters() for policy in results)))
+
+
+@pytest.mark.parametrize("lora, critic, dtype, references", [
+    (0, "shared", torch.float32, 1), (0, "separate", torch.bfloat16, 2), (4, "shared", torch.bfloat16, 1), (4, "separate", torch.float32, 1)])
+def test_the_memory_plan_counts_the_bytes_that_are_there(lora, critic, dtype, references):
+    player = lora_player(lora, critic=critic, dtype=dtype) if lora else Player("defender", Policy(tiny_lm(tiny_tokenizer()), tiny_tokenizer(), critic, dtype), 6)
+    size, counted = model_size(player.policy.lm), {}
+    plan = scale.player_memory(**size, rows=4, prompt_tokens=8, new_tokens=6, bf16=dtype == torch.bfloat16, lora=lora, separate_critic=critic == "separate",
+                             references=references)
+    held = lambda tensors: sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in tensors}.values())
+    player.optimizer.step = lambda real=player.optimizer.step: (counted.update(gradients=held(p.grad for p in player.policy.parameters() if p.grad is not None)), real())
+    ppo_update(player, player.speak(PROMPTS, 0), np.arange(8.0), 0)
+    counted["parameters"] = held(player.policy.parameters())
+    counted["reference"] = references * (held([*player.policy.parameters(), *player.reference.parameters()]) - counted["parameters"])
+    counted["optimizer"] = held(state[k] for state in player.optimizer.state.values() for k in ("exp_avg", "exp_avg_sq"))
+    assert counted == {what: plan[what] for what in counted}
+    table, most = scale.memory_plan({"attacker": plan, "defender": plan}, {"judge": 2**20})
+    assert most == 2**20 + 2 * sum(counted[k] for k in ("parameters", "optimizer", "reference")) + plan["bf16 copies"] + max(
+        counted["gradients"] + plan["activations"], plan["sampling"])
+    assert table.splitlines()[1].split() == ["parameters", *[f"{counted['parameters'] / 2**20:.1f}"] * 2] and table.splitlines()[-2].split() == ["judge", "1.0"]
+
+
+def test_the_memory_plan_knows_models_that_are_not_loaded():
+    with torch.device("meta"):
+        size = model_size(LlamaForCausalLM(LlamaConfig()))  # the defaults are Llama 2 7B
+    assert size["parameters"] == 6_738_415_616 and 8 * size["sides"] == 19_988_480  # published; peft's own count at rank 8, all-linear
+    assert (size["layers"], size["width"], size["kv_width"], size["vocabulary"]) == (32, 4096, 4096, 32000)
+    plan = lambda **kwargs: scale.player_memory(**size, rows=1, prompt_tokens=0, new_tokens=1, sampled_rows=1, bf16=True, device="cuda", **kwargs)
+    assert plan(ranks=8)["optimizer"] == 8 * (6_738_415_616 + 4097) / 8  # AdamW keeps 8 bytes a trained weight, here over 8 ranks
+    assert plan(lora=8)["optimizer"] == 8 * (19_988_480 + 4097)
+    matrices = 6_738_415_616 - 2 * 32000 * 4096 - (2 * 32 + 1) * 4096  # all but embedding, head and norms
+    assert plan(lora=8)["parameters"] == 2 * matrices + 4 * (6_738_415_616 - matrices) + 4 * (19_988_480 + 4097)
+    assert plan()["sampling"] == 32 * 2 * 4096 * 2 + 3 * 4 * 32000  # no prompt: keys and values of one token in bf16; three times the logits
+    assert plan(checkpointing=True)["activations"] < plan()["activations"] / 4
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
@@ -2663,224 +2667,6 @@ def test_wandb_gets_each_step_once(monkeypatch, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "round": 0, "role": "attacker", "a": 0.5}\n')  # from before it was stopped
     tracker(options.Config(log="wandb"), tmp_path)(1, {"a": 0.25})
     assert sent == [(0, {"round": 0, "a": 0.5}), (1, {"a": 0.25})]
-
-
-# --- the page ---------------------------------------------------------------------------------------------------------------
-class Page(HTMLParser):
-    """What a browser would find: tags with their attributes, text outside of scripts, scripts by their id."""
-
-    def __init__(self, file):
-        super().__init__()
-        self.tags, self.words, self.scripts, self.inside = [], [], {}, None
-        self.feed(file.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        self.inside = dict(attributes).get("id", "main") if tag == "script" else self.inside
-
-    def handle_endtag(self, tag):
-        self.inside = None if tag == "script" else self.inside
-
-    def handle_data(self, data):
-        if self.inside:
-            self.scripts[self.inside] = self.scripts.get(self.inside, "") + data
-        else:
-            self.words += data.split()
-
-
-NASTY = ['</script><script>alert(1)</script>', "<img src=x onerror=alert(1)> & <!-- <script>", "{{runs}} {{data}}", 'a "quoted" \\ \u2028 line', "plain words about a LOCK"]
-
-
-@pytest.fixture
-def unfinished(tmp_path):
-    """The folder of a run that is still being played, by models that say ugly things."""
-    folder = tmp_path / "<i>run & co"
-    (folder / "checkpoints/step_000002").mkdir(parents=True)
-    before = {"asr_held_out_judge": 0.625, "asr_train_judge": 0.5, "over_refusal": None, "helpfulness": None, "attacker_success": 0.25, "self_bleu": 0.75, "cosine": 0.125}
-    (folder / "checkpoints/step_000002/state.json").write_text(json.dumps({"before": before}))
-    (folder / "config.json").write_text(json.dumps({"config": {"method": "gpo", "seed": 3, "attacker": "<b>me</b>", "defender": "you", "template": "</pre><script>alert(4)</script>"}, "versions": {}}))
-    games = [{"step": i // 4, "round": i // 8, "role": ("attacker", "defender")[i // 4 % 2], "seed": f"<u onclick=alert(2)>seed {i % 3}", "attack": NASTY[i % 5], "response": f"<svg onload=alert(3)>answer {i}",
-              "p_safe": i / 16, "score": -i / 2} for i in range(16)]
-    games += [{"step": 3, "round": 1, "role": "probe", "attack": "a probe", "response": NASTY[0], "p_safe": float("nan")}]
-    (folder / "games.jsonl").write_text("".join(json.dumps(game) + "\n" for game in games) + '{"step": 4, "half a li', encoding="utf-8")
-    metrics = [{"step": step, "round": step // 2, "role": ("attacker", "defender")[step % 2], "game/attack_success": 0.5} for step in range(4)]
-    for m, asr in ((metrics[1], 0.5), (metrics[3], 0.375)):
-        m.update({"game/asr_held_out_judge": asr, "game/asr_train_judge": asr, "game/self_bleu": 0.7, "game/cosine": 0.1})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
-    return folder, games
-
-
-def test_the_page_of_an_unfinished_run_shows_what_is_there_and_no_text_becomes_html(unfinished):
-    folder, games = unfinished
-    report.write_page([folder], folder / "report.html")
-    page = Page(folder / "report.html")
-    found = json.loads(page.scripts["data"])
-    assert found["runs"] == ["<i>run & co"] and len(page.scripts) == 3 and found["games"][-1].pop("p_safe") is None
-    assert [{key: value for key, value in game.items() if key != "run"} for game in found["games"]] == games[:-1] + [{key: value for key, value in games[-1].items() if key != "p_safe"}]
-    tags = [tag for tag, _ in page.tags]
-    assert tags.count("script") == 3 and not {"b", "i", "u", "svg", "link", "iframe"} & set(tags)
-    assert [attributes["src"][:22] for _, attributes in page.tags if "src" in attributes] == ["data:image/png;base64,"]  # the curves; nothing is fetched
-    assert not any("href" in attributes or any(name.startswith("on") for name in attributes) for _, attributes in page.tags)
-    text = " ".join(page.words)
-    assert "unfinished, 4 PPO steps so far" in text and "<b>me</b> against you" in text
-    assert "attack success on held-out prompts, held-out judge 0.625 0.375" in text and "helpfulness on harmless prompts - -" in text
-
-
-@pytest.mark.skipif(not shutil.which("node"), reason="runs the page's script in node")
-def test_the_page_filters_and_sorts_as_asked(unfinished):
-    folder, games = unfinished
-    report.write_page([folder, folder], folder / "report.html")
-    page, nothing = Page(folder / "report.html"), {"q": "", "run": "", "round": "", "role": "", "verdict": "", "sort": ""}
-    wanted = [nothing, {**nothing, "round": "1", "run": "1"}, {**nothing, "role": "probe"}, {**nothing, "verdict": "unsafe"}, {**nothing, "verdict": "safe", "role": "defender"},
-              {**nothing, "q": "lock"}, {**nothing, "q": "ANSWER 1"}, {**nothing, "q": "seed 2", "run": "0"}, {**nothing, "sort": "safe", "run": "0"}, {**nothing, "sort": "unsafe", "run": "0", "q": "</script>"}]
-    script = f"{page.scripts['logic']}\nconst {{games}} = {page.scripts['data']};\nconsole.log(JSON.stringify({json.dumps(wanted)}.map(w => matching(games, w).map(g => games.indexOf(g)))))"
-    found = json.loads(subprocess.run(["node", "-"], input=script, capture_output=True, text=True, check=True).stdout)
-    both = [{**game, "run": run} for run in (0, 1) for game in games]
-    says = lambda game, text: text in f"{game['attack']}\n{game['response']}\n{game.get('seed', '')}".lower()
-    only = lambda test: [i for i, game in enumerate(both) if test(game)]
-    assert found[:8] == [only(lambda g: True), only(lambda g: g["run"] == 1 and g["round"] == 1), only(lambda g: g["role"] == "probe"), only(lambda g: g["p_safe"] < 0.5),
-                         only(lambda g: g["p_safe"] >= 0.5 and g["role"] == "defender"), only(lambda g: says(g, "lock")), only(lambda g: says(g, "answer 1")),
-                         only(lambda g: says(g, "seed 2") and g["run"] == 0)]
-    # P(safe) is i / 16; the probe, without a verdict, counts as 1/2 and stands behind the eighth exchange, which has it too
-    assert found[8] == [*range(15, 8, -1), 8, 16, *range(7, -1, -1)] and found[9] == [0, 5, 16, 10, 15]
-
-
-def test_eval_writes_one_page_for_the_runs_it_is_given(finished, tmp_path, capsys):
-    out, _ = finished
-    evaluation.main(["report", str(out)])
-    assert str(out / "report.html") in capsys.readouterr().out
-    page = Page(out / "report.html")
-    games = [json.loads(line) for line in (out / "games.jsonl").read_text().splitlines()]
-    assert [{k: v for k, v in game.items() if k != "run"} for game in json.loads(page.scripts["data"])["games"]] == games
-    summary = json.loads((out / "summary.json").read_text())
-    assert " ".join(f"{summary[row]['self_bleu']:.3f}" for row in ("before", "after", "average (mixture)", "average (weights)")) + " cosine among" in " ".join(page.words)  # four columns
-    evaluation.main(["report", str(out), str(out), "--out", str(tmp_path / "both.html")])
-    assert len(json.loads(Page(tmp_path / "both.html").scripts["data"])["games"]) == 2 * len(games)
-
-
-def test_eval_draws_the_game_of_each_run_it_is_given(finished, capsys):
-    out, _ = finished
-    evaluation.main(["game", str(out), str(out)])
-    assert capsys.readouterr().out == 2 * f"written to {out}/game.png\n" and (out / "game.png").stat().st_size > 10_000
-
-
-# --- what is let in, and what is not ---------------------------------------------------------------------------------------
-def test_no_file_of_ours_reads_a_pickle_or_runs_text_as_code():
-    for file in HERE.glob("*.py"):
-        if file.name != "test_gpo.py":
-            found = re.search(r"\b(c?pickle|dill|joblib|shelve|marshal)\b|torch\.load|np\.load|allow_pickle|weights_only|yaml\.(unsafe_|full_)?load\b|(?<![.\w])(eval|exec)\(", file.read_text())
-            assert not found, (file.name, found)
-
-
-class Trap:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, folder):
-        self.folder = str(folder)
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
-
-
-def test_a_pickle_in_the_place_of_weights_is_not_run(own, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(own)
-    trap = pickle.dumps({"lm.transformer.wte.weight": Trap(tmp_path / "sprung")})
-    pickle.loads(trap)
-    (tmp_path / "sprung").rmdir()  # it works
-    for flag, kind, file in (("--defender", "defender", "pytorch_model.bin"), ("--defender", "defender", "model.safetensors"), ("--judge", "judge", "pytorch_model.bin"),
-                             ("--embedder", "embedder", "pytorch_model.bin"), ("--attacker", "attacker", "critic.safetensors")):
-        folder = tmp_path / f"{kind}-{file}"
-        shutil.copytree(kind, folder)
-        if file == "pytorch_model.bin":
-            (folder / "model.safetensors").unlink()
-        (folder / file).write_bytes(trap)
-        with pytest.raises(SystemExit) as stopped:
-            train.main([*OWN, *SMALL, flag, str(folder), "--out", "never"])
-        error = capsys.readouterr().err
-        assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and not (tmp_path / "sprung").exists(), error
-    (tmp_path / "defender.safetensors").write_bytes(trap)  # of a checkpoint
-    with pytest.raises(SafetensorError):
-        model.load_weights(tiny_policy(), tmp_path / "defender.safetensors")
-    assert not (tmp_path / "sprung").exists()
-    folder = tmp_path / "defender-pytorch_model.bin"  # many judges on the hub have their weights in such a file: tensors alone are read from it
-    torch.save(load_file("defender/model.safetensors"), folder / "pytorch_model.bin")
-    assert bytes_of(load_policy(folder).lm) == bytes_of(load_policy("defender").lm)
-
-
-def test_code_that_comes_with_a_model_runs_by_its_flag_only(own, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(own)
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    for i, (flag, before) in enumerate((("--defender", ""), ("--judge", ""), ("--judge", "guard:"), ("--embedder", ""))):
-        folder = shutil.copytree("defender", tmp_path / f"custom{i}")
-        (folder / "theirs.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\nnumber = {i}\n")
-        (folder / "config.json").write_text(json.dumps({"model_type": "theirs", "auto_map": {name: "theirs.X" for name in (
-            "AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification")}}))
-        spec = f"{before}{folder}"
-        with pytest.raises(SystemExit) as stopped:
-            train.main([*OWN, *SMALL, flag, spec, "--out", "never"])
-        error = capsys.readouterr().err
-        assert stopped.value.code == 2 and error.count("\n") == 1 and error.endswith("; --trust_remote_code runs it\n") and not (tmp_path / "ran").exists(), error
-        with pytest.raises(SystemExit):
-            train.main([*OWN, *SMALL, flag, spec, "--trust_remote_code", "--out", "never"])  # there is no class X in it
-        (tmp_path / "ran").rmdir()
-        capsys.readouterr()
-
-
-def test_a_judges_file_runs_only_when_its_function_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    (tmp_path / "mine.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\ndef judge(p, r): return [1.0] * len(p)\n")
-    for spec in (tmp_path, tmp_path / "mine.py", tmp_path / "mine", f"guard:{tmp_path}"):
-        with pytest.raises(ValueError):
-            load_judge(str(spec))
-    assert not (tmp_path / "ran").exists()
-    assert load_judge(f"{tmp_path}/mine.py:judge")(["a"], ["b"]) == [1.0] and (tmp_path / "ran").exists()
-
-
-UGLY = "\x1b[2Jclear\x9b1m \u202eleft \u2066in\r\x00"
-SEEN = r"\x1b[2Jclear\x9b1m \u202eleft \u2066in\r\x00"
-
-
-def test_control_characters_that_models_say_are_shown_and_not_sent_to_the_terminal(capsys):
-    assert data.visible(UGLY) == SEEN and data.visible("plain, é 日本 🙂") == "plain, é 日本 🙂"
-    evaluation.print_attack([{"attack": UGLY, "response": UGLY, "p_safe": 0.0}], None, word_embedder)
-    call_judge(lambda p, r: [None, 1.0, 1.0], [UGLY] * 3, [UGLY] * 3)
-    with pytest.raises(SystemExit):
-        data.fail(ValueError(f"a row of {UGLY}"))
-    out, err = capsys.readouterr()
-    assert out.count(SEEN) == 2 and err.count(SEEN) == 2 and r"a row of \x1b[2Jclear\x9b1m \u202eleft \u2066in \x00" in err
-    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", out + err.replace("\r", ""))
-
-
-def test_the_embedded_game_opens_no_connection_and_what_it_prints_is_plain(tmp_path, monkeypatch, capsys):
-    def never(*args, **kwargs):
-        raise AssertionError("a connection was opened")
-
-    for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, never)
-    monkeypatch.setattr(socket, "getaddrinfo", never)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(Run, "examples", lambda run: [(UGLY, UGLY, UGLY)])
-    small = "--sft_steps 4 --judge_steps 4 --batch_size 8 --eval_prompts 12 --rounds 1 --attacker_steps 1 --defender_steps 1 --mine 0 --guard 0 --average none --attack_tokens 4 --response_tokens 4".split()
-    train.main([*small, "--out", str(tmp_path / "run")])
-    evaluation.main([str(tmp_path / "run")])
-    out, report_text = capsys.readouterr().out, (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
-    assert out.count(SEEN) == 3 and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", out + report_text)
-
-
-def test_deterministic_asks_for_deterministic_algorithms_and_one_thread(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")  # and what the run sets is taken back at the end
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    try:
-        train.main(["--dry_run", "--deterministic"])
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.set_num_threads(threads)
 
 
 # --- a trained attacker on any model ------------------------------------------------------------------------------------------
@@ -3837,6 +3623,224 @@ def test_sigterm_to_a_suite_ends_the_programs_that_it_has_started(sigterm, tmp_p
     with pytest.raises(KeyboardInterrupt):
         suite.run_suite(tmp_path / "out", {}, (0, 1))
     assert time.time() - clock < 30 and all(process.poll() is not None for process in suite.RUNNING)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------------
+class Page(HTMLParser):
+    """What a browser would find: tags with their attributes, text outside of scripts, scripts by their id."""
+
+    def __init__(self, file):
+        super().__init__()
+        self.tags, self.words, self.scripts, self.inside = [], [], {}, None
+        self.feed(file.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.inside = dict(attributes).get("id", "main") if tag == "script" else self.inside
+
+    def handle_endtag(self, tag):
+        self.inside = None if tag == "script" else self.inside
+
+    def handle_data(self, data):
+        if self.inside:
+            self.scripts[self.inside] = self.scripts.get(self.inside, "") + data
+        else:
+            self.words += data.split()
+
+
+NASTY = ['</script><script>alert(1)</script>', "<img src=x onerror=alert(1)> & <!-- <script>", "{{runs}} {{data}}", 'a "quoted" \\ \u2028 line', "plain words about a LOCK"]
+
+
+@pytest.fixture
+def unfinished(tmp_path):
+    """The folder of a run that is still being played, by models that say ugly things."""
+    folder = tmp_path / "<i>run & co"
+    (folder / "checkpoints/step_000002").mkdir(parents=True)
+    before = {"asr_held_out_judge": 0.625, "asr_train_judge": 0.5, "over_refusal": None, "helpfulness": None, "attacker_success": 0.25, "self_bleu": 0.75, "cosine": 0.125}
+    (folder / "checkpoints/step_000002/state.json").write_text(json.dumps({"before": before}))
+    (folder / "config.json").write_text(json.dumps({"config": {"method": "gpo", "seed": 3, "attacker": "<b>me</b>", "defender": "you", "template": "</pre><script>alert(4)</script>"}, "versions": {}}))
+    games = [{"step": i // 4, "round": i // 8, "role": ("attacker", "defender")[i // 4 % 2], "seed": f"<u onclick=alert(2)>seed {i % 3}", "attack": NASTY[i % 5], "response": f"<svg onload=alert(3)>answer {i}",
+              "p_safe": i / 16, "score": -i / 2} for i in range(16)]
+    games += [{"step": 3, "round": 1, "role": "probe", "attack": "a probe", "response": NASTY[0], "p_safe": float("nan")}]
+    (folder / "games.jsonl").write_text("".join(json.dumps(game) + "\n" for game in games) + '{"step": 4, "half a li', encoding="utf-8")
+    metrics = [{"step": step, "round": step // 2, "role": ("attacker", "defender")[step % 2], "game/attack_success": 0.5} for step in range(4)]
+    for m, asr in ((metrics[1], 0.5), (metrics[3], 0.375)):
+        m.update({"game/asr_held_out_judge": asr, "game/asr_train_judge": asr, "game/self_bleu": 0.7, "game/cosine": 0.1})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
+    return folder, games
+
+
+def test_the_page_of_an_unfinished_run_shows_what_is_there_and_no_text_becomes_html(unfinished):
+    folder, games = unfinished
+    report.write_page([folder], folder / "report.html")
+    page = Page(folder / "report.html")
+    found = json.loads(page.scripts["data"])
+    assert found["runs"] == ["<i>run & co"] and len(page.scripts) == 3 and found["games"][-1].pop("p_safe") is None
+    assert [{key: value for key, value in game.items() if key != "run"} for game in found["games"]] == games[:-1] + [{key: value for key, value in games[-1].items() if key != "p_safe"}]
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("script") == 3 and not {"b", "i", "u", "svg", "link", "iframe"} & set(tags)
+    assert [attributes["src"][:22] for _, attributes in page.tags if "src" in attributes] == ["data:image/png;base64,"]  # the curves; nothing is fetched
+    assert not any("href" in attributes or any(name.startswith("on") for name in attributes) for _, attributes in page.tags)
+    text = " ".join(page.words)
+    assert "unfinished, 4 PPO steps so far" in text and "<b>me</b> against you" in text
+    assert "attack success on held-out prompts, held-out judge 0.625 0.375" in text and "helpfulness on harmless prompts - -" in text
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="runs the page's script in node")
+def test_the_page_filters_and_sorts_as_asked(unfinished):
+    folder, games = unfinished
+    report.write_page([folder, folder], folder / "report.html")
+    page, nothing = Page(folder / "report.html"), {"q": "", "run": "", "round": "", "role": "", "verdict": "", "sort": ""}
+    wanted = [nothing, {**nothing, "round": "1", "run": "1"}, {**nothing, "role": "probe"}, {**nothing, "verdict": "unsafe"}, {**nothing, "verdict": "safe", "role": "defender"},
+              {**nothing, "q": "lock"}, {**nothing, "q": "ANSWER 1"}, {**nothing, "q": "seed 2", "run": "0"}, {**nothing, "sort": "safe", "run": "0"}, {**nothing, "sort": "unsafe", "run": "0", "q": "</script>"}]
+    script = f"{page.scripts['logic']}\nconst {{games}} = {page.scripts['data']};\nconsole.log(JSON.stringify({json.dumps(wanted)}.map(w => matching(games, w).map(g => games.indexOf(g)))))"
+    found = json.loads(subprocess.run(["node", "-"], input=script, capture_output=True, text=True, check=True).stdout)
+    both = [{**game, "run": run} for run in (0, 1) for game in games]
+    says = lambda game, text: text in f"{game['attack']}\n{game['response']}\n{game.get('seed', '')}".lower()
+    only = lambda test: [i for i, game in enumerate(both) if test(game)]
+    assert found[:8] == [only(lambda g: True), only(lambda g: g["run"] == 1 and g["round"] == 1), only(lambda g: g["role"] == "probe"), only(lambda g: g["p_safe"] < 0.5),
+                         only(lambda g: g["p_safe"] >= 0.5 and g["role"] == "defender"), only(lambda g: says(g, "lock")), only(lambda g: says(g, "answer 1")),
+                         only(lambda g: says(g, "seed 2") and g["run"] == 0)]
+    # P(safe) is i / 16; the probe, without a verdict, counts as 1/2 and stands behind the eighth exchange, which has it too
+    assert found[8] == [*range(15, 8, -1), 8, 16, *range(7, -1, -1)] and found[9] == [0, 5, 16, 10, 15]
+
+
+def test_eval_writes_one_page_for_the_runs_it_is_given(finished, tmp_path, capsys):
+    out, _ = finished
+    evaluation.main(["report", str(out)])
+    assert str(out / "report.html") in capsys.readouterr().out
+    page = Page(out / "report.html")
+    games = [json.loads(line) for line in (out / "games.jsonl").read_text().splitlines()]
+    assert [{k: v for k, v in game.items() if k != "run"} for game in json.loads(page.scripts["data"])["games"]] == games
+    summary = json.loads((out / "summary.json").read_text())
+    assert " ".join(f"{summary[row]['self_bleu']:.3f}" for row in ("before", "after", "average (mixture)", "average (weights)")) + " cosine among" in " ".join(page.words)  # four columns
+    evaluation.main(["report", str(out), str(out), "--out", str(tmp_path / "both.html")])
+    assert len(json.loads(Page(tmp_path / "both.html").scripts["data"])["games"]) == 2 * len(games)
+
+
+def test_eval_draws_the_game_of_each_run_it_is_given(finished, capsys):
+    out, _ = finished
+    evaluation.main(["game", str(out), str(out)])
+    assert capsys.readouterr().out == 2 * f"written to {out}/game.png\n" and (out / "game.png").stat().st_size > 10_000
+
+
+# --- what is let in, and what is not ---------------------------------------------------------------------------------------
+def test_no_file_of_ours_reads_a_pickle_or_runs_text_as_code():
+    for file in HERE.glob("*.py"):
+        if file.name != "test_gpo.py":
+            found = re.search(r"\b(c?pickle|dill|joblib|shelve|marshal)\b|torch\.load|np\.load|allow_pickle|weights_only|yaml\.(unsafe_|full_)?load\b|(?<![.\w])(eval|exec)\(", file.read_text())
+            assert not found, (file.name, found)
+
+
+class Trap:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_a_pickle_in_the_place_of_weights_is_not_run(own, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(own)
+    trap = pickle.dumps({"lm.transformer.wte.weight": Trap(tmp_path / "sprung")})
+    pickle.loads(trap)
+    (tmp_path / "sprung").rmdir()  # it works
+    for flag, kind, file in (("--defender", "defender", "pytorch_model.bin"), ("--defender", "defender", "model.safetensors"), ("--judge", "judge", "pytorch_model.bin"),
+                             ("--embedder", "embedder", "pytorch_model.bin"), ("--attacker", "attacker", "critic.safetensors")):
+        folder = tmp_path / f"{kind}-{file}"
+        shutil.copytree(kind, folder)
+        if file == "pytorch_model.bin":
+            (folder / "model.safetensors").unlink()
+        (folder / file).write_bytes(trap)
+        with pytest.raises(SystemExit) as stopped:
+            train.main([*OWN, *SMALL, flag, str(folder), "--out", "never"])
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and not (tmp_path / "sprung").exists(), error
+    (tmp_path / "defender.safetensors").write_bytes(trap)  # of a checkpoint
+    with pytest.raises(SafetensorError):
+        model.load_weights(tiny_policy(), tmp_path / "defender.safetensors")
+    assert not (tmp_path / "sprung").exists()
+    folder = tmp_path / "defender-pytorch_model.bin"  # many judges on the hub have their weights in such a file: tensors alone are read from it
+    torch.save(load_file("defender/model.safetensors"), folder / "pytorch_model.bin")
+    assert bytes_of(load_policy(folder).lm) == bytes_of(load_policy("defender").lm)
+
+
+def test_code_that_comes_with_a_model_runs_by_its_flag_only(own, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(own)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    for i, (flag, before) in enumerate((("--defender", ""), ("--judge", ""), ("--judge", "guard:"), ("--embedder", ""))):
+        folder = shutil.copytree("defender", tmp_path / f"custom{i}")
+        (folder / "theirs.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\nnumber = {i}\n")
+        (folder / "config.json").write_text(json.dumps({"model_type": "theirs", "auto_map": {name: "theirs.X" for name in (
+            "AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification")}}))
+        spec = f"{before}{folder}"
+        with pytest.raises(SystemExit) as stopped:
+            train.main([*OWN, *SMALL, flag, spec, "--out", "never"])
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and error.count("\n") == 1 and error.endswith("; --trust_remote_code runs it\n") and not (tmp_path / "ran").exists(), error
+        with pytest.raises(SystemExit):
+            train.main([*OWN, *SMALL, flag, spec, "--trust_remote_code", "--out", "never"])  # there is no class X in it
+        (tmp_path / "ran").rmdir()
+        capsys.readouterr()
+
+
+def test_a_judges_file_runs_only_when_its_function_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "mine.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\ndef judge(p, r): return [1.0] * len(p)\n")
+    for spec in (tmp_path, tmp_path / "mine.py", tmp_path / "mine", f"guard:{tmp_path}"):
+        with pytest.raises(ValueError):
+            load_judge(str(spec))
+    assert not (tmp_path / "ran").exists()
+    assert load_judge(f"{tmp_path}/mine.py:judge")(["a"], ["b"]) == [1.0] and (tmp_path / "ran").exists()
+
+
+UGLY = "\x1b[2Jclear\x9b1m \u202eleft \u2066in\r\x00"
+SEEN = r"\x1b[2Jclear\x9b1m \u202eleft \u2066in\r\x00"
+
+
+def test_control_characters_that_models_say_are_shown_and_not_sent_to_the_terminal(capsys):
+    assert data.visible(UGLY) == SEEN and data.visible("plain, é 日本 🙂") == "plain, é 日本 🙂"
+    evaluation.print_attack([{"attack": UGLY, "response": UGLY, "p_safe": 0.0}], None, word_embedder)
+    call_judge(lambda p, r: [None, 1.0, 1.0], [UGLY] * 3, [UGLY] * 3)
+    with pytest.raises(SystemExit):
+        data.fail(ValueError(f"a row of {UGLY}"))
+    out, err = capsys.readouterr()
+    assert out.count(SEEN) == 2 and err.count(SEEN) == 2 and r"a row of \x1b[2Jclear\x9b1m \u202eleft \u2066in \x00" in err
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", out + err.replace("\r", ""))
+
+
+def test_the_embedded_game_opens_no_connection_and_what_it_prints_is_plain(tmp_path, monkeypatch, capsys):
+    def never(*args, **kwargs):
+        raise AssertionError("a connection was opened")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, never)
+    monkeypatch.setattr(socket, "getaddrinfo", never)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(Run, "examples", lambda run: [(UGLY, UGLY, UGLY)])
+    small = "--sft_steps 4 --judge_steps 4 --batch_size 8 --eval_prompts 12 --rounds 1 --attacker_steps 1 --defender_steps 1 --mine 0 --guard 0 --average none --attack_tokens 4 --response_tokens 4".split()
+    train.main([*small, "--out", str(tmp_path / "run")])
+    evaluation.main([str(tmp_path / "run")])
+    out, report_text = capsys.readouterr().out, (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    assert out.count(SEEN) == 3 and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", out + report_text)
+
+
+def test_deterministic_asks_for_deterministic_algorithms_and_one_thread(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")  # and what the run sets is taken back at the end
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    try:
+        train.main(["--dry_run", "--deterministic"])
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
 
 
 # --- wrong input to the other programs ----------------------------------------------------------------------------------
