@@ -19,7 +19,7 @@ that it does not forget them: row *no mining, no replay*.
 succeeds is replayed too: row *no mining*.
 (8) `--ptx_coef`: the defender keeps up the likelihood of demonstrations, against over-refusal: row *no demonstrations*.
 (11) R_div is centred over the batch: its level, about -k for every attack, is no signal but swamps a critic that
-starts at zero: seen on the seeds of choosing; row *k = 10* is possible only so.
+starts at zero: exercise 2 of docs/walkthrough.md; row *k = 10* is possible only so.
 (12) `--guard`: an attack that has left the first attacker's language counts as a failed repetition: row *no guard*.
 (13) No test prompt is in an update of the defender, whoever wrote it: else the tables would measure memory.
 """
@@ -164,7 +164,7 @@ def game_metrics(turn: Turn, game: Game, similarity: dict[str, np.ndarray], run:
 
 # --- entry point ------------------------------------------------------------------------------------------------------
 def be_deterministic() -> None:
-    """What `--deterministic` does; the README says how far that goes."""
+    """What `--deterministic` does; docs/running.md says how far that goes."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS looks at it before its first product
     torch.use_deterministic_algorithms(True, warn_only=True)  # an error would stop the sampler: on a GPU its cumsum has no such form
     torch.backends.cudnn.benchmark = False
