@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from diversity import set_similarity
+from diversity import Embedder, set_similarity
 from model import Policy, Rollout, demonstrations, frozen_copy, generate, logprobs_and_values, pack, with_idle_row
-from reward import call_judge, decided, unsafe_share
+from reward import Judge, call_judge, decided, unsafe_share
 from scale import adapter, all_sum, data_parallel, load_whole, on_first, rank, share, whole, world_size
 
 
@@ -394,7 +394,7 @@ class Game:
     sampled: tuple[Rollout | None, Rollout]  # attacks and responses as sampled: an exchange that the judge did not decide is in these alone
 
 
-def play(attacker: "Player | Speaker | None", defender: "Player | Speaker", seeds: list[str], judge: Callable, seed: int,
+def play(attacker: "Player | Speaker | None", defender: "Player | Speaker", seeds: list[str], judge: Judge, seed: int,
          template: str = "{}") -> Game:
     """The attacker rewrites each seed (put into `template`), the defender answers, the judge scores: x ~ mu, y ~ pi(.|x), R(x, y).
 
@@ -427,8 +427,8 @@ def naturalness(policy: Policy, rollout: Rollout) -> torch.Tensor:
 
 
 def evaluate(attacker: "Player | Speaker | None", defender: "Player | Speaker", seeds: list[str], test_prompts: list[str],
-             benign_prompts: list[str], judge: Callable, held_out_judge: Callable, refused: Callable, helpful: Callable | None = None,
-             embedder: Callable | None = None, third_party: "Player | Speaker | None" = None, template: str = "{}"
+             benign_prompts: list[str], judge: Judge, held_out_judge: Judge, refused: Callable, helpful: Judge | None = None,
+             embedder: Embedder | None = None, third_party: "Player | Speaker | None" = None, template: str = "{}"
              ) -> dict[str, float | None]:
     """The row of numbers that is written before and after training. The defender answers greedily.
 

@@ -14,11 +14,11 @@ import torch
 from tqdm import tqdm
 
 from data import HUB_DATA, first_turn, hub_file, is_test, plain, read_rows, usable, visible
-from diversity import load_embedder, word_embedder
+from diversity import Embedder, load_embedder, word_embedder
 from gpo import Player, sft
 from model import DTYPES, Policy, load_policy
 from options import Config
-from reward import call_judge, is_refusal, load_judge, train_judge
+from reward import Judge, call_judge, is_refusal, load_judge, train_judge
 from scale import add_lora, checkpoint_blocks, fold_lora, load_whole, memory_plan, model_size, player_memory, shard, world_size
 from toy import ToyGame, toy_classifier, toy_lm
 
@@ -35,12 +35,12 @@ class World:
     test_prompts: list[str]
     benign_prompts: list[str]
     demos: list[tuple[str, str]]  # (prompt, response) pairs for --ptx_coef
-    judge: Callable
-    held_out_judge: Callable
+    judge: Judge
+    held_out_judge: Judge
     refused: Callable  # list of responses -> list of 0.0 / 1.0
-    helpful: Callable | None  # judge of helpfulness
-    embedder: Callable
-    judge_to_save: Callable | None = None  # a judge that was trained here
+    helpful: Judge | None  # of helpfulness
+    embedder: Embedder
+    judge_to_save: Judge | None = None  # a judge that was trained here
     more_tests: dict[str, list[str]] = field(default_factory=dict)  # {name: further test prompts}, for eval.py
 
 
@@ -286,7 +286,7 @@ def _warm_start(config, policies, pairs, seeds, embedder):
             fold_lora(policies[name], config.seed)
 
 
-def neighbour_pairs(seeds: list[str], embedder: Callable, template: str, rng: np.random.Generator, k: int = 5) -> list[tuple[str, str]]:
+def neighbour_pairs(seeds: list[str], embedder: Embedder, template: str, rng: np.random.Generator, k: int = 5) -> list[tuple[str, str]]:
     """The attacker's warm start: (seed in its template, one of its k nearest other seeds)."""
     if len(seeds) < 2:
         return []
