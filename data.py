@@ -133,7 +133,13 @@ def whole_folder(target: Path, writes: bool = True) -> Iterator[Path]:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """`save_pretrained`; raises OSError where it cannot write."""
+    """`save_pretrained` without what the last call was and where the tokenizer came from, which are not the same in a resumed
+    run; raises OSError where it cannot write."""
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
+    for name in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(name, None)
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # on a full disk the package tokenizers raises a plain Exception

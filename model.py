@@ -505,7 +505,6 @@ def save_policy(policy: Policy, folder: str | Path, card: str = "") -> None:
         return
     plain = merged(policy, "cpu")  # not on the GPU, where there may be no room for it
     plain.lm.save_pretrained(folder)
-    _forget_last_call(policy.tokenizer)
     save_tokenizer(policy.tokenizer, folder)
     if thin := adapter(policy.lm):
         policy.lm.peft_config["default"].save_pretrained(folder / "adapter")
@@ -515,15 +514,6 @@ def save_policy(policy: Policy, folder: str | Path, card: str = "") -> None:
     save_file(critic, folder / "critic.safetensors")
     if card:
         write_text(folder / "README.md", card)
-
-
-def _forget_last_call(tokenizer):
-    """A tokenizer's files would hold what its last call was, and where it came from: not the same in a resumed run."""
-    if tokenizer.is_fast:
-        tokenizer.backend_tokenizer.no_padding()
-        tokenizer.backend_tokenizer.no_truncation()
-    for name in ("is_local", "local_files_only"):
-        tokenizer.init_kwargs.pop(name, None)
 
 
 def load_adapter(policy: Policy, folder: str | Path) -> None:
