@@ -45,6 +45,13 @@ def mean_and_error(values: Sequence[float | None], digits: int = 3) -> str:
     return f"{np.mean(values):.{digits}f}" + (f" ± {standard_error(values):.{digits}f}" if len(values) > 1 else "")
 
 
+def show(value: float | None, interval: Sequence[float] = ()) -> str:
+    """A cell: the value, with its interval (low, high) where there is one; "-" for none and NaN."""
+    if value is None or value != value:
+        return "-"
+    return f"{value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+
+
 TABLE = {
     "asr_held_out_judge": "attack success on held-out prompts, held-out judge",
     "asr_train_judge": "attack success on held-out prompts, training judge",
@@ -57,7 +64,6 @@ TABLE = {
 
 def table_lines(rows: dict[str, dict]) -> list[list[str]]:
     """The rows of summary.json as lines of cells, the head first: one column each."""
-    show = lambda value: "-" if value is None or value != value else f"{value:.3f}"
     lines = [["", *rows]] + [[label, *(show(row.get(key)) for row in rows.values())] for key, label in TABLE.items()]
     if any(row.get("undecided") for row in rows.values()):
         undecided = [str(row.get("undecided", "-")) for row in rows.values()]
@@ -74,7 +80,7 @@ def summary_table(rows: dict[str, dict]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
-# --- tables of finished runs: labels, cells and a test -------------------------------------------------------------
+# --- tables of finished runs: labels and a test -------------------------------------------------------------
 LABELS = {  # key of a row -> label; a key after "/" names a test set
     "asr_held_out_judge": "ASR, held-out judge", "asr_train_judge": "ASR, training judge",
     "asr_held_out_judge/unseen topics": "ASR, unseen topics", "asr_train_judge/unseen topics": "the same, training judge",
@@ -83,13 +89,6 @@ LABELS = {  # key of a row -> label; a key after "/" names a test set
     "kl": "KL to SFT, nats", "best_response": "best response",
     "attacker_success": "attacker: success on the first defender", "third_party_success": "attacker: success on third parties",
     "cells": "attacker: distinct cells broken", "self_bleu": "attacker: SelfBLEU", "cosine": "attacker: cosine"}
-
-
-def show(value: float | None, interval: Sequence[float] = ()) -> str:
-    """A cell: the value, with its interval (low, high) where there is one; "-" for none and NaN."""
-    if value is None or value != value:
-        return "-"
-    return f"{value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
 
 
 def paired_test(differences: Sequence[float]) -> tuple[float, float]:
