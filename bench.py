@@ -36,7 +36,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from data import append_lines, fail, interrupted, sigterm_as_ctrl_c
+from data import append_lines, fail, interrupted, read_lines, sigterm_as_ctrl_c
 from diversity import Diversity, word_embedder
 from gpo import Player, gae, policy_loss, ppo_update, token_rewards, value_loss, whiten
 from kernel import linear_logprob
@@ -372,7 +372,7 @@ def bench_game(repeats: int) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         train = Path(__file__).resolve().parent / "train.py"
         subprocess.run([sys.executable, str(train), *flags], cwd=folder, check=True, capture_output=True)
-        log = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")]
+        log = read_lines(Path(folder) / "run" / "metrics.jsonl")
     rows = []
     for role in ("attacker", "defender"):
         steps = [m for m in log if m["role"] == role][1:]

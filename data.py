@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from huggingface_hub import hf_hub_download
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -78,6 +78,16 @@ def longest_input(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) 
 
 
 # --- files ------------------------------------------------------------------------------------------------------
+def read_json(path: str | Path) -> Any:
+    """The value that a JSON file holds."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_config(folder: str | Path) -> dict:
+    """The options with which the run in a folder was begun."""
+    return read_json(Path(folder) / "config.json")["config"]
+
+
 def read_lines(path: Path) -> list:
     """The values of JSON lines. What follows the last newline was cut off, or is being written."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]

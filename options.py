@@ -17,7 +17,7 @@ import torch
 import transformers
 import yaml
 
-from data import PAPER_TEMPLATE, check_template, fail
+from data import PAPER_TEMPLATE, check_template, fail, read_config, read_json
 from model import DTYPE_NAMES, best_dtype
 from scale import world_size
 
@@ -201,11 +201,6 @@ def parse(argv: list[str]) -> Config:
         fail(f"--resume needs a run folder with its config.json, got {config.resume} ({type(error).__name__}: {error})")
 
 
-def read_config(folder: str | Path) -> dict:
-    """The options with which the run in a folder was begun, as a dict."""
-    return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["config"]
-
-
 # --- completing and checking ----------------------------------------------------------------------------------------
 def resolve(config: Config) -> Config:
     """Fill in what the presets decide, and refuse impossible settings, before anything is made. Raises ValueError, OSError."""
@@ -297,7 +292,7 @@ def check_start(config: Config) -> None:
     """`--start RUN` must have been warm-started as this run would be."""
     try:
         other = read_config(config.start)
-        json.loads((Path(config.start) / "checkpoints" / "start" / "prompts.json").read_text(encoding="utf-8"))
+        read_json(Path(config.start) / "checkpoints" / "start" / "prompts.json")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--start needs a run folder with its config.json and checkpoints/start, got {config.start}") from error
     if different := [name for name in WARM_START if other.get(name) != getattr(config, name)]:

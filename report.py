@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data import read_lines, visible, write_text
+from data import read_config, read_json, read_lines, visible, write_text
 
 if TYPE_CHECKING:  # matplotlib is loaded when the first figure is drawn
     from matplotlib.axes import Axes
@@ -184,7 +184,7 @@ def write_report(folder: Path, rows: dict[str, dict], examples: Sequence[tuple[s
     """report.md: the table, the curves, and the game as a story, round by round.
 
     examples: (held-out prompt, the defender's answer before, its answer after)."""
-    config = json.loads((folder / "config.json").read_text())["config"]
+    config = read_config(folder)
     games = read_lines(folder / "games.jsonl")
     lines = [f"# {config['method']}, seed {config['seed']}", "", summary_table(rows), ""]
     if games:
@@ -252,7 +252,7 @@ def draw_game(folder: Path) -> Path:
     """game.png: an exchange of the run in `folder` on its way through the game; below it, whose turn each PPO step was."""
     from matplotlib.figure import Figure
 
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
+    config = read_config(folder)
     canvas = Figure(figsize=(9, 5.6))
     exchange, turns = canvas.add_axes((0, 0.35, 1, 0.65)), canvas.add_axes((0.09, 0.08, 0.89, 0.22))
     draw_exchange(exchange, config, *telling_exchange(read_lines(folder / "games.jsonl")))
@@ -355,10 +355,10 @@ def write_page(folders: Sequence[Path], out: Path) -> None:
 
 def run_section(folder: Path) -> str:
     """HTML: a run's table, figures and configuration."""
-    made = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    made = read_json(folder / "config.json")
     config, log = made["config"], read_lines(folder / "metrics.jsonl")
     if (folder / "summary.json").is_file():
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        summary = read_json(folder / "summary.json")
         rows = {name: row for name, row in summary.items() if name not in ("seconds", "memory", "config")}
         state = f"finished in {summary['seconds']:.0f} seconds"
     else:
@@ -388,7 +388,7 @@ def image(file: Path) -> str:
 def rows_so_far(folder: Path, log: list[dict]) -> dict[str, dict]:
     """Of an unfinished run: before the game (from its last checkpoint), and after its last round (from its metrics)."""
     states = sorted(folder.glob("checkpoints/step_*/state.json"))
-    rows = {"before": json.loads(states[-1].read_text(encoding="utf-8"))["before"]} if states else {}
+    rows = {"before": read_json(states[-1])["before"]} if states else {}
     for m in [m for m in log if "game/asr_held_out_judge" in m][-1:]:
         rows[f"after round {m['round'] + 1} (a third of the prompts)"] = {key: m.get(f"game/{key}") for key in TABLE}
     return rows

@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from data import append_lines, first_line, read_lines, save_tokenizer, sync, whole_folder, write_json, write_text
+from data import append_lines, first_line, read_config, read_json, read_lines, save_tokenizer, sync, whole_folder, write_json, write_text
 from diversity import Diversity, load_embedder, word_embedder
 from gpo import Game, Player, PolicyAverage, Speaker, distill, evaluate, naturalness, play
 from model import DTYPES, Rollout, load_adapter, load_policy, load_weights, logprobs_and_values, save_policy, save_weights
@@ -270,9 +270,9 @@ class Run:
         """The newest one whose marker is there and whose files can all be read, or None; a damaged one is named."""
         for folder in sorted((self.folder / "checkpoints").glob("step_*"), reverse=True):
             try:
-                for file in json.loads((folder / "state.json").read_text(encoding="utf-8"))["files"]:
+                for file in read_json(folder / "state.json")["files"]:
                     if file.endswith(".json"):
-                        json.loads((folder / file).read_text(encoding="utf-8"))
+                        read_json(folder / file)
                     else:
                         safe_open(folder / file, "pt")  # it compares the header with the size
                 return folder
@@ -281,7 +281,7 @@ class Run:
 
     def load_checkpoint(self, folder: Path) -> None:
         """All that `save` wrote."""
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state = read_json(folder / "state.json")
         self.step, self.memory, self.before, self.sampled_tokens = (state[name] for name in ("step", "memory", "before", "sampled_tokens"))
         self.once = dict.fromkeys(state["once"])
         self.diversity.load_state_dict(state["diversity"])
@@ -294,7 +294,7 @@ class Run:
             player.skipped_steps = state["skipped"][name]
             for kind, average in self.averages[name].items():
                 stem = folder / f"{name}_{kind}"
-                average.load_state_dict(load_file(f"{stem}.safetensors"), json.loads(Path(f"{stem}.json").read_text()))
+                average.load_state_dict(load_file(f"{stem}.safetensors"), read_json(f"{stem}.json"))
 
     def load_optimizer(self, player: Player, file: Path) -> None:
         """AdamW's moments, each cut as its parameter is."""
@@ -478,9 +478,8 @@ class FinishedRun:
 
     def load(self) -> None:
         """All but the averages, which are read when they are asked for."""
-        start, read = self.folder / "checkpoints" / "start", lambda file: json.loads(file.read_text(encoding="utf-8"))
-        self.config = read(self.folder / "config.json")["config"]
-        self.prompts, self.attack_seeds = read(start / "prompts.json"), read(start / "attack_seeds.json")
+        self.config, start = read_config(self.folder), self.folder / "checkpoints" / "start"
+        self.prompts, self.attack_seeds = read_json(start / "prompts.json"), read_json(start / "attack_seeds.json")
         self.start = {name: self.player(name, start / name) for name in ("attacker", "defender")}
         self.end = {name: self.player(name, self.folder / name) for name in ("attacker", "defender")}
         self.mixtures = {}  # of `snapshots`
@@ -517,7 +516,7 @@ class FinishedRun:
     def average(self, name: str, kind: str) -> PolicyAverage:
         """A player's average as it was saved; kind: mixture, weights or distill."""
         stem, average = self.folder / "average" / f"{name}_{kind}", PolicyAverage(kind)
-        average.load_state_dict(load_file(f"{stem}.safetensors"), json.loads(Path(f"{stem}.json").read_text()))
+        average.load_state_dict(load_file(f"{stem}.safetensors"), read_json(f"{stem}.json"))
         return average
 
     def averages(self) -> dict[str, dict[str, Speaker]]:

@@ -10,7 +10,6 @@ there are cores. What is finished is never done again: after a stop, give the sa
 """
 
 import copy
-import json
 import os
 import shutil
 import subprocess
@@ -25,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data import read_lines, visible, write_json, write_text
+from data import read_json, read_lines, visible, write_json, write_text
 from report import LABELS, LOOKS, band, draw_methods, draw_rounds, figure, markdown, mean_and_error, paired_test, show
 from reward import call_judge, unsafe_share, wilson_interval
 from run import FinishedRun
@@ -135,7 +134,7 @@ def best_file(round: int) -> str:
 
 def forget(file: Path, key: str, value: object) -> None:
     """Remove a finished file that says something else under `key`, so that it is made again."""
-    if file.is_file() and json.loads(file.read_text()).get(key) != value:
+    if file.is_file() and read_json(file).get(key) != value:
         file.unlink()
 
 
@@ -199,7 +198,7 @@ def wait_for(jobs: dict[Future, Job], bar: tqdm) -> None:
 # --- what a run comes to --------------------------------------------------------------------------------------------
 def suite_row(folder: Path) -> dict:
     """What is compared between runs: the finished players by `eval.py RUN`, the best response, and the compute."""
-    found, log = json.loads((folder / "eval.json").read_text()), read_lines(folder / "metrics.jsonl")
+    found, log = read_json(folder / "eval.json"), read_lines(folder / "metrics.jsonl")
     updates, tokens = sum(m["role"] == "defender" for m in log), log[-1]["sampled_tokens"] if log else 0
     averages = {name: row for name, row in found.items() if name.startswith("average")}
     return found["after"] | {"updates": updates, "tokens": tokens, "averages": averages} | best_row(folder, 0)
@@ -208,7 +207,7 @@ def suite_row(folder: Path) -> dict:
 def best_row(folder: Path, round: int) -> dict[str, float]:
     """{"best_response": success of a fresh attacker against the defender after a round}, or {} where none was trained."""
     file = folder / best_file(round)
-    return {"best_response": json.loads(file.read_text())["after"]} if file.is_file() else {}
+    return {"best_response": read_json(file)["after"]} if file.is_file() else {}
 
 
 def row_of_round(run: FinishedRun, t: int) -> dict:
@@ -234,7 +233,7 @@ def matched_in_kl(folder: Path, target: float) -> dict:
 
 def held_out_history(folder: Path) -> list[float]:
     """Held-out attack success before the game and after each round."""
-    before = json.loads((folder / "summary.json").read_text())["before"][ASR]
+    before = read_json(folder / "summary.json")["before"][ASR]
     return [before] + [m[f"game/{ASR}"] for m in read_lines(folder / "metrics.jsonl") if f"game/{ASR}" in m]
 
 
@@ -316,7 +315,7 @@ def best_responses(out: str | Path, seeds: Iterable[int], names: Iterable[str]) 
     """markdown: of each run, how far a fresh attacker got and by which sentence; their learning curves go to best.png."""
     lines, (canvas, (axis,)) = [], figure(1)
     for name, look in zip(names, LOOKS):
-        found = [json.loads((run_folder(out, name, seed) / best_file(0)).read_text()) for seed in seeds]
+        found = [read_json(run_folder(out, name, seed) / best_file(0)) for seed in seeds]
         band(axis, range(1, 1 + len(found[0]["curve"])), [row["curve"] for row in found], name, {**look, "marker": None})
         for seed, row in zip(seeds, found):
             most_frequent = [f"{count} of 200: *{visible(prompt)}*" for prompt, count in row["exploits"][:1]] or ["-"]

@@ -4,7 +4,6 @@
 from local paths or from the hub. `make_players` then gives each policy its critic, reference and optimizer.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import HUB_DATA, first_turn, hub_file, is_test, plain, read_rows, usable, visible
+from data import HUB_DATA, first_turn, hub_file, is_test, plain, read_json, read_rows, usable, visible
 from diversity import Embedder, load_embedder, word_embedder
 from gpo import Player, sft
 from model import DTYPES, Policy, load_policy
@@ -182,7 +181,7 @@ def own_world(config: Config, start: Path | None = None) -> World:
         source = start / name if start else getattr(config, name)
         policies[name] = _slim(_named(name, load_policy, source, config.critic, DTYPES[config.dtype], *place), config)
     if start:  # a resumed run goes on with its own prompts, whatever has become of the files
-        saved = json.loads((start / "prompts.json").read_text(encoding="utf-8"))
+        saved = read_json(start / "prompts.json")
         seeds, test, benign = (saved[name] for name in ("seeds", "test_prompts", "benign_prompts"))
     else:
         seeds, test, benign = own_prompts(config, data, policies)

@@ -16,7 +16,6 @@ Every step is a command that a user could give; what is finished is not done aga
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import time
@@ -30,7 +29,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import append_lines, read_lines, read_rows
+from data import append_lines, read_json, read_lines, read_rows
 from kernel import linear_logprob
 from model import PLAIN_TEMPLATE, Policy, best_dtype, keep_freed_memory, save_policy
 from report import LOOKS, figure, markdown
@@ -114,7 +113,7 @@ def curves(folder: Path) -> dict[str, list[float]]:
     """{what: before the game and after each round} of a run: the judges' mean P(safe) of sampled answers to held-out
     prompts, how alike the attacks are, and the defender's KL to its warm start."""
     run = FinishedRun(folder)
-    log, before = read_lines(folder / "metrics.jsonl"), json.loads((folder / "summary.json").read_text())["before"]
+    log, before = read_lines(folder / "metrics.jsonl"), read_json(folder / "summary.json")["before"]
     prompts, rounds = run.prompts["test_prompts"], range(run.snapshots("defender").count)
     defenders = run.start["defender"], *(run.speaker("defender", [r]) for r in rounds)
     answers = [defender.speak(prompts, 0).texts for defender in defenders]
