@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from huggingface_hub import hf_hub_download
+import huggingface_hub
+import transformers
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 HUB_DATA = {"prompts": "red-team-attempts/red_team_attempts.jsonl.gz", "sft_data": "harmless-base/train.jsonl.gz",
@@ -54,6 +55,13 @@ def interrupted(stop: KeyboardInterrupt, what_next: str) -> NoReturn:
     """The end of a program after Ctrl-C or SIGTERM: one line, and the status that a shell gives it, 130 or 143."""
     print(f"\ninterrupted{what_next}", file=sys.stderr)
     sys.exit(128 + (stop.args or [signal.SIGINT])[0])
+
+
+def quiet_libraries() -> None:
+    """No warnings, retries and progress bars of transformers and of the hub's client: what could not be had is said once."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
 
 
 # --- what the input must be -------------------------------------------------------------------------------------
@@ -159,7 +167,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
 def hub_file(flag: str) -> str:
     """The file of Anthropic/hh-rlhf that is a flag's default, from the hub's cache or the hub. Raises ValueError."""
     try:
-        return hf_hub_download("Anthropic/hh-rlhf", HUB_DATA[flag], repo_type="dataset")
+        return huggingface_hub.hf_hub_download("Anthropic/hh-rlhf", HUB_DATA[flag], repo_type="dataset")
     except Exception as error:
         raise ValueError(
             f"could not fetch {HUB_DATA[flag]} of Anthropic/hh-rlhf, the default of --{flag}, from the hub "

@@ -15,8 +15,8 @@ Differs from the paper (numbers as in the README; rows are of docs/results.md):
 since what was varied once keeps the mean low, and every n-gram of a language occurs at last: row *all earlier
 attacks, not the last 480*.
 (10) The mean of the cosines, as in the authors' code, for the paper's sum: that grows with X, and no k would fit early and
-late attacks: it changes the scale alone, rows *k = 1*, *k = 5*, *k = 10*. Eq. (3.4) is taken against all of X at once, as SelfBLEU is
-defined; the authors' code averages over single texts of X (`self_bleu(kind="pairwise")`), at a cost that grows with X.
+late attacks. It changes the scale alone: rows *k = 1*, *k = 5*, *k = 10*. Eq. (3.4) is taken against all of X at once, as
+SelfBLEU is defined; the authors' code averages over single texts of X (`self_bleu(kind="pairwise")`), at a cost that grows.
 """
 
 import functools
@@ -148,8 +148,10 @@ def word_embedder(texts: Sequence[str], width: int = 256) -> np.ndarray:
 
 
 def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool = False) -> Embedder:
-    """An embedder from any encoder folder or hub id: masked mean of the last hidden states, as (B, D) float64 unit
-    vectors. Raises ValueError when the model cannot be had."""
+    """An embedder from a word: `words`, or any encoder folder or hub id: masked mean of the last hidden states, as (B, D)
+    float64 unit vectors. Raises ValueError when the model cannot be had."""
+    if name_or_dir == "words":
+        return word_embedder
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_dir, trust_remote_code=trust_remote_code)
         model = AutoModel.from_pretrained(name_or_dir, trust_remote_code=trust_remote_code)

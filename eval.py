@@ -25,10 +25,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import torch
-import transformers
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -39,6 +37,7 @@ from data import (
     fail,
     first_turn,
     interrupted,
+    quiet_libraries,
     read_rows,
     sigterm_as_ctrl_c,
     visible,
@@ -50,8 +49,9 @@ from gpo import Player, Speaker, nash_gap, play, ppo_update, solve_matrix_game
 from model import DTYPES, best_dtype, generate, keep_freed_memory, load_policy
 from report import LABELS, LOOKS, draw_game, draw_probe, figure, markdown, mean_and_error, show, write_page
 from reward import Judge, call_judge, load_judge, unsafe_share, wilson_interval
-from run import DEVICE, FinishedRun
+from run import DEVICE, FinishedRun, new_seed
 from suite import ablate, best_file, reproduce, rounds
+from world import draw
 
 Side = Player | Speaker  # of the game: anything that can `speak`
 
@@ -93,9 +93,9 @@ def best_response(mover: Player, other: Side, seeds: Sequence[str], judge: Judge
         rng = np.random.default_rng([seed, step])
         drawn = [seeds[i] for i in rng.integers(len(seeds), size=batch_size)]
         attacker, defender = (probe, other) if attacks else (other, probe)
-        exchanges = play(attacker, defender, drawn, judge, int(rng.integers(2**31)), template)
+        exchanges = play(attacker, defender, drawn, judge, new_seed(rng), template)
         rollout, scores = (exchanges.attacks, 1 - exchanges.p_safe) if attacks else (exchanges.responses, exchanges.p_safe)
-        ppo_update(probe, rollout, scores, int(rng.integers(2**31)))
+        ppo_update(probe, rollout, scores, new_seed(rng))
         curve.append(float(np.mean(exchanges.p_safe < 0.5)))
     return probe, curve
 
@@ -329,7 +329,7 @@ def attack_rows(run: FinishedRun | None, source: str, target: str, args: argpars
     defender = speaker_at(place, args.response_tokens or tokens, dtype, args.trust_remote_code)
     seeds = [first_turn(row["prompt"]) for row in read_rows(args.prompts)] if args.prompts else run.prompts["seeds"]
     judge = load_judge(args.judge, device=DEVICE, trust_remote_code=args.trust_remote_code) if args.judge else run.held_out_judge
-    chosen = [seeds[i] for i in np.random.default_rng(args.seed).choice(len(seeds), args.n, replace=args.n > len(seeds))]
+    chosen = draw(seeds, args.n, np.random.default_rng(args.seed))
     attacks = attacker([(args.template or template).format(seed) for seed in chosen], args.seed).texts
     answers = defender(attacks, 0, temperature=0).texts
     p_safe = call_judge(judge, attacks, answers)  # (n,)
@@ -448,9 +448,7 @@ def dispatch(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str]) -> None:
     """As a user calls it: what goes wrong is one line and exit status 2."""
     keep_freed_memory()
-    transformers.utils.logging.set_verbosity_error()
-    huggingface_hub.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_libraries()
     args = parse(argv)
     try:
         dispatch(args)

@@ -24,17 +24,26 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from data import check_tokenizer, fail, first_line, interrupted, is_test, longest_input, read_rows, save_tokenizer, sigterm_as_ctrl_c
+from data import (
+    check_tokenizer,
+    fail,
+    first_line,
+    interrupted,
+    is_test,
+    longest_input,
+    quiet_libraries,
+    read_rows,
+    save_tokenizer,
+    sigterm_as_ctrl_c,
+)
 from guard import guard_judge
 
 Judge = Callable[[list[str], list[str]], list[float]]  # (prompts, responses) -> P(safe) of each, None: cannot decide
@@ -114,6 +123,11 @@ def call_judge(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -
 def is_refusal(response: str) -> bool:
     """Whether a response refuses, by the usual phrases (the keyword test of Zou et al., 2023)."""
     return bool(REFUSAL.search(response))
+
+
+def refusals(responses: list[str]) -> list[float]:
+    """1.0 for each response that refuses, else 0.0."""
+    return [float(is_refusal(r)) for r in responses]
 
 
 def rule_judge(prompts: list[str], responses: list[str]) -> list[float]:
@@ -380,9 +394,7 @@ def _parse(argv):
 def main(argv: list[str]) -> None:
     """The program: trains, saves, and prints accuracy and calibration on the held-out tenth."""
     args = _parse(argv)
-    transformers.utils.logging.set_verbosity_error()
-    huggingface_hub.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_libraries()
     try:
         p, y = make_judge(args)
     except (ValueError, OSError, RuntimeError) as error:

@@ -28,12 +28,12 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from data import append_lines, first_line, read_config, read_json, read_lines, save_tokenizer, sync, whole_folder, write_json, write_text
-from diversity import Diversity, load_embedder, word_embedder
+from diversity import Diversity, load_embedder
 from gpo import Game, Player, PolicyAverage, Speaker, distill, evaluate, naturalness, play
 from model import DTYPES, Rollout, load_adapter, load_policy, load_weights, logprobs_and_values, save_policy, save_weights
 from options import Config
 from report import draw_curves, model_card, write_report
-from reward import call_judge, is_refusal, load_judge, unsafe_share
+from reward import call_judge, load_judge, refusals, unsafe_share
 from scale import add_lora, first_decides, from_first, in_shares, on_first, peak_memory, rank, world_size
 from toy import ToyGame
 from world import SFT_RATE, World, bar, draw
@@ -82,6 +82,11 @@ def alarms(metrics: dict[str, float], before: dict[str, float], limits: dict[str
                    "held-out one; read the exchanges (eval.py report), train the judge on them (reward.py), or raise --kl_coef")
         found.append(("reward_hacking", message))
     return found
+
+
+def load_average(average: PolicyAverage, stem: Path) -> None:
+    """Into an empty average what `Run.save_averages` wrote: stem.safetensors and stem.json."""
+    average.load_state_dict(load_file(f"{stem}.safetensors"), read_json(f"{stem}.json"))
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -293,8 +298,7 @@ class Run:
             self.load_optimizer(player, folder / f"{name}_optimizer.safetensors")
             player.skipped_steps = state["skipped"][name]
             for kind, average in self.averages[name].items():
-                stem = folder / f"{name}_{kind}"
-                average.load_state_dict(load_file(f"{stem}.safetensors"), read_json(f"{stem}.json"))
+                load_average(average, folder / f"{name}_{kind}")
 
     def load_optimizer(self, player: Player, file: Path) -> None:
         """AdamW's moments, each cut as its parameter is."""
@@ -499,24 +503,23 @@ class FinishedRun:
 
     def load_judges(self, trained: Path) -> None:
         """Both judges, what counts as a refusal, the embedder, and what the toy world knows beyond that."""
-        c, known, embedders = self.config, {}, {"words": word_embedder}
-        self.refused = lambda responses: [float(is_refusal(r)) for r in responses]
-        self.helpful, self.cell_of, self.look_alikes = None, None, []
+        c, known, game = self.config, {}, None
+        self.refused, self.helpful, self.cell_of, self.look_alikes = refusals, None, None, []
         if not c["attacker"]:
             game = ToyGame(c["seed"])
-            known, embedders["toy"] = {"truth": game.ground_truth}, game.embed
+            known = {"truth": game.ground_truth}
             self.refused, self.helpful, self.cell_of = game.refused, game.helpful, game.cell_of
             self.look_alikes = game.look_alikes(self.prompts["benign_prompts"])
         place = "cpu", c.get("trust_remote_code", False)
         self.judge = load_judge(str(trained) if c["judge"] == "toy" else c["judge"], c["unsafe_label"], known, *place)
         self.held_out_judge = load_judge(c["held_out_judge"], c["unsafe_label"], known, *place)
-        self.embedder = embedders.get(c["embedder"]) or load_embedder(c["embedder"], *place)
+        self.embedder = game.embed if game and c["embedder"] == "toy" else load_embedder(c["embedder"], *place)
 
     # --- averages ------------------------------------------------------------------------------------------------
     def average(self, name: str, kind: str) -> PolicyAverage:
         """A player's average as it was saved; kind: mixture, weights or distill."""
-        stem, average = self.folder / "average" / f"{name}_{kind}", PolicyAverage(kind)
-        average.load_state_dict(load_file(f"{stem}.safetensors"), read_json(f"{stem}.json"))
+        average = PolicyAverage(kind)
+        load_average(average, self.folder / "average" / f"{name}_{kind}")
         return average
 
     def averages(self) -> dict[str, dict[str, Speaker]]:

@@ -31,14 +31,12 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import huggingface_hub
 import numpy as np
 import torch
-import transformers
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from data import fail, interrupted, sigterm_as_ctrl_c, visible
+from data import fail, interrupted, quiet_libraries, sigterm_as_ctrl_c, visible
 from gpo import Game, NotFinite, Player, play, ppo_update
 from model import demonstrations, keep_freed_memory
 from options import Config, parse, resolve
@@ -229,9 +227,7 @@ def main(argv: list[str]) -> None:
     """Read the options, take the run folder, play."""
     keep_freed_memory()
     join_processes()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()  # its retries are not news; what could not be had is said once
+    quiet_libraries()
     clock, config = time.time(), parse(argv)
     if config.deterministic:
         be_deterministic()

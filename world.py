@@ -13,11 +13,11 @@ import torch
 from tqdm import tqdm
 
 from data import HUB_DATA, first_turn, hub_file, is_test, plain, read_json, read_rows, usable, visible
-from diversity import Embedder, load_embedder, word_embedder
+from diversity import Embedder, load_embedder
 from gpo import Player, sft
 from model import DTYPES, Policy, load_policy
 from options import Config
-from reward import Judge, call_judge, is_refusal, load_judge, train_judge
+from reward import Judge, call_judge, load_judge, refusals, train_judge
 from scale import add_lora, checkpoint_blocks, fold_lora, load_whole, memory_plan, model_size, player_memory, shard, world_size
 from toy import ToyGame, toy_classifier, toy_lm
 
@@ -110,7 +110,7 @@ def toy_world(config: Config, start: Path | None = None) -> World:
     elif start:
         known["chosen"] = load_judge(str(start / "judge"), device=config.device)
     held_out = load_judge(config.held_out_judge, config.unsafe_label, known, *place)
-    embedder = {"toy": game.embed, "words": word_embedder}.get(config.embedder) or load_embedder(config.embedder, *place)
+    embedder = game.embed if config.embedder == "toy" else load_embedder(config.embedder, *place)
     rng = np.random.default_rng([config.seed, 2**20])
     torch.manual_seed(config.seed)
     policies, samples = _toy_players(config, game, start, rng)
@@ -175,7 +175,7 @@ def own_world(config: Config, start: Path | None = None) -> World:
     data, place = _own_data(config, start), (config.device, config.trust_remote_code)
     judge = _named("judge", load_judge, config.judge, config.unsafe_label, (), *place)
     held_out = _named("held_out_judge", load_judge, config.held_out_judge, config.unsafe_label, (), *place)
-    embedder = word_embedder if config.embedder == "words" else load_embedder(config.embedder, *place)
+    embedder = load_embedder(config.embedder, *place)
     policies = {}
     for name in ("attacker", "defender"):
         source = start / name if start else getattr(config, name)
@@ -197,8 +197,7 @@ def own_world(config: Config, start: Path | None = None) -> World:
         _warm_start(config, policies, pairs, seeds, embedder)
     return World(
         policies["attacker"], policies["defender"], seeds=seeds, test_prompts=test, benign_prompts=benign,
-        demos=pairs, judge=judge, held_out_judge=held_out, refused=lambda responses: [float(is_refusal(r)) for r in responses],
-        helpful=None, embedder=embedder)
+        demos=pairs, judge=judge, held_out_judge=held_out, refused=refusals, helpful=None, embedder=embedder)
 
 
 def _named(flag, load, *args):
