@@ -434,7 +434,8 @@ def evaluate(attacker: "Player | Speaker | None", defender: "Player | Speaker", 
 
     Attack success rates on `test_prompts` by both judges; over-refusal and (where it can be told)
     helpfulness on `benign_prompts`; the attacker's success, by the held-out judge, against `third_party`
-    (the defender of the start), and how alike its prompts are. All are shares in [0, 1] but `undecided`, a count.
+    (the defender of the start), and how alike its prompts are by the embedder, B texts -> (B, D). All are shares in [0, 1]
+    but `undecided`, a count.
     """
     answers = defender.speak(test_prompts, 0, temperature=0).texts
     benign = defender.speak(benign_prompts, 0, temperature=0).texts if benign_prompts else []

@@ -285,7 +285,7 @@ def _warm_start(config, policies, pairs, seeds, embedder):
 
 
 def neighbour_pairs(seeds: list[str], embedder: Embedder, template: str, rng: np.random.Generator, k: int = 5) -> list[tuple[str, str]]:
-    """The attacker's warm start: (seed in its template, one of its k nearest other seeds)."""
+    """The attacker's warm start: (seed in its template, one of its k nearest other seeds by the embedder, B texts -> (B, D))."""
     if len(seeds) < 2:
         return []
     vectors, pairs = embedder(seeds), []
