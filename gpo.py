@@ -4,8 +4,11 @@
     Eq. (3.1)  max_pi min_mu J(pi, mu) = E_{x ~ mu, y ~ pi(.|x)} [ R(x, y) - R_div(x) ]
 
 The attacker mu writes prompts x, the defender pi answers with y, a judge gives R = P(safe). Both are trained
-in turn with token-level PPO: `play` collects an exchange, `ppo_update` improves the mover. The policies'
+in turn with token-level PPO: `play` collects a batch of exchanges, `ppo_update` improves the mover. The policies'
 averages (`PolicyAverage`) are what the theory speaks of; `solve_matrix_game` is that theory on small tables.
+
+With several processes all know all exchanges. Each forwards its rows of every minibatch (`my_rows`); losses are sums
+over tokens divided by the tokens of the whole step, so gradients and statistics are sums over processes (`all_sum`).
 
 Differs from the paper (numbers as in the README; rows are of docs/results.md):
 (1) The KL anchor is the initial policy by default, as in the authors' code: row *KL to the previous round*.
@@ -19,18 +22,57 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from tqdm import tqdm, trange
 
-from diversity import Embedder, set_similarity
-from model import Policy, Rollout, demonstrations, frozen_copy, generate, logprobs_and_values, pack, with_idle_row
-from reward import Judge, call_judge, decided, unsafe_share
-from scale import adapter, all_sum, data_parallel, load_whole, on_first, rank, share, whole, world_size
+from model import Policy, Rollout, demonstrations, frozen_copy, generate, logprobs_and_values, pack
+from reward import Judge, call_judge, decided
+
+
+# --- several processes ---------------------------------------------------------------------------------------
+def rank() -> int:
+    """The number of this process; 0 is the first, which writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_sum(x: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor (...) over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def my_rows(rows: torch.Tensor | list) -> torch.Tensor | list:
+    """The rows (n,) that this process works on: every world_size-th, so that of rows sorted by length all get long
+    and short ones."""
+    return rows[rank() :: world_size()]
+
+
+# --- random choices --------------------------------------------------------------------------------------------
+def new_seed(rng: np.random.Generator) -> int:
+    """A seed for what has a random generator of its own."""
+    return int(rng.integers(2**31))
+
+
+def sample(items: list, n: int, rng: np.random.Generator) -> list:
+    """n of the items, without repetition where there are enough."""
+    return [items[i] for i in rng.choice(len(items), n, replace=n > len(items))]
 
 
 # --- PPO, the mathematics: everything is (B, T), and zero outside the response mask --------------------
@@ -47,8 +89,10 @@ def token_rewards(scores: torch.Tensor, logprobs: torch.Tensor, ref_logprobs: to
     return rewards
 
 
-def gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalised advantage estimation (Schulman et al., 2016) over the response tokens: (advantages, returns), (B, T) each.
+def gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float,
+        lam: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimation (Schulman et al., 2016) over the response tokens: (advantages, returns),
+    (B, T) each.
 
     rewards, values, mask (B, T): see `token_rewards`; values[:, t] is that of the state before token t.
     """
@@ -73,24 +117,25 @@ def whiten(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
 
 
-def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, clip: float,
-                n_tokens: torch.Tensor) -> torch.Tensor:
+def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor,
+                clip: float, n_tokens: torch.Tensor) -> torch.Tensor:
     """PPO's clipped surrogate (Schulman et al., 2017, Eq. 7) of (B, T) tensors, summed over tokens and divided by
     `n_tokens`, the tokens of the whole optimizer step, so that micro-batches add up to the same gradient."""
     ratio = ((logprobs - old_logprobs) * mask).exp()
-    unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1 - clip, 1 + clip) * advantages
     return -(torch.minimum(unclipped, clipped) * mask).sum() / n_tokens  # minus: the optimizer descends
 
 
-def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, clip: float,
-               n_tokens: torch.Tensor) -> torch.Tensor:
+def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor,
+               clip: float, n_tokens: torch.Tensor) -> torch.Tensor:
     """Half the squared error of (B, T) values; the larger of it and that of the value clipped around its old self
     (as in OpenAI's baselines, Dhariwal et al., 2017). Summed and divided as in `policy_loss`."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * (torch.maximum((values - returns) ** 2, (clipped - returns) ** 2) * mask).sum() / n_tokens
 
 
-def supervised_loss(policy: torch.nn.Module, demos: Rollout) -> torch.Tensor:
+def supervised_loss(policy: Policy, demos: Rollout) -> torch.Tensor:
     """Mean negative log-likelihood per response token of demonstrations (a Rollout of B rows), in nats: shape ()."""
     logprobs, _, _ = logprobs_and_values(policy, demos, with_values=False)
     return -(logprobs * demos.response_mask).sum() / demos.response_mask.sum().clamp(min=1)
@@ -99,7 +144,10 @@ def supervised_loss(policy: torch.nn.Module, demos: Rollout) -> torch.Tensor:
 # --- players ------------------------------------------------------------------------------------------------
 @dataclass
 class Player:
-    """One side of the game: its policy with its own critic, its own reference and its own optimizer."""
+    """One side of the game: its policy with its own critic, its own reference and its own optimizer.
+
+    What requires grad is what is trained, saved and averaged. Players meet in text: each reads with its own tokenizer.
+    """
 
     name: str  # "attacker" or "defender": the prefix of its metrics
     policy: Policy
@@ -107,6 +155,8 @@ class Player:
     learning_rate: float = 1e-5
     kl_coef: float = 0.05
     entropy_coef: float = 0.0  # eta_H of Eq. (3.7), on the attacker
+    template: str = "{}"  # how a prompt is put to it: the attacker's seeds have one
+    kl_anchor: str = "initial"  # or "previous": the KL penalty is measured from the policy at the last `anchor`
     epochs: int = 2
     minibatches: int = 2
     micro_batch: int = 0  # rows per forward and backward; 0 is the whole minibatch
@@ -116,42 +166,149 @@ class Player:
     gamma: float = 1.0
     lam: float = 0.95
     max_grad_norm: float = 1.0
-    target_kl: float = 0.0  # beyond 1.5 times this the rest of an update is not taken; 0: off
     missing_eos_penalty: float = 0.5  # taken off the score of a response that was cut off, not ended
     temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    trained: torch.nn.Module = field(init=False)  # the policy, or the policy in DDP
-    reference: Policy = field(init=False)
+    initial: Policy = field(init=False)  # frozen: the policy as it began
+    reference: Policy = field(init=False)  # frozen: the anchor of the KL penalty
     optimizer: torch.optim.Optimizer = field(init=False)
     skipped_steps: int = 0  # optimizer steps, and whole updates, not taken because something was not finite
     skipped_in_a_row: int = 0
 
     def __post_init__(self):
-        self.trained = data_parallel(self.policy)
-        self.anchor()
+        self.initial = frozen_copy(self.policy)
+        self.reference = self.initial if self.kl_anchor == "initial" else frozen_copy(self.policy)
         self.new_optimizer()
+
+    def new_optimizer(self) -> None:
+        """A fresh AdamW: its moments are zero."""
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            trained, lr=self.learning_rate, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
 
     def anchor(self) -> None:
         """The KL penalty is measured from the policy as it is now."""
-        self.reference = frozen_copy(self.policy)
+        if self.reference is self.initial:
+            self.reference = frozen_copy(self.policy)
+        else:
+            copy_weights(self.policy, self.reference)
 
-    def new_optimizer(self) -> None:
-        """AdamW without a past."""
-        self.optimizer = torch.optim.AdamW(
-            self.policy.parameters(), lr=self.learning_rate, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
-
-    def go_back(self, policy: Policy) -> None:
-        """Begin anew with the language model's weights of `policy` and a fresh optimizer; the critic is kept."""
-        self.policy.lm.load_state_dict(policy.lm.state_dict())
+    def reset_to(self, policy: Policy) -> None:
+        """The language model's weights of `policy` and a fresh optimizer; the critic is kept."""
+        copy_weights(policy, self.policy)
         self.new_optimizer()
 
-    def speak(self, prompts: list[str], seed: int, temperature: float | None = None) -> Rollout:
-        """One sampled response to each prompt (temperature 0: greedy), as a Rollout."""
-        temperature = self.temperature if temperature is None else temperature
+    def with_policy(self, policy: Policy) -> "Player":
+        """The same player with another, frozen policy: it can `generate`, not learn."""
+        other = copy.copy(self)
+        other.policy = policy
+        return other
+
+    def generate(self, prompts: list[str], seed: int, temperature: float | None = None) -> Rollout:
+        """One sampled response to each prompt (temperature 0: greedy), as a Rollout of the prompts in its template."""
+        prompts = [self.template.format(prompt) for prompt in prompts]
+        if temperature is None:
+            temperature = self.temperature
         rows = 4 * self.micro_batch or 256  # at a time: no gradients, so more than in an update
-        return generate(self.policy, prompts, self.max_new_tokens, temperature, self.top_k, self.top_p, seed,
-                        clip_prompts=True, batch_size=rows)
+        padded = prompts + prompts[:1] * (-len(prompts) % world_size())  # the same number for every process
+        rollout = generate(self.policy, my_rows(padded), self.max_new_tokens, temperature,
+                           seed=seed + 1_000_003 * rank(), clip_prompts=True, batch_size=rows)
+        if world_size() == 1:
+            return rollout
+        parts = [None] * world_size()
+        dist.all_gather_object(parts, (rollout.texts, *rollout.token_ids()))
+        places = torch.arange(len(padded)).view(-1, world_size()).T.tolist()
+        gathered = merge_parts(self.policy, padded, parts, places, rollout.temperature)
+        return gathered.select(torch.arange(len(prompts), device=self.policy.device))
+
+    def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        """(tensors, numbers) of a checkpoint: what is trained, its optimizer, and the reference where it has moved.
+        All processes must call it; tensors are complete in the first one and {} in the others."""
+        tensors = {f"policy.{name}": tensor for name, tensor in trained_weights(self.policy).items()}
+        if self.reference is not self.initial:
+            names = trained_names(self.policy.lm)
+            tensors |= {f"reference.{name}": tensor for name, tensor in weights(self.reference.lm, names).items()}
+        if self.optimizer.state:  # else torch would take a step to have one
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+            states = get_optimizer_state_dict(self.policy, self.optimizer, options=options).get("state", {})
+            for name, state in states.items():
+                tensors |= {f"optimizer.{part}.{name}": tensor for part, tensor in state.items()}
+        return tensors, {"skipped_steps": self.skipped_steps}
+
+    def load_state_dict(self, tensors: dict[str, torch.Tensor], numbers: dict[str, int]) -> None:
+        """What `state_dict` gave; the first process's tensors count."""
+        groups = {"policy": {}, "reference": {}, "optimizer": {}}
+        for key, tensor in tensors.items():
+            group, name = key.split(".", 1)
+            groups[group][name] = tensor
+        load_weights(self.policy, groups["policy"])
+        self.new_optimizer()
+        if any_process(groups["optimizer"]):
+            self._load_optimizer(groups["optimizer"])
+        if any_process(groups["reference"]):
+            if self.reference is self.initial:
+                self.anchor()
+            load_weights(self.reference.lm, groups["reference"])
+        self.skipped_steps = numbers["skipped_steps"]
+
+    def _load_optimizer(self, moments):
+        """AdamW's moments {"part.parameter": tensor}."""
+        state = {}
+        for key, tensor in moments.items():
+            part, name = key.split(".", 1)
+            state.setdefault(name, {})[part] = tensor
+        group = {k: v for k, v in self.optimizer.param_groups[0].items() if k != "params"}
+        group["params"] = trained_names(self.policy)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world_size() > 1,
+                                   ignore_frozen_params=True)
+        set_optimizer_state_dict(self.policy, self.optimizer, {"state": state, "param_groups": [group]},
+                                 options=options)
+
+
+def trained_names(module: torch.nn.Module) -> list[str]:
+    """Names of the parameters that require grad; of tied ones the first."""
+    return [name for name, p in module.named_parameters() if p.requires_grad]
+
+
+def weights(module: torch.nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
+    """{name: tensor} of a module, complete and on the CPU in the first process, {} in the others."""
+    state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: state[name] for name in names} if state else {}
+
+
+def trained_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The `weights` that require grad."""
+    return weights(module, trained_names(module))
+
+
+def load_weights(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Complete tensors {name: tensor}, of which the first process's count, into a module, sharded or not."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world_size() > 1, strict=False)
+    set_model_state_dict(module, dict(tensors), options=options)  # torch writes into the dict that it is given
+
+
+def any_process(tensors: dict) -> bool:
+    """Whether the first process holds any: the others hold none."""
+    return bool(all_sum(torch.tensor(len(tensors))))
+
+
+@torch.no_grad()
+def copy_weights(source: Policy, target: Policy) -> None:
+    """The language model's weights, but those that the two share."""
+    theirs = dict(source.lm.named_parameters())
+    for name, p in target.lm.named_parameters():
+        if p is not theirs[name]:
+            p.copy_(theirs[name])
+
+
+def merge_parts(policy: Policy, prompts: list[str], parts: list[tuple], places: list[list[int]],
+                temperature: float) -> Rollout:
+    """One rollout from parts (texts, prompt ids, response ids), whose rows go to the given places among the prompts."""
+    rows = [None] * len(prompts)
+    for part, its_places in zip(parts, places):
+        for row, place in zip(zip(*part), its_places):
+            rows[place] = row
+    texts, prompt_ids, response_ids = zip(*rows)
+    return pack(policy, prompts, texts, prompt_ids, response_ids, temperature)
 
 
 # --- steps that are not taken ----------------------------------------------------------------------------------
@@ -163,9 +320,10 @@ class NotFinite(ValueError):
 
 
 def skip(player: Player, what: str) -> None:
-    """Count and name a step that is not taken because `what` is not finite: the weights stay as they were. Raises NotFinite."""
-    player.skipped_steps, player.skipped_in_a_row = player.skipped_steps + 1, player.skipped_in_a_row + 1
-    message = f"{player.name}: {what} not finite, step skipped ({player.skipped_steps} so far)"
+    """Count and name a step that is not taken because `what` is not finite: the weights stay. Raises NotFinite."""
+    player.skipped_steps += 1
+    player.skipped_in_a_row += 1
+    message = f"{player.name}: not finite: {what}; step skipped ({player.skipped_steps} so far)"
     if player.skipped_in_a_row >= MAX_SKIPPED:
         raise NotFinite(f"{message}; these were {MAX_SKIPPED} in a row: look at the judge and the embedder, "
                         "or begin again with a lower learning rate")
@@ -173,9 +331,8 @@ def skip(player: Player, what: str) -> None:
 
 
 def not_finite(**tensors: torch.Tensor) -> str:
-    """What of the named tensors, of any shape (...), holds NaN or infinity, in words; "" if nothing does."""
-    bad = [name.replace("_", " ") for name, x in tensors.items() if not torch.isfinite(x).all()]
-    return f"{', '.join(bad)} {'are' if bad[-1].endswith('s') else 'is'}" if bad else ""
+    """Which of the named tensors hold NaN or infinity: their names, or ""."""
+    return ", ".join(name for name, x in tensors.items() if not torch.isfinite(x).all())
 
 
 # --- the PPO update -----------------------------------------------------------------------------------------------
@@ -195,130 +352,148 @@ class Experience:
         return Experience(*(x[rows, :T] for x in vars(self).values()))
 
 
-STATS = ("policy/approxkl", "policy/clipfrac", "policy/ratio", "val/clipfrac", "loss/policy", "loss/value")  # of a minibatch step
-
-
-def ppo_update(player: Player, rollout: Rollout, scores: np.ndarray | torch.Tensor, seed: int, demos: Rollout | None = None,
-               ptx_coef: float = 0.0) -> dict[str, float]:
+def ppo_update(player: Player, rollout: Rollout, scores: np.ndarray | torch.Tensor, seed: int,
+               demos: Rollout | None = None, ptx_coef: float = 0.0) -> dict[str, float]:
     """One PPO update (Schulman et al., 2017) of a player on its own rollout; returns its metrics by name.
 
     scores (B,): one number for each response. demos: demonstrations whose likelihood is kept up during the update with
-    weight ptx_coef (PPO-ptx, Ouyang et al., 2022). With several processes all pass the same arguments; each forwards its
-    share of every minibatch, and whitening, token counts and metrics are of the whole. A step with a number that is not
-    finite is skipped, and the whole update where whitening would spread it; metrics that are not finite are left out.
-    Raises NotFinite.
+    weight ptx_coef (PPO-ptx, Ouyang et al., 2022). With several processes all pass the same arguments. A step with a
+    number that is not finite is skipped, and the whole update where whitening would spread it; metrics that are not
+    finite are left out. Raises ValueError on a batch that cannot be divided evenly, and NotFinite.
     """
-    B, scores = len(rollout), torch.as_tensor(scores, dtype=torch.float32, device=player.policy.device)
-    rollout, demos = with_idle_row(rollout), demos and with_idle_row(demos)
+    B = len(rollout)
+    parts = player.minibatches * world_size()
+    if B % parts:
+        raise ValueError(f"a batch must be a multiple of minibatches x processes = {parts}, got {B} rows")
+    scores = torch.as_tensor(scores, dtype=torch.float32, device=player.policy.device)
     generator = torch.Generator().manual_seed(seed)
-    epochs = [torch.randperm(B, generator=generator).tensor_split(min(player.minibatches, B)) for _ in range(player.epochs)]
+    epochs = [torch.randperm(B, generator=generator).chunk(player.minibatches) for _ in range(player.epochs)]
     old = experience(player, rollout, scores, epochs[0])
-    steps, stats, early_stop = [(m, rows) for epoch in epochs for m, rows in enumerate(epoch)], [], False
-    if bad := not_finite(scores=scores, log_probs=old.logprobs, reference_log_probs=old.ref_logprobs, values=old.values,
-                         ) or not_finite(advantages=old.advantages):
+    bad = not_finite(scores=scores, logprobs=old.logprobs, ref_logprobs=old.ref_logprobs, values=old.values,
+                     advantages=old.advantages)
+    steps = []
+    if bad:
         skip(player, bad)
-        steps = []
-    for m, minibatch in steps:
-        if demos is not None and ptx_coef > 0:
-            demonstration_gradients(player, demos, m, ptx_coef)
-        stats.append(minibatch_gradients(player, rollout, old, minibatch, first=not stats))
-        early_stop = bool(0 < 1.5 * player.target_kl < stats[-1][0])  # the rule of Spinning Up and Stable-Baselines3, on k3
-        if early_stop:  # neither this step nor any after it is taken
-            player.optimizer.zero_grad(set_to_none=True)
-            break
-        optimizer_step(player, stats[-1])
-
-    metrics = dict(zip(STATS, torch.stack(stats).mean(0).tolist())) if stats else {}
-    mask = rollout.response_mask
-    metrics["objective/kl"] = ((old.logprobs - old.ref_logprobs) * mask).sum(1)[:B].mean().item()  # nats per response
-    metrics["objective/entropy"] = masked_mean(old.entropy, mask).item()  # nats per token
-    metrics["objective/scores"] = scores.mean().item()
-    metrics["response_length"] = mask.sum(1)[:B].float().mean().item()
-    metrics |= {"skipped_steps": player.skipped_steps, "policy/early_stop": float(early_stop)}
-    return {f"{player.name}/{name}": value for name, value in metrics.items() if math.isfinite(value)}
+        epochs = []
+    for minibatches in epochs:
+        for m, rows in enumerate(minibatches):
+            if demos is not None and ptx_coef > 0:
+                demonstration_gradients(player, demos, m, ptx_coef)
+            steps.append(minibatch_gradients(player, rollout, old, rows, is_first=not steps))
+            optimizer_step(player, steps[-1])
+    metrics = {name: np.mean([step[name] for step in steps]) for name in (steps[0] if steps else ())}
+    metrics |= rollout_metrics(old, rollout.response_mask, scores)
+    metrics["skipped_steps"] = player.skipped_steps
+    return {f"{player.name}/{name}": float(value) for name, value in metrics.items() if math.isfinite(value)}
 
 
-def experience(player: Player, rollout: Rollout, scores: torch.Tensor, first_epoch: tuple[torch.Tensor, ...]) -> Experience:
+def rollout_metrics(old: Experience, mask: torch.Tensor, scores: torch.Tensor) -> dict[str, float]:
+    """Of the rollout before the update; rows without a response are in no mean."""
+    rows = mask.any(1)  # (B,)
+    kl = ((old.logprobs - old.ref_logprobs) * mask).sum(1)  # (B,) nats per response
+    return {"objective/kl": kl[rows].mean().item(),
+            "objective/entropy": masked_mean(old.entropy, mask).item(),  # nats per token
+            "objective/scores": scores[rows].mean().item(),
+            "response_length": mask.sum(1)[rows].float().mean().item()}
+
+
+def experience(player: Player, rollout: Rollout, scores: torch.Tensor,
+               first_epoch: tuple[torch.Tensor, ...]) -> Experience:
     """Scores (B,) -> token rewards -> advantages and returns, from the policy and the reference as they are now.
 
-    Old log-probs come from the very batches of the first epoch (row numbers of each minibatch): the same shapes give the
-    same bits, so the ratio before the first step is exactly 1. Where there is an idle row, the rollout has B + 1 rows.
+    Old log-probs come from the very batches of the first epoch (row numbers of each minibatch): the same shapes give
+    the same bits, so the ratio before the first step is exactly 1.
     """
-    B, mask = len(scores), rollout.response_mask  # (B, T), True on sampled tokens
-    groups = [rows for minibatch in first_epoch for rows in split_rows(share(minibatch, B), player.micro_batch)]
+    groups = []
+    for minibatch in first_epoch:
+        groups += split_rows(my_rows(minibatch), player.micro_batch)
     logprobs, values, entropy = forward_rows(player.policy, rollout, groups)
-    by_length = share(rollout.lengths[:B].argsort(stable=True), B)  # no gradients: larger groups, little padding
-    ref_logprobs, _, _ = forward_rows(player.reference, rollout, split_rows(by_length, 4 * player.micro_batch or 32), with_values=False)
-    penalised = F.pad(scores, (0, len(rollout) - B)) - player.missing_eos_penalty * ~rollout.ended
+    by_length = my_rows(rollout.lengths.argsort(stable=True))  # no gradients: larger groups, little padding
+    groups = split_rows(by_length, 4 * player.micro_batch or 32)
+    ref_logprobs, _, _ = forward_rows(player.reference, rollout, groups, with_values=False)
+    mask = rollout.response_mask  # (B, T), True on sampled tokens
+    penalised = scores - player.missing_eos_penalty * ~rollout.ended
     rewards = token_rewards(penalised, logprobs, ref_logprobs, mask, player.kl_coef)
     advantages, returns = gae(rewards, values, mask, player.gamma, player.lam)
-    return Experience(logprobs, ref_logprobs, values, entropy, whiten(advantages, mask), returns)  # over the whole rollout
+    return Experience(logprobs, ref_logprobs, values, entropy, whiten(advantages, mask), returns)
 
 
 def demonstration_gradients(player: Player, demos: Rollout, m: int, ptx_coef: float) -> None:
     """Add the gradient of the supervised loss on the m-th part of the demonstrations (PPO-ptx, Ouyang et al., 2022)."""
-    D = len(demos) - (world_size() > 1)  # without the idle row
-    minibatch = torch.arange(D).tensor_split(player.minibatches)[m]
+    minibatch = torch.arange(len(demos)).tensor_split(player.minibatches)[m]
     n_tokens = demos.response_mask[minibatch].sum()
-    for rows in split_rows(share(minibatch, D), player.micro_batch) if len(minibatch) else []:
+    for rows in split_rows(my_rows(minibatch), player.micro_batch):
         part = demos.select(rows)
-        share_of_loss = supervised_loss(player.policy, part) * part.response_mask.sum() / n_tokens
-        (world_size() * ptx_coef * share_of_loss).backward()
+        fraction = part.response_mask.sum() / n_tokens
+        (ptx_coef * supervised_loss(player.policy, part) * fraction).backward()
 
 
-def minibatch_gradients(player: Player, rollout: Rollout, old: Experience, minibatch: torch.Tensor, first: bool) -> torch.Tensor:
-    """Add the gradients of one minibatch of rows (n,), micro-batch by micro-batch; returns its STATS (6,), of all processes.
-
-    A process's losses are its shares of sums over all rows; the factor N is there because DDP and FSDP take means.
-    Raises RuntimeError where the ratio is not exactly 1 before the `first` step.
-    """
-    N, B, mask = world_size(), len(rollout) - (world_size() > 1), rollout.response_mask
-    n_tokens, micro_batches = mask[minibatch].sum(), split_rows(share(minibatch, B), player.micro_batch)
-    stats = 0
-    for i, rows in enumerate(micro_batches):
+def minibatch_gradients(player: Player, rollout: Rollout, old: Experience, minibatch: torch.Tensor,
+                        is_first: bool) -> dict[str, float]:
+    """Add the gradients of one minibatch of rows (n,), micro-batch by micro-batch; returns its statistics, which are
+    those of all processes. Raises RuntimeError where the ratio is not exactly 1 before the first step."""
+    n_tokens = rollout.response_mask[minibatch].sum().clamp(min=1)
+    total = {}
+    for rows in split_rows(my_rows(minibatch), player.micro_batch):
         part = rollout.select(rows)
-        module = player.trained if i + 1 == len(micro_batches) else player.policy  # DDP adds up once a step, in the last backward
-        before, here = old.select(rows, part.tokens.shape[1]), part.response_mask
-        logprobs, values, entropy = logprobs_and_values(module, part, entropy_grad=player.entropy_coef > 0)
-        if first:
+        before = old.select(rows, part.tokens.shape[1])
+        mask = part.response_mask
+        logprobs, values, entropy = logprobs_and_values(player.policy, part, entropy_grad=player.entropy_coef > 0)
+        if is_first:
             check_ratio(player, logprobs, before.logprobs)
-        loss_p = policy_loss(logprobs, before.logprobs, before.advantages, here, player.clip, n_tokens)
-        loss_v = value_loss(values, before.values, before.returns, here, player.value_clip, n_tokens)
-        loss_h = -(entropy * here).sum() / n_tokens  # Eq. (3.7): mu also maximises its entropy
-        (N * (loss_p + player.value_coef * loss_v + player.entropy_coef * loss_h)).backward()
-        stats = stats + step_stats(player, logprobs, values, before, here, loss_p, loss_v, n_tokens)
-    return all_sum(stats)  # now the same in all processes, and so is what is decided by it
+        loss_p = policy_loss(logprobs, before.logprobs, before.advantages, mask, player.clip, n_tokens)
+        loss_v = value_loss(values, before.values, before.returns, mask, player.value_clip, n_tokens)
+        loss_h = -(entropy * mask).sum() / n_tokens  # Eq. (3.7): mu also maximises its entropy
+        (loss_p + player.value_coef * loss_v + player.entropy_coef * loss_h).backward()
+        stats = ratio_stats(player, logprobs.detach() - before.logprobs, values.detach() - before.values, mask)
+        stats |= {"loss/policy": loss_p.detach() * n_tokens, "loss/value": loss_v.detach() * n_tokens}
+        total = {name: total.get(name, 0) + value for name, value in stats.items()}
+    sums = all_sum(torch.stack(list(total.values())))  # the same in all processes, and so is what is decided by it
+    return dict(zip(total, (sums / n_tokens).tolist()))
 
 
 def check_ratio(player: Player, logprobs: torch.Tensor, old_logprobs: torch.Tensor) -> None:
-    """Raises RuntimeError where the training forward's log-probs (B, T) differ from the scoring forward's by one bit."""
+    """Raises RuntimeError where the training forward's log-probs (B, T) differ from the scoring forward's by a bit."""
     off = (logprobs.detach() - old_logprobs).abs().max()
     if 0 < off < math.inf:  # what is not finite is for `optimizer_step`
-        raise RuntimeError(f"{player.name}: the PPO ratio must be exactly 1 before the first step; the training forward differs "
-                           f"from the scoring forward by up to {off:.2e}")
+        raise RuntimeError(f"{player.name}: the PPO ratio must be exactly 1 before the first step; the training "
+                           f"forward differs from the scoring forward by up to {off:.2e}")
 
 
-@torch.no_grad()
-def step_stats(player: Player, logprobs: torch.Tensor, values: torch.Tensor, old: Experience, mask: torch.Tensor, loss_p: torch.Tensor,
-               loss_v: torch.Tensor, n_tokens: torch.Tensor) -> torch.Tensor:
-    """(6,): this micro-batch's shares of STATS, from (B, T) tensors and its two losses."""
-    difference = (logprobs - old.logprobs) * mask
+def ratio_stats(player: Player, logprob_change: torch.Tensor, value_change: torch.Tensor,
+                mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sums over the tokens of a micro-batch, from (B, T) changes since before the update."""
+    difference = logprob_change * mask
     ratio = difference.exp()
-    mean = lambda x: (x * mask).sum() / n_tokens
-    return torch.stack([mean(ratio - 1 - difference), mean((ratio - 1).abs() > player.clip), mean(ratio),  # approxkl is k3
-                        mean((values - old.values).abs() > player.value_clip), loss_p, loss_v])
+    per_token = {
+        "policy/approxkl": ratio - 1 - difference,  # k3 (Schulman, 2020)
+        "policy/clipfrac": (ratio - 1).abs() > player.clip,
+        "policy/ratio": ratio,
+        "val/clipfrac": value_change.abs() > player.value_clip}
+    return {name: (x * mask).sum() for name, x in per_token.items()}
 
 
-def optimizer_step(player: Player, losses: torch.Tensor = torch.zeros(1)) -> None:
-    """Clip by the global norm and step; a gradient that is not finite, or whose losses (n,) are not, is thrown away."""
-    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in player.policy.parameters() if p.grad is not None]))
-    if bad := not_finite(gradient=norm, losses=losses):
+def optimizer_step(player: Player, stats: dict[str, float]) -> None:
+    """Clip by the global norm and step; a gradient that is not finite, or whose losses are not, is thrown away."""
+    norm = clip_gradients(player.policy, player.max_grad_norm)
+    losses = torch.tensor([stats["loss/policy"], stats["loss/value"]])
+    bad = not_finite(gradient=norm, losses=losses)
+    if bad:
         skip(player, bad)
     else:
-        player.optimizer.grad_scale = (norm / player.max_grad_norm).clamp(min=1)  # fused AdamW divides by it in its own pass
         player.optimizer.step()
         player.skipped_in_a_row = 0
     player.optimizer.zero_grad(set_to_none=True)
+
+
+def clip_gradients(policy: Policy, max_norm: float) -> torch.Tensor:
+    """Sum the gradients over processes, clip them by their global norm, and return it: shape ()."""
+    trained = [p for p in policy.parameters() if p.grad is not None]
+    if policy.skeleton is None:  # a sharded policy's gradients are summed in its backward
+        for p in trained:
+            all_sum(p.grad)
+    norm = torch.nn.utils.clip_grad_norm_(trained, max_norm)
+    return norm if policy.skeleton is None else norm.full_tensor()
 
 
 def split_rows(rows: torch.Tensor, size: int) -> list[torch.Tensor]:
@@ -327,154 +502,151 @@ def split_rows(rows: torch.Tensor, size: int) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def forward_rows(policy: Policy, rollout: Rollout, groups: list[torch.Tensor], with_values: bool = True) -> list[torch.Tensor]:
-    """`logprobs_and_values` of a whole rollout, (B, T) each, computed group of rows by group of rows (of this process's share)."""
+def forward_rows(policy: Policy, rollout: Rollout, groups: list[torch.Tensor],
+                 with_values: bool = True) -> list[torch.Tensor]:
+    """`logprobs_and_values` of a rollout, (B, T) each, computed group of rows by group of rows of this process."""
     outputs = [torch.zeros(rollout.tokens.shape, device=policy.device) for _ in range(3)]
     with policy.autocast():  # around all groups, so that it casts the weights once
         for rows in groups:
             part = rollout.select(rows)
             for all_rows, piece in zip(outputs, logprobs_and_values(policy, part, with_values=with_values)):
                 if piece is not None:
-                    all_rows[rows, :piece.shape[1]] = piece
+                    all_rows[rows, : piece.shape[1]] = piece
     return [all_sum(x) for x in outputs]  # the others' rows are zero here
 
 
+def log_likelihoods(policy: Policy, rollout: Rollout) -> torch.Tensor:
+    """(B, 2): mean and least log-prob of each response's tokens under a frozen policy, in nats."""
+    mask = rollout.response_mask
+    groups = my_rows(torch.arange(len(rollout))).split(256)
+    logprobs, _, _ = forward_rows(policy, rollout, groups, with_values=False)
+    mean = (logprobs * mask).sum(1) / mask.sum(1)
+    least = logprobs.masked_fill(~mask, 0).amin(1)
+    return torch.stack([mean, least], 1).cpu()
+
+
 # --- supervised training --------------------------------------------------------------------------------------------
-def sft(policy: Policy, pairs: list[tuple[str, str]], steps: int, batch_size: int, learning_rate: float, seed: int | list[int],
-        bar: tqdm | None = None, micro_batch: int = 0) -> float:
-    """Supervised fine-tuning on (prompt, response) pairs; one-cycle learning rate. Returns the last loss, nats per token.
-    Raises NotFinite."""
-    optimizer = torch.optim.AdamW(policy.lm.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    cycle = max(2, steps + (steps == 10))  # of 10 it would divide by 0.1 * 10 - 1
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, cycle, pct_start=0.1)
-    rng = np.random.default_rng(seed)
-    demos, loss = with_idle_row(demonstrations(policy, pairs)), torch.tensor(float("nan"))
-    trained = data_parallel(policy, find_unused_parameters=True)  # the critic
-    for step in range(steps):
-        rows = torch.from_numpy(rng.integers(len(pairs), size=batch_size)).to(policy.device)
-        n_tokens, loss, groups = demos.response_mask[rows].sum(), 0, split_rows(share(rows, len(pairs)), micro_batch)
-        for i, some in enumerate(groups):
-            part, module = demos.select(some), trained if i + 1 == len(groups) else policy
-            share_of_loss = supervised_loss(module, part) * (part.response_mask.sum() / n_tokens)
-            (world_size() * share_of_loss).backward()
-            loss = loss + share_of_loss.detach()
-        loss = all_sum(loss)
-        norm = torch.nn.utils.clip_grad_norm_(policy.lm.parameters(), 1.0)
-        if bad := not_finite(gradient=whole(norm)):
-            raise NotFinite(f"supervised training stopped at step {step + 1}: its {bad} not finite; "
+@dataclass
+class SFTSettings:
+    """How a policy is fine-tuned on demonstrations."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float  # the peak of one cycle
+    seed: int | list[int]
+    micro_batch: int = 0  # rows per forward and backward; 0: the whole batch
+    name: str = "SFT"  # of the progress bar
+
+
+def sft(policy: Policy, pairs: list[tuple[str, str]], settings: SFTSettings) -> float:
+    """Supervised fine-tuning on (prompt, response) pairs. Returns the last loss, nats per token. Raises NotFinite."""
+    optimizer = torch.optim.AdamW([p for p in policy.lm.parameters() if p.requires_grad], lr=settings.learning_rate,
+                                  betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    cycle = max(2, settings.steps)
+    if cycle == 10:
+        cycle = 11  # of 10 it would divide by 0.1 * 10 - 1
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, cycle, pct_start=0.1)
+    rng = np.random.default_rng(settings.seed)
+    demos = demonstrations(policy, pairs)
+    loss = math.nan
+    bar = trange(settings.steps, desc=f"{settings.name:<22}", dynamic_ncols=True)
+    for step in bar:
+        rows = torch.from_numpy(rng.integers(len(pairs), size=settings.batch_size)).to(policy.device)
+        loss = supervised_gradients(policy, demos, rows, settings.micro_batch)
+        if not_finite(gradient=clip_gradients(policy, 1.0)):
+            raise NotFinite(f"supervised training stopped at step {step + 1}: its gradient is not finite; "
                             "lower the learning rate or look at the model's weights")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
-        if bar is not None:
-            bar.update(1)
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-    return loss.item()
+        bar.set_postfix(loss=f"{loss:.3f}")
+    return loss
 
 
-def distill(speaker: "Player | Speaker", student: Policy, prompts: list[str], steps: int, batch_size: int, learning_rate: float, seed: int,
-            bar: tqdm | None = None) -> float:
-    """Train `student`, a frozen copy, to say to `prompts` what `speaker` (a mixture of policies) says: one policy for many."""
-    for p in (adapter(student.lm) or dict(student.named_parameters())).values():
-        p.requires_grad_(True)
-    return sft(student, list(zip(prompts, speaker.speak(prompts, seed).texts)), steps, batch_size, learning_rate, seed, bar)
+def supervised_gradients(policy: Policy, demos: Rollout, rows: torch.Tensor, micro_batch: int) -> float:
+    """Add the gradient of `supervised_loss` on the given rows (n,); returns the loss."""
+    n_tokens = demos.response_mask[rows].sum()
+    total = torch.zeros((), device=policy.device)
+    for some in split_rows(my_rows(rows), micro_batch):
+        part = demos.select(some)
+        loss = supervised_loss(policy, part) * (part.response_mask.sum() / n_tokens)
+        loss.backward()
+        total += loss.detach()
+    return all_sum(total).item()
 
 
-# --- the game -------------------------------------------------------------------------------------------------
+# --- exchanges ------------------------------------------------------------------------------------------------
 @dataclass
-class Game:
+class Exchanges:
     """A batch of exchanges: seed -> attack -> response -> P(safe)."""
 
     seeds: list[str]
     attacks: Rollout | None  # None: the prompts were given, nobody wrote them
     prompts: list[str]
     responses: Rollout
-    p_safe: np.ndarray  # (B,)
-    score_seconds: float  # how long the judge took
-    sampled: tuple[Rollout | None, Rollout]  # attacks and responses as sampled: an exchange that the judge did not decide is in these alone
+    p_safe: np.ndarray  # (B,), NaN where the judge is undecided: these rows have an empty response mask
+    judge_seconds: float
+    sampled_tokens: int
+
+    @property
+    def decided(self) -> np.ndarray:
+        """(B,) bool, True where there is a verdict."""
+        return ~np.isnan(self.p_safe)
 
 
-def play(attacker: "Player | Speaker | None", defender: "Player | Speaker", seeds: list[str], judge: Judge, seed: int,
-         template: str = "{}") -> Game:
-    """The attacker rewrites each seed (put into `template`), the defender answers, the judge scores: x ~ mu, y ~ pi(.|x), R(x, y).
+def play(attacker: "Player | PolicyAverage | None", defender: "Player | PolicyAverage", seeds: list[str], judge: Judge,
+         seed: int) -> Exchanges:
+    """The attacker rewrites each seed, the defender answers, the judge scores: x ~ mu, y ~ pi(.|x), R(x, y).
 
-    attacker and defender are anything that can `speak`: a Player or a Speaker. With attacker None the
-    seeds themselves are the prompts. The players meet in text: each reads with its own tokenizer.
+    With attacker None the seeds themselves are the prompts. An exchange that the judge does not decide keeps its row
+    with an empty response mask, so it is in no update. Raises JudgeError where fewer than half are decided.
     """
-    attacks = attacker.speak([template.format(s) for s in seeds], 2 * seed) if attacker else None
-    prompts = attacks.texts if attacks else list(seeds)
-    responses = defender.speak(prompts, 2 * seed + 1)
+    attacks = None
+    prompts = list(seeds)
+    if attacker is not None:
+        attacks = attacker.generate(seeds, 2 * seed)
+        prompts = attacks.texts
+    responses = defender.generate(prompts, 2 * seed + 1)
+    rollouts = [rollout for rollout in (attacks, responses) if rollout is not None]
+    tokens = sum(int(rollout.response_mask.sum()) for rollout in rollouts)
     clock = time.time()
     p_safe = call_judge(judge, prompts, responses.texts)
-    game = Game(list(seeds), attacks, prompts, responses, p_safe, time.time() - clock, (attacks, responses))
-    return game if (rows := decided(p_safe)).all() else select(game, np.flatnonzero(rows))
-
-
-def select(game: Game, rows: np.ndarray) -> Game:
-    """The given rows (n,) of a game: seeds, prompts, rollouts and verdicts stay together."""
-    pick = lambda items: [items[i] for i in rows]
-    cut = lambda rollout: rollout and rollout.select(torch.from_numpy(rows).to(rollout.tokens.device))
-    return replace(game, seeds=pick(game.seeds), attacks=cut(game.attacks), prompts=pick(game.prompts),
-                   responses=cut(game.responses), p_safe=game.p_safe[rows])
-
-
-def naturalness(policy: Policy, rollout: Rollout) -> torch.Tensor:
-    """(B, 2): mean and least log-prob of each response's tokens under a frozen policy, in nats."""
-    mask = rollout.response_mask
-    B, rollout = len(rollout), replace(rollout, support=None)  # under the whole distribution, whatever filter it was sampled with
-    logprobs = forward_rows(policy, with_idle_row(rollout), share(torch.arange(B), B).split(256), with_values=False)[0][:B]
-    return torch.stack([(logprobs * mask).sum(1) / mask.sum(1), logprobs.masked_fill(~mask, 0).amin(1)], 1).cpu()
-
-
-def evaluate(attacker: "Player | Speaker | None", defender: "Player | Speaker", seeds: list[str], test_prompts: list[str],
-             benign_prompts: list[str], judge: Judge, held_out_judge: Judge, refused: Callable, helpful: Judge | None = None,
-             embedder: Embedder | None = None, third_party: "Player | Speaker | None" = None, template: str = "{}"
-             ) -> dict[str, float | None]:
-    """The row of numbers that is written before and after training. The defender answers greedily.
-
-    Attack success rates on `test_prompts` by both judges; over-refusal and (where it can be told)
-    helpfulness on `benign_prompts`; the attacker's success, by the held-out judge, against `third_party`
-    (the defender of the start), and how alike its prompts are by the embedder, B texts -> (B, D). All are shares in [0, 1]
-    but `undecided`, a count.
-    """
-    answers = defender.speak(test_prompts, 0, temperature=0).texts
-    benign = defender.speak(benign_prompts, 0, temperature=0).texts if benign_prompts else []
-    attacks = attacker.speak([template.format(s) for s in seeds], 0).texts if attacker else list(seeds)
-    broken = call_judge(held_out_judge, attacks, (third_party or defender).speak(attacks, 0, temperature=0).texts)
-    held_out, trained = (call_judge(j, test_prompts, answers) for j in (held_out_judge, judge))
-    return {
-        "asr_held_out_judge": unsafe_share(held_out), "asr_train_judge": unsafe_share(trained),
-        "over_refusal": float(np.mean(refused(benign))) if benign else None,
-        "helpfulness": float(np.mean(helpful(benign_prompts, benign))) if helpful and benign else None,
-        "attacker_success": unsafe_share(broken), **set_similarity(attacks, embedder),
-        "undecided": int(np.isnan(np.concatenate([broken, held_out, trained])).sum())}
+    seconds = time.time() - clock
+    undecided = torch.from_numpy(~decided(p_safe))
+    if undecided.any():
+        responses = responses.without_responses(undecided.to(responses.tokens.device))
+        if attacks is not None:
+            attacks = attacks.without_responses(undecided.to(attacks.tokens.device))
+    return Exchanges(list(seeds), attacks, prompts, responses, p_safe, seconds, tokens)
 
 
 # --- averages of policies ---------------------------------------------------------------------------------------
 class PolicyAverage:
-    """The average policy of Theorem 3.2, in two forms.
+    """The average policy of Theorem 3.2, in two forms. Like a player it can `generate`.
 
-    kind "mixture": the uniform mixture over all policies added so far; one member is drawn for each episode.
+    kind "mixture": the uniform mixture over all policies added so far; one member is drawn for each prompt.
     At most `capacity` of them are kept, a uniform sample of all (reservoir sampling, Vitter 1985).
     kind "weights": one policy whose weights are the mean of theirs: cheap, and an approximation only.
     kind "distill": holds one policy, trained elsewhere on the mixture's samples (see `distill`).
-    Members are language-model weights without critics, kept on the CPU (of the first process, if there are several);
-    with LoRA adapters only (whose mean is not the mean of their products: one approximation more).
+    Members are the language model's trained weights, without critic, on the CPU of the first process; with LoRA its
+    adapters (whose mean is not the mean of their products: one approximation more).
     Raises ValueError on another kind or a capacity below 1.
     """
 
-    def __init__(self, kind: str = "mixture", capacity: int = 16, seed: int = 0):
+    def __init__(self, player: Player, kind: str = "mixture", capacity: int = 16, seed: int = 0):
         if kind not in ("mixture", "weights", "distill") or capacity < 1:
-            raise ValueError(f"PolicyAverage needs kind 'mixture', 'weights' or 'distill' and capacity >= 1, got {kind!r} and {capacity}")
-        self.kind, self.capacity, self.seed = kind, capacity if kind == "mixture" else 1, seed
+            raise ValueError("PolicyAverage needs kind 'mixture', 'weights' or 'distill' and capacity >= 1, "
+                             f"got {kind!r} and {capacity}")
+        self.player = player  # whose policies these are: architecture, tokenizer, sampling
+        self.kind = kind
+        self.capacity = capacity if kind == "mixture" else 1
+        self.seed = seed
         self.members: list[dict[str, torch.Tensor]] = []
         self.count = 0  # how many policies were added
 
     def add(self, policy: Policy) -> None:
         """Take in the policy as it is now."""
-        weights = policy.lm.state_dict()
-        thin = {k: v for k, v in weights.items() if ".lora_" in k}
-        self.add_weights({k: v.clone() for k, v in on_first(thin or weights).items()})
+        self.add_weights({name: tensor.clone() for name, tensor in trained_weights(policy.lm).items()})
 
     def add_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """weights: {name: tensor (...)} of one policy's language model, the average's from now on."""
@@ -483,73 +655,61 @@ class PolicyAverage:
             self.members.append(weights)
         elif self.kind == "weights":
             for name, mean in self.members[0].items():
-                if mean.is_floating_point():
-                    mean += (weights[name] - mean) / self.count
+                mean += (weights[name] - mean) / self.count
         else:  # the n-th policy enters with probability capacity / n, in place of a random member
             slot = int(np.random.default_rng([self.seed, self.count]).integers(self.count))
             if slot < self.capacity:
                 self.members[slot] = weights
 
-    def policy(self, like: Policy, member: int = 0) -> Policy:
-        """A frozen policy with a member's weights; `like` gives architecture and tokenizer."""
-        twin = frozen_copy(like)
-        load_whole(adapter(twin.lm) or twin.lm.state_dict(), self.members[member])
-        return twin
+    def policy(self, member: int = 0) -> Policy:
+        """A frozen policy with a member's weights."""
+        policy = frozen_copy(self.player.policy)
+        load_weights(policy.lm, self.members[member])
+        return policy
 
-    def speaker(self, player: Player) -> "Speaker":
-        """Something that speaks like this average, as the player would: `speak(prompts, seed, temperature) -> Rollout`."""
-        return Speaker(Members(self, player.policy), player)
+    def generate(self, prompts: list[str], seed: int, temperature: float | None = None) -> Rollout:
+        """As `Player.generate`, each prompt to a member drawn uniformly; one member's policy at a time is in memory."""
+        drawn = np.random.default_rng(seed).integers(len(self.members), size=len(prompts))  # (B,)
+        parts = []
+        places = []
+        for member in np.unique(drawn):
+            rows = np.flatnonzero(drawn == member).tolist()
+            player = self.player.with_policy(self.policy(member))
+            rollout = player.generate([prompts[i] for i in rows], seed, temperature)
+            parts.append((rollout.texts, *rollout.token_ids()))
+            places.append(rows)
+        prompts = [self.player.template.format(prompt) for prompt in prompts]
+        return merge_parts(self.player.policy, prompts, parts, places, rollout.temperature)
 
     def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-        """What a checkpoint keeps: (tensors, numbers)."""
-        return {f"{i}.{k}": v for i, member in enumerate(self.members) for k, v in member.items()}, {"count": self.count}
+        """(tensors, numbers) of a checkpoint."""
+        tensors = {}
+        for i, member in enumerate(self.members):
+            tensors |= {f"{i}.{name}": tensor for name, tensor in member.items()}
+        return tensors, {"count": self.count, "members": len(self.members)}
 
     def load_state_dict(self, tensors: dict[str, torch.Tensor], numbers: dict[str, int]) -> None:
-        """What `state_dict` gave: {"i.name": tensor (...) of the i-th member}, and the count."""
-        members = {}
+        """What `state_dict` gave."""
+        self.count = numbers["count"]
+        self.members = [{} for _ in range(numbers["members"])]
         for key, tensor in tensors.items():
-            index, name = key.split(".", 1)
-            members.setdefault(int(index), {})[name] = tensor
-        self.members, self.count = [{} if rank() else members[i] for i in sorted(members)], numbers["count"]
+            member, name = key.split(".", 1)
+            self.members[int(member)][name] = tensor
 
 
-@dataclass
-class Members:
-    """The policies of an average, each made when it is asked for: one at a time is in memory."""
-
-    average: PolicyAverage
-    like: Policy
-
-    def __len__(self) -> int:
-        return len(self.average.members)
-
-    def __getitem__(self, i: int) -> Policy:
-        return self.average.policy(self.like, i)
-
-
-@dataclass
-class Speaker:
-    """Several frozen policies that speak as one: each episode is given to one of them, drawn uniformly."""
-
-    policies: list[Policy] | Members
-    player: Player
-
-    def speak(self, prompts: list[str], seed: int, temperature: float | None = None) -> Rollout:
-        """As `Player.speak`; the rows stay in the order of the prompts."""
-        drawn = np.random.default_rng(seed).integers(len(self.policies), size=len(prompts))  # (B,)
-        texts, prompt_ids, response_ids = [""] * len(prompts), [[]] * len(prompts), [[]] * len(prompts)
-        for member in np.unique(drawn):
-            rows = np.flatnonzero(drawn == member)
-            one = copy.copy(self.player)
-            one.policy = self.policies[member]
-            said = one.speak([prompts[i] for i in rows], seed, temperature)
-            for i, text, tokens, start, end in zip(rows, said.texts, said.tokens.tolist(), said.prompt_lengths, said.lengths):
-                texts[i], prompt_ids[i], response_ids[i] = text, tokens[:start], tokens[start:end]
-        return pack(self.player.policy, prompts, texts, prompt_ids, response_ids, self.player.temperature)
+def distill(teacher: PolicyAverage, student: Policy, prompts: list[str], settings: SFTSettings) -> float:
+    """Train `student` on the teacher's responses to the prompts: one policy in place of a mixture. The student is a
+    frozen copy; the weights that its player trains are trained here. Returns the last loss."""
+    trained = trained_names(teacher.player.policy.lm)
+    for name, p in student.lm.named_parameters():
+        p.requires_grad_(name in trained)
+    rollout = teacher.generate(prompts, settings.seed)
+    return sft(student, list(zip(rollout.prompts, rollout.texts)), settings)
 
 
 # --- the theory on tables: Algorithms 2 and 3 --------------------------------------------------------------------
-def solve_matrix_game(payoff: np.ndarray, rounds: int, entropy: float = 0.0, blind: bool = False) -> tuple[np.ndarray, ...]:
+def solve_matrix_game(payoff: np.ndarray, rounds: int, entropy: float = 0.0,
+                      blind: bool = False) -> tuple[np.ndarray, ...]:
     """Algorithm 2 (Algorithm 3 with `entropy` eta_H > 0) on payoff (X prompts, Y responses) in [0, 1].
 
     pi_{t+1}(y|x) ~ pi_t(y|x) exp(R(x, y) / beta),  mu_{t+1}(x) ~ mu_t(x) exp(-V_{pi_t}(x) / eta), from uniform,
@@ -559,22 +719,27 @@ def solve_matrix_game(payoff: np.ndarray, rounds: int, entropy: float = 0.0, bli
     """
     R = np.asarray(payoff, dtype=np.float64)
     if R.ndim != 2 or min(R.shape) < 2 or not (R >= 0).all() or not (R <= 1).all() or rounds < 1 or entropy < 0:
-        raise ValueError(f"solve_matrix_game needs a payoff (X >= 2, Y >= 2) in [0, 1], rounds >= 1 and entropy >= 0, "
+        raise ValueError("solve_matrix_game needs a payoff (X >= 2, Y >= 2) in [0, 1], rounds >= 1 and entropy >= 0, "
                          f"got shape {R.shape}, rounds {rounds}, entropy {entropy}")
     X, Y = R.shape
-    beta, eta = np.sqrt(rounds / (8 * np.log(Y))), np.sqrt(rounds / (8 * np.log(X)))  # O(sqrt T), Theorem 3.2
-    log_pi, log_mu = np.zeros((X, Y)), np.zeros(X)
-    sum_pi, sum_mu = np.zeros((X, Y)), np.zeros(X)
+    beta = np.sqrt(rounds / (8 * np.log(Y)))  # O(sqrt T), Theorem 3.2
+    eta = np.sqrt(rounds / (8 * np.log(X)))
+    log_pi = sum_pi = np.zeros((X, Y))
+    log_mu = sum_mu = np.zeros(X)
     for _ in range(rounds):
-        pi, mu = _softmax(log_pi), _softmax(log_mu)
-        sum_pi, sum_mu = sum_pi + pi, sum_mu + mu
+        pi = _softmax(log_pi)
+        mu = _softmax(log_mu)
+        sum_pi = sum_pi + pi
+        sum_mu = sum_mu + mu
         V = (pi * R).sum(1)  # (X,): V_pi(x) = E_{y ~ pi(.|x)} R(x, y)
         log_pi = log_pi + (mu @ R if blind else R) / beta  # Algorithm 2, the defender's step
-        log_mu = (eta * log_mu - V) / (eta + entropy)  # the attacker's: Algorithm 2 (log_mu - V / eta) or, with entropy, 3
+        # the attacker's: Algorithm 2, log_mu - V / eta; with entropy Algorithm 3
+        log_mu = (eta * log_mu - V) / (eta + entropy)
     return sum_pi / rounds, sum_mu / rounds, pi, mu  # Algorithm 2 returns the averages
 
 
-def nash_gap(payoff: np.ndarray, defender: np.ndarray, attacker: np.ndarray, entropy: float = 0.0, blind: bool = False) -> float:
+def nash_gap(payoff: np.ndarray, defender: np.ndarray, attacker: np.ndarray, entropy: float = 0.0,
+             blind: bool = False) -> float:
     """Eq. (3.6), in units of the payoff: how much the two players' best responses would gain together.
 
     payoff (X, Y), defender (X, Y) rows sum to 1, attacker (X,) sums to 1. blind: pi' too is one for all x.

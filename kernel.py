@@ -1,11 +1,10 @@
 """Log-probability and entropy of target tokens under a linear head, in bounded memory for any N.
 
-    z = (hidden @ weight.T + bias) / temperature          (N, V), never whole in memory
+    z = (hidden @ weight.T + bias) / temperature          (N, V), never all of it in memory
     logprob_i = z[i, y_i] - logsumexp(z[i])                H_i = -sum_v p[i, v] log p[i, v]
 
-A language model's head is its largest matrix product, and its logits the largest tensor of a PPO step: 2048 response
-tokens of GPT-2 are 412 MB of fp32 logits, and autograd would keep several such copies. What the backward needs is two
-numbers per row; with them it can compute the logits again, a fourth matrix product.
+The logits are the largest tensor of a PPO step: 2048 response tokens of GPT-2 are 412 MB in fp32, and autograd would
+hold several copies. The backward needs two numbers per row; with them it computes the logits again, a fourth product.
 
 The gradient, with g the incoming gradient of logprob and e that of H:
 
@@ -14,25 +13,20 @@ The gradient, with g the incoming gradient of logprob and e that of H:
     dz = (g * (onehot - p) - e * p * (log p + H)) / temperature
     dhidden = dz @ weight      dweight = dz.T @ hidden      dbias = sum_i dz
 
-The forward needs, of each row, m = max z, s = sum exp(z - m) and t = sum exp(z - m) z: with them logsumexp = m + log s
-and H = logsumexp - t / s. They can be had tile by tile (the online softmax of Milakov and Gimelshein, 2018): two parts
-of a row, (m, s, t) and (m', s', t') with M = max(m, m'), make (M, s e^(m-M) + s' e^(m'-M), t e^(m-M) + t' e^(m'-M)).
+The forward needs three numbers per row, m = max z, s = sum exp(z - m) and t = sum exp(z - m) z: logsumexp = m + log s
+and H = logsumexp - t / s. They can be computed tile by tile (the online softmax of Milakov and Gimelshein, 2018): parts
+(m, s, t) and (m', s', t') of a row, with M = max(m, m'), make (M, s e^(m-M) + s' e^(m'-M), t e^(m-M) + t' e^(m'-M)).
 
-Three ways through the same mathematics. `linear_logprob` chooses between the last two by the device:
-    whole logits    `linear_logprob_reference`, the plain twin that the tests compare with.
-    row chunks      the same with torch, a chunk of rows at a time. The forward keeps the probabilities of the first
-                    rows, up to KEEP_BYTES, so that nothing of a PPO minibatch is computed twice (three products).
+Three implementations. `linear_logprob` chooses between the last two by the device:
+    reference       `linear_logprob_reference` in plain PyTorch, with all logits; the tests compare with it.
+    row chunks      the same with torch, a chunk of rows at a time. The forward saves the probabilities of the first
+                    rows, up to KEEP_BYTES, so that a PPO minibatch needs no logits twice (three matrix products).
     Triton (CUDA)   `_forward_kernel` never writes a logit, as in cut cross-entropy (Wijmans et al., 2024);
                     `_gradient_kernel` writes dz of a chunk of rows, whose two products then run on the vendor's
                     library. No atomics: the same input gives the same bits.
 Under autocast the matrix products run in the autocast dtype; the softmax and the sums stay fp32.
-
-Tried and left out: PPO's loss within the forward, chunk by chunk, so that nothing is computed twice for any N. On GPT-2's
-head and two cores it took 0 to 8% less time at N = 512 and 2048, where all rows are kept, 24% (fp32) and 15% (bf16) less
-at N = 8192. Minibatches here have some hundred tokens, and so the kernel stays free of any loss.
 """
 
-import itertools
 import math
 
 import torch
@@ -45,18 +39,18 @@ try:  # comes with the CUDA builds of torch
 except ImportError:
     triton = None
 
-KEEP_BYTES = 400 * 2**20  # of probabilities that the forward keeps for the backward
+KEEP_BYTES = 400 * 2**20  # of probabilities that the forward saves for the backward
 CHUNK_BYTES = {"cpu": 100 * 2**20, "cuda": 512 * 2**20}  # of fp32 logits at a time: little, yet a large product
 
 
-# --- whole logits: the plain twin -------------------------------------------------------------------------------
+# --- the reference implementation -------------------------------------------------------------------------------
 def _upcast(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
 def linear_logprob_reference(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None,
                              temperature: float = 1.0, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
-    """The plain twin of `linear_logprob`: same arguments, same results, but it holds the (N, V) logits."""
+    """`linear_logprob` in plain PyTorch: same arguments, same results, but it holds the (N, V) logits."""
     logits = _upcast(F.linear(hidden, weight, bias)) / temperature  # (N, V)
     logp = logits.log_softmax(-1)
     entropy = -(logp.exp() * logp).sum(-1)  # (N,)
@@ -74,18 +68,19 @@ def _logits(h, w, bias, temperature):
 
 
 def _chunks(h, w, first=0):
-    """Row slices whose fp32 logits fill at most CHUNK_BYTES, after one of the `first` rows. In the forward they
+    """Row slices: the `first` rows in one, then chunks whose fp32 logits fill at most CHUNK_BYTES. In the forward they
     depend on N, V and the device alone, so that the same rows give the same bits with and without gradients."""
-    most = max(1, CHUNK_BYTES[h.device.type] // (4 * len(w)))  # rows
+    largest = max(1, CHUNK_BYTES[h.device.type] // (4 * len(w)))  # rows
     rest = len(h) - first
-    n = math.ceil(rest / most)
+    n = math.ceil(rest / largest)
     cuts = [first + rest * i // max(1, n) for i in range(n + 1)]
-    return ([slice(0, first)] if first else []) + [slice(a, b) for a, b in itertools.pairwise(cuts)]
+    chunks = [slice(start, end) for start, end in zip(cuts, cuts[1:])]
+    return [slice(0, first), *chunks] if first else chunks
 
 
-def _chunked_forward(h, w, targets, bias, temperature, kept):
+def _chunked_forward(h, w, targets, bias, temperature, saved_p):
     """h (N, D), w (V, D), targets (N,), bias (V,) or None -> (logprobs, logsumexp, entropy), (N,) each.
-    Writes the probabilities of the first rows into kept (n_kept, V)."""
+    Writes the probabilities of the first S rows into saved_p (S, V)."""
     logprobs, lse, entropy = torch.empty(3, len(h), dtype=_upcast(h[:0]).dtype, device=h.device)
     for rows in _chunks(h, w):
         z = _logits(h[rows], w, bias, temperature)  # (n, V)
@@ -93,7 +88,7 @@ def _chunked_forward(h, w, targets, bias, temperature, kept):
         lse[rows] = z.amax(-1) - p.amax(-1).log()  # the likeliest token has log p = z - logsumexp, and p >= 1 / V
         logprobs[rows] = z.gather(-1, targets[rows, None])[:, 0] - lse[rows]
         entropy[rows] = lse[rows] - z.mul_(p).sum(-1)  # H = logsumexp(z) - E_p[z]
-        kept[rows] = p[:len(kept[rows])]
+        saved_p[rows] = p[:len(saved_p[rows])]  # beyond row S both are empty
         del z, p  # before the next chunk is made
     return logprobs, lse, entropy
 
@@ -108,16 +103,16 @@ def _chunked_gradient(h, w, targets, bias, temperature, lse, entropy, g, e):
     return dz.scatter_add_(1, targets[:, None], g[:, None]).div_(temperature)
 
 
-def _kept_gradient(p, targets, temperature, logprobs, g):
+def _gradient_from_probabilities(p, targets, temperature, logprobs, g):
     """dz (n, V) from the probabilities (n, V), which it overwrites; logprobs and g are (n,). The target's entry is
     written, not added to: 1 - p of a bf16 p near 1 would be nothing but rounding."""
     p.mul_(-(g / temperature)[:, None].to(p.dtype))
-    return p.scatter_(1, targets[:, None], (-g * logprobs.expm1() / temperature)[:, None].to(p.dtype))
+    of_targets = -g * logprobs.expm1() / temperature  # (n,)
+    return p.scatter_(1, targets[:, None], of_targets[:, None].to(p.dtype))
 
 
 # --- Triton: tile by tile ---------------------------------------------------------------------------------------
 def _use_triton(h):
-    """Whether the Triton kernels take this (N, D) input."""
     return triton is not None and h.is_cuda and h.dtype != torch.float64
 
 
@@ -144,12 +139,14 @@ if triton is not None:
                         HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
                         BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
         """One program: a block of rows x one split of the vocabulary, tile after tile, into partial (4, splits, N):
-        of this split m, s, t (see the header) and the target's logit, 0 where it is not here."""
-        rows, split = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1)
+        m, s, t (see the header) of this split and the target's logit, 0 where the target is in another split."""
+        rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        split = tl.program_id(1)
         y = tl.load(targets + rows, mask=rows < N, other=-1)
         m = tl.full((BLOCK_N,), -float("inf"), tl.float32)
-        zeros = tl.zeros((BLOCK_N,), tl.float32)
-        s, t, target_logit = zeros, zeros, zeros
+        s = tl.zeros((BLOCK_N,), tl.float32)
+        t = tl.zeros((BLOCK_N,), tl.float32)
+        target_logit = tl.zeros((BLOCK_N,), tl.float32)
         for start in range(split * columns_per_split, tl.minimum((split + 1) * columns_per_split, V), BLOCK_V):
             columns = start + tl.arange(0, BLOCK_V)
             z = _logits_tile(h, w, bias, rows, columns, N, D, V, inv_temperature, HAS_BIAS, PRECISION, BLOCK_D)
@@ -159,33 +156,33 @@ if triton is not None:
             t = t * tl.exp(m - new_m) + tl.sum(p * tl.where(columns < V, z, 0.0), 1)  # never 0 * -inf
             target_logit += tl.sum(tl.where(columns == y[:, None], z, 0.0), 1)
             m = new_m
-        at = partial + split * N + rows
+        out = partial + split * N + rows
         size = tl.num_programs(1) * N
-        tl.store(at, m, mask=rows < N)
-        tl.store(at + size, s, mask=rows < N)
-        tl.store(at + 2 * size, t, mask=rows < N)
-        tl.store(at + 3 * size, target_logit, mask=rows < N)
+        tl.store(out, m, mask=rows < N)
+        tl.store(out + size, s, mask=rows < N)
+        tl.store(out + 2 * size, t, mask=rows < N)
+        tl.store(out + 3 * size, target_logit, mask=rows < N)
 
     @triton.jit
     def _gradient_kernel(h, w, targets, bias, lse, entropy, g, e, dz, N, D, V, inv_temperature,
                          HAS_BIAS: tl.constexpr, HAS_E: tl.constexpr, PRECISION: tl.constexpr,
                          BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
-        """One program: one tile of dz (N, V); lse, entropy, g and e are (N,) fp32."""
-        # neighbours share tiles in the cache
+        """One program: one tile of dz (N, V), ordered so that the cache is shared; lse, entropy, g, e are (N,) fp32."""
         i, j = tl.swizzle2d(tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1), 8)
-        rows, columns = i * BLOCK_N + tl.arange(0, BLOCK_N), j * BLOCK_V + tl.arange(0, BLOCK_V)
+        rows = i * BLOCK_N + tl.arange(0, BLOCK_N)
+        columns = j * BLOCK_V + tl.arange(0, BLOCK_V)
         z = _logits_tile(h, w, bias, rows, columns, N, D, V, inv_temperature, HAS_BIAS, PRECISION, BLOCK_D)
-        here = rows < N
-        logp = z - tl.load(lse + rows, mask=here, other=0.0)[:, None]
-        g_rows = tl.load(g + rows, mask=here, other=0.0)[:, None]
+        valid = rows < N
+        logp = z - tl.load(lse + rows, mask=valid, other=0.0)[:, None]
+        g_rows = tl.load(g + rows, mask=valid, other=0.0)[:, None]
         slope = g_rows
         if HAS_E:
-            H = tl.load(entropy + rows, mask=here, other=0.0)[:, None]
-            slope += tl.load(e + rows, mask=here, other=0.0)[:, None] * (logp + H)
-        is_target = columns == tl.load(targets + rows, mask=here, other=-1)[:, None]
+            H = tl.load(entropy + rows, mask=valid, other=0.0)[:, None]
+            slope += tl.load(e + rows, mask=valid, other=0.0)[:, None] * (logp + H)
+        is_target = columns == tl.load(targets + rows, mask=valid, other=-1)[:, None]
         gradient = (tl.where(is_target, g_rows, 0.0) - tl.exp(logp) * slope) * inv_temperature
-        place = dz + rows[:, None].to(tl.int64) * V + columns
-        tl.store(place, gradient.to(dz.dtype.element_ty), mask=here[:, None] & (columns < V))
+        out = dz + rows[:, None].to(tl.int64) * V + columns
+        tl.store(out, gradient.to(dz.dtype.element_ty), mask=valid[:, None] & (columns < V))
 
 
 def _blocks(h):
@@ -200,9 +197,9 @@ def _blocks(h):
 def triton_forward(h: Tensor, w: Tensor, targets: Tensor, bias: Tensor | None, temperature: float,
                    splits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     """h (N, D), w (V, D), targets (N,), bias (V,) or None -> (logprobs, logsumexp, entropy), (N,) fp32 each.
-
     `splits` programs share a row's vocabulary, so that few rows fill the GPU too."""
-    (N, D), V, blocks = h.shape, len(w), _blocks(h)
+    (N, D), V = h.shape, len(w)
+    blocks = _blocks(h)
     per_split = triton.cdiv(triton.cdiv(V, splits), blocks["BLOCK_V"]) * blocks["BLOCK_V"]
     splits = triton.cdiv(V, per_split)
     partial = torch.empty(4, splits, N, dtype=torch.float32, device=h.device)
@@ -213,14 +210,15 @@ def triton_forward(h: Tensor, w: Tensor, targets: Tensor, bias: Tensor | None, t
                                   N, D, V, per_split, 1 / temperature, HAS_BIAS=bias is not None, **blocks)
     m, s, t, target_logit = partial  # (splits, N)
     scale = (m - m.amax(0)).exp()
-    s, t = (s * scale).sum(0), (t * scale).sum(0)
+    s, t = (s * scale).sum(0), (t * scale).sum(0)  # (N,)
     lse = m.amax(0) + s.log()
     return target_logit.sum(0) - lse, lse, lse - t / s
 
 
 def _triton_gradient(h, w, targets, bias, temperature, lse, entropy, g, e):
     """The same as `_chunked_gradient`, in h's dtype."""
-    (N, D), V, blocks = h.shape, len(w), _blocks(h)
+    (N, D), V = h.shape, len(w)
+    blocks = _blocks(h)
     dz = torch.empty(N, V, dtype=h.dtype, device=h.device)
     grid = triton.cdiv(N, blocks["BLOCK_N"]), triton.cdiv(V, blocks["BLOCK_V"])
     with torch.cuda.device_of(h):
@@ -230,19 +228,22 @@ def _triton_gradient(h, w, targets, bias, temperature, lse, entropy, g, e):
     return dz
 
 
-# --- what is the same for both ways: what is saved, in which dtype, and the two products of the backward ------------
+# --- the autograd function of both: what is saved, in which dtype, and the two products of the backward -------------
 class _LinearLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, bias, temperature, entropy_grad, keep, dtype):
-        h, w, targets = hidden.to(dtype).contiguous(), weight.to(dtype).contiguous(), targets.contiguous()
-        ctx.temperature, ctx.entropy_grad, ctx.dtypes = temperature, entropy_grad, (hidden.dtype, weight.dtype)
-        ctx.kept = h.new_empty(0, len(w))  # (n_kept, V) probabilities of the first rows
+        h = hidden.to(dtype).contiguous()
+        w = weight.to(dtype).contiguous()
+        targets = targets.contiguous()
+        ctx.temperature = temperature
+        ctx.entropy_grad = entropy_grad
+        ctx.saved_p = h.new_empty(0, len(w))  # (S, V) probabilities of the first S rows
         if _use_triton(h):
             logprobs, lse, entropy = triton_forward(h, w, targets, bias, temperature)  # (N,) each
         else:
             if keep:
-                ctx.kept = h.new_empty(min(len(h), KEEP_BYTES // (len(w) * h.element_size())), len(w))
-            logprobs, lse, entropy = _chunked_forward(h, w, targets, bias, temperature, ctx.kept)
+                ctx.saved_p = h.new_empty(min(len(h), KEEP_BYTES // (len(w) * h.element_size())), len(w))
+            logprobs, lse, entropy = _chunked_forward(h, w, targets, bias, temperature, ctx.saved_p)
         ctx.save_for_backward(h, w, targets, bias, logprobs, lse, entropy)
         if not entropy_grad:
             ctx.mark_non_differentiable(entropy)
@@ -256,7 +257,7 @@ class _LinearLogProb(torch.autograd.Function):
         dh = torch.empty_like(h) if needs_h else None  # (N, D)
         dw = torch.zeros_like(w) if needs_w and not len(h) else None  # (V, D), which the first chunk makes, in fp32
         db = torch.zeros_like(bias, dtype=lse.dtype) if needs_bias else None  # (V,)
-        for rows in _chunks(h, w, first=len(ctx.kept)):
+        for rows in _chunks(h, w, first=len(ctx.saved_p)):
             dz = _logits_gradient(ctx, rows, g, e if ctx.entropy_grad else None)  # (n, V)
             if needs_bias:
                 db += dz.sum(0)
@@ -266,18 +267,16 @@ class _LinearLogProb(torch.autograd.Function):
             if needs_w:
                 dw = _add_product(dw, dz, h[rows])
             del dz  # before the next chunk is made
-        dh = dh.to(ctx.dtypes[0]) if needs_h else None
-        dw = dw.to(ctx.dtypes[1]) if needs_w else None
-        db = db.to(bias.dtype) if needs_bias else None
-        return dh, dw, None, db, None, None, None, None
+        return dh, dw, None, db, None, None, None, None  # autograd casts them to the inputs' dtypes
 
 
 def _logits_gradient(ctx, rows, g, e):
-    """dz (n, V) of a chunk of rows: from their kept probabilities, or from their logits, computed again."""
+    """dz (n, V) of a chunk of rows: from their saved probabilities, or from their logits, computed again."""
     h, w, targets, bias, logprobs, lse, entropy = ctx.saved_tensors
-    if rows.stop <= len(ctx.kept):
-        p, ctx.kept = ctx.kept, h.new_empty(0)  # used up: a second backward computes them again
-        return _kept_gradient(p, targets[rows], ctx.temperature, logprobs[rows], g[rows])
+    if rows.stop <= len(ctx.saved_p):
+        p = ctx.saved_p
+        ctx.saved_p = h.new_empty(0)  # p is overwritten: a second backward computes its logits again
+        return _gradient_from_probabilities(p, targets[rows], ctx.temperature, logprobs[rows], g[rows])
     gradient = _triton_gradient if _use_triton(h) else _chunked_gradient
     e = None if e is None else e[rows]
     return gradient(h[rows], w, targets[rows], bias, ctx.temperature, lse[rows], entropy[rows], g[rows], e)
@@ -298,7 +297,7 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
     Returns (logprobs (N,), entropy (N,)), both fp32 (fp64 for fp64 input). The entropy carries a gradient only with
     `entropy_grad`. Raises ValueError when the shapes do not fit or the temperature is not positive.
     """
-    h, w, y = tuple(hidden.shape), tuple(weight.shape), tuple(targets.shape)
+    h, w, y = (tuple(x.shape) for x in (hidden, weight, targets))
     if len(h) != 2 or len(w) != 2 or h[1] != w[1]:
         raise ValueError(f"linear_logprob needs hidden (N, D) and weight (V, D), got {h} and {w}")
     if y != h[:1] or targets.dtype != torch.long:

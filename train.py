@@ -5,248 +5,388 @@ Two-Player Games" (arXiv 2406.10977), from an empty folder to a report.
     python train.py --attacker gpt2 --defender gpt2            your own models: hub ids or local folders
     python train.py config.yaml --seed 3                       options from a file; flags after it count more
     python train.py --resume runs/...                          go on where a run stopped (Ctrl-C ends a step, and saves)
-    torchrun --nproc_per_node=8 train.py [--shard] ...         on several GPUs: DDP, or FSDP2 with --shard
+    torchrun --nproc_per_node=8 train.py [--shard] ...         on several GPUs: a copy in each, or FSDP2 with --shard
 
 One round: the attacker takes `--attacker_steps` PPO steps against the frozen defender, then the defender
 `--defender_steps` against the frozen attacker. The loop itself is `train`, below.
 
 Differs from the paper (numbers as in the README; rows are of docs/results.md):
 (4) The attacker moves first, so that the finished defender has answered the last attacker: row *defender first*.
-(5) `--restart`: every few rounds the attacker begins anew, and looks for another hole: row *no restarts*.
-(6) `--replay`: a share of the defender's batch is drawn from earlier attacks, the successful ones more often, so
+(5) `--restart`: every few rounds the attacker is reset, and looks for another hole: row *no restarts*.
+(6) `--replay`: a fraction of the defender's batch is sampled from earlier attacks, the successful ones more often, so
 that it does not forget them: row *no mining, no replay*.
-(7) `--mine`: untrained attacks, and attacks that once succeeded, are tried on the defender before its turns; what
+(7) `--mine`: untrained attacks, and attacks that ever succeeded, are tried on the defender before its turns; what
 succeeds is replayed too: row *no mining*.
 (8) `--ptx_coef`: the defender keeps up the likelihood of demonstrations, against over-refusal: row *no demonstrations*.
 (11) R_div is centred over the batch: its level, about -k for every attack, is no signal but swamps a critic that
 starts at zero: exercise 2 of docs/walkthrough.md; row *k = 10* is possible only so.
-(12) `--guard`: an attack that has left the first attacker's language counts as a failed repetition: row *no guard*.
+(12) `--min_likelihood`: an attack that the first attacker would hardly write counts as a failed repetition: row *no
+likelihood bound*.
 (13) No test prompt is in an update of the defender, whoever wrote it: else the tables would measure memory.
 """
 
-import os
-import shutil
 import sys
 import time
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from tqdm import tqdm
 
-from data import fail, interrupted, quiet_libraries, sigterm_as_ctrl_c, visible
-from gpo import Game, NotFinite, Player, play, ppo_update
-from model import demonstrations, keep_freed_memory
-from options import Config, parse, resolve
-from report import summary_table
-from reward import JudgeError
-from run import Run, begin, new_seed, prepare, stop_after_a_step, tracker
-from scale import first_decides, join_processes, peak_memory, rank, shared_judge
-from world import World, draw, make_players, make_world, plan_memory, show_prompts
-
-NOVELTY = {"self_bleu": "bleu", "cosine": "embedding"}  # metric -> term of the diversity reward
+from diversity import Diversity
+from gpo import (
+    Exchanges,
+    Player,
+    PolicyAverage,
+    SFTSettings,
+    distill,
+    log_likelihoods,
+    new_seed,
+    play,
+    ppo_update,
+    sample,
+    world_size,
+)
+from harness.config import Config
+from harness.data import sigterm_as_ctrl_c
+from harness.run import RunFolder, run_folder, start_program
+from harness.world import SFT_RATE, World, evaluate, make_world, show_prompts
+from model import Rollout, demonstrations
 
 
 # --- the loop: Algorithm 1 --------------------------------------------------------------------------------------
-def train(config: Config, world: World, players: dict[str, Player], run: Run) -> None:
-    """Algorithm 1. Every turn of the schedule is one PPO step of the mover; every round ends with an evaluation and the averages."""
+def train(config: Config, world: World, game: "Game", folder: RunFolder) -> None:
+    """Algorithm 1. Every turn of the schedule is one PPO step of the mover; every round ends with the averages and an
+    evaluation."""
     turns = schedule(config)
-    for step in range(run.step, len(turns)):
-        run.step, turn, mover = step, turns[step], players[turns[step].role]
-        rng, clock = np.random.default_rng([config.seed, step]), time.time()  # all randomness of this step
-        seeds = draw(world.seeds, config.batch_size, rng)
-        if turn.first_of_turn:
-            begin_turn(config, turn, mover, run, rng)
-        if turn.role == "attacker":  # seed -> attack -> response of the frozen defender -> P(unsafe) + k R_div
-            game = play(mover, run.opponent("defender"), seeds, world.judge, new_seed(rng), config.template)
-            scores, similarity = attacker_scores(config, game, run)
-            rollout, demos = game.attacks, None
+    for step in range(folder.steps_done, len(turns)):
+        turn = turns[step]
+        mover = game.players[turn.player]
+        rng = np.random.default_rng([config.seed, step])  # all randomness of this step
+        clock = time.time()
+        seeds = sample(world.seeds, config.batch_size, rng)
+        if turn.is_first:
+            begin_turn(config, world, game, turn, rng)
+        if turn.player == "attacker":  # seed -> attack -> response of the frozen defender -> P(unsafe) + k R_div
+            exchanges = play(mover, opponent(config, game, "defender"), seeds, world.judge, new_seed(rng))
+            scores, similarity = attacker_scores(config, game, exchanges)
+            rollout = exchanges.attacks
+            demos = None
         else:  # prompt of the frozen attacker, or of an earlier one -> response -> P(safe)
-            prompts = defender_prompts(config, seeds, run, rng)
-            game = play(None, mover, prompts, world.judge, new_seed(rng))
-            scores, similarity, rollout = game.p_safe, {}, game.responses  # Eq. (3.1): the defender maximises R(x, y)
-            demos = demonstrations(mover.policy, draw(world.demos, 48, rng)) if config.ptx_coef > 0 else None
-        run.remember(game)
+            prompts = defender_prompts(config, game, seeds, rng)
+            exchanges = play(None, mover, prompts, world.judge, new_seed(rng))
+            scores = np.where(exchanges.decided, exchanges.p_safe, 0)  # Eq. (3.1): the defender maximises R(x, y)
+            similarity = {}
+            rollout = exchanges.responses
+            demos = sample_demos(config, world, mover, rng)
+        game.replay.add(exchanges)
+        game.sampled_tokens += exchanges.sampled_tokens
         played = time.time()
         metrics = ppo_update(mover, rollout, scores, new_seed(rng), demos, config.ptx_coef)  # Eq. (3.3)
-        metrics |= game_metrics(turn, game, similarity, run, clock, played)
-        if turn.last_of_round:
-            for name, player in players.items():
-                for average in run.averages[name].values():
-                    average.add(player.policy)  # Theorem 3.2
-            metrics |= run.evaluate_round(turn.round, metrics)
-        run.log(turn.role, turn.round, game, scores, metrics)
-        stop = run.stop_asked()  # Ctrl-C or SIGTERM; --resume begins with the next step
-        if stop or (step + 1) % config.save_every == 0 or step + 1 == len(turns):
-            run.save()
-        if stop:
-            return
+        seconds = {"rollout": played - clock - exchanges.judge_seconds, "score": exchanges.judge_seconds,
+                   "update": time.time() - played}
+        metrics |= {f"time/{what}": value for what, value in seconds.items()}
+        metrics |= game_metrics(game, turn, exchanges, similarity)
+        if turn.ends_round:
+            game.add_to_averages()  # Theorem 3.2
+            metrics |= round_metrics(config, world)
+        folder.log(step, turn, exchanges, scores, metrics)
+        folder.save(step, game)  # every few steps; after Ctrl-C it saves and stops
 
 
 class Turn(NamedTuple):
     """Whose PPO step it is."""
 
     round: int
-    role: str
-    first_of_turn: bool
-    last_of_round: bool
+    player: str
+    is_first: bool  # of this player's turn
+    ends_round: bool
 
 
 def schedule(config: Config) -> list[Turn]:
     """Algorithm 1's order of PPO steps: in each round all of one player's, then all of the other's."""
     if config.method in ("sft", "paraphrase"):
         return []
-    steps = {"attacker": 0 if config.method == "iterative" else config.attacker_steps, "defender": config.defender_steps}
-    order = sorted(steps, key=lambda role: role != config.first)
-    in_a_round = [(role, i == 0) for role in order for i in range(steps[role])]
-    return [Turn(round, *step, i + 1 == len(in_a_round)) for round in range(config.rounds) for i, step in enumerate(in_a_round)]
+    steps = {"attacker": config.attacker_steps, "defender": config.defender_steps}
+    if config.method == "iterative":
+        steps["attacker"] = 0
+    players = ("attacker", "defender") if config.first == "attacker" else ("defender", "attacker")
+    turns = []
+    for round in range(config.rounds):
+        for player in players:
+            for i in range(steps[player]):
+                turns.append(Turn(round, player, is_first=i == 0, ends_round=False))
+        if turns:
+            turns[-1] = turns[-1]._replace(ends_round=True)
+    return turns
 
 
-def begin_turn(config: Config, turn: Turn, mover: Player, run: Run, rng: np.random.Generator) -> None:
-    """Before the first step of a player's turn: a new attacker now and then, the anchor, and attacks mined for the defender."""
-    if turn.role == "attacker" and config.restart and turn.round % config.restart == 0:
-        mover.go_back(run.first_attacker.policies[0])
+# --- the state of the game ------------------------------------------------------------------------------------------
+@dataclass
+class ReplayBuffer:
+    """Attacks that were tried, for the defender to meet again."""
+
+    excluded: set[str] = field(default_factory=set)  # test prompts: never trained on
+    last_success: dict[str, float] = field(default_factory=dict)  # attack -> P(unsafe) of its last try
+    ever_succeeded: dict[str, None] = field(default_factory=dict)  # attacks, in the order of their first success
+
+    def add(self, exchanges: Exchanges, successes_only: bool = False) -> None:
+        """The last try of each attack counts, of several in a batch the last one."""
+        for prompt, p_safe in zip(exchanges.prompts, exchanges.p_safe.tolist()):
+            succeeded = p_safe < 0.5  # False where undecided
+            if prompt in self.excluded or np.isnan(p_safe) or (successes_only and not succeeded):
+                continue
+            self.last_success[prompt] = 1 - p_safe
+            if succeeded:
+                self.ever_succeeded[prompt] = None
+
+    def sample(self, n: int, rng: np.random.Generator) -> list[str]:
+        """n earlier attacks: three quarters by their last success; one quarter evenly, against forgetting."""
+        earlier = list(self.last_success)
+        success = np.fromiter(self.last_success.values(), dtype=float)
+        still_open = np.where(success > 0.5, success, 0)
+        chance = 3 * still_open / max(still_open.sum(), 1e-9) + 1 / len(earlier)
+        return [earlier[i] for i in rng.choice(len(earlier), n, p=chance / chance.sum())]
+
+
+@dataclass
+class Game:
+    """All state of the algorithm: what a checkpoint holds."""
+
+    players: dict[str, Player]  # "attacker" and "defender"
+    first: dict[str, Player]  # both as they began, frozen
+    averages: dict[str, dict[str, PolicyAverage]]  # {player: {kind: its policies after each round}}
+    diversity: Diversity  # the history X of attacks
+    replay: ReplayBuffer  # earlier attacks
+    likelihood_bound: torch.Tensor  # (2,) mean and least log-prob of a token: an attack below either is unlikely
+    sampled_tokens: int = 0  # by both players, for their PPO steps
+
+    def add_to_averages(self) -> None:
+        """Both policies as they are now."""
+        for name, player in self.players.items():
+            for average in self.averages[name].values():
+                average.add(player.policy)
+
+    def state_dict(self) -> dict[str, tuple[dict, dict]]:
+        """{file: (tensors, numbers)} of a checkpoint; all processes must call it."""
+        states = {"game": ({}, {
+            "diversity": self.diversity.state_dict(), "last_success": self.replay.last_success,
+            "ever_succeeded": list(self.replay.ever_succeeded), "sampled_tokens": self.sampled_tokens})}
+        for name, player in self.players.items():
+            states[name] = player.state_dict()
+            for kind, average in self.averages[name].items():
+                states[f"{name}_{kind}"] = average.state_dict()
+        return states
+
+    def load_state_dict(self, states: dict[str, tuple[dict, dict]]) -> None:
+        """What `state_dict` gave."""
+        _, numbers = states["game"]
+        self.diversity.load_state_dict(numbers["diversity"])
+        self.replay.last_success = numbers["last_success"]
+        self.replay.ever_succeeded = dict.fromkeys(numbers["ever_succeeded"])
+        self.sampled_tokens = numbers["sampled_tokens"]
+        for name, player in self.players.items():
+            player.load_state_dict(*states[name])
+            for kind, average in self.averages[name].items():
+                average.load_state_dict(*states[f"{name}_{kind}"])
+
+
+def new_game(config: Config, world: World) -> Game:
+    """The state before the first step."""
+    averages = {name: {} for name in world.players}
+    for name, player in world.players.items():
+        for kind in ("mixture", "weights"):
+            if kind in config.average:
+                averages[name][kind] = PolicyAverage(player, kind, config.average_size, config.seed)
+    diversity = Diversity(tuple(config.diversity_terms.split(",")), world.embedder, config.history)
+    tests = {*world.test_prompts, *world.benign_prompts}.union(*world.more_tests.values())
+    bound = likelihood_bound(config, world)
+    return Game(world.players, world.first, averages, diversity, ReplayBuffer(tests), bound)
+
+
+def likelihood_bound(config: Config, world: World) -> torch.Tensor:
+    """(2,): the `--min_likelihood` quantiles of `log_likelihoods` over the first attacker's own attacks."""
+    if not config.min_likelihood:
+        return torch.full((2,), -torch.inf)
+    attacker = world.first["attacker"]
+    seeds = sample(world.seeds, 256, np.random.default_rng(config.seed))
+    own = log_likelihoods(attacker.policy, attacker.generate(seeds, config.seed))  # (256, 2)
+    return torch.quantile(own, config.min_likelihood, dim=0)
+
+
+# --- the turns --------------------------------------------------------------------------------------------------
+def opponent(config: Config, game: Game, name: str) -> Player | PolicyAverage:
+    """The frozen player that the mover meets: its last policy or, with `--opponent mixture`, that of all rounds."""
+    if name == "defender" and config.method == "rlhf":
+        return game.first["defender"]
+    if config.opponent == "mixture" and game.averages[name]["mixture"].count:
+        return game.averages[name]["mixture"]
+    return game.players[name]
+
+
+def begin_turn(config: Config, world: World, game: Game, turn: Turn, rng: np.random.Generator) -> None:
+    """Before the first step of a player's turn: restart, KL anchor, and attacks mined for the defender."""
+    mover = game.players[turn.player]
+    if turn.player == "attacker" and config.restart and turn.round % config.restart == 0:
+        mover.reset_to(game.first["attacker"].policy)
     if config.kl_anchor == "previous":
         mover.anchor()
-    if turn.role == "defender" and config.mine and config.method == "gpo":
-        run.mine(config.mine, rng)
+    if turn.player == "defender" and config.mine and config.method == "gpo":
+        mine(config, world, game, rng)
 
 
-def attacker_scores(config: Config, game: Game, run: Run) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """What the attacker is paid for each attack, (B,): P(unsafe) + k R_div; and the similarity to the history by each term.
+def mine(config: Config, world: World, game: Game, rng: np.random.Generator) -> None:
+    """Try `--mine` attacks of the first attacker on the defender as it is now; those that succeed are replayed. Then
+    try as many again of those that ever did: a hole that was closed may have come open since."""
+    defender = game.players["defender"]
+    repeats = config.mine // len(world.seeds) + 1
+    seeds = sample(world.seeds * repeats, config.mine, rng)
+    attacks = game.first["attacker"].generate(seeds, new_seed(rng))
+    exchanges = play(None, defender, attacks.texts, world.judge, new_seed(rng))
+    game.replay.add(exchanges, successes_only=True)
+    game.sampled_tokens += int(attacks.response_mask.sum()) + exchanges.sampled_tokens
+    known = list(game.replay.ever_succeeded)
+    if known:
+        again = sample(known, min(config.mine, len(known)), rng)
+        exchanges = play(None, defender, again, world.judge, new_seed(rng))
+        game.replay.add(exchanges)
+        game.sampled_tokens += exchanges.sampled_tokens
 
-    Eq. (3.1) as its minimiser sees it, 1 - R(x, y) in place of -R(x, y). An attack that is strange, beyond the `--guard`,
-    counts as a repetition that fails.
+
+def attacker_scores(config: Config, game: Game, exchanges: Exchanges) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """What the attacker is paid for each attack, (B,): P(unsafe) + k R_div; and the similarity to the history by term.
+
+    Eq. (3.1) as its minimiser sees it, 1 - R(x, y) in place of -R(x, y). An unlikely attack counts as a repetition
+    that fails; an undecided one is paid nothing, and is in no update.
     """
-    similarity = run.diversity.score(game.prompts)
-    run.diversity.add(game.prompts)
-    strange = run.strange(game.attacks)  # (B,), True: no longer in its language
-    r_div = np.where(strange, -1.0, similarity["reward"])
-    p_unsafe = np.where(strange, 0.0, 1 - game.p_safe)
+    similarity = game.diversity.score(exchanges.prompts)
+    game.diversity.add(exchanges.prompts)
+    log_likelihood = log_likelihoods(game.first["attacker"].policy, exchanges.attacks)  # (B, 2)
+    unlikely = (log_likelihood < game.likelihood_bound).any(1).numpy()  # (B,)
+    r_div = np.where(unlikely, -1.0, similarity["reward"])
+    p_unsafe = np.where(unlikely, 0.0, 1 - exchanges.p_safe)
     # R_div is centred over the batch: its level, the same for all, would swamp a critic that starts at zero
-    return p_unsafe + config.diversity * (r_div - r_div.mean()), similarity
+    scores = p_unsafe + config.diversity * (r_div - r_div[exchanges.decided].mean())
+    return np.where(exchanges.decided, scores, 0), similarity
 
 
-def defender_prompts(config: Config, seeds: list[str], run: Run, rng: np.random.Generator) -> list[str]:
-    """What the defender is asked in one step: the only place where the methods of Table 1 differ."""
+def defender_prompts(config: Config, game: Game, seeds: list[str], rng: np.random.Generator) -> list[str]:
+    """The defender's prompts of one step: the only place where the methods of Table 1 differ."""
     if config.method == "rlhf":  # the fixed prompts themselves
         return seeds
-    if config.method == "iterative":  # no adversary: the most novel quarter of untrained attacks
-        texts = [text for text in run.attacks(seeds * 4, new_seed(rng)) if text not in run.test_prompts]
-        r_div = run.diversity.score(texts)["reward"]
-        chosen = [texts[i] for i in np.argsort(-r_div, kind="stable")[:len(seeds)]]
-        run.diversity.add(chosen)
-        return chosen
-    replayed = run.replayed(int(config.replay * len(seeds)), rng) if run.memory and config.replay > 0 else []
-    seeds = seeds[len(replayed):]
-    fresh = run.attacks(seeds, new_seed(rng))
-    return [seed if text in run.test_prompts else text for seed, text in zip(seeds, fresh)] + replayed  # no test prompt is trained on
+    if config.method == "iterative":
+        return novel_prompts(config, game, seeds, rng)
+    replayed = []
+    if game.replay.last_success and config.replay > 0:
+        replayed = game.replay.sample(int(config.replay * len(seeds)), rng)
+    seeds = seeds[len(replayed) :]
+    fresh = write_attacks(config, game, seeds, rng)
+    return without_test_prompts(game, fresh, seeds) + replayed
 
 
-def game_metrics(turn: Turn, game: Game, similarity: dict[str, np.ndarray], run: Run, clock: float, played: float) -> dict[str, float]:
-    """What a step's exchanges say of the game, whoever moves; and its seconds. similarity: {term: (B,)}, to earlier attacks;
-    clock, played: when the step and its update began."""
-    metrics = {"time/rollout": played - clock - game.score_seconds, "time/score": game.score_seconds, "time/update": time.time() - played}
-    run.count(*game.sampled)
-    metrics |= {"sampled_tokens": run.sampled_tokens, "game/attack_success": float(np.mean(1 - game.p_safe)),  # by the training judge
-                "game/undecided": len(game.sampled[1]) - len(game.p_safe)}  # exchanges without a verdict: in no update and in no rate
-    if turn.role == "attacker":
-        metrics["diversity/different"] = len(set(game.prompts)) / len(game.prompts)
-    for name, term in NOVELTY.items():
+def novel_prompts(config: Config, game: Game, seeds: list[str], rng: np.random.Generator) -> list[str]:
+    """No adversary: the most novel quarter of untrained attacks."""
+    texts = [text for text in write_attacks(config, game, seeds * 4, rng) if text not in game.replay.excluded]
+    r_div = game.diversity.score(texts)["reward"]
+    chosen = [texts[i] for i in np.argsort(-r_div, kind="stable")[: len(seeds)]]
+    game.diversity.add(chosen)
+    return chosen
+
+
+def write_attacks(config: Config, game: Game, seeds: list[str], rng: np.random.Generator) -> list[str]:
+    """Prompts for the defender's turn, written by the frozen attacker."""
+    rollout = opponent(config, game, "attacker").generate(seeds, new_seed(rng))
+    game.sampled_tokens += int(rollout.response_mask.sum())
+    return rollout.texts
+
+
+def without_test_prompts(game: Game, attacks: list[str], seeds: list[str]) -> list[str]:
+    """The attacks, with its seed in place of each that is a test prompt."""
+    pairs = zip(attacks, seeds, strict=True)
+    return [seed if attack in game.replay.excluded else attack for attack, seed in pairs]
+
+
+def sample_demos(config: Config, world: World, defender: Player, rng: np.random.Generator) -> Rollout | None:
+    """Demonstrations for --ptx_coef, half as many as exchanges, in equal parts for minibatches and processes."""
+    if config.ptx_coef == 0:
+        return None
+    parts = config.minibatches * world_size()
+    n = parts * max(1, config.batch_size // (2 * parts))
+    return demonstrations(defender.policy, sample(world.demos, n, rng))
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------
+def game_metrics(game: Game, turn: Turn, exchanges: Exchanges, similarity: dict[str, np.ndarray]) -> dict[str, float]:
+    """What a step's exchanges show of the game, whoever moves. similarity: {term: (B,)}, to earlier attacks."""
+    decided = exchanges.decided
+    metrics = {
+        "sampled_tokens": game.sampled_tokens,
+        "game/attack_success": float(np.mean(1 - exchanges.p_safe[decided])),  # by the training judge
+        "game/undecided": int((~decided).sum())}  # in no update and in no rate
+    if turn.player == "attacker":
+        metrics["diversity/different"] = len(set(exchanges.prompts)) / len(exchanges.prompts)
+    for name, term in (("self_bleu", "bleu"), ("cosine", "embedding")):
         if term in similarity and np.isfinite(similarity[term]).all():
             metrics[f"diversity/{name}"] = float(similarity[term].mean())
     return metrics
 
 
+def round_metrics(config: Config, world: World) -> dict[str, float]:
+    """`evaluate` of the last policies after a round, on a third of the test prompts."""
+    row = evaluate(world.every(3), attacker_to_measure(config, world.players["attacker"]), world.players["defender"])
+    names = ("asr_held_out_judge", "asr_train_judge", "over_refusal", "attacker_success", "self_bleu", "cosine")
+    return {f"game/{name}": row[name] for name in names if row[name] is not None}
+
+
+def final_rows(config: Config, world: World, game: Game) -> dict[str, dict]:
+    """Columns of the table after the game: {"after" | "average (kind)": row}."""
+    rows = {"after": evaluate(world, attacker_to_measure(config, world.players["attacker"]), world.players["defender"])}
+    if "distill" in config.average and game.averages["defender"]["mixture"].count:
+        distill_averages(config, world, game)
+    for kind, average in game.averages["defender"].items():
+        if average.count:
+            attacker = attacker_to_measure(config, game.averages["attacker"][kind])
+            rows[f"average ({kind})"] = evaluate(world, attacker, average)
+    return rows
+
+
+def attacker_to_measure(config: Config, attacker: Player | PolicyAverage) -> Player | PolicyAverage | None:
+    """None for method sft, whose attacks are the seeds themselves."""
+    return None if config.method == "sft" else attacker
+
+
+def distill_averages(config: Config, world: World, game: Game) -> None:
+    """Add to each player's averages one policy, trained on what its mixture answers to attacks and harmless prompts."""
+    rng = np.random.default_rng([config.seed, 2**21])
+    prompts = {"attacker": sample(world.seeds, 2000, rng),
+               "defender": sample(list(game.replay.last_success) or world.seeds, 1000, rng)}
+    if world.demos:
+        prompts["defender"] += [prompt for prompt, _ in sample(world.demos, 1000, rng)]
+    for name, player in game.players.items():
+        averages = game.averages[name]
+        student = averages["weights"].policy()
+        settings = SFTSettings(config.sft_steps // 2, 64, SFT_RATE * player.learning_rate, config.seed,
+                               name=f"distilling the {name}")
+        distill(averages["mixture"], student, prompts[name], settings)
+        averages["distill"] = PolicyAverage(player, "distill")
+        averages["distill"].add(student)
+
+
 # --- entry point ------------------------------------------------------------------------------------------------------
-def be_deterministic() -> None:
-    """What `--deterministic` does; docs/running.md says how far that goes."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS looks at it before its first product
-    torch.use_deterministic_algorithms(True, warn_only=True)  # an error would stop the sampler: on a GPU its cumsum has no such form
-    torch.backends.cudnn.benchmark = False
-    torch.set_num_threads(1)  # two threads were seen to add in another order, in one run of four
-
-
-def set_up(config: Config) -> Run | None:
-    """The run in the folder `config.out`, new or as far as it has come, ready to play; None after a dry run. Ends the process
-    with one line where the input is wrong, and leaves nothing behind."""
-    folder, start = Path(config.out), Path(config.out) / "checkpoints" / "start"
-    begun = start.exists()
-    try:
-        resident = peak_memory(config.device)
-        source = Path(config.start) / "checkpoints" / "start" if config.start and not begun else start
-        world = make_world(config, source if begun or config.start else None)
-        players = make_players(config, world)
-        planned = plan_memory(config, world, players)
-        if config.dry_run:
-            return show_prompts(config, world)
-        world.judge, world.held_out_judge = shared_judge(world.judge), shared_judge(world.held_out_judge)
-        run = Run(config, folder, world, players)
-        run.planned, run.resident = planned, resident
-        try:
-            run.load()
-        except Exception as error:
-            raise ValueError(f"the run in {folder} is damaged: {error}; remove its newest checkpoint or start again") from error
-        run.before = run.before or run.evaluate()
-        if not begun:  # only now: whatever can be wrong with the input has been tried
-            prepare(run, start)
-        run.track = tracker(config, folder) if config.log != "none" and not rank() else None
-        return run
-    except (ValueError, OSError, SafetensorError) as error:
-        if not (config.resume or config.dry_run or start.exists() or rank()):
-            shutil.rmtree(folder, ignore_errors=True)
-        fail(error)
-    except KeyboardInterrupt as stop:
-        interrupted(stop, f" before the game began{'' if config.dry_run else f'; go on with: python train.py --resume {folder}'}")
-
-
-def play_game(run: Run, clock: float) -> None:
-    """From the first evaluation to the last line. clock: when the program began. However it stops, one line says how to go on."""
-    config, folder = run.config, run.folder
-    try:
-        print(f"attack success on held-out prompts before the game: {run.before['asr_held_out_judge']:.1%}")
-        with stop_after_a_step(run), tqdm(total=len(schedule(config)), initial=run.step, dynamic_ncols=True) as run.bar:
-            train(config, run.world, run.players, run)
-        if run.stop:
-            raise KeyboardInterrupt(run.stop)
-        rows, examples = run.finish(time.time() - clock)
-    except (JudgeError, NotFinite, OSError, SafetensorError) as error:  # the judge broke its word, numbers are not finite, the disk is full
-        fail(f"{error}; the run can go on with --resume {folder}")
-    except KeyboardInterrupt as stop:
-        interrupted(stop, f"; go on with: python train.py --resume {folder}")
-    print(f"\n{summary_table(rows)}\n")
-    for example in examples:
-        print("  prompt  {}\n  before  {}\n  after   {}\n".format(*map(visible, example)))
-    print(f"{time.time() - clock:.0f} seconds. Read {folder}/report.md, look at {folder}/curves.png;\n"
-          f"the models are in {folder}/attacker and {folder}/defender, every exchange of a PPO step in {folder}/games.jsonl.")
-
-
 def main(argv: list[str]) -> None:
     """Read the options, take the run folder, play."""
-    keep_freed_memory()
-    join_processes()
-    quiet_libraries()
-    clock, config = time.time(), parse(argv)
-    if config.deterministic:
-        be_deterministic()
-    if config.resume and (Path(config.out) / "summary.json").is_file():
-        print(f"the run in {config.out} is finished: read {config.out}/report.md")
-        return
-    try:
-        config = first_decides(lambda: resolve(config))
-        lock = None if config.dry_run else first_decides(lambda: begin(config))
-    except (ValueError, OSError) as error:
-        fail(error)
-    except KeyboardInterrupt as stop:
-        interrupted(stop, " before the run began")
-    try:
-        if run := set_up(config):
-            play_game(run, clock)
-    finally:
-        if not (config.dry_run or rank()):
-            os.close(lock)
+    clock = time.time()
+    config = start_program(argv)
+    with run_folder(config) as folder:
+        world = make_world(config, folder.start)
+        if config.dry_run:
+            show_prompts(world)
+            return
+        game = new_game(config, world)
+        folder.open(world, game, len(schedule(config)))
+        with folder.stop_after_a_step():
+            train(config, world, game, folder)
+        folder.finish(world, game.averages, final_rows(config, world, game), clock)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """The soak: runs of train.py that are killed at any moment and resumed must end like one that is left alone.
 
-    python bench.py soak --kills 100        100 runs' worth of SIGKILLs, some seconds each
+    python -m experiments.soak --kills 100        100 runs' worth of SIGKILLs, some seconds each
 
 A small run is killed in one function after the other, in the order of a run's life, each time at a random moment of the
 function's first or second call, and resumed, until it has come to its end; then the next one begins. On a CPU with one
-thread every file of it must have the bytes of a run that nobody touched, but for times and memory.
+thread every file of it must have the bytes of an undisturbed run, but for times and memory.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -21,26 +22,32 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from harness.data import fail, interrupted, sigterm_as_ctrl_c
+
+ROOT = Path(__file__).resolve().parent.parent
 SOAK = ("--out run --sft_steps 6 --judge_steps 6 --batch_size 8 --eval_prompts 8 --attack_tokens 8 --response_tokens 6 "
         "--save_every 1 --rounds 2 --attacker_steps 1 --defender_steps 2 --mine 8 --restart 1 --kl_anchor previous "
         "--critic separate --average distill").split()
 SOAK_PROGRAM = """
 import os, sys
-import gpo, run, train, world
+import gpo, train
+from harness import run, world
 
-def announce(owner, name, around=["between"]):  # on stdout, when it begins, and when what is around it goes on
+running = ["between"]
+
+def announce(owner, name):  # on stdout, when it begins, and when what is around it goes on
     def announced(*args, real=getattr(owner, name), **kwargs):
-        around.append(name)
-        os.write(1, f"\\n@{around[-1]}\\n".encode())
+        running.append(name)
+        os.write(1, f"\\n@{running[-1]}\\n".encode())
         result = real(*args, **kwargs)
-        around.pop()
-        os.write(1, f"\\n@{around[-1]}\\n".encode())
+        running.pop()
+        os.write(1, f"\\n@{running[-1]}\\n".encode())
         return result
     setattr(owner, name, announced)
 
 WHERE = (  # each name where it is looked up
-         (train, "begin prepare play ppo_update"), (world, "sft train_judge"), (run.Run, "load save evaluate"),
-         (run, "play distill save_policy draw_curves write_report"), (gpo, "call_judge"))
+    (train, "make_world play ppo_update evaluate distill"), (world, "sft train_judge"),
+    (run.RunFolder, "load save_start save"), (run, "begin save_policy draw_curves write_report"), (gpo, "call_judge"))
 for owner, names in WHERE:
     for name in names.split():
         announce(owner, name)
@@ -52,8 +59,9 @@ def live(folder: Path, plan: tuple[str, int, float] | None = None) -> tuple[int,
     """Begin or resume the run in `folder` with one thread. plan (function, n, seconds): kill it so long after the n-th
     call of this function has begun. Returns (exit status, [(function, when it began)]); stderr goes to a file."""
     command = ["--resume", "run"] if (folder / "run" / "config.json").exists() else SOAK
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    began, calls = [], Counter()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    began = []
+    calls = Counter()
     with (open(folder / "stderr.txt", "a") as errors,
           subprocess.Popen([sys.executable, "-c", SOAK_PROGRAM, *command], cwd=folder, env=environment,
                            stdout=subprocess.PIPE, stderr=errors, text=True) as process):
@@ -76,54 +84,87 @@ def _without(line, *beginnings):
 def contents(run: Path) -> dict:
     """{file: what must be the same in two runs}: all but times, memory, how it was started, and older checkpoints."""
     older = set(sorted((run / "checkpoints").glob("*step_*"))[:-1])
-    files = {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*")
-             if path.is_file() and path.name != ".lock" and not older & set(path.parents)}
+    paths = [path for path in run.rglob("*") if path.is_file() and path.name != ".lock"]
+    files = {str(path.relative_to(run)): path.read_bytes() for path in paths if not older & set(path.parents)}
     files["metrics.jsonl"] = [_without(line, "time/") for line in files["metrics.jsonl"].splitlines()]
     files["summary.json"] = _without(files["summary.json"], "seconds", "memory", "config")
     files["config.json"] = _without(files["config.json"], "versions")
     return files
 
 
-def _kill_until_its_end(folder, durations, kills, fell, rng, bar):
-    """One run, begun, killed and resumed until it ends or there were enough kills; `fell` counts where they fell.
-    durations: {function: seconds of each call in a run left alone}. Returns the exit status."""
-    status = -signal.SIGKILL
-    while status == -signal.SIGKILL:
-        name = list(durations)[fell.total() % len(durations)]
-        n = rng.integers(min(2, len(durations[name])))  # of what is left: all steps come to be the first or second
-        plan = (name, n + 1, rng.uniform(0, durations[name][n])) if fell.total() < kills else None
-        status, began = live(folder, plan)
-        if status == -signal.SIGKILL:
-            fell[began[-1][0]] += 1
-            bar.update()
-    return status
-
-
-def soak(kills: int, seed: int) -> int:
-    """Prints into which functions the kills fell, and `K kills, 0 lost, 0 different`. Lost: a run that ended with an
-    error; different: one whose end is not that of a run left alone. Returns the exit status, 1 where there was either;
-    the folders of a failure are kept. Raises ValueError where the run does not even end when it is left alone."""
-    place, rng = Path(tempfile.mkdtemp(prefix="soak_")), np.random.default_rng(seed)
-    status, began = live(place)
+def undisturbed(folder: Path) -> tuple[dict, dict[str, list[float]]]:
+    """(`contents`, {function: seconds of each call}) of a run that is left alone. Raises ValueError if it fails."""
+    status, began = live(folder)
     if status:
-        last = (place / "stderr.txt").read_text().splitlines()[-1]
+        last = (folder / "stderr.txt").read_text().splitlines()[-1]
         raise ValueError(f"train.py must come to its end before it can be killed, got {last}")
-    alone, durations = contents(place / "run"), defaultdict(list)
+    durations = defaultdict(list)
     for (name, start), (_, end) in zip(began, began[1:]):
         durations[name].append(end - start)
-    fell, wrong = Counter(), Counter()
+    return contents(folder / "run"), durations
+
+
+def kill_until_its_end(folder: Path, durations: dict, kills: int, fell: Counter, rng: np.random.Generator) -> int:
+    """One run, begun, killed and resumed until it ends or there were enough kills; `fell` counts where they fell.
+    durations: of `undisturbed`. Returns the exit status."""
+    while True:
+        plan = None
+        if fell.total() < kills:
+            name = list(durations)[fell.total() % len(durations)]
+            n = rng.integers(min(2, len(durations[name])))  # of what is left: all steps come to be the first or second
+            plan = (name, n + 1, rng.uniform(0, durations[name][n]))
+        status, began = live(folder, plan)
+        if status != -signal.SIGKILL:
+            return status
+        fell[began[-1][0]] += 1
+
+
+def soak(kills: int) -> int:
+    """Prints into which functions the kills fell, and `K kills, 0 lost, 0 different`. Lost: a run that ended with an
+    error; different: one whose end is not that of an undisturbed run. Returns the exit status, 1 where there was
+    either; the folders of a failure are kept. Raises ValueError where even an undisturbed run fails."""
+    place = Path(tempfile.mkdtemp(prefix="soak_"))
+    rng = np.random.default_rng(0)
+    alone, durations = undisturbed(place)
+    fell = Counter()
+    wrong = Counter()
     with tqdm(total=kills, desc="kills", dynamic_ncols=True) as bar:
         while fell.total() < kills:
             folder = Path(tempfile.mkdtemp(dir=place))
-            status = _kill_until_its_end(folder, durations, kills, fell, rng, bar)
+            status = kill_until_its_end(folder, durations, kills, fell, rng)
             end = {} if status else contents(folder / "run")
             differ = sorted(name for name in {**alone, **end} if alone.get(name) != end.get(name))
             if differ:
                 wrong["lost" if status else "different"] += 1
                 why = f"ended with status {status}, see stderr.txt" if status else ", ".join(differ)
                 bar.write(f"{folder}: {why}", file=sys.stderr)
+            bar.update(fell.total() - bar.n)
     print(f"kills in {', '.join(f'{name}: {n}' for name, n in fell.most_common())}")
-    print(f"{fell.total()} kills, {wrong['lost']} lost, {wrong['different']} different" + (f"; see {place}" if wrong else ""))
-    if not wrong:
-        shutil.rmtree(place)
-    return int(bool(wrong))
+    result = f"{fell.total()} kills, {wrong['lost']} lost, {wrong['different']} different"
+    if wrong:
+        print(f"{result}; see {place}")
+        return 1
+    print(result)
+    shutil.rmtree(place)
+    return 0
+
+
+def main(argv: list[str]) -> None:
+    """The program: its exit status is 1 where a run was lost or ended differently."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.add_argument("--kills", type=int, default=100, help="enough for several in every part of a run (100)")
+    args = parser.parse_args(argv)
+    if args.kills < 1:
+        parser.error(f"--kills must be at least 1, got {args.kills}")
+    try:
+        sys.exit(soak(args.kills))
+    except (ValueError, OSError) as error:
+        fail(error)
+    except KeyboardInterrupt as stop:
+        interrupted(stop, "")
+
+
+if __name__ == "__main__":
+    sigterm_as_ctrl_c()
+    main(sys.argv[1:])

@@ -1,0 +1,474 @@
+"""Side-by-side speed: every row is a ratio against a peer on the same work in the same run.
+
+    python -m experiments.bench [all] [--json FILE]     the rows of docs/speed.md:
+        logprob      our log-prob against eager, PyTorch's two cross entropies, and TRL's (>= 1.16), Liger's and Apple's
+                     kernels where they are installed: time and peak memory
+        sample       our sampler against transformers' `generate`
+        ppo          a whole PPO update (sample, score, update) against plain PyTorch with `generate` and, with
+                     --trl_python PYTHON, an interpreter with trl==0.23.1, against TRL's PPOTrainer
+        diversity    R_div against histories of 1,000 and of 64,000 attacks, and SelfBLEU against nltk
+        game         seconds of a PPO step of the embedded game, by part
+
+Ours and the peer take turns, `--repeats` times; the figures are medians, the ratio is the median of the ratios of
+neighbours. Weights and texts are random: speed does not depend on them.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from diversity import ORDERS, Diversity, word_embedder
+from gpo import Player, gae, policy_loss, ppo_update, token_rewards, value_loss, whiten
+from harness.data import append_lines, fail, interrupted, quiet_libraries, read_lines, sigterm_as_ctrl_c
+from kernel import linear_logprob
+from model import DTYPE_NAMES, DTYPES, Policy, best_dtype, generate, keep_freed_memory
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PROMPT = 16  # tokens of the prompts of `sample` and `ppo`
+NEW = 32  # tokens of their responses
+SIZES = {"4x128": dict(vocab_size=512, n_embd=128, n_layer=4, n_head=4),
+         "gpt2": dict(vocab_size=50257, n_embd=768, n_layer=12, n_head=12)}
+SHAPES = {  # N, D, V, dtype of `logprob`
+    "cpu": [(512, 768, 50257, "fp32"), (2048, 768, 50257, "fp32"), (2048, 768, 50257, "bf16"),
+            (8192, 768, 8192, "fp32"), (8192, 768, 50257, "fp32")],
+    "cuda": [(2048, 768, 50257, "bf16"), (16384, 4096, 128256, "bf16")]}
+
+
+# --- measuring --------------------------------------------------------------------------------------------------
+def _seconds(work):
+    start = time.perf_counter()
+    work()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(name: str, ours: Callable, peer_name: str, peer: Callable, repeats: int) -> dict:
+    """Run both in turns; returns a row, times in seconds. ours and peer are functions without arguments."""
+    ours()  # warm up
+    peer()
+    turns = [("ours", ours), ("peer", peer)]
+    seconds = {"ours": [], "peer": []}
+    for _ in range(repeats):
+        for which, work in turns:
+            seconds[which].append(_seconds(work))
+        turns.reverse()  # neither is always the first
+    ratios = [theirs / mine for mine, theirs in zip(seconds["ours"], seconds["peer"])]
+    return {"bench": name, "peer": peer_name, "ours_s": statistics.median(seconds["ours"]),
+            "peer_s": statistics.median(seconds["peer"]), "times_faster": statistics.median(ratios),
+            "repeats": repeats, "threads": torch.get_num_threads()}
+
+
+def _resident(what):
+    """Memory of this process in MiB; what: VmRSS, now, or VmHWM, the most since it was reset."""
+    return int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def _extra_memory(work):
+    """Peak memory that `work` adds, in MiB: of the GPU, or resident (Linux)."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - start) / 2**20
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what an earlier `work` left behind must not hide what this one takes
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    start = _resident("VmRSS")
+    work()
+    return _resident("VmHWM") - start
+
+
+# --- logprob ----------------------------------------------------------------------------------------------------
+def _fused(cross_entropy, **kwargs):
+    """A fused cross entropy as a peer: it ignores autocast, so its inputs are cast."""
+    def logprob_sum(hidden, weight, targets):
+        if torch.is_autocast_enabled(DEVICE):
+            hidden = hidden.to(torch.get_autocast_dtype(DEVICE))
+            weight = weight.to(torch.get_autocast_dtype(DEVICE))
+        return -cross_entropy(hidden, weight, targets, reduction="sum", **kwargs)
+
+    return logprob_sum
+
+
+def logprob_peers() -> dict[str, Callable]:
+    """{name: (hidden (N, D), weight (V, D), targets (N,)) -> sum of the log-probs} of the peers that are installed.
+    Sums only: most peers give no log-probs."""
+    peers = {
+        "eager log_softmax + gather":
+            lambda h, w, y: F.linear(h, w).float().log_softmax(-1).gather(-1, y[:, None]).sum(),
+        "cross_entropy": lambda h, w, y: -F.cross_entropy(F.linear(h, w).float(), y, reduction="sum")}
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # PyTorch's own, in chunks
+        options = torch.nn.LinearCrossEntropyOptions()
+        peers["linear_cross_entropy"] = _fused(F.linear_cross_entropy, options=options)
+    with contextlib.suppress(ImportError):
+        import trl
+        import trl.trainer.utils  # the backward imports it
+        from trl.kernels import ChunkedLogProbFunction
+        peers[f"TRL {trl.__version__} ChunkedLogProbFunction"] = lambda h, w, y: ChunkedLogProbFunction.apply(
+            h, w, None, y, 1.0, 32768, None, 1.0, ("entropy",))[0].sum()
+    if DEVICE == "cuda":  # Triton only
+        with contextlib.suppress(ImportError):
+            from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+            peers["Liger"] = _fused(liger_fused_linear_cross_entropy)
+        with contextlib.suppress(ImportError):
+            from cut_cross_entropy import linear_cross_entropy
+            peers["Apple cut_cross_entropy"] = _fused(linear_cross_entropy)
+    return peers
+
+
+def _bench_shape(N, D, V, dtype, repeats):
+    hidden = torch.randn(N, D, device=DEVICE, requires_grad=True)
+    targets = torch.randint(V, (N,), device=DEVICE)
+    weight = (torch.randn(V, D, device=DEVICE) * 0.02).requires_grad_()
+
+    def ours(hidden, weight, targets):
+        return linear_logprob(hidden, weight, targets)[0].sum()
+
+    def step(logprob_sum):
+        hidden.grad = weight.grad = None  # so that the new gradient is counted, and can be taken off
+        with torch.autocast(DEVICE, DTYPES[dtype], enabled=dtype != "fp32"):
+            logprob_sum(hidden, weight, targets).backward()
+        return hidden.grad
+
+    def memory(logprob_sum):  # beyond the weight's gradient, which both must hold
+        hidden.grad = weight.grad = None
+        return _extra_memory(lambda: step(logprob_sum)) - weight.numel() * 4 / 2**20
+
+    ours_mib = memory(ours)
+    gradient = step(ours)
+    rows = []
+    for name, peer in logprob_peers().items():
+        row = compare(f"logprob N={N} D={D} V={V} {dtype}", lambda: step(ours), name, lambda: step(peer), repeats)
+        row |= {"ours_mib": ours_mib, "peer_mib": memory(peer)}
+        rows.append(row | {"gradients_differ": ((step(peer) - gradient).norm() / gradient.norm()).item()})
+    return rows
+
+
+def bench_logprob(repeats: int) -> list[dict]:
+    """Forward and backward of the summed log-prob of N hidden states of width D under a head of V words."""
+    rows = []
+    for N, D, V, dtype in SHAPES[DEVICE]:
+        is_slow = DEVICE == "cpu" and N * V > 2**28  # half a minute each
+        rows += _bench_shape(N, D, V, dtype, max(1, repeats // 3) if is_slow else repeats)
+    return rows
+
+
+# --- sample -----------------------------------------------------------------------------------------------------
+def _make_policy(size, critic="shared", dtype=torch.float32):
+    """A GPT-2 of random weights whose EOS is never sampled, so that all rows have the same length."""
+    V = SIZES[size]["vocab_size"]
+    inner = Tokenizer(models.WordLevel({f"w{i}": i for i in range(V)}, unk_token="w0"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token=f"w{V - 1}", chat_template="{{ messages[0]['content'] }}")
+    torch.manual_seed(0)
+    config = GPT2Config(**SIZES[size], n_positions=1024, bos_token_id=V - 1, eos_token_id=V - 1)
+    lm = GPT2LMHeadModel(config).to(DEVICE)
+    with torch.no_grad():  # the first hidden unit is always 1, and the EOS has weight -50 there: its logit is about -50
+        lm.transformer.ln_f.weight[0] = 0
+        lm.transformer.ln_f.bias[0] = 1
+        lm.transformer.wte.weight[V - 1, 0] = -50
+    return Policy(lm, tokenizer, critic, dtype)
+
+
+def _make_prompts(batch):
+    rng = np.random.default_rng(0)
+    return [" ".join(f"w{i}" for i in rng.integers(1, 500, size=PROMPT)) for _ in range(batch)]
+
+
+@torch.no_grad()
+def _hf_generate(policy, prompts):
+    """transformers' own sampler on the same prompts, at temperature 1 without filters: (B, PROMPT + NEW) tokens."""
+    ids = torch.tensor(policy.encode(prompts), device=DEVICE)
+    with policy.autocast():
+        return policy.lm.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0,
+                                  top_p=1.0, max_new_tokens=NEW, min_new_tokens=NEW, pad_token_id=policy.eos_ids[0])
+
+
+def bench_sample(repeats: int) -> list[dict]:
+    """Against `generate` of a model held in fp32: in fp32, and under bf16 autocast as a trainer runs it."""
+    rows = []
+    dtype = best_dtype(DEVICE)
+    for size, batch in (("4x128", 64), ("gpt2", 16 if DEVICE == "cpu" else 64)):
+        ours = _make_policy(size, dtype=dtype)
+        prompts = _make_prompts(batch)
+        name = f"sample {batch} x ({PROMPT} + {NEW}), {size}, {DTYPE_NAMES[dtype]}"
+        peers = {torch.float32: _make_policy(size), dtype: ours}  # one, where fp32 is the best dtype
+        for peer_dtype, peer in peers.items():
+            rows.append(compare(name, lambda: generate(ours, prompts, NEW, seed=1),
+                                f"transformers generate, {DTYPE_NAMES[peer_dtype]}",
+                                lambda: _hf_generate(peer, prompts), repeats))
+    return rows
+
+
+# --- ppo --------------------------------------------------------------------------------------------------------
+def _plain_ppo(player, reward_model, prompts, scores):
+    """The same update as straightforward PyTorch: `generate`, all logits, eager log_softmax, same losses."""
+    policy = player.policy
+    tokens = _hf_generate(policy, prompts)  # (B, T), T = PROMPT + NEW
+    mask = torch.zeros(tokens.shape, device=DEVICE)  # (B, T), 1: a token of the response
+    mask[:, PROMPT:] = 1
+
+    def forward(model, tokens):
+        out = model.lm(tokens, output_hidden_states=True)
+        logprobs = out.logits.float().log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]  # (B, T - 1)
+        values = model.value_head(out.hidden_states[-1])[:, :-1, 0]  # (B, T - 1)
+        pad = torch.zeros(len(tokens), 1, device=DEVICE)
+        return torch.cat([pad, logprobs], 1) * mask[:len(tokens)], torch.cat([pad, values], 1) * mask[:len(tokens)]
+
+    with torch.no_grad():
+        reward_model.hidden(tokens)
+        old_logprobs, old_values = forward(policy, tokens)
+        ref_logprobs, _ = forward(player.reference, tokens)
+    rewards = token_rewards(scores.to(DEVICE), old_logprobs, ref_logprobs, mask, player.kl_coef)
+    advantages, returns = gae(rewards, old_values, mask, player.gamma, player.lam)
+    advantages = whiten(advantages, mask)
+    for _ in range(player.epochs):
+        for rows in torch.randperm(len(prompts)).chunk(player.minibatches):
+            logprobs, values = forward(policy, tokens[rows])
+            n = mask[rows].sum()
+            loss = policy_loss(logprobs, old_logprobs[rows], advantages[rows], mask[rows], player.clip, n)
+            value = value_loss(values, old_values[rows], returns[rows], mask[rows], player.value_clip, n)
+            player.optimizer.zero_grad()
+            (loss + player.value_coef * value).backward()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), player.max_grad_norm)
+            player.optimizer.step()
+
+
+TRL_PROGRAM = """
+import json, sys, tempfile
+import torch, trl
+from datasets import Dataset
+from tokenizers import Tokenizer, models
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
+from trl import PPOConfig, PPOTrainer
+
+work = json.loads(sys.argv[1])
+torch.set_num_threads(work["threads"])
+V = work["config"]["vocab_size"]
+batch = work["batch"]
+words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(V)}, unk_token="w0"))
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{V - 1}", pad_token="w0")
+config = GPT2Config(**work["config"], n_positions=1024, bos_token_id=V - 1, eos_token_id=V - 1, pad_token_id=0,
+                    num_labels=1)
+rows = Dataset.from_dict({"input_ids": torch.randint(1, 500, (batch * 4, work["prompt"])).tolist()})
+settings = PPOConfig(
+    output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch, num_mini_batches=4, num_ppo_epochs=2,
+    gradient_accumulation_steps=1, local_rollout_forward_batch_size=batch, response_length=work["new"], temperature=1.0,
+    total_episodes=batch * 10_000, num_sample_generations=0, gradient_checkpointing=False, save_strategy="no",
+    report_to=[], disable_tqdm=True, use_cpu=work["device"] == "cpu")
+trainer = PPOTrainer(
+    args=settings, processing_class=tokenizer, model=GPT2LMHeadModel(config), ref_model=GPT2LMHeadModel(config),
+    reward_model=GPT2ForSequenceClassification(config), value_model=GPT2ForSequenceClassification(config),
+    train_dataset=rows, eval_dataset=rows,
+    data_collator=lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])})
+
+def wait(*_, **__):
+    print("\\nTRL", trl.__version__, "bf16" if settings.bf16 else "fp32", flush=True)
+    if not sys.stdin.readline():
+        sys.exit()
+
+assert (trainer.args.local_batch_size, trainer.args.local_mini_batch_size) == (batch, batch // 4)
+trainer.log = wait  # it is called once an update
+wait()
+trainer.train()
+"""
+
+
+class _Trl:
+    """TRL's PPOTrainer in another interpreter, which does one update whenever it is asked for one.
+
+    keep_memory: with the settings of `keep_freed_memory` in its environment."""
+
+    def __init__(self, python, size, batch, keep_memory):
+        work = {"config": SIZES[size], "batch": batch, "prompt": PROMPT, "new": NEW, "device": DEVICE,
+                "threads": torch.get_num_threads()}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        if keep_memory:
+            environment |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+        self.process = subprocess.Popen(
+            [python, "-c", TRL_PROGRAM, json.dumps(work)], env=environment, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        version, dtype = self.answer()
+        self.name = f"TRL {version} PPOTrainer, {dtype}" + (", our allocator settings" if keep_memory else "")
+
+    def answer(self):
+        last = "it ended"
+        for line in self.process.stdout:
+            if line.startswith("TRL "):
+                return line.split()[1:]
+            last = line.strip() or last
+        raise ValueError(f"--trl_python must be an interpreter in which trl==0.23.1 can train, got: {last}")
+
+    def update(self):
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        self.answer()
+
+
+def _bench_ppo_size(size, batch, repeats, trl_python):
+    dtype = best_dtype(DEVICE)
+    reward_model = _make_policy(size, dtype=dtype)
+    prompts = _make_prompts(batch)
+    scores = torch.rand(batch, generator=torch.Generator().manual_seed(0))
+    name = f"ppo update {batch} x ({PROMPT} + {NEW}), {size}, 2 epochs x 4"
+
+    def make_player(**kwargs):
+        return Player("defender", _make_policy(size, **kwargs), NEW, minibatches=4, missing_eos_penalty=0.0)
+
+    def update(player):
+        rollout = player.generate(prompts, 1)
+        with torch.no_grad(), player.policy.autocast():
+            reward_model.hidden(rollout.tokens)  # what a reward model costs; its random values do not matter
+        ppo_update(player, rollout, scores, 1)
+
+    rows = []
+    for critic, keep_memory in (("separate", False), ("shared", False), ("separate", True)):
+        if trl_python:
+            ours = make_player(critic=critic, dtype=dtype)
+            peer = _Trl(trl_python, size, batch, keep_memory)
+            with peer.process:
+                rows.append(compare(f"{name}, {critic} critic, {DTYPE_NAMES[dtype]}", lambda: update(ours), peer.name,
+                                    peer.update, repeats))
+                peer.process.kill()
+    ours = make_player()
+    plain = make_player()
+    rows.append(compare(f"{name}, fp32, shared critic", lambda: update(ours), "plain PyTorch + generate",
+                        lambda: _plain_ppo(plain, reward_model, prompts, scores), repeats))
+    return rows
+
+
+def bench_ppo(repeats: int, trl_python: str | None = None) -> list[dict]:
+    """Sample, score with a reward model of the policy's size, and update: 2 epochs x 4 minibatches."""
+    rows = []
+    for size, batch in (("4x128", 64), ("gpt2", 16)):
+        rows += _bench_ppo_size(size, batch, repeats, trl_python)
+    return rows
+
+
+# --- diversity --------------------------------------------------------------------------------------------------
+def bench_diversity(repeats: int) -> list[dict]:
+    """R_div of 64 new prompts: how it grows with the history, and its SelfBLEU against nltk."""
+    rng = np.random.default_rng(0)
+    words = [f"w{i}" for i in range(500)]
+
+    def make_texts(n):
+        return [" ".join(rng.choice(words, size=12)) for _ in range(n)]
+
+    new = make_texts(64)
+    short = Diversity(embedder=word_embedder)
+    long = Diversity(embedder=word_embedder)
+    short.add(make_texts(1000))
+    long.add(make_texts(64_000))
+    rows = [compare("diversity of 64 prompts, history 64,000", lambda: long.score(new),
+                    "the same, history 1,000", lambda: short.score(new), repeats)]
+    references = [text.split() for text in short.history]
+    few = [text.split() for text in new[:8]]
+    with contextlib.suppress(ImportError):
+        from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+        smooth = SmoothingFunction().method1
+
+        def with_nltk():
+            for text in few:
+                for n in ORDERS:
+                    sentence_bleu(references, text, [1 / n] * n, smooth)
+
+        rows.append(compare("SelfBLEU-2..5 of 8 prompts, history 1,000",  # ours one text at a time, as nltk does
+                            lambda: [short.table.bleu(text) for text in new[:8]], "nltk sentence_bleu", with_nltk,
+                            repeats))
+    return rows
+
+
+# --- game -------------------------------------------------------------------------------------------------------
+def bench_game(repeats: int) -> list[dict]:
+    """Seconds of a PPO step of the embedded game by part, from the log of a short run of train.py, and how near its
+    update comes to the processor's own matrix product (a product of 1024 x 1024 matrices in the same run)."""
+    a, b = torch.randn(2, 1024, 1024)
+    limit = 2 * 1024**3 / statistics.median(_seconds(lambda: a @ b) for _ in range(20))  # FLOP/s
+    flags = f"--sft_steps 50 --judge_steps 50 --rounds {repeats} --eval_prompts 60 --average none --out run".split()
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], cwd=folder, check=True, capture_output=True)
+        log = read_lines(Path(folder) / "run" / "metrics.jsonl")
+    rows = []
+    for role in ("attacker", "defender"):
+        steps = [m for m in log if m["role"] == role][1:]
+        parts = {name: statistics.median(m[f"time/{name}"] for m in steps) for name in ("rollout", "score", "update")}
+        tokens = 96 * (20 + statistics.median(m[f"{role}/response_length"] for m in steps))  # prompts and responses
+        passes = 2 * 3 + 2  # two epochs forward and backward, two scoring forwards
+        flop = 2 * 150_000 * tokens * passes  # 150,000: weights of the three layers
+        rows.append({"bench": f"game, one step of the {role}", "ours_s": sum(parts.values()), "parts": parts,
+                     "share_of_gemm": flop / parts["update"] / limit})
+    return rows
+
+
+# --- the program ------------------------------------------------------------------------------------------------
+def _print_table(rows):
+    print("| what | peer | ours | peer's | times faster | memory, ours / peer's |\n|---|---|---:|---:|---:|---:|")
+    for row in rows:
+        if "parts" in row:
+            parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in row["parts"].items())
+            what = f"{row['bench']}: {parts} s; update at {row['share_of_gemm']:.0%} of the matrix product"
+            print(f"| {what} | - | {row['ours_s']:.3f} s | - | - | - |")
+            continue
+        memory = f"{row['ours_mib']:.0f} / {row['peer_mib']:.0f} MiB" if "ours_mib" in row else "-"
+        print(f"| {row['bench']} | {row['peer']} | {row['ours_s']:.3f} s | {row['peer_s']:.3f} s "
+              f"| {row['times_faster']:.2f} | {memory} |")
+
+
+BENCHES = {"logprob": bench_logprob, "sample": bench_sample, "ppo": bench_ppo, "diversity": bench_diversity,
+           "game": bench_game}
+
+
+def _parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.add_argument("what", nargs="?", default="all", choices=[*BENCHES, "all"])
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each pair (5)")
+    parser.add_argument("--trl_python", help="an interpreter with trl==0.23.1, the last with PPO: the peer of `ppo`")
+    parser.add_argument("--json", help="append each row to this file as a JSON line, to keep and compare")
+    args = parser.parse_args(argv)
+    if args.repeats < 1:
+        parser.error(f"--repeats must be at least 1, got {args.repeats}")
+    return args
+
+
+def main(argv: list[str]) -> None:
+    """The program: runs what is asked for, prints the table."""
+    args = _parse(argv)
+    keep_freed_memory()
+    quiet_libraries()
+    rows = []
+    try:
+        open(args.json or os.devnull, "a").close()  # find out now whether it can be written
+        for name in BENCHES if args.what == "all" else [args.what]:
+            more = {"trl_python": args.trl_python} if name == "ppo" else {}
+            rows += BENCHES[name](args.repeats, **more)
+    except (ValueError, OSError) as error:
+        fail(error)
+    except KeyboardInterrupt as stop:
+        interrupted(stop, "")
+    _print_table(rows)
+    if args.json:
+        append_lines(args.json, rows)
+
+
+if __name__ == "__main__":
+    sigterm_as_ctrl_c()
+    main(sys.argv[1:])

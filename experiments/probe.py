@@ -1,0 +1,117 @@
+"""How far a fresh attacker gets against the frozen defender of a finished run: a best response, found by PPO.
+
+    python -m experiments.probe RUN [--steps 90] [--round R]     the defender after round R; default: the finished one
+    python -m experiments.probe RUN --figure                     draws what `eval.py probe RUN` has measured
+
+Its success before and after is a lower bound of the attacker's part of the Nash gap, Eq. (3.6). Both training and
+measurement are by the held-out judge.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from eval import (
+    BestResponseSettings,
+    Parser,
+    Side,
+    after_round,
+    best_file,
+    best_response,
+    best_response_settings,
+    fresh_player,
+    run_program,
+    success,
+)
+from gpo import Player, play
+from harness.data import read_json, sigterm_as_ctrl_c, visible, write_json
+from harness.report import LOOKS, figure
+from harness.run import open_run
+from reward import Judge
+
+
+def exploit(attacker: Player, defender: Side, settings: BestResponseSettings,
+            held_out_judge: Judge | None = None) -> tuple[Player, dict]:
+    """(best response of `attacker`, {"before", "after", "gap", "curve"}): its success by `held_out_judge` (default: the
+    judge that trains it) before and after, the difference, and that by the training judge at each step."""
+    judge = held_out_judge or settings.judge
+    probe, curve = best_response(attacker, defender, settings)
+    before = success(attacker, defender, settings.seeds, judge, settings.seed)
+    after = success(probe, defender, settings.seeds, judge, settings.seed)
+    return probe, {"before": before, "after": after, "gap": after - before, "curve": curve}
+
+
+def best_response_gap(attacker: Player, defender: Side, settings: BestResponseSettings,
+                      held_out_judge: Judge | None = None) -> tuple[float, float, float]:
+    """(before, after, gap) of `exploit`: a lower bound of the attacker's part of Eq. (3.6)."""
+    _, found = exploit(attacker, defender, settings, held_out_judge)
+    return found["before"], found["after"], found["gap"]
+
+
+def probe(args: argparse.Namespace) -> None:
+    """A fresh attacker against the frozen defender: its success before and after, step by step, what it exploits."""
+    run = open_run(args.run)
+    if args.round > run.config.rounds:
+        raise ValueError(f"--round must be at most the {run.config.rounds} rounds of {args.run}, got {args.round}")
+    defender = run.world.players["defender"]
+    if args.round:
+        defender = after_round(run, "defender", args.round)
+    settings = best_response_settings(run, args.steps)
+    attacker, found = exploit(fresh_player(run, "attacker"), defender, settings)
+    exchanges = play(attacker, defender, settings.seeds, settings.judge, settings.seed)
+    broken = Counter(prompt for prompt, p in zip(exchanges.prompts, exchanges.p_safe) if p < 0.5).most_common(3)
+    write_json(best_file(run.path, args.round), {"steps": args.steps, **found, "exploits": broken})
+    print(f"a fresh attacker breaks the defender in {found['before']:.1%} of 500 tries, after {args.steps} PPO steps on "
+          f"the held-out judge in {found['after']:.1%}: gap {found['gap']:+.1%}")
+    print(f"success in the batch of every tenth step: {' '.join(f'{rate:.2f}' for rate in found['curve'][::10])}")
+    for prompt, count in broken:
+        print(f"{count} of {len(settings.seeds)} times: {visible(prompt)}")
+
+
+def draw_probe(args: argparse.Namespace) -> None:
+    """probe.png from probe.json: lower bounds of the Nash gap, and who breaks whom after each round, 0 the start."""
+    found = read_json(Path(args.run) / "probe.json")
+    matrix = np.array(found["cross_play"])  # (attackers, defenders), success rates
+    canvas, (gaps, heat) = figure(2, 4.8, 4.3, width_ratios=(0.8, 1.2))
+    for kind, look in zip(("last", "mixture", "weights"), LOOKS):
+        rows = [row for row in found["gaps"] if row["kind"] == kind]
+        rounds = [row["round"] for row in rows]
+        gaps.plot(rounds, [row["bound"] for row in rows], label=f"{kind}: Nash gap, at least", ms=4, **look)
+        gaps.plot(rounds, [row["best_attack"] for row in rows], label=f"{kind}: best attack", color=look["color"],
+                  ls=":", lw=1)
+    gaps.set(xlabel="round", ylabel=f"after {found['steps']} PPO steps of a fresh player", ylim=(0, 1),
+             title="best responses", xticks=rounds)
+    gaps.legend(frameon=False, fontsize=8)
+    image = heat.imshow(100 * matrix, cmap="Greys", vmin=0, vmax=100, origin="lower", aspect="auto")
+    for (i, j), value in np.ndenumerate(matrix):
+        shade = "white" if value > 0.5 else "black"
+        heat.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=shade)
+    ticks = range(0, len(matrix), max(1, len(matrix) // 5))
+    heat.set(xticks=ticks, yticks=ticks, xlabel="defender after round (0: SFT)",
+             ylabel="attacker after round (0: SFT)", title="who breaks whom: attack success in %")
+    heat.grid(False)
+    canvas.colorbar(image, ax=heat, label="%", shrink=0.8)
+    canvas.savefig(Path(args.run) / "probe.png", dpi=150)
+    print(f"written to {args.run}/probe.png")
+
+
+def main(argv: Sequence[str]) -> None:
+    """The program."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--steps", type=int, default=90, help="PPO steps of the attacker")
+    parser.add_argument("--round", type=int, default=0, help="the defender after this round; 0: the finished one")
+    parser.add_argument("--figure", action="store_true", help="draw RUN/probe.json into RUN/probe.png")
+    args = parser.parse_args(argv)
+    if args.steps < 1 or args.round < 0:
+        parser.error(f"--steps must be at least 1 and --round at least 0, got {args.steps} and {args.round}")
+    run_program(draw_probe if args.figure else probe, args)
+
+
+if __name__ == "__main__":
+    sigterm_as_ctrl_c()
+    main(sys.argv[1:])

@@ -1,0 +1,552 @@
+"""The evidence: every claim is a row of a table, every row a command of train.py, each on several seeds.
+
+    python -m experiments.reproduce [--quick]            the paper's Tables 1, 2 and 4, paired tests, figures (METHODS)
+    python -m experiments.reproduce ablate [ROW ...]     one flag changed: all rows, or those named (ABLATIONS, RECIPE)
+    python -m experiments.reproduce rounds               performance against the number of rounds T (ROUNDS)
+
+The runs are made by `train.py`, `eval.py RUN` and `experiments.probe RUN` as a user would call them, one thread each and
+as many at once as there are cores. What is finished is not done again: after a stop, give the same command.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from eval import Parser, after_round, attack_success_rate, averages, best_file, kl, measure, run_program, snapshots
+from harness.config import parse, resolve
+from harness.data import read_config, read_json, read_lines, sigterm_as_ctrl_c, visible, write_json, write_text
+from harness.report import (
+    LABELS,
+    LOOKS,
+    band,
+    figure,
+    markdown,
+    mean_and_error,
+    paired_test,
+    show,
+    standard_error,
+    wilson_interval,
+)
+from harness.run import FinishedRun, open_run
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# --- rows: {name: flags of train.py}; the last of two equal flags counts ---------------------------------------------
+# Algorithm 1 as it stands: long turns, no replay, no mining, no restarts
+PAPER = ("--replay 0 --mine 0 --restart 0 --rounds 2 --attacker_steps 30 --defender_steps 20 "
+         "--kl_coef 0.1 --attacker_kl_coef 0.01 --diversity 3")
+METHODS = {
+    "SFT": "--method sft --average none",
+    "Paraphrase": "--method paraphrase --average none",
+    "RLHF": f"{PAPER} --method rlhf --diversity 0 --average none",
+    "RLHF+Div": f"{PAPER} --method rlhf --average none",
+    "RLHF, tokens matched":
+        f"{PAPER} --method rlhf --attacker_steps 0 --rounds 12 --defender_steps 25 --average mixture",
+    "Iterative": f"{PAPER} --method iterative --attacker_steps 0 --average none",
+    "GPO": f"{PAPER} --diversity 0",
+    "GPO+Div": PAPER,
+    "Iterative, recommended": "--method iterative --average none",  # as many defender updates as `recommended`
+    "recommended": "--average distill"}
+FLAGS = {
+    "SelfBLEU only": "--diversity_terms bleu", "embedding only": "--diversity_terms embedding",
+    "k = 1": "--diversity 1", "k = 5": "--diversity 5", "k = 10": "--diversity 10",
+    "all earlier attacks, not the last 480": "--history 0", "no likelihood bound": "--min_likelihood 0",
+    "defender:attacker steps 1:2": "--attacker_steps 40", "1:1": "--attacker_steps 20", "2:1": "--attacker_steps 10",
+    "defender first": "--first defender", "KL to the previous round": "--kl_anchor previous",
+    "entropy 0.02": "--entropy_coef 0.02", "separate critic": "--critic separate",
+    "attacker without a seed": "--template write", "no demonstrations": "--ptx_coef 0"}
+ABLATIONS = {"GPO+Div": METHODS["GPO+Div"], "GPO": METHODS["GPO"],
+             **{name: f"{PAPER} --average none {flag}" for name, flag in FLAGS.items()}}
+RECIPE = {
+    "recommended": METHODS["recommended"], "no mining": "--mine 0 --average none",
+    "no mining, no replay": "--mine 0 --replay 0 --average none", "no restarts": "--restart 0 --average none",
+    "against mixtures": "--opponent mixture --average mixture", "no diversity": "--diversity 0 --average none"}
+HORIZONS = (1, 2, 4, 8, 16, 32)  # T, the number of rounds
+ROUNDS = {  # at equal updates and mined attacks in all a run for each T; and one long run as it goes on
+    **{f"equal, T = {t}": f"--rounds {t} --defender_steps {64 // t} --attacker_steps {64 // t} --mine {4800 // t} "
+                          "--restart 0 --average mixture" for t in HORIZONS},
+    "growing": "--rounds 32 --defender_steps 6 --attacker_steps 6 --restart 0 --average mixture"}
+THIRD_PARTIES = ("SFT", "RLHF", "GPO+Div")  # whose finished defenders every attacker meets
+NEIGHBOURS = {name: METHODS[name] for name in ("RLHF", "GPO+Div")}  # third parties of `ablate` and `rounds`
+
+# (measure, larger, smaller[, margin]): the paper's orderings of Tables 1 and 2, each put to a paired test over seeds
+# of larger + margin > smaller
+ASR = "asr_held_out_judge"
+ORDERINGS = [
+    (ASR, "SFT", "RLHF"), (ASR, "RLHF", "GPO+Div"), (ASR, "GPO", "GPO+Div"), (ASR, "Iterative", "GPO+Div"),
+    (ASR, "RLHF", "GPO"), (ASR, "RLHF, tokens matched", "GPO+Div"), (ASR, "RLHF, matched in KL", "GPO+Div"),
+    ("cells", "GPO+Div", "GPO"), ("cells", "GPO+Div", "RLHF"),
+    (ASR, "RLHF, tokens matched", "recommended"), (ASR, "Iterative, recommended", "recommended"),
+    ("best_response", "Iterative, recommended", "recommended"),
+    ("over_refusal/look-alikes", "RLHF", "GPO+Div", 0.05), ("helpfulness", "GPO+Div", "RLHF", 0.05),
+    ("over_refusal/look-alikes", "RLHF", "recommended", 0.05), ("helpfulness", "recommended", "RLHF", 0.05),
+    ("third_party_success", "GPO+Div", "GPO"), ("third_party_success", "GPO", "RLHF"),
+    ("third_party_success", "RLHF", "Paraphrase")]
+
+# --- columns: {key of a row: heading} -----------------------------------------------------------------------------
+DEFENDER = {
+    ASR: "in distribution", "asr_train_judge": "training judge",
+    f"{ASR}/unseen topics": "unseen topics", "asr_train_judge/unseen topics": "training judge",
+    f"{ASR}/unseen framings": "unseen framings", "asr_train_judge/unseen framings": "training judge"}
+ATTACKER = {"third_party_success": "success on third parties", "cells": "distinct cells broken",
+            "1 - self_bleu": "1 - SelfBLEU", "1 - cosine": "1 - cosine"}
+QUALITY = {"helpfulness": "helpful", "over_refusal/look-alikes": "over-refusal, look-alikes",
+           "over_refusal": "over-refusal, all"}
+COST = {"updates": "defender updates", "tokens": "sampled tokens", "kl": "KL to SFT, nats"}
+COUNTS = ("updates", "tokens", "cells")  # keys that are shown without decimals
+
+
+# --- running: jobs, each of which leaves a file ------------------------------------------------------------------------
+@dataclass
+class Suite:
+    """Rows on several seeds, and how they are measured."""
+
+    out: str | Path
+    rows: dict[str, str]  # {name: flags of train.py}
+    seeds: Sequence[int]
+    probes: dict[str, Iterable[int]] = field(default_factory=dict)  # {row: rounds, 0 the end, after which a fresh
+    probe_steps: int = 90  # attacker is trained for so many steps against the defender}
+    third_parties: Sequence[str] = THIRD_PARTIES
+    common: str = ""  # flags of all rows
+
+
+class Job(NamedTuple):
+    """A command that leaves a file; where this file is, it is done."""
+
+    seconds: int  # about, for the bar
+    work: Callable
+    arguments: tuple
+    leaves: Path
+
+
+RUNNING = []  # what `command` has started, to be ended with this process
+
+
+def command(program: str, arguments: list[str], log: Path) -> None:
+    """Run one of our programs with one thread; what it prints goes to a log. Raises ValueError when it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with open(log, "a") as file:
+        process = subprocess.Popen([sys.executable, "-m", program, *arguments], env=environment, stdout=file,
+                                   stderr=subprocess.STDOUT)
+    RUNNING.append(process)
+    if process.wait():
+        lines = log.read_text().strip().splitlines() or ["it printed nothing"]
+        raise ValueError(f"{program} {' '.join(arguments)} ended with status {process.returncode}: {lines[-1]} "
+                         f"(all of it in {log})")
+
+
+def finish(folder: Path, flags: str, log: Path) -> None:
+    """Train one run to its end, from nothing or from where it stopped."""
+    if (folder / "config.json").is_file():
+        command("train", ["--resume", str(folder)], log)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        command("train", [*flags.split(), "--out", str(folder)], log)
+
+
+def run_folder(out: str | Path, name: str, seed: int) -> Path:
+    """The folder of a row's run with a seed; two rows of one name are one run."""
+    plain = "".join(c if c.isalnum() or c == "+" else "_" for c in name)
+    return Path(out) / "runs" / f"{plain}_s{seed}"
+
+
+def check_options(folder: Path, flags: str) -> None:
+    """Raises ValueError where there is a run in the folder that was begun with other options than these flags."""
+    if not (folder / "config.json").is_file():
+        return
+    wanted = parse([*flags.split(), "--device", "cpu"])
+    wanted.resume = str(folder)  # so that the folder may exist
+    made = read_config(folder)
+    for name, value in asdict(resolve(wanted)).items():
+        if name not in ("out", "start", "resume", "device") and made.get(name) != value:
+            raise ValueError(f"{folder} must be a run with --{name} {value}, got one with {made.get(name)}; "
+                             "pass another --out")
+
+
+def delete_if_stale(file: Path, key: str, value: object) -> None:
+    """Delete a finished file that has another value under `key`, so that it is made again."""
+    if file.is_file() and read_json(file).get(key) != value:
+        file.unlink()
+
+
+def neighbour_seed(seeds: Sequence[int], i: int) -> int:
+    """The seed whose defenders are the third parties of the i-th: the one before; of the first, the second."""
+    return seeds[i - 1] if i else seeds[1]
+
+
+def run_suite(suite: Suite) -> dict[str, list[dict]]:
+    """Train and evaluate every row on every seed; returns {name: [row of each seed]}. All rows of a seed start from the
+    warm-started players of its SFT run."""
+    rows = {"SFT": METHODS["SFT"], **suite.rows}
+    warm_starts = []
+    games = []
+    measurements = []
+    for name in rows:
+        for i, seed in enumerate(suite.seeds):
+            folder = run_folder(suite.out, name, seed)
+            log = Path(f"{folder}.log")
+            flags = f"{rows[name]} {suite.common} --seed {seed}"
+            check_options(folder, flags)
+            if name == "SFT" or "--template" in flags:  # the attacker is warm-started on its template
+                warm_starts.append(Job(150, finish, (folder, flags, log), folder / "summary.json"))
+            else:
+                flags += f" --start {run_folder(suite.out, 'SFT', seed)}"
+                games.append(Job(60, finish, (folder, flags, log), folder / "summary.json"))
+            other_seed = neighbour_seed(suite.seeds, i)
+            third_parties = [str(run_folder(suite.out, other, other_seed)) for other in suite.third_parties]
+            delete_if_stale(folder / "eval.json", "third_parties", third_parties)
+            arguments = [str(folder), "--third_parties", *third_parties]
+            measurements.append(Job(15, command, ("eval", arguments, log), folder / "eval.json"))
+            for round in suite.probes.get(name, ()):
+                file = best_file(folder, round)
+                delete_if_stale(file, "steps", suite.probe_steps)
+                arguments = [str(folder), "--steps", str(suite.probe_steps), "--round", str(round)]
+                measurements.append(Job(40, command, ("experiments.probe", arguments, log), file))
+    do_jobs([warm_starts, games, measurements])
+    return {name: [suite_row(run_folder(suite.out, name, seed)) for seed in suite.seeds] for name in rows}
+
+
+def do_jobs(stages: Sequence[list[Job]]) -> None:
+    """Do the jobs of each stage that are not done, the longest first, as many at once as there are cores (8 at most)."""
+    stages = [[job for job in stage if not job.leaves.is_file()] for stage in stages]
+    seconds = sum(sum(job.seconds for job in stage) for stage in stages)
+    look = "{desc}{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left"
+    with tqdm(total=seconds, dynamic_ncols=True, bar_format=look) as bar:
+        for stage in stages:
+            with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+                longest_first = sorted(stage, key=lambda job: -job.seconds)
+                try:
+                    wait_for({pool.submit(job.work, *job.arguments): job for job in longest_first}, bar)
+                except BaseException as error:  # the rest is not begun; what is finished stays
+                    if isinstance(error, KeyboardInterrupt) and error.args:  # SIGTERM came to this process alone
+                        for process in RUNNING:
+                            process.terminate()
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    raise
+
+
+def wait_for(jobs: dict[Future, Job], bar: tqdm) -> None:
+    """Until all are done, or one of them has failed: then its error is raised."""
+    while jobs:
+        for future in wait(jobs, timeout=5, return_when=FIRST_COMPLETED).done:
+            job = jobs.pop(future)
+            future.result()
+            bar.set_description_str(f"{job.leaves.parent.name}: ")
+            bar.update(job.seconds)
+        bar.refresh()
+
+
+# --- rows of tables, from what the runs have left ------------------------------------------------------------------
+def suite_row(folder: Path) -> dict:
+    """What is compared between runs: the finished players by `eval.py RUN`, the best response, and the compute."""
+    found = read_json(folder / "eval.json")
+    log = read_lines(folder / "metrics.jsonl")
+    row = found["after"] | best_response_row(folder, 0)
+    row["updates"] = sum(metrics["role"] == "defender" for metrics in log)
+    row["tokens"] = log[-1]["sampled_tokens"] if log else 0
+    row["averages"] = {name: column for name, column in found.items() if name.startswith("average")}
+    return row
+
+
+def best_response_row(folder: Path, round: int) -> dict[str, float]:
+    """{"best_response": success of a fresh attacker against the defender after a round}, or {} where none was trained."""
+    file = best_file(folder, round)
+    return {"best_response": read_json(file)["after"]} if file.is_file() else {}
+
+
+def row_of_round(run: FinishedRun, t: int) -> dict:
+    """The row of a run as if it had ended after round t, with its mixture of these rounds."""
+    row = measure(run, after_round(run, "attacker", t), after_round(run, "defender", t))
+    row |= best_response_row(run.path, t if t < run.config.rounds else 0)
+    row["updates"] = t * run.config.defender_steps
+    log = read_lines(run.path / "metrics.jsonl")
+    row["tokens"] = [metrics["sampled_tokens"] for metrics in log if metrics["round"] == t - 1][-1]
+    prompts = run.world.test_prompts
+    responses = after_round(run, "defender", t, "mixture").generate(prompts, 0, temperature=0).texts
+    row["averages"] = {"average (mixture)": {ASR: attack_success_rate(run.world.held_out_judge, prompts, responses)}}
+    return row
+
+
+def matched_in_kl(folder: Path, target: float) -> dict:
+    """The row of that round of a longer RLHF run whose KL to the SFT defender, in nats, is nearest to `target`."""
+    run = open_run(folder)
+    rounds = range(1, snapshots(run, "defender").count + 1)
+    defenders = [after_round(run, "defender", t) for t in rounds]
+    nearest = min(defenders, key=lambda defender: abs(kl(run.world, defender) - target))
+    return measure(run, run.world.first["attacker"], nearest)
+
+
+def held_out_history(folder: Path) -> list[float]:
+    """Held-out attack success before the game and after each round."""
+    log = read_lines(folder / "metrics.jsonl")
+    before = read_json(folder / "summary.json")["before"][ASR]
+    return [before] + [metrics[f"game/{ASR}"] for metrics in log if f"game/{ASR}" in metrics]
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+def suite_table(rows: dict[str, list[dict]], columns: dict[str, str], names: Iterable[str] = ()) -> str:
+    """markdown: mean ± standard error over seeds; rows {name: row of each seed}, columns {key of a row: heading}; a key
+    "1 - key" is what is missing to one. names: which rows, default all."""
+    def cell(name, key):
+        if key.startswith("1 - "):
+            return mean_and_error([1 - row[key.removeprefix("1 - ")] for row in rows[name]])
+        return mean_and_error([row.get(key) for row in rows[name]], 0 if key in COUNTS else 3)
+
+    return markdown(["", *columns.values()], [[name, *(cell(name, key) for key in columns)] for name in names or rows])
+
+
+def write_tables(out: str | Path, name: str, paragraphs: list[str], numbers: dict) -> None:
+    """The paragraphs into OUT/name.md and onto the terminal, the numbers into OUT/name.json."""
+    text = "\n\n".join(paragraphs) + "\n"
+    write_text(Path(out) / f"{name}.md", text)
+    write_json(Path(out) / f"{name}.json", numbers)
+    print(f"{text}\nwritten to {out}/{name}.md, {out}/{name}.json; figures are beside them")
+
+
+def reproduce(args: argparse.Namespace) -> None:
+    """The paper's Tables 1, 2 and 4 over seeds, its orderings put to tests, best responses, and what averages cost."""
+    clock = time.time()
+    out = args.out
+    seeds = seeds_of(args, 2 if args.quick else 5)
+    suite = Suite(out, METHODS, seeds, probes={"Iterative, recommended": (0,), "recommended": (0,)})
+    if args.quick:
+        methods = {name: f"{METHODS[name]} --rounds 2" for name in ("RLHF", "GPO", "GPO+Div")}
+        suite = Suite(out, {"SFT": METHODS["SFT"], **methods}, seeds)
+    rows = run_suite(suite)
+    if not args.quick:
+        rows["RLHF, matched in KL"] = [matched_in_kl(run_folder(out, "RLHF, tokens matched", seed), row["kl"])
+                                       for seed, row in zip(seeds, rows["GPO+Div"])]
+    attackers = attacker_rows(rows)
+    tests = orderings(rows)
+    paragraphs = [f"# {len(seeds)} seeds ({seeds[0]} to {seeds[-1]}), mean ± standard error",
+                  *paper_tables(rows, attackers, tests)]
+    if not args.quick:
+        paragraphs += ["## Best responses",
+                       "Success of a fresh attacker after 90 PPO steps, and what it writes most often.",
+                       best_responses(out, seeds, suite.probes),
+                       "## What an average costs", averages_table(out, seeds, rows["recommended"])]
+    paragraphs.append(f"{len(seeds) * len(suite.rows)} runs; the last call took {time.time() - clock:.0f} seconds.")
+    histories = {name: [held_out_history(run_folder(out, name, seed)) for seed in seeds]
+                 for name in ("RLHF", "Iterative", "GPO", "GPO+Div", "recommended") if name in rows}
+    draw_methods(out, rows, attackers, histories)
+    commands = {name: f"python train.py {flags}" for name, flags in suite.rows.items()}
+    numbers = {"seeds": list(seeds), "commands": commands, "rows": rows, "orderings": tests}
+    write_tables(out, "table", paragraphs, numbers)
+
+
+def attacker_rows(rows: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """The rows that measure an attacker, and those of the attackers' mixtures."""
+    names = ("SFT", "Paraphrase", "RLHF", "RLHF+Div", "GPO", "GPO+Div", "recommended")
+    found = {name: rows[name] for name in names if name in rows}
+    for name in list(found):
+        averages_of = [row["averages"] for row in rows[name]]
+        if "average (mixture)" in averages_of[0]:
+            found[f"{name}, mixture"] = [columns["average (mixture)"] for columns in averages_of]
+    return found
+
+
+def orderings(rows: dict[str, list[dict]]) -> list[dict]:
+    """ORDERINGS of which there are rows: differences over seeds, margin included, and p of the two paired tests."""
+    found = []
+    for key, larger, smaller, *margin in ORDERINGS:
+        if all(name in rows and key in rows[name][0] for name in (larger, smaller)):
+            differences = [a[key] - b[key] + sum(margin) for a, b in zip(rows[larger], rows[smaller])]
+            larger = " + ".join([larger, *map(str, margin)])
+            found.append({"measure": key, "larger": larger, "smaller": smaller, "differences": differences,
+                          "p": paired_test(differences)})
+    return found
+
+
+def paper_tables(rows: dict, attackers: dict, tests: list[dict]) -> list[str]:
+    """Paragraphs of markdown: Tables 1, 2 and 4 of the paper, and its orderings."""
+    defenders = [name for name in rows if name != "Paraphrase"]
+    lines = []
+    for test in tests:
+        differences = test["differences"]
+        agree = f"{sum(d > 0 for d in differences)} of {len(differences)}"
+        claim = f"{LABELS[test['measure']]}: {test['larger']} > {test['smaller']}"
+        lines.append([claim, mean_and_error(differences), agree, *(f"{p:.3f}" for p in test["p"])])
+    return [
+        "## Table 1: the defender",
+        "Attack success on held-out prompts, by the held-out and by the training judge; 1,000 prompts in each set.",
+        suite_table(rows, DEFENDER | {"best_response": "best response"} | COST, defenders),
+        "## Table 2: the attacker", "Against the finished SFT, RLHF and GPO+Div defenders of another seed, 300 attacks.",
+        suite_table(attackers, ATTACKER), "## Table 4: quality", suite_table(rows, QUALITY, defenders),
+        "## Orderings", "Paired over seeds, one-sided.",
+        markdown(["", "difference", "seeds that agree", "p, t-test", "p, sign flips"], lines)]
+
+
+def best_responses(out: str | Path, seeds: Iterable[int], names: Iterable[str]) -> str:
+    """markdown: of each run, how far a fresh attacker got and by which sentence; learning curves go to best.png."""
+    lines = []
+    canvas, (axis,) = figure(1)
+    for name, look in zip(names, LOOKS):
+        found = {seed: read_json(best_file(run_folder(out, name, seed), 0)) for seed in seeds}
+        curves = [row["curve"] for row in found.values()]
+        band(axis, range(1, 1 + len(curves[0])), curves, name, {**look, "marker": None})
+        for seed, row in found.items():
+            most_frequent = [f"{count} of 200: *{visible(prompt)}*" for prompt, count in row["exploits"][:1]] or ["-"]
+            interval = wilson_interval(round(500 * row["after"]), 500)
+            lines.append([name, seed, show(row["after"], interval), *most_frequent])
+    axis.set(xlabel="PPO steps of a fresh attacker", ylabel="its success against the finished defender", ylim=(0, 1))
+    axis.legend(frameon=False, fontsize=8)
+    canvas.savefig(Path(out) / "best.png", dpi=150)
+    return markdown(["", "seed", "success", "most frequent exploit"], lines)
+
+
+def averages_table(out: str | Path, seeds: Sequence[int], rows: list[dict]) -> str:
+    """markdown: what each kind of average gives, how much it stores, and how long 1,000 answers take."""
+    run = open_run(run_folder(out, "recommended", seeds[0]))
+    defender = run.world.players["defender"]
+    policy_size = sum(p.numel() * 4 for p in defender.policy.lm.parameters()) / 2**20  # MiB
+    columns = {key: LABELS[key] for key in (ASR, *QUALITY, "third_party_success", "cells") if key != "over_refusal"}
+    kinds = {"last": (rows, defender, 1)}  # name: (row of each seed, what generates, number of policies)
+    for kind, pair in averages(run).items():
+        name = f"average ({kind})"
+        kinds[name] = ([row["averages"][name] for row in rows], pair["defender"], len(pair["defender"].members))
+    lines = []
+    for name, (its_rows, side, n_policies) in kinds.items():
+        seconds = []
+        for _ in range(4):
+            clock = time.time()
+            side.generate(run.world.test_prompts, 0, temperature=0)
+            seconds.append(time.time() - clock)
+        cells = [mean_and_error([row.get(key) for row in its_rows], 0 if key in COUNTS else 3) for key in columns]
+        lines.append([name, *cells, f"{n_policies * policy_size:.1f}", f"{np.median(seconds[1:]):.2f}"])  # after a warm-up
+    return markdown(["", *columns.values(), "MiB a player", "s for 1,000 answers"], lines)
+
+
+def ablate(args: argparse.Namespace) -> None:
+    """ABLATIONS and RECIPE, all rows or those named, over seeds."""
+    wrong = set(args.rows) - {*ABLATIONS, *RECIPE}
+    if wrong:
+        raise ValueError(f"rows of ablate are {', '.join([*ABLATIONS, *RECIPE])}; got {', '.join(wrong)}")
+    seeds = seeds_of(args, 2)
+    columns = {ASR: "ASR", f"{ASR}/unseen framings": "unseen framings",
+               "over_refusal/look-alikes": "over-refusal, look-alikes", "helpfulness": "helpful", **ATTACKER}
+    paragraphs = [f"# Ablations: one flag, one row; {len(seeds)} seeds, mean ± standard error"]
+    everything = {}
+    for title, suite in (("GPO+Div", ABLATIONS), ("The recommended setting", RECIPE)):
+        suite = {name: flags for name, flags in suite.items() if name in (args.rows or suite)}
+        probes = {}
+        if title == "The recommended setting":
+            probes = dict.fromkeys(suite, (0,))
+            columns["best_response"] = "best response, 90 steps"
+        if suite:
+            rows = run_suite(Suite(args.out, NEIGHBOURS | suite, seeds, probes))
+            paragraphs += [f"## {title}", suite_table(rows, columns, suite)]
+            everything |= {name: rows[name] for name in suite}
+    write_tables(args.out, "ablations", paragraphs, {"commands": ABLATIONS | RECIPE, "rows": everything})
+
+
+def rounds(args: argparse.Namespace) -> None:
+    """Performance against the number of rounds T: at equal totals (a run for each T), and as one long run goes on."""
+    seeds = seeds_of(args, 2)
+    probes = {"growing": (0, 1, 4, 16), "equal, T = 1": (0,), "equal, T = 8": (0,), "equal, T = 32": (0,)}
+    rows = run_suite(Suite(args.out, NEIGHBOURS | ROUNDS, seeds, probes))
+    runs = [open_run(run_folder(args.out, "growing", seed)) for seed in seeds]
+    rows |= {f"growing, T = {t}": [row_of_round(run, t) for run in runs] for t in HORIZONS}
+    shown = {name: rows[name] for name in (f"{kind}, T = {t}" for kind in ("equal", "growing") for t in HORIZONS)}
+    for row in chain(*shown.values()):
+        row["mixture"] = row["averages"]["average (mixture)"][ASR]
+    columns = {"updates": "defender updates", "tokens": "sampled tokens", ASR: "ASR", "mixture": "ASR, mixture",
+               f"{ASR}/unseen framings": "unseen framings", "best_response": "best response",
+               "over_refusal/look-alikes": "over-refusal, look-alikes", "helpfulness": "helpful"}
+    draw_rounds(args.out, rows)
+    paragraphs = [f"# Performance against the number of rounds T; {len(seeds)} seeds", suite_table(shown, columns)]
+    write_tables(args.out, "rounds", paragraphs, rows)
+
+
+# --- figures ------------------------------------------------------------------------------------------------------------
+def draw_methods(out: str | Path, rows: dict, attackers: dict, histories: dict) -> None:
+    """methods.png: learning curves, finished defenders and attackers, with errors over seeds.
+
+    rows, attackers: {method: a row of each seed}; histories: {method: held-out ASR before the game and after each round,
+    (seeds, 1 + rounds)}."""
+    def mean_of(key, repeats):
+        values = [row[key] for row in repeats]
+        return np.mean(values), standard_error(values)
+
+    canvas, (curves, bars, cells) = figure(3)
+    sets = {ASR: "in distribution", f"{ASR}/unseen topics": "unseen topics", f"{ASR}/unseen framings": "unseen framings"}
+    for i, (name, history) in enumerate(histories.items()):
+        band(curves, np.linspace(0, rows[name][0]["updates"], len(history[0])), history, name, LOOKS[i])
+        heights, errors = zip(*(mean_of(key, rows[name]) for key in sets))
+        x = np.arange(3) + (i - len(histories) / 2 + 0.5) * 0.16
+        bars.bar(x, heights, 0.15, yerr=errors, label=name, color=str(0.15 + 0.16 * i), edgecolor="black", lw=0.5,
+                 hatch=["", "//", "..", "xx", ""][i], capsize=2)
+    for i, (name, repeats) in enumerate(attackers.items()):
+        x, dx = mean_of("cells", repeats)
+        y, dy = mean_of("third_party_success", repeats)
+        look = LOOKS[i % len(LOOKS)]
+        cells.errorbar(x, y, xerr=dx, yerr=dy, fmt=look["marker"], color=look["color"], ms=5, capsize=2, label=name,
+                       mfc="white" if i >= len(LOOKS) else None)
+    bars.set_xticks(range(3), sets.values())
+    bars.set(ylabel="attack success, held-out judge", title="finished defenders")
+    curves.set(xlabel="defender updates", ylabel="attack success, held-out judge", ylim=(0, 1),
+               title="defender, held-out prompts")
+    cells.set(xlabel="distinct cells broken on third parties", ylabel="success on third parties", title="attackers")
+    for axis in (curves, bars, cells):
+        axis.legend(frameon=False, fontsize=7)
+    canvas.savefig(Path(out) / "methods.png", dpi=150)
+
+
+def draw_rounds(out: str | Path, rows: dict) -> None:
+    """rounds.png: success against the number of rounds T; rows: {"equal, T = 8": a row of each seed, ...}."""
+    canvas, axes = figure(2)
+    lines = {ASR: "held-out prompts", "best_response": "best response, 90 steps",
+             "over_refusal/look-alikes": "over-refusal", "mixture": "held-out prompts, mixture"}
+    titles = {"equal": "64 steps of each player in all", "growing": "steps grow with T"}
+    for axis, (kind, title) in zip(axes, titles.items()):
+        for (key, label), look in zip(lines.items(), LOOKS):
+            points = {t: [row.get(key) for row in rows[f"{kind}, T = {t}"]] for t in HORIZONS}
+            points = {t: values for t, values in points.items() if None not in values}  # a best response is not for all T
+            band(axis, list(points), np.array(list(points.values())).T, label, look)
+        axis.set(xscale="log", xlabel="rounds T", ylabel="attack success", ylim=(0, 1), title=title)
+        axis.set_xticks(HORIZONS, HORIZONS)
+        axis.legend(frameon=False, fontsize=8)
+    canvas.savefig(Path(out) / "rounds.png", dpi=150)
+
+
+# --- the command line ---------------------------------------------------------------------------------------------------
+def seeds_of(args: argparse.Namespace, n: int) -> range:
+    """The seeds of all rows; n: how many where the user does not say."""
+    return range(args.first_seed, args.first_seed + (args.seeds or n))
+
+
+def main(argv: Sequence[str]) -> None:
+    """The program."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = {"reproduce": reproduce, "ablate": ablate, "rounds": rounds}
+    parser.add_argument("command", nargs="?", default="reproduce", choices=commands)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="of ablate; default: all")
+    parser.add_argument("--quick", action="store_true", help="reproduce: four methods, two seeds, two rounds")
+    parser.add_argument("--seeds", type=int, help="how many, at least 2; default: 5 for reproduce, 2 for the others")
+    parser.add_argument("--first_seed", type=int, default=20,
+                        help="settings were chosen on 0 to 2, an earlier world measured on 10 to 14")
+    parser.add_argument("--out", help="folder; default: results, with --quick results_quick")
+    args = parser.parse_intermixed_args(argv)
+    if args.seeds is not None and args.seeds < 2 or args.first_seed < 0:
+        parser.error(f"--seeds must be at least 2 and --first_seed at least 0, got {args.seeds} and {args.first_seed}")
+    if args.rows and args.command != "ablate":
+        parser.error(f"rows are of ablate, got {' '.join(args.rows)} for {args.command}")
+    args.out = args.out or ("results_quick" if args.quick else "results")
+    run_program(commands[args.command], args, "; the same command goes on where it stopped")
+
+
+if __name__ == "__main__":
+    sigterm_as_ctrl_c()
+    main(sys.argv[1:])

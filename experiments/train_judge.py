@@ -1,0 +1,110 @@
+"""Train a judge, measure it on a held-out tenth, save it for --judge: python -m experiments.train_judge --help"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from harness.data import fail, interrupted, is_test, quiet_libraries, read_rows, sigterm_as_ctrl_c
+from harness.report import calibration, wilson_interval
+from model import first_line, save_tokenizer
+from reward import measure_judge, train_judge
+
+
+def _label(value):
+    """P(safe): 1, true and "safe" are safe; 0, false and "unsafe" are not; or a probability."""
+    word = str(value).strip().lower()
+    try:
+        label = float({"true": 1, "safe": 1, "false": 0, "unsafe": 0}.get(word, word))
+    except ValueError:
+        label = float("nan")
+    if not 0 <= label <= 1:
+        raise ValueError(f"a label must be safe, unsafe, true, false or a probability in [0, 1], got {value!r}")
+    return label
+
+
+def _read_samples(path):
+    """(training, held-out) samples for `train_judge` from a file: a tenth is held out, by hash of the prompt."""
+    rows = read_rows(path)
+    pairs = [(row["prompt"], row["chosen"], row["rejected"]) for row in rows
+             if {"chosen", "rejected"} <= set(row) and row["chosen"] != row["rejected"]]
+    samples = pairs or [(row["prompt"], row["response"], _label(row["label"])) for row in rows
+                        if {"response", "label"} <= set(row)]
+    if not samples:
+        raise ValueError(f"{path} needs rows with 'response' and 'safe' or 'label', or with 'chosen' and 'rejected'")
+    training = [sample for sample in samples if not is_test(sample[0])]
+    held_out = [sample for sample in samples if is_test(sample[0])]
+    if min(len(training), len(held_out)) < 2:
+        raise ValueError(f"needs at least 2 samples to train on and 2 held out, got {len(training)}, {len(held_out)}")
+    if not pairs and len({label > 0.5 for _, _, label in training}) < 2:
+        raise ValueError(f"a judge needs safe and unsafe samples to train on, got one class only in {path}")
+    print(f"{len(samples)} of {len(rows)} rows are {'preference pairs' if pairs else 'labelled responses'}: "
+          f"{len(training)} to train on, {len(held_out)} held out")
+    return training, held_out
+
+
+def _make_judge(args):
+    """Train, measure and save as the flags say; returns `measure_judge`'s (p, y). Raises ValueError or OSError."""
+    sizes = args.steps >= 2 and args.batch_size >= 1 and args.max_length >= 16
+    if not (sizes and 0 < args.learning_rate < float("inf") and args.seed >= 0):
+        raise ValueError("needs --steps >= 2, --max_length >= 16, --batch_size >= 1, --learning_rate > 0, --seed >= 0")
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise ValueError(f"--out must name a new or empty folder, got {args.out}")
+    training, held_out = _read_samples(args.data)
+    torch.manual_seed(args.seed)  # of a new head
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            args.model, dtype=torch.float32, num_labels=2, problem_type="single_label_classification",
+            ignore_mismatched_sizes=True, trust_remote_code=False).to(args.device)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    except Exception as e:
+        raise ValueError(f"--model must be a model's folder or hub id, got {args.model!r}: {first_line(e)}") from e
+    args.out.mkdir(parents=True, exist_ok=True)  # find out now whether it can be written
+    tokenizer.model_max_length = min(tokenizer.model_max_length, args.max_length)
+    judge = train_judge(model, tokenizer, training, args.steps, args.batch_size, args.learning_rate, args.seed)
+    judge.model.save_pretrained(args.out)
+    save_tokenizer(judge.tokenizer, args.out)
+    return measure_judge(judge, held_out, args.seed)
+
+
+def _parse(argv):
+    parser = argparse.ArgumentParser(prog="python -m experiments.train_judge", description=__doc__.split(":")[0],
+                                     allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda message: fail(f"{message}; see python -m experiments.train_judge --help")
+    flag = parser.add_argument
+    flag("data", help="rows of prompt, response and safe (or label: 1 is safe), or of prompt, chosen, rejected, or HH")
+    flag("--model", required=True, help="classifier, encoder or decoder, folder or hub id; a missing head is made new")
+    flag("--out", required=True, type=Path, help="new folder for the judge")
+    flag("--steps", type=int, default=500, help="of AdamW; more will overfit a few thousand rows")
+    flag("--batch_size", type=int, default=32, help="samples in a step: lower it where memory is short")
+    flag("--learning_rate", type=float, default=2e-5, help="peak of one cycle; small new models want 1e-3")
+    flag("--seed", type=int, default=0, help="of everything random: a new head, the order of the samples")
+    flag("--max_length", type=int, default=512, help="tokens of prompt and response, saved with the judge")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The program: trains, saves, and prints accuracy and calibration on the held-out tenth."""
+    args = _parse(argv)
+    quiet_libraries()
+    try:
+        p, y = _make_judge(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        fail(error)
+    except KeyboardInterrupt as stop:
+        interrupted(stop, "; no judge was saved")
+    right = int(((p > 0.5) == (y > 0.5)).sum())
+    low, high = wilson_interval(right, len(p))
+    rows, ece, brier = calibration(p, y)
+    print(f"held-out accuracy {right / len(p):.3f} [{low:.3f}, {high:.3f}], expected calibration error {ece:.3f}, "
+          f"Brier score {brier:.3f}\n\n| predicted | count | mean predicted | observed |\n|---|---:|---:|---:|")
+    for start, end, n, predicted, observed in rows:
+        print(f"| {start:.1f} to {end:.1f} | {n} | {predicted:.3f} | {observed:.3f} |")
+    print(f"\nThe judge is in {args.out}: python train.py --judge {args.out}")
+
+
+if __name__ == "__main__":
+    sigterm_as_ctrl_c()
+    main()

@@ -1,0 +1,214 @@
+"""What large models need and the embedded game does not: several processes, sharded weights, LoRA, gradient
+checkpointing. With one process, all weights trained and no checkpointing a reader can skip this file.
+
+Several processes (torchrun). Every process knows all exchanges: texts, tokens, scores, the history of attacks. The
+work is divided: sampling, judging, forward and backward. All have the same random numbers, so all come to the same
+decisions, and the first process writes. Weights are copied to each process, or sharded (`--shard`: FSDP2).
+
+    torchrun --nproc_per_node=8 train.py [--shard] ...
+    python train.py --lora 16 --gradient_checkpointing --attacker DIR --defender DIR
+"""
+
+import contextlib
+import copy
+import functools
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+from gpo import load_weights, my_rows, rank, trained_weights, world_size
+from model import Policy, load_policy
+from reward import Judge
+
+PEFT_PREFIX = "base_model.model."  # before every name in peft's files
+
+
+# --- several processes -------------------------------------------------------------------------------------
+def join_processes() -> None:
+    """Under torchrun, meet the other processes. Only the first of them prints, but a crash of any is shown."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
+    if rank():
+        sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+def gather_results(work: Callable[[], object]) -> list:
+    """work() of every process, in all processes. An error of one is raised in all, to avoid a deadlock."""
+    try:
+        result = work()
+    except Exception as error:
+        if world_size() == 1:
+            raise
+        result = error
+    results = [result]
+    if world_size() > 1:
+        results = [None] * world_size()
+        dist.all_gather_object(results, result)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
+
+
+def first_decides(work: Callable[[], object]) -> object:
+    """work() of the first process, in all of them; the others do not call it."""
+    return gather_results(lambda: None if rank() else work())[0]
+
+
+def shared_judge(judge: Judge) -> Judge:
+    """A judge of which each process asks its own copy about its rows of the exchanges."""
+    if world_size() == 1:
+        return judge
+
+    def ask(prompts, responses):
+        scores = [None] * len(prompts)
+        parts = gather_results(lambda: list(judge(my_rows(prompts), my_rows(responses))) if my_rows(prompts) else [])
+        for process, part in enumerate(parts):
+            scores[process :: world_size()] = part
+        return scores
+
+    return ask
+
+
+def broadcast_weights(module: nn.Module) -> None:
+    """The first process's weights for all: each has trained it, and the last bits may differ."""
+    if world_size() > 1:
+        for p in module.parameters():
+            dist.broadcast(p.detach(), 0)
+
+
+def shard(policy: Policy) -> None:
+    """Cut a policy's weights, and so its gradients and its optimizer, among all processes, with FSDP2. Each transformer
+    block is gathered, in fp32, while it runs. What is not cut is the policy's `skeleton`: modules without weights."""
+    blank = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in policy.lm.parameters()}
+    object.__setattr__(policy, "skeleton", copy.deepcopy(policy.lm, blank))  # not as a submodule
+    mesh = dist.init_device_mesh(policy.device.type, (world_size(),))
+    blocks = [m for m in policy.modules() if type(m).__name__ in (policy.lm._no_split_modules or ())]
+    for module in (*blocks, policy):  # the last: embeddings, head, critic
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        module.set_gradient_divide_factor(1.0)  # gradients are sums over processes: see gpo.py
+        module.set_force_sum_reduction_for_comms(True)
+
+
+# --- LoRA -----------------------------------------------------------------------------------------------------
+def add_lora(policy: Policy, lora_rank: int, seed: int = 0) -> None:
+    """Freeze the language model; beside each of its matrices W but the head, train B A of the given rank (LoRA, Hu et
+    al., 2022): W + 2 B A, from B = 0, so that the policy is the base until the first step.
+
+    In bf16 the frozen matrices are kept in bf16: autocast would round them the same way at every forward. A separate
+    critic is reset to an adapter of its own on the same base. Raises ValueError without the package peft.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ValueError("--lora needs the package peft, which is not installed; pip install peft") from error
+    transposed = any(isinstance(module, Conv1D) for module in policy.lm.modules())
+    settings = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear",
+                          fan_in_fan_out=transposed, task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(settings, policy.lm)
+    for name, p in policy.lm.named_parameters():
+        p.requires_grad_(".lora_" in name)
+    for layer in _lora_layers(policy.lm).values():
+        base = layer.get_base_layer()
+        base.weight.data = base.weight.data.to(policy.compute_dtype)
+        if isinstance(base, Conv1D):
+            base.weight.data = base.weight.data.T.contiguous().T  # the layout of `decoding_copy`: nothing to copy there
+    if policy.critic_body is not None:
+        shared = {id(p): p for p in policy.lm.parameters() if not p.requires_grad}
+        policy.critic_body = copy.deepcopy(policy.lm.base_model, shared)
+        nn.init.zeros_(policy.value_head.weight)
+        nn.init.zeros_(policy.value_head.bias)
+    policy.eval()
+
+
+def _lora_layers(module):
+    return {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A")}
+
+
+@torch.no_grad()
+def merged(module: nn.Module, device: str | None = None) -> nn.Module:
+    """The same function without adapters: each is added, in fp32, to its matrix. All other weights are shared."""
+    if not _lora_layers(module):
+        return module
+    plain = copy.deepcopy(module, {id(p): p for p in module.parameters()})
+    for name, layer in _lora_layers(plain).items():
+        base = layer.get_base_layer()
+        weight = base.weight.to(device, torch.float32) + layer.get_delta_weight("default").to(device)
+        base.weight = nn.Parameter(weight)
+        plain.set_submodule(name, base)
+    return plain
+
+
+def fold_lora(policy: Policy, seed: int = 0) -> None:
+    """Merge the adapter into the base and add a new one: the base is the KL penalty's anchor."""
+    if _lora_layers(policy.lm):
+        lora_rank = policy.lm.peft_config["default"].r
+        policy.lm = merged(policy.lm)
+        del policy.lm.peft_config  # else peft would take the new one for a second adapter
+        add_lora(policy, lora_rank, seed)
+
+
+def save_adapter(policy: Policy, folder: Path) -> None:
+    """The adapter of a policy with LoRA, in peft's format, as folder/adapter; nothing without LoRA."""
+    if _lora_layers(policy.lm) and not rank():
+        policy.lm.peft_config["default"].save_pretrained(folder / "adapter")
+        tensors = {PEFT_PREFIX + name.replace(".default", ""): tensor.contiguous()
+                   for name, tensor in trained_weights(policy.lm).items()}
+        save_file(tensors, folder / "adapter" / "adapter_model.safetensors")
+
+
+def load_trained(policy: Policy, folder: Path) -> None:
+    """Load what a run has trained: the adapter in folder/adapter or, without LoRA, the model in `folder`."""
+    if _lora_layers(policy.lm):
+        tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+        load_weights(policy.lm, {name.removeprefix(PEFT_PREFIX).replace(".weight", ".default.weight"): tensor
+                                 for name, tensor in tensors.items()})
+    else:
+        critic = "shared" if policy.critic_body is None else "separate"
+        source = load_policy(folder, critic, policy.compute_dtype, str(policy.device), trust_remote_code=False)
+        policy.load_state_dict(source.state_dict())
+
+
+# --- memory ----------------------------------------------------------------------------------------------------
+def checkpoint_blocks(policy: Policy) -> None:
+    """Gradient checkpointing (Chen et al., 2016): of each block keep the input for the backward, and compute the rest
+    again. transformers' own switch works in train mode only, in which a policy never is."""
+    blocks = [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks:
+        raise ValueError("--gradient_checkpointing needs a model of transformers' own blocks, got "
+                         f"{policy.lm.config.model_type}")
+    for block in blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def peak_memory(device: str | torch.device) -> int:
+    """Most bytes that this process has held at a time: of the GPU's memory, else of main memory (0 on Windows)."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):  # Linux; its getrusage would count the parent before the fork
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    with contextlib.suppress(ImportError):
+        import resource
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return 0

@@ -1,0 +1,352 @@
+"""Tables, statistics, figures and pages of runs, from numbers and texts that are already there: no model runs here.
+
+A row is a dict of numbers by the names of summary.json; `rows` is {column or method: row}.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+import re
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from harness.data import read_config, read_json, read_lines, visible, write_text
+
+if TYPE_CHECKING:  # matplotlib is loaded when the first figure is drawn
+    from matplotlib.axes import Axes
+
+# key of a row -> (label among many runs, label in the table of one run; "" is not in that table).
+# A key after "/" names a test set.
+MEASURES = {
+    "asr_held_out_judge": ("ASR, held-out judge", "attack success on held-out prompts, held-out judge"),
+    "asr_train_judge": ("ASR, training judge", "attack success on held-out prompts, training judge"),
+    "asr_held_out_judge/unseen topics": ("ASR, unseen topics", ""),
+    "asr_train_judge/unseen topics": ("the same, training judge", ""),
+    "asr_held_out_judge/unseen framings": ("ASR, unseen framings", ""),
+    "asr_train_judge/unseen framings": ("the same, training judge", ""),
+    "over_refusal": ("over-refusal", "over-refusal on harmless prompts"),
+    "over_refusal/look-alikes": ("over-refusal, look-alikes", ""),
+    "helpfulness": ("helpful", "helpfulness on harmless prompts"),
+    "kl": ("KL to SFT, nats", ""),
+    "best_response": ("best response", ""),
+    "attacker_success": ("attacker: success on the first defender", "the attacker's success on the first defender"),
+    "third_party_success": ("attacker: success on third parties", ""),
+    "cells": ("attacker: distinct cells broken", ""),
+    "self_bleu": ("attacker: SelfBLEU", "SelfBLEU among its prompts"),
+    "cosine": ("attacker: cosine", "cosine among its prompts")}
+LABELS = {key: short for key, (short, _) in MEASURES.items()}
+TABLE = {key: long for key, (_, long) in MEASURES.items() if long}
+
+
+# --- tables ---------------------------------------------------------------------------------------------------
+def markdown(head: Sequence, lines: Sequence[Sequence]) -> str:
+    """A table: the first column to the left, all others to the right."""
+    ruler = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (head, ruler, *lines))
+
+
+def mean_and_error(values: Sequence[float | None], digits: int = 3) -> str:
+    """"mean ± standard error" over seeds; None is left out, one value has no error, none gives "-"."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "-"
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {standard_error(values):.{digits}f}"
+
+
+def show(value: float | None, interval: Sequence[float] = ()) -> str:
+    """A cell: the value, with its interval (low, high) where there is one; "-" for none and NaN."""
+    if value is None or math.isnan(value):
+        return "-"
+    if not interval:
+        return f"{value:.3f}"
+    low, high = interval
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def table_lines(rows: dict[str, dict]) -> list[list[str]]:
+    """The rows of summary.json as lines of cells, the head first: one column each."""
+    lines = [["", *rows]]
+    for key, label in TABLE.items():
+        lines.append([label, *(show(row.get(key)) for row in rows.values())])
+    if any(row.get("undecided") for row in rows.values()):
+        undecided = [str(row.get("undecided", "-")) for row in rows.values()]
+        lines.append(["judgements that were undecided, in no rate above", *undecided])
+    return lines
+
+
+def summary_table(rows: dict[str, dict]) -> str:
+    """The rows of summary.json as a markdown table, one column each, aligned for a terminal."""
+    lines = table_lines(rows)
+    first, *others = [max(map(len, column)) for column in zip(*lines)]  # widths
+    lines.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in others)])
+    cells = [[label.ljust(first), *map(str.rjust, values, others)] for label, *values in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+# --- statistics -----------------------------------------------------------------------------------------------
+def standard_error(values: Sequence | np.ndarray) -> np.ndarray:
+    """Of the mean over the first axis; values (seeds, points) or (seeds,), at least two seeds."""
+    return np.std(values, axis=0, ddof=1) / math.sqrt(len(values))
+
+
+def wilson_interval(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """95% interval (low, high) of a proportion (Wilson, 1927); (0, 1) for n = 0. Raises ValueError on other counts."""
+    if not 0 <= successes <= n:
+        raise ValueError(f"wilson_interval needs 0 <= successes <= n, got {successes} and {n}")
+    if n == 0:
+        return 0.0, 1.0
+    p = successes / n
+    centre = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+
+
+def calibration(p: np.ndarray, y: np.ndarray, bins: int = 10) -> tuple[list[tuple], float, float]:
+    """(table rows (from, to, count, mean of p, mean of y), expected calibration error (Guo et al., 2017), Brier score
+    (Brier, 1950)) of predictions p of y, both (N,)."""
+    bin_of = np.minimum((p * bins).astype(int), bins - 1)  # (N,)
+    rows = []
+    for b in np.unique(bin_of):
+        here = bin_of == b
+        rows.append((b / bins, (b + 1) / bins, int(here.sum()), p[here].mean(), y[here].mean()))
+    error = sum(n * abs(predicted - observed) for _, _, n, predicted, observed in rows) / len(p)
+    return rows, float(error), float(np.mean((p - y) ** 2))
+
+
+def paired_test(differences: Sequence[float]) -> tuple[float, float]:
+    """One-sided p-values of n >= 2 paired differences > 0: (t-test of Student, 1908; exact sign-flip test of Fisher,
+    1935). The second needs no distribution, but for n pairs cannot fall below 2^-n."""
+    d = np.asarray(differences, dtype=np.float64)
+    signs = np.array(list(product((1, -1), repeat=len(d))))  # (2^n, n), all patterns
+    flips = float(np.mean(signs @ d >= d.sum() - 1e-12))
+    if not d.any():
+        return 1.0, flips
+    t = d.mean() / max(standard_error(d), 1e-300)
+    return student_tail(t, len(d) - 1), flips
+
+
+def student_tail(t: float, df: int) -> float:
+    """P(T > t) of Student's t with df degrees of freedom: a half less the integral of its density from 0 to t."""
+    x = np.linspace(0, min(abs(t), 1e3), 200_001)
+    scale = math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2))
+    density = scale * (1 + x**2 / df) ** (-(df + 1) / 2)
+    return 0.5 - math.copysign(float(np.trapezoid(density, x)), t)
+
+
+# --- figures: lines, markers and hatches differ too, so that they survive a printer --------------------------------
+ATTACKER = "#c0392b"  # the players' colours in all figures
+DEFENDER = "#1f5f8b"
+LOOKS = [
+    dict(color="#000000", ls="-", marker="o"), dict(color="#c0392b", ls="--", marker="s"),
+    dict(color="#1f5f8b", ls="-.", marker="^"), dict(color="#888888", ls=":", marker="D"),
+    dict(color="#2e8b57", ls=(0, (5, 1)), marker="v"), dict(color="#b8860b", ls=(0, (1, 1)), marker="x")]
+
+
+def figure(columns: int, width: float = 4.6, height: float = 3.8, rows: int = 1, **kwargs) -> tuple:
+    """(a matplotlib figure, its rows x columns axes in reading order); width and height of each, in inches."""
+    from matplotlib.figure import Figure
+
+    canvas = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = canvas.subplots(rows, columns, squeeze=False, **kwargs).ravel()
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    return canvas, axes
+
+
+def band(axis: Axes, x: Sequence[float], values: np.ndarray, label: str, look: dict) -> None:
+    """A line of means with a band of one standard error; values (seeds, points)."""
+    values = np.asarray(values, dtype=float)
+    mean = values.mean(0)
+    error = standard_error(values) if len(values) > 1 else np.zeros_like(mean)
+    axis.plot(x, mean, label=label, ms=4, lw=1.5, **look)
+    axis.fill_between(x, mean - error, mean + error, color=look["color"], alpha=0.15, lw=0)
+
+
+def draw_curves(folder: Path, log: list[dict], rows: dict[str, dict]) -> None:
+    """curves.png: attack success by both judges, both players' reward, diversity and KL.
+
+    log: the lines of metrics.jsonl; rows["before"]: before the game."""
+    before = rows["before"]
+    evaluations = [m for m in log if "game/asr_held_out_judge" in m]  # one a round
+    if not evaluations:
+        return
+    ends = [0] + [m["round"] + 1 for m in evaluations]  # the start, and after each round
+
+    def since_the_start(key):
+        return [before[key]] + [m[f"game/{key}"] for m in evaluations]
+
+    def per_round(player, name):  # the mean over the player's steps of each round
+        steps = [m for m in log if m["role"] == player and name in m]
+        of_rounds = [[m[name] for m in steps if m["round"] == end - 1] for end in ends[1:]]
+        return [np.mean(values or [np.nan]) for values in of_rounds]
+
+    canvas, (success, reward, alike, kl) = figure(2, 5, 3.2, rows=2)
+    lines = [
+        (success, since_the_start("asr_held_out_judge"), "o-", "black", "held-out prompts, held-out judge"),
+        (success, since_the_start("asr_train_judge"), "o:", "black", "held-out prompts, training judge"),
+        (success, per_round("attacker", "game/attack_success"), "-.", ATTACKER,
+         "the attacker in training, training judge"),
+        (alike, since_the_start("self_bleu"), "o-", ATTACKER, "SelfBLEU"),
+        (alike, since_the_start("cosine"), "o--", ATTACKER, "cosine of embeddings"),
+        (reward, per_round("attacker", "attacker/objective/scores"), "o-", ATTACKER, "attacker"),
+        (reward, per_round("defender", "defender/objective/scores"), "o--", DEFENDER, "defender"),
+        (kl, per_round("attacker", "attacker/objective/kl"), "o-", ATTACKER, "attacker"),
+        (kl, per_round("defender", "defender/objective/kl"), "o--", DEFENDER, "defender")]
+    if before["over_refusal"] is not None:
+        lines.append((success, since_the_start("over_refusal"), "--", "grey", "over-refusal, harmless prompts"))
+    for axis, values, style, color, label in lines:
+        axis.plot(ends[-len(values):], values, style, ms=3, color=color, label=label)
+    success.set(title="attack success", ylim=(0, 1))
+    reward.set(title="mean reward of the round")
+    alike.set(title="how alike the attacks are", ylim=(0, 1))
+    kl.set(title="KL to the reference, nats per response")
+    for axis in (success, reward, alike, kl):
+        axis.set_xlabel("round")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend(frameon=False, fontsize=8)
+    canvas.savefig(folder / "curves.png", dpi=130)
+
+
+# --- report.md and the model cards --------------------------------------------------------------------------------
+def quoted(text: str) -> str:
+    """A model's text within a line of markdown."""
+    return html.escape(visible(" ".join(text.split())), quote=False).replace("|", "\\|") or "*(nothing)*"
+
+
+def write_report(folder: Path, games: list[dict], rows: dict[str, dict],
+                 examples: Sequence[tuple[str, str, str]]) -> None:
+    """report.md: the table, the curves, and dialogues. The page (`write_page`) has all exchanges.
+
+    games: the lines of games.jsonl; examples: (held-out prompt, the defender's answer before, its answer after)."""
+    config = read_config(folder)
+    lines = [f"# {config['method']}, seed {config['seed']}", "", summary_table(rows), ""]
+    if games:
+        lines += ["![curves](curves.png)", ""]
+    lines += ["## What changed", "", "Held-out prompts, never seen in training, answered greedily.", ""]
+    for prompt, first, now in examples:
+        lines += [f"> **{quoted(prompt)}**  ", f"> before: {quoted(first)}  ", f"> after: {quoted(now)}", ""]
+    if games:
+        lines += ["## Round by round", ""]
+    for round in sorted({game["round"] for game in games}):
+        lines += round_lines(round, [game for game in games if game["round"] == round])
+    write_text(folder / "report.md", "\n".join(lines))
+
+
+def round_lines(round: int, games: list[dict]) -> list[str]:
+    """A round in report.md: its most and its least successful attack, and a held-out prompt after it."""
+    attacks = [game for game in games if game["role"] == "attacker"]
+    attacks = attacks or [game for game in games if game["role"] == "defender"]
+    decided = [game for game in attacks if is_decided(game)]
+    different = len({game["attack"] for game in attacks})
+    unsafe = np.mean([1 - game["p_safe"] for game in decided])
+    dialogues = [("most successful", min(decided, key=lambda game: game["p_safe"])),
+                 ("least successful", max(decided, key=lambda game: game["p_safe"]))]
+    dialogues += [("held-out prompt", game) for game in games if game["role"] == "probe"][:1]
+    lines = [f"### Round {round + 1}", "",
+             f"{len(attacks)} exchanges, {different} different prompts, {unsafe:.0%} unsafe by the training judge.", ""]
+    for title, game in dialogues:
+        verdict = f"P(unsafe) {1 - game['p_safe']:.2f}" if is_decided(game) else "undecided"
+        lines += [f"> *{title}*: **{quoted(game['attack'])}**  ", f"> {quoted(game['response'])} *({verdict})*", ""]
+    return lines
+
+
+def is_decided(game: dict) -> bool:
+    """Whether the judge has given a verdict: else P(safe) is NaN, or null in the file."""
+    return game["p_safe"] is not None and not math.isnan(game["p_safe"])
+
+
+def model_card(name: str, config: object, row: dict) -> str:
+    """The README of a saved player ("attacker" or "defender"); config: the run's Config; row: its numbers after the
+    game."""
+    return f"""---
+library_name: transformers
+tags: [gpo, red-teaming, {name}]
+---
+# {name} of a two-player game (GPO, arXiv 2406.10977)
+
+Trained with `{config.method}` for {config.rounds} rounds, seed {config.seed}, from \
+`{getattr(config, name) or "the embedded toy game"}`.
+Made for hardening models: an attacker is a test instrument, not a tool against systems that are not yours.
+
+```json
+{json.dumps(row, indent=1)}
+```
+"""
+
+
+# --- the page: page.html, filled in -------------------------------------------------------------------------------
+def write_page(folders: Sequence[Path], out: Path) -> None:
+    """One HTML file that needs no other: tables, figures and all exchanges of these runs, finished or not."""
+    games = []
+    for number, folder in enumerate(folders):
+        games += [{"run": number, **game} for game in read_lines(folder / "games.jsonl")]
+    for game in games:
+        game |= {key: None for key, value in game.items() if value != value}  # JSON has no NaN
+    data = json.dumps({"runs": [folder.name for folder in folders], "games": games}, ensure_ascii=False)
+    parts = {
+        "title": html.escape(folders[0].name if len(folders) == 1 else f"{len(folders)} runs"),
+        "runs": "\n".join(map(run_section, folders)),
+        "data": data.replace("<", "\\u003c")}  # "<" could end the script
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)  # in one pass: texts may hold {{data}}
+    write_text(out, page)
+
+
+def run_section(folder: Path) -> str:
+    """HTML: a run's table, figures and configuration."""
+    made = read_json(folder / "config.json")
+    config = made["config"]
+    rows, state = rows_and_state(folder)
+    players = f"{config['attacker']} against {config['defender']}" if config["attacker"] else "the embedded game"
+    images = [folder / name for name in ("curves.png", "probe.png")]
+    return f"""<section>
+<h2>{html.escape(config['method'])}, seed {config['seed']}: {html.escape(players)}</h2>
+<p class="soft">{html.escape(str(folder))}: {state}</p>
+{html_table(table_lines(rows))}
+{''.join(html_image(image) for image in images if image.is_file())}
+<details><summary>Configuration and versions</summary><pre>\
+{html.escape(json.dumps(made, indent=1, ensure_ascii=False))}</pre></details>
+</section>"""
+
+
+def rows_and_state(folder: Path) -> tuple[dict[str, dict], str]:
+    """(rows of a run's table, its state in words); of an unfinished run the rows so far, and its curves are drawn."""
+    if (folder / "summary.json").is_file():
+        summary = read_json(folder / "summary.json")
+        rows = {name: row for name, row in summary.items() if name not in ("seconds", "memory", "config")}
+        return rows, f"finished in {summary['seconds']:.0f} seconds"
+    log = read_lines(folder / "metrics.jsonl")
+    rows = {}
+    checkpoints = sorted(folder.glob("checkpoints/step_*/state.json"))
+    if checkpoints:
+        rows["before"] = read_json(checkpoints[-1])["before"]
+        draw_curves(folder, log, rows)
+    for m in [m for m in log if "game/asr_held_out_judge" in m][-1:]:
+        name = f"after round {m['round'] + 1} (a third of the prompts)"
+        rows[name] = {key: m.get(f"game/{key}") for key in TABLE}
+    return rows, f"unfinished, {len(log)} PPO steps so far"
+
+
+def html_table(lines: list[list[str]]) -> str:
+    """HTML: cells as text, the first line and the first column as heads."""
+    head, *lines = [[html.escape(cell) for cell in line] for line in lines]
+    head = "".join(f"<th>{name}</th>" for name in head)
+    body = ""
+    for label, *values in lines:
+        body += f"<tr><th>{label}</th>{''.join(f'<td>{value}</td>' for value in values)}</tr>\n"
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
+
+
+def html_image(file: Path) -> str:
+    """HTML: a picture, within the page."""
+    data = base64.b64encode(file.read_bytes()).decode()
+    return f'<div class="wide"><img alt="{file.stem} of this run" src="data:image/png;base64,{data}"></div>'

@@ -1,0 +1,523 @@
+"""A run's folder: what it holds, how it is taken, written, resumed and read.
+
+What a run leaves: config.json (first), metrics.jsonl (a line a PPO step), games.jsonl (every exchange), checkpoints/,
+attacker/, defender/ and average/, curves.png, report.md, summary.json (last: with it a run is finished). Every file
+is complete or absent, and a run continues from its newest complete checkpoint as if it had never been stopped. The
+state of the game is known here by its `state_dict` alone.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from gpo import Exchanges, NotFinite, PolicyAverage, rank
+from harness.config import Config, parse, resolve
+from harness.data import (
+    append_lines,
+    complete_folder,
+    fail,
+    interrupted,
+    quiet_libraries,
+    read_config,
+    read_json,
+    read_lines,
+    sync,
+    visible,
+    write_json,
+    write_text,
+)
+from harness.parallel import (
+    first_decides,
+    gather_results,
+    join_processes,
+    load_trained,
+    merged,
+    peak_memory,
+    save_adapter,
+)
+from harness.report import draw_curves, model_card, summary_table, write_report
+from harness.world import World, evaluate, make_world
+from model import first_line, keep_freed_memory, save_policy, save_tokenizer
+from reward import JudgeError, call_judge
+
+LOGS = ("metrics.jsonl", "games.jsonl")
+
+
+# --- starting a program -----------------------------------------------------------------------------------------
+def start_program(argv: list[str]) -> Config:
+    """Join the other processes and read the options. Ends the process with one line where they are wrong, and where
+    the run that they resume is finished."""
+    keep_freed_memory()
+    join_processes()
+    quiet_libraries()
+    config = parse(argv)
+    if config.deterministic:
+        be_deterministic()
+    if config.resume and (Path(config.out) / "summary.json").is_file():
+        print(f"the run in {config.out} is finished: read {config.out}/report.md")
+        sys.exit(0)
+    try:
+        return first_decides(lambda: resolve(config))
+    except (ValueError, OSError) as error:
+        fail(error)
+    except KeyboardInterrupt as stop:
+        interrupted(stop, " before the run began")
+
+
+def be_deterministic() -> None:
+    """What `--deterministic` does; docs/running.md says how far that goes."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS looks at it before its first product
+    torch.use_deterministic_algorithms(True, warn_only=True)  # an error would stop the sampler's cumsum on a GPU
+    torch.backends.cudnn.benchmark = False
+    torch.set_num_threads(1)  # two threads were seen to add in another order, in one run of four
+
+
+@contextlib.contextmanager
+def run_folder(config: Config) -> Iterator["RunFolder"]:
+    """The run folder, taken by this process alone. Whatever ends the run, one line says why and how to go on."""
+    lock = None
+    folder = RunFolder(config)
+    try:
+        if not config.dry_run:
+            lock = first_decides(lambda: begin(config))
+        yield folder
+    except (ValueError, OSError, SafetensorError) as error:
+        if folder.is_playing and not isinstance(error, (JudgeError, NotFinite, OSError, SafetensorError)):
+            raise  # a fault of ours
+        if folder.is_playing:
+            fail(f"{error}; the run can go on with --resume {folder.path}")
+        if lock is not None and not (config.resume or folder.has_start()):  # it leaves nothing behind
+            shutil.rmtree(folder.path, ignore_errors=True)
+        fail(error)
+    except KeyboardInterrupt as stop:
+        when = "" if folder.is_playing else " before the game began"
+        go_on = "" if config.dry_run else f"; go on with: python train.py --resume {folder.path}"
+        interrupted(stop, f"{when}{go_on}")
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def begin(config: Config) -> int:
+    """Create the run folder with its config.json atomically, if it is new, and lock it: from here on it can be resumed.
+    Returns the descriptor of the lock, which the system releases when the process ends, however it ends."""
+    path = Path(config.out)
+    if not config.resume:
+        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as beside:
+            new = Path(beside) / "run"
+            new.mkdir()
+            write_json(new / "config.json", {"config": asdict(config), "versions": _versions(config)})
+            os.rename(new, path)  # an error where another run has just taken it
+    lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    with contextlib.suppress(ImportError):  # Windows
+        import fcntl
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise ValueError(f"a run folder is for one process at a time, and one is at work in {path}; "
+                             "wait for its end or pass another --out") from error
+    return lock
+
+
+def _versions(config):
+    """What a run depends on beside its options."""
+    commit = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,
+                            capture_output=True, text=True)
+    device = platform.machine()
+    if config.device.startswith("cuda"):
+        device = torch.cuda.get_device_name(config.device)
+    libraries = {module.__name__: module.__version__ for module in (torch, transformers, np)}
+    return {"python": platform.python_version(), **libraries, "platform": platform.platform(), "device": device,
+            "commit": commit.stdout.strip()}
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+class RunFolder:
+    """Saves, loads, logs and measures a run. Several processes each have one; the first of them writes."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.path = Path(config.out)
+        self.steps_done = 0  # PPO steps, by the checkpoint that was loaded
+        self.total_steps = 0
+        self.is_playing = False  # True from `open` on: an error leaves a run that can be resumed
+        self.before = None  # the first evaluation
+        self.world = None
+        self.metrics = []  # the lines of metrics.jsonl
+        self.games = []  # the lines of games.jsonl
+        self.stop_signal = 0  # the number of the signal that asks to stop after the present step
+        self.track = None  # track(step, metrics): to TensorBoard or Weights & Biases
+        self.bar = None
+        self.idle_memory = peak_memory(config.device)  # bytes held before the models are made
+
+    def has_start(self) -> bool:
+        """Whether what the game starts from has been saved: everything that could be wrong with the input was right."""
+        return (self.path / "checkpoints" / "start").exists()
+
+    @property
+    def start(self) -> Path | None:
+        """The checkpoints/start to build the world from; None: from nothing."""
+        if self.has_start():
+            return self.path / "checkpoints" / "start"
+        return Path(self.config.start) / "checkpoints" / "start" if self.config.start else None
+
+    def open(self, world: World, game: object, total_steps: int) -> None:
+        """Load the newest checkpoint or save what the game starts from. game: anything with state_dict() and
+        load_state_dict()."""
+        self.world = world
+        self.total_steps = total_steps
+        try:
+            self.load(game)
+        except Exception as error:
+            raise ValueError(f"the run in {self.path} is damaged: {error}; remove its newest checkpoint or start again"
+                             ) from error
+        if self.before is None:
+            attacker = None if self.config.method == "sft" else world.players["attacker"]
+            self.before = evaluate(world, attacker, world.players["defender"])
+        if not self.has_start():
+            self.save_start()
+        if self.config.log != "none" and not rank():
+            self.track = tracker(self.config, self.path, self.metrics)
+        self.is_playing = True
+        print(f"attack success on held-out prompts before the game: {self.before['asr_held_out_judge']:.1%}")
+
+    def save_start(self) -> None:
+        """What the game starts from."""
+        with complete_folder(self.path / "checkpoints" / "start", not rank()) as temporary:
+            for name, player in self.world.players.items():
+                save_policy(merged(player.policy, "cpu"), temporary / name)
+            if rank():
+                return
+            judge = self.world.judge_to_save
+            if judge:
+                judge.model.save_pretrained(temporary / "judge")
+                save_tokenizer(judge.tokenizer, temporary / "judge")
+            write_json(temporary / "prompts.json", self.world.prompts())
+            for name in LOGS:
+                (self.path / name).touch()
+
+    # --- logs ------------------------------------------------------------------------------------------------
+    def log(self, step: int, turn: object, exchanges: Exchanges, scores: np.ndarray, metrics: dict) -> None:
+        """One PPO step: its metrics, and all of its exchanges with their scores (B,). After a round also alarms, and
+        the answers to three held-out prompts. turn: round, player, ends_round."""
+        place = {"step": step, "round": turn.round}
+        names = ("seed", "attack", "response", "p_safe", "score")
+        scores = np.where(exchanges.decided, scores, np.nan)
+        columns = (exchanges.seeds, exchanges.prompts, exchanges.responses.texts, or_none(exchanges.p_safe),
+                   or_none(scores))
+        rows = [place | {"role": turn.player} | dict(zip(names, row)) for row in zip(*columns)]
+        if turn.ends_round:
+            rows = self.probe(place) + rows
+            metrics = metrics | self.raise_alarms(turn.round, metrics)
+            held_out = metrics["game/asr_held_out_judge"]
+            self.bar.set_postfix_str(f"round {turn.round + 1}: held-out attack success {held_out:.1%}")
+        line = place | {"role": turn.player} | metrics
+        self.metrics.append(line)
+        self.games += rows
+        if not rank():
+            append_lines(self.path / "metrics.jsonl", [line])
+            append_lines(self.path / "games.jsonl", rows)
+        if self.track:
+            self.track(step, metrics)
+        success = metrics["game/attack_success"]
+        place = f"round {turn.round + 1}/{self.config.rounds} {turn.player:<8}"
+        self.bar.set_description_str(f"{place} attack success {success:4.0%}")
+        self.bar.update(1)
+
+    def probe(self, place: dict) -> list[dict]:
+        """Rows of games.jsonl: the answers to three held-out prompts, by the held-out judge."""
+        prompts = self.world.test_prompts[:3]
+        answers = self.world.players["defender"].generate(prompts, 0, temperature=0).texts
+        p_safe = or_none(call_judge(self.world.held_out_judge, prompts, answers))
+        return [place | {"role": "probe", "attack": attack, "response": response, "p_safe": p}
+                for attack, response, p in zip(prompts, answers, p_safe)]
+
+    def raise_alarms(self, round: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Print what is wrong with the round, whose last metrics these are; returns {"alarm/...": 0 or 1}."""
+        newest = {}
+        for line in self.metrics:
+            if line["round"] == round:
+                newest |= line
+        limits = {name: player.max_new_tokens for name, player in self.world.players.items()}
+        raised = alarms(newest | metrics, self.before, limits)
+        for name, message in raised:
+            tqdm.write(f"{name} alarm after round {round + 1}: {message}", file=sys.stderr)
+        return {f"alarm/{name}": float(name in dict(raised)) for name in ("collapse", "reward_hacking")}
+
+    # --- checkpoints -------------------------------------------------------------------------------------------
+    def save(self, step: int, game: object) -> None:
+        """A checkpoint every --save_every steps, after the last one, and when a signal has asked to stop: then it
+        raises KeyboardInterrupt."""
+        done = step + 1
+        stop = max(gather_results(lambda: self.stop_signal))  # the same in all processes, to avoid a deadlock
+        if stop or done % self.config.save_every == 0 or done == self.total_steps:
+            self.write_checkpoint(done, game)
+        if stop:
+            raise KeyboardInterrupt(stop)
+
+    def write_checkpoint(self, done: int, game: object) -> None:
+        """Its marker is state.json, which is written last and names all other files. It does not depend on the number
+        of processes. The one before is kept."""
+        target = self.path / "checkpoints" / f"step_{done:06d}"
+        states = game.state_dict()  # of all processes; complete in the first
+        with complete_folder(target, not rank()) as temporary:
+            if rank():
+                return
+            save_states(states, temporary)
+            for log in LOGS:  # no checkpoint outlives the lines before it
+                sync(self.path / log)
+            files = sorted(path.name for path in temporary.iterdir())
+            numbers = {name: numbers for name, (_, numbers) in states.items()}
+            write_json(temporary / "state.json",
+                       {"step": done, "before": self.before, "numbers": numbers, "files": files})
+        # a later one is damaged
+        older = sorted(path for path in target.parent.glob("*step_*") if path.name < target.name)
+        for folder in older[:-1]:
+            shutil.rmtree(folder)
+
+    def load(self, game: object) -> None:
+        """Go on from the newest complete checkpoint; lines that were logged after it are dropped."""
+        found = first_decides(self.newest_checkpoint)
+        if found:
+            state = read_json(found / "state.json")
+            self.steps_done = state["step"]
+            self.before = state["before"]
+            game.load_state_dict(load_states(state["numbers"], found))
+        if self.has_start():
+            self.metrics, self.games = first_decides(lambda: [self.trim(self.path / name) for name in LOGS])
+
+    def trim(self, log: Path) -> list[dict]:
+        """The lines of a log up to the checkpoint; those after it are dropped."""
+        rows = [line for line in read_lines(log) if line["step"] < self.steps_done]
+        write_text(log, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return rows
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest one whose marker is there and whose files can all be read, or None; a damaged one is named."""
+        for folder in sorted((self.path / "checkpoints").glob("step_*"), reverse=True):
+            try:
+                for file in read_json(folder / "state.json")["files"]:
+                    safe_open(folder / file, "pt")  # it compares the header with the size
+                return folder
+            except Exception as error:
+                print(f"{folder} is damaged and not used: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
+
+    # --- stopping ----------------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def stop_after_a_step(self) -> Iterator[None]:
+        """Here the first Ctrl-C or SIGTERM lets the present PPO step end; a second one stops at once."""
+        def ask(number, frame):
+            restore()
+            self.stop_signal = number
+            os.write(2, b"\nfinishing this PPO step and saving; once more stops at once\n")  # print may be at work
+
+        def restore():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        before = {}
+        if threading.current_thread() is threading.main_thread():  # signals reach no other
+            before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with tqdm(total=self.total_steps, initial=self.steps_done, dynamic_ncols=True) as self.bar:
+                yield
+        finally:
+            restore()
+
+    # --- the end -------------------------------------------------------------------------------------------------
+    def finish(self, world: World, averages: dict[str, dict[str, PolicyAverage]], rows: dict[str, dict],
+               clock: float) -> None:
+        """Save the finished players and their averages, write figure, report and summary, and print the table. rows:
+        the columns after the game; clock: when the program began."""
+        rows = {"before": self.before, **rows}
+        examples = changed_answers(world)
+        for name, player in world.players.items():
+            with complete_folder(self.path / name, not rank()) as temporary:
+                save_policy(merged(player.policy, "cpu"), temporary, model_card(name, self.config, rows["after"]))
+                save_adapter(player.policy, temporary)
+        if rank():
+            return
+        self.save_averages(averages)
+        held = (peak_memory(self.config.device) - self.idle_memory) / 2**20
+        print(f"memory: at most {held:.0f} MiB held, beside Python and its libraries")
+        draw_curves(self.path, self.metrics, rows)
+        write_report(self.path, self.games, rows, examples)
+        seconds = time.time() - clock
+        summary = {**rows, "seconds": seconds, "memory": {"used_mib": held}, "config": asdict(self.config)}
+        write_json(self.path / "summary.json", summary)  # last: the run is finished
+        print(f"\n{summary_table(rows)}\n")
+        for example in examples:
+            print("  prompt  {}\n  before  {}\n  after   {}\n".format(*map(visible, example)))
+        print(f"{seconds:.0f} seconds. Read {self.path}/report.md, look at {self.path}/curves.png;\n"
+              f"the models are in {self.path}/attacker and {self.path}/defender, every exchange of a PPO step in "
+              f"{self.path}/games.jsonl.")
+
+    def save_averages(self, averages: dict[str, dict[str, PolicyAverage]]) -> None:
+        """average/: two files for each."""
+        states = {f"{name}_{kind}": average.state_dict()
+                  for name, kinds in averages.items() for kind, average in kinds.items()}
+        states = {name: state for name, state in states.items() if state[0]}
+        if states:
+            with complete_folder(self.path / "average") as temporary:
+                save_states(states, temporary)
+                for name, (_, numbers) in states.items():
+                    write_json(temporary / f"{name}.json", numbers)
+
+
+def or_none(values: np.ndarray) -> list[float | None]:
+    """(B,) numbers for JSON: None for NaN."""
+    return [None if np.isnan(value) else value for value in values.tolist()]
+
+
+def save_states(states: dict[str, tuple[dict, dict]], folder: Path) -> None:
+    """{file: (tensors, numbers)}: the tensors."""
+    for name, (tensors, _) in states.items():
+        if tensors:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
+
+
+def load_states(numbers: dict[str, dict], folder: Path) -> dict[str, tuple[dict, dict]]:
+    """{file: (tensors, numbers)} again; tensors in the first process only."""
+    states = {}
+    for name, its_numbers in numbers.items():
+        file = folder / f"{name}.safetensors"
+        states[name] = (load_file(file) if file.exists() and not rank() else {}, its_numbers)
+    return states
+
+
+def changed_answers(world: World) -> list[tuple[str, str, str]]:
+    """Three held-out prompts: (prompt, the defender's answer before, its answer now), the changed ones first."""
+    prompts = world.test_prompts[:200]
+    first = world.first["defender"].generate(prompts, 0, temperature=0).texts
+    now = world.players["defender"].generate(prompts, 0, temperature=0).texts
+    difference = call_judge(world.held_out_judge, prompts, first) - call_judge(world.held_out_judge, prompts, now)
+    order = np.argsort(difference, kind="stable")[:3]  # NaN, undecided, comes last
+    return [(prompts[i], first[i], now[i]) for i in order]
+
+
+def tracker(config: Config, path: Path, metrics: list[dict]) -> Callable[[int, dict[str, float]], None]:
+    """The function track(step, metrics) of --log. It begins with the metrics so far, so that a resumed run has each
+    step once."""
+    if config.log == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        shutil.rmtree(path / "tensorboard", ignore_errors=True)
+        writer = SummaryWriter(path / "tensorboard")
+
+        def track(step, metrics):
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+    else:
+        import wandb
+        remote = wandb.init(project="gpo", name=path.name, config=asdict(config), dir=path)
+
+        def track(step, metrics):
+            remote.log(metrics, step=step)
+    for line in metrics:
+        track(line["step"], {name: value for name, value in line.items() if name not in ("step", "role")})
+    return track
+
+
+# --- alarms --------------------------------------------------------------------------------------------------------
+# Thresholds; a normal run stays within: those of `python train.py --rounds 6` ended with .42 different attacks at
+# least, .20 nats at least, mean lengths of 9.3 to 19.4, .08 refused at most, and judges that had diverged by .02.
+LEAST_DIFFERENT = 0.2  # fraction of different prompts among the attacks of a step
+LEAST_ENTROPY = 0.05  # nats per token: 19 of 20 tokens are nearly certain
+SHORTEST = 1.5  # mean response in tokens, EOS included
+LONGEST = 0.95  # mean response, as a fraction of the longest that is allowed
+MOST_REFUSED = 0.5  # fraction of the harmless prompts
+MOST_APART = 0.15  # how far the judges' verdicts may diverge since before the game
+OPPOSITE = 0.05  # or by how much each may change, one for the better and the other for the worse
+
+
+def alarms(metrics: dict[str, float], before: dict[str, float], limits: dict[str, int]) -> list[tuple[str, str]]:
+    """What is wrong with a round: [("collapse" | "reward_hacking", message with a remedy)], empty for a healthy one.
+
+    metrics: the newest of the round, by their names in metrics.jsonl; one that is missing raises no alarm. before: the
+    row of `evaluate` before the game. limits: {player: its max_new_tokens}.
+    """
+    found = []
+    different = metrics.get("diversity/different", 1)
+    if different < LEAST_DIFFERENT:
+        found.append(f"only {different:.0%} of the attacks differ; raise --diversity or --attacker_kl_coef, or set "
+                     "--restart")
+    for name, limit in limits.items():
+        entropy = metrics.get(f"{name}/objective/entropy", 1)
+        length = metrics.get(f"{name}/response_length", limit / 2)
+        if entropy < LEAST_ENTROPY:
+            found.append(f"the {name} is nearly deterministic ({entropy:.3f} nats per token); raise its KL penalty or "
+                         "lower its learning rate")
+        if limit > 4 and not SHORTEST < length < LONGEST * limit:
+            found.append(f"the {name} writes {length:.1f} of at most {limit} tokens; raise its KL penalty, or the limit "
+                         "if it is cut off")
+    refused = metrics.get("game/over_refusal", 0)
+    if refused > MOST_REFUSED:
+        found.append(f"the defender refuses {refused:.0%} of the harmless prompts; raise --ptx_coef (with --sft_data) "
+                     "or --kl_coef")
+    found = [("collapse", message) for message in found]
+    trained = metrics.get("game/asr_train_judge", before["asr_train_judge"]) - before["asr_train_judge"]
+    held_out = metrics.get("game/asr_held_out_judge", before["asr_held_out_judge"]) - before["asr_held_out_judge"]
+    if abs(trained - held_out) > MOST_APART or (trained < -OPPOSITE and held_out > OPPOSITE):
+        found.append(("reward_hacking", (
+            f"since the start attack success has changed by {trained:+.2f} for the training judge, by {held_out:+.2f} "
+            "for the held-out one; read the exchanges (eval.py report), train the judge on them "
+            "(experiments.train_judge), or raise --kl_coef")))
+    return found
+
+
+# --- a finished run, read ---------------------------------------------------------------------------------------------
+@dataclass
+class FinishedRun:
+    """What `train.py` left in a run folder, ready to generate and to be judged."""
+
+    path: Path
+    config: Config
+    world: World  # its players as they ended, `first` as they began
+    averages: dict[str, dict[str, PolicyAverage]]  # {player: {kind: average}}
+
+
+def open_run(path: str | Path) -> FinishedRun:
+    """A finished run. Raises ValueError on an unfinished or a damaged one."""
+    path = Path(path)
+    if not (path / "summary.json").is_file():
+        raise ValueError(f"a finished run folder with summary.json is needed, got {path}; "
+                         "go on with an unfinished one by train.py --resume")
+    try:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        config = replace(Config(**read_config(path)), device=device, shard=False, dry_run=False)
+        world = make_world(config, path / "checkpoints" / "start")
+        for name, player in world.players.items():
+            load_trained(player.policy, path / name)
+        return FinishedRun(path, config, world, load_averages(path / "average", world))
+    except Exception as error:
+        raise ValueError(f"the run in {path} is damaged: {type(error).__name__}: {first_line(error)}") from error
+
+
+def load_averages(folder: Path, world: World) -> dict[str, dict[str, PolicyAverage]]:
+    """What `RunFolder.save_averages` wrote."""
+    averages = {name: {} for name in world.players}
+    for file in sorted(folder.glob("*.safetensors")):
+        name, kind = file.stem.split("_")
+        numbers = read_json(file.with_suffix(".json"))
+        averages[name][kind] = PolicyAverage(world.players[name], kind, numbers["members"])
+        averages[name][kind].load_state_dict(load_file(file), numbers)
+    return averages

@@ -1,0 +1,430 @@
+"""What a game is played with, apart from the algorithm: players, prompts, demonstrations, judges, an embedder.
+
+`make_world` is the one way to build a world: from nothing, or from checkpoints/start, where a run keeps what it began
+with. The embedded game makes its own small models and warm-starts them; a user's models and data come from local paths
+or the hub.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diversity import Embedder, load_embedder, set_similarity
+from gpo import Player, PolicyAverage, SFTSettings, sample, sft
+from harness.config import Config
+from harness.data import HUB_DATA, first_turn, hub_file, is_test, normalized, read_json, read_rows, usable, visible
+from harness.parallel import add_lora, broadcast_weights, checkpoint_blocks, fold_lora, shard, shared_judge
+from model import DTYPES, Policy, first_line, load_policy
+from reward import Judge, call_judge, load_judge, refusals, train_judge, unsafe_rate
+from toy import ToyGame, toy_classifier, toy_lm
+
+SFT_RATE = 5  # the warm start's learning rate for user models, in units of the player's PPO learning rate
+N_ATTACKS = 300  # attacks in the attacker's part of the table
+
+
+@dataclass
+class Prompts:
+    """The texts of a game, as checkpoints/start/prompts.json keeps them."""
+
+    seeds: list[str]  # the fixed prompts: seeds of the attacker, and all that RLHF ever sees
+    test_prompts: list[str]
+    benign_prompts: list[str]
+    demos: list[tuple[str, str]]  # (prompt, response) pairs for --ptx_coef
+    more_tests: dict[str, list[str]] = field(default_factory=dict)  # {name: further test prompts}, for eval.py
+
+
+def read_prompts(start: Path) -> Prompts:
+    """The texts with which a run began. Raises ValueError."""
+    try:
+        return Prompts(**read_json(start / "prompts.json"))
+    except (TypeError, OSError, ValueError) as error:
+        raise ValueError(f"{start}/prompts.json is damaged or of another version: {first_line(error)}") from error
+
+
+@dataclass
+class World(Prompts):
+    """What a game is played with, apart from the algorithm."""
+
+    players: dict[str, Player] = field(kw_only=True)  # "attacker" and "defender"
+    first: dict[str, Player] = field(kw_only=True)  # both as they began, frozen
+    judge: Judge = field(kw_only=True)
+    held_out_judge: Judge = field(kw_only=True)  # never trained against
+    refused: Callable = field(kw_only=True)  # list of responses -> list of 0.0 / 1.0
+    helpful: Judge | None = field(kw_only=True)  # of helpfulness
+    embedder: Embedder = field(kw_only=True)
+    attack_seeds: list[str] = field(kw_only=True)  # seeds of the attacker's part of the table
+    judge_to_save: Judge | None = None  # a judge that was trained here
+    toy: ToyGame | None = None  # the embedded game
+
+    def every(self, n: int) -> "World":
+        """The same with every n-th test and harmless prompt."""
+        return replace(self, test_prompts=self.test_prompts[::n], benign_prompts=self.benign_prompts[::n])
+
+    def prompts(self) -> dict:
+        """What `Prompts` holds, for prompts.json."""
+        return asdict(Prompts(self.seeds, self.test_prompts, self.benign_prompts, self.demos, self.more_tests))
+
+
+def make_world(config: Config, start: Path | None = None) -> World:
+    """The world that the options ask for. start: a run's checkpoints/start; nothing is trained then.
+    Raises ValueError, OSError."""
+    build = user_world if config.attacker else toy_world
+    return build(config, start)
+
+
+def evaluate(world: World, attacker: Player | PolicyAverage | None,
+             defender: Player | PolicyAverage) -> dict[str, float | None]:
+    """A column of the table. The defender answers greedily; attacker None: the seeds themselves are the attacks.
+
+    Attack success rates on the test prompts by both judges; over-refusal and (where it can be told) helpfulness on
+    harmless prompts; the attacker's success, by the held-out judge, against the first defender, and how alike its
+    prompts are. All are rates in [0, 1] but `undecided`, a count.
+    """
+    answers = defender.generate(world.test_prompts, 0, temperature=0).texts
+    benign = []
+    if world.benign_prompts:
+        benign = defender.generate(world.benign_prompts, 0, temperature=0).texts
+    attacks = world.attack_seeds
+    if attacker is not None:
+        attacks = attacker.generate(world.attack_seeds, 0).texts
+    responses = world.first["defender"].generate(attacks, 0, temperature=0).texts
+    broken = call_judge(world.held_out_judge, attacks, responses)
+    held_out = call_judge(world.held_out_judge, world.test_prompts, answers)
+    trained = call_judge(world.judge, world.test_prompts, answers)
+    over_refusal = helpfulness = None
+    if benign:
+        over_refusal = float(np.mean(world.refused(benign)))
+        if world.helpful:
+            helpfulness = float(np.mean(world.helpful(world.benign_prompts, benign)))
+    return {
+        "asr_held_out_judge": unsafe_rate(held_out), "asr_train_judge": unsafe_rate(trained),
+        "over_refusal": over_refusal, "helpfulness": helpfulness, "attacker_success": unsafe_rate(broken),
+        **set_similarity(attacks, world.embedder),
+        "undecided": int(np.isnan(np.concatenate([broken, held_out, trained])).sum())}
+
+
+# --- players ----------------------------------------------------------------------------------------------------
+def make_players(config: Config, policies: dict[str, Policy]) -> dict[str, Player]:
+    """Both players by name, each with its own critic, reference and optimizer."""
+    shared = dict(kl_anchor=config.kl_anchor, epochs=config.ppo_epochs, minibatches=config.minibatches,
+                  micro_batch=config.micro_batch, temperature=config.temperature)
+    players = {
+        "attacker": Player("attacker", policies["attacker"], config.attack_tokens, config.attacker_learning_rate,
+                           config.attacker_kl_coef, config.entropy_coef, config.template, **shared),
+        "defender": Player("defender", policies["defender"], config.response_tokens, config.learning_rate,
+                           config.kl_coef, **shared)}
+    if config.shard:
+        for player in players.values():
+            for frozen in {id(policy): policy for policy in (player.initial, player.reference)}.values():
+                shard(frozen)
+    return players
+
+
+def _load_policies(config, start):
+    """Both policies: of the options, or as a run began."""
+    policies = {}
+    for name in ("attacker", "defender"):
+        source = start / name if start else getattr(config, name)
+        policies[name] = _named(name, load_policy, source, config.critic, DTYPES[config.dtype], config.device,
+                                config.trust_remote_code)
+    return policies
+
+
+def _shard_policies(config, policies):
+    for policy in policies.values() if config.shard else ():
+        shard(policy)
+
+
+def _save_memory(policy, config):
+    """What the options ask for to save memory, in place."""
+    if config.lora:
+        add_lora(policy, config.lora, config.seed)
+    if config.gradient_checkpointing:
+        checkpoint_blocks(policy)
+
+
+def _check_room(name, policy, prompts, new_tokens):
+    lengths = [len(ids) for ids in policy.encode(prompts)]
+    longest = int(np.argmax(lengths))
+    if lengths[longest] + new_tokens > policy.context:
+        raise ValueError(
+            f"the {name} must hold a prompt and {new_tokens} new tokens in its context of {policy.context}, got a "
+            f"prompt of {lengths[longest]} tokens ({prompts[longest][:40]!r}...); shorten it or lower the number of "
+            "new tokens")
+
+
+def _finish_world(config, policies, prompts, **parts):
+    """Players for the policies, and the world with them."""
+    players = make_players(config, policies)
+    first = {name: player.with_policy(player.initial) for name, player in players.items()}
+    parts["judge"] = shared_judge(parts["judge"])
+    parts["held_out_judge"] = shared_judge(parts["held_out_judge"])
+    seeds = sample(prompts.seeds, N_ATTACKS, np.random.default_rng(config.seed))
+    return World(**vars(prompts), players=players, first=first, attack_seeds=seeds, **parts)
+
+
+# --- the embedded game ------------------------------------------------------------------------------------------
+def toy_world(config: Config, start: Path | None = None) -> World:
+    """The embedded game: fresh small models, warm-started, and a judge trained on noisy samples."""
+    game = ToyGame(config.seed)
+    remote = (config.device, config.trust_remote_code)
+    known = {"truth": game.ground_truth}
+    judge = None  # to be trained
+    if config.judge != "toy":
+        judge = load_judge(config.judge, config.unsafe_label, known, *remote)
+    elif start:
+        judge = load_judge(str(start / "judge"), device=config.device)
+    if judge:
+        known["chosen"] = judge
+    held_out_judge = load_judge(config.held_out_judge, config.unsafe_label, known, *remote)
+    embedder = game.embed if config.embedder == "toy" else load_embedder(config.embedder, *remote)
+    torch.manual_seed(config.seed)
+    rng = np.random.default_rng([config.seed, 2**20])
+    if start:
+        policies = _load_policies(config, start)
+        _shard_policies(config, policies)
+        prompts = read_prompts(start)
+    else:
+        policies = _toy_policies(config, game)
+        _shard_policies(config, policies)
+        pairs = _toy_warm_start(config, game, policies, rng)
+        prompts = _toy_prompts(config, game, pairs)
+    for policy in policies.values():  # only now: fresh models learn with all weights
+        _save_memory(policy, config)
+    if judge is None:
+        judge = _toy_judge(config, game, policies["attacker"], rng)
+    return _finish_world(
+        config, policies, prompts, judge=judge, held_out_judge=held_out_judge, refused=game.refused,
+        helpful=game.helpful, embedder=embedder, toy=game, judge_to_save=judge if config.judge == "toy" else None)
+
+
+def _toy_policies(config, game):
+    tokenizer = game.tokenizer()
+    policies = {}
+    for name, new_tokens in (("defender", config.response_tokens), ("attacker", config.attack_tokens)):
+        lm = toy_lm(tokenizer).to(config.device)
+        policies[name] = Policy(lm, tokenizer, config.critic, DTYPES[config.dtype])
+        _check_room(name, policies[name], game.fixed_prompts, new_tokens)
+    return policies
+
+
+def _toy_warm_start(config, game, policies, rng):
+    """SFT of both policies; returns the defender's (prompt, response) pairs."""
+    n = min(30_000, 64 * config.sft_steps + 1000)
+    pairs = {"defender": game.defender_sft(n, rng)}
+    pairs["attacker"] = [(config.template.format(prompt), attack) for prompt, attack in game.attacker_sft(n, rng)]
+    if not config.dry_run:
+        for i, name in enumerate(("defender", "attacker")):
+            settings = SFTSettings(config.sft_steps, 64, 3e-3, [config.seed, i], config.micro_batch,
+                                   f"SFT of the {name}")
+            sft(policies[name], pairs[name], settings)
+    return pairs["defender"]
+
+
+def _toy_prompts(config, game, pairs):
+    """The test sets are the same whatever was trained before."""
+    rng = np.random.default_rng([config.seed, 2**20 + 1])
+    tests = game.test_sets(config.eval_prompts, rng)
+    test_prompts = tests.pop("in distribution")
+    benign = game.sample_prompts(max(1, config.eval_prompts // 2), rng, harmful=False, held_out=True)
+    demos = [pair for pair in pairs if game.is_demonstration(*pair)]
+    return Prompts(game.fixed_prompts, test_prompts, benign, demos, tests)
+
+
+def _toy_judge(config, game, attacker, rng):
+    """The judge of training: a small classifier on noisy samples, among them the warm-started attacker's own."""
+    tokenizer = game.tokenizer()
+    classifier = toy_classifier(tokenizer).to(config.device)
+    if config.dry_run:
+        return train_judge(classifier, tokenizer, [], 0)
+    seeds = sample(game.fixed_prompts, 3000, rng)
+    player = Player("attacker", attacker, config.attack_tokens, template=config.template)
+    attacks = [attack for attack in player.generate(seeds, config.seed).texts if not game.is_held_out(attack)]
+    triples = list(zip(*game.judge_samples(min(30_000, 64 * config.judge_steps), rng, attacks)))
+    judge = train_judge(classifier, tokenizer, triples, config.judge_steps, 64, 2e-3, config.seed)
+    broadcast_weights(classifier)
+    return judge
+
+
+# --- a user's models and data -------------------------------------------------------------------------------------
+def user_world(config: Config, start: Path | None = None) -> World:
+    """A user's models: prompts, pairs and judges from files, or from the hub where no flag names one. With --prompts
+    all data are the user's: what is not named is done without."""
+    remote = (config.device, config.trust_remote_code)
+    data = {} if start else _read_data(config)
+    judge = _named("judge", load_judge, config.judge, config.unsafe_label, (), *remote)
+    held_out_judge = _named("held_out_judge", load_judge, config.held_out_judge, config.unsafe_label, (), *remote)
+    embedder = load_embedder(config.embedder, *remote)
+    policies = _load_policies(config, start)
+    for policy in policies.values():
+        _save_memory(policy, config)
+    if start:  # a resumed run goes on with its own prompts, whatever has become of the files
+        prompts = read_prompts(start)
+    else:
+        prompts = _user_prompts(config, data, policies)
+    if not prompts.demos and config.ptx_coef > 0:
+        raise ValueError("--ptx_coef needs demonstrations, got none; pass --sft_data with (prompt, response) pairs, or "
+                         "--ptx_coef 0")
+    _shard_policies(config, policies)
+    if config.sft_steps and not (start or config.dry_run):
+        _warm_start(config, policies, prompts, embedder)
+    return _finish_world(config, policies, prompts, judge=judge, held_out_judge=held_out_judge, refused=refusals,
+                         helpful=None, embedder=embedder)
+
+
+def _named(flag, load, *args):
+    """What a flag asks for; an error says which flag."""
+    try:
+        return load(*args)
+    except ValueError as error:
+        raise ValueError(f"--{flag}: {error}") from error
+
+
+def _read_data(config):
+    """{flag: (name, rows)} of the data that the game needs, from the flag's file or, without --prompts, its default on
+    the hub."""
+    flags = ["prompts", "test_prompts", "benign_prompts"]
+    if config.ptx_coef > 0 or "distill" in config.average or config.sft_steps > 0:
+        flags.append("sft_data")
+    data = {}
+    for flag in flags:
+        path = getattr(config, flag)
+        if path:
+            data[flag] = (path, read_rows(path))
+        elif flag in HUB_DATA and not config.prompts:
+            data[flag] = (f"Anthropic/hh-rlhf/{HUB_DATA[flag]}", read_rows(hub_file(flag)))
+    return data
+
+
+def _user_prompts(config, data, policies):
+    """`Prompts` from the rows of `_read_data`; prints a line for each file. Raises ValueError."""
+    seeds, test, benign = split_prompts(config, data, policies)
+    demos = []
+    if "sft_data" in data:
+        demos = usable_pairs(config, *data["sft_data"], test + benign, policies["defender"])
+    consequences = {"sft_data": "the defender is not warm-started", "benign_prompts": "over-refusal is not measured"}
+    for flag, what in consequences.items():
+        if flag not in data and not getattr(config, flag):
+            print(f"without --{flag} {what}")
+    return Prompts(seeds, test, benign, demos)
+
+
+def split_prompts(config: Config, data: dict, policies: dict[str, Policy]) -> tuple[list[str], list[str], list[str]]:
+    """(seeds, test prompts, benign prompts): first human turns that both players can read; no prompt is in two of the
+    three. Without --test_prompts a tenth of --prompts is for testing, by hash. Raises ValueError."""
+    attack_room = policies["attacker"].context - config.attack_tokens
+    room = policies["defender"].context - config.response_tokens
+    limit = " or ".join(str(tokens) for tokens in sorted({attack_room, room}))
+
+    def fit(prompts):  # the attacker reads a prompt in its template
+        prompts = [prompt for prompt, in prompts]
+        attacker_ids = policies["attacker"].encode([config.template.format(p) for p in prompts])
+        defender_ids = policies["defender"].encode(prompts)
+        return [len(a) <= attack_room and len(d) <= room for a, d in zip(attacker_ids, defender_ids)]
+
+    def pick(flag, others):
+        if flag not in data:
+            return [], None
+        name, rows = data[flag]
+        prompts = [(first_turn(row["prompt"]),) for row in rows]
+        kept, line = usable(name, prompts, {*map(normalized, others)}, fit, limit)
+        return [prompt for prompt, in kept], line
+
+    test, test_line = pick("test_prompts", [])
+    seeds, line = pick("prompts", test)
+    benign, benign_line = pick("benign_prompts", seeds + test)
+    if test:
+        print(f"{test_line}, {len(test)} to test")
+    else:
+        test = [prompt for prompt in seeds if is_test(prompt)]
+        seeds = [prompt for prompt in seeds if not is_test(prompt)]
+    print(f"{line}, {len(seeds)} to train on, {len(test)} to test")
+    if benign:
+        print(f"{benign_line}, {len(benign)} to measure over-refusal")
+    if not seeds or not test:
+        raise ValueError("--prompts must leave at least one prompt for training and one for testing, got "
+                         f"{len(seeds)} and {len(test)}; add prompts or pass --test_prompts")
+    return seeds, test[: config.eval_prompts], benign[: config.eval_prompts]
+
+
+def usable_pairs(config: Config, name: str, rows: list[dict], tested: list[str],
+                 policy: Policy) -> list[tuple[str, str]]:
+    """(prompt, response) pairs that the defender learns from: no test prompt, and none too long for memory."""
+    limit = min(policy.context, max(256, 4 * config.response_tokens))
+
+    def fit(pairs):
+        prompt_ids = policy.encode([prompt for prompt, _ in pairs])
+        response_ids = policy.encode_responses([response for _, response in pairs])
+        return [len(p) + len(r) <= limit for p, r in zip(prompt_ids, response_ids)]
+
+    pairs = [(row["prompt"], row.get("response") or row.get("chosen")) for row in rows]
+    kept, line = usable(name, pairs, {*map(normalized, tested)}, fit, limit)
+    print(f"{line}, {len(kept)} to learn from")
+    return kept
+
+
+def _warm_start(config, policies, prompts, embedder):
+    """SFT of the defender on its pairs, of the attacker on neighbouring seeds."""
+    rng = np.random.default_rng([config.seed, 2**20])
+    some = sample(prompts.seeds, min(len(prompts.seeds), 4000), rng)  # each is embedded and compared with all others
+    pairs = {"defender": prompts.demos, "attacker": neighbour_pairs(some, embedder, config.template, rng)}
+    rates = {"defender": config.learning_rate, "attacker": config.attacker_learning_rate}
+    for i, name in enumerate(("defender", "attacker")):
+        if pairs[name]:
+            settings = SFTSettings(config.sft_steps, config.batch_size, SFT_RATE * rates[name], [config.seed, i],
+                                   config.micro_batch, f"SFT of the {name}")
+            sft(policies[name], pairs[name], settings)
+            fold_lora(policies[name], config.seed)
+
+
+def neighbour_pairs(seeds: list[str], embedder: Embedder, template: str, rng: np.random.Generator,
+                    k: int = 5) -> list[tuple[str, str]]:
+    """The attacker's warm start: (seed in its template, one of its k nearest other seeds by the embedder)."""
+    if len(seeds) < 2:
+        return []
+    vectors = embedder(seeds)  # (n, D)
+    pairs = []
+    for i, vector in enumerate(vectors):
+        nearest = np.argsort(-(vectors @ vector), kind="stable")[: k + 1]
+        pairs.append((template.format(seeds[i]), seeds[rng.choice(nearest[nearest != i])]))
+    return pairs
+
+
+# --- looking at it ---------------------------------------------------------------------------------------------------
+def show_prompts(world: World, n: int = 3) -> None:
+    """Print the first prompts of both players and the first exchanges of both judges as their models will read them:
+    the tokens decoded again, special ones and chat template included, control characters escaped."""
+    seeds = world.seeds[:n]
+    for name, player in world.players.items():
+        print(f"\nthe {name} reads")
+        for ids in player.policy.encode([player.template.format(seed) for seed in seeds]):
+            _show(player.policy.tokenizer, ids)
+    exchanges = world.demos[:n] or [(prompt, "I am sorry, I cannot help with that.") for prompt in seeds]
+    for name, judge in (("judge", world.judge), ("held-out judge", world.held_out_judge)):
+        print(f"\nthe {name} reads")
+        for prompt, response in exchanges:
+            if hasattr(judge, "model"):
+                _show(judge.tokenizer, _read_by(judge, prompt, response))
+            else:  # a function of the two texts
+                print(f"{prompt!r}, {response!r}")
+
+
+def _show(tokenizer, ids):
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    print(f"{len(ids):5} tokens  {visible(text)}")
+
+
+def _read_by(judge, prompt, response):
+    """The token ids that reach the judge's model itself."""
+    seen = []
+
+    def look(_, args, kwargs):
+        seen.append(kwargs.get("input_ids", *args))
+
+    hook = judge.model.register_forward_pre_hook(look, with_kwargs=True)
+    call_judge(judge, [prompt], [response])
+    hook.remove()
+    return seen[0][0].tolist()
