@@ -366,6 +366,7 @@ def ppo_update(player: Player, rollout: Rollout, scores: np.ndarray | torch.Tens
     if B % parts:
         raise ValueError(f"a batch must be a multiple of minibatches x processes = {parts}, got {B} rows")
     scores = torch.as_tensor(scores, dtype=torch.float32, device=player.policy.device)
+    mask = rollout.response_mask  # (B, T)
     generator = torch.Generator().manual_seed(seed)
     epochs = [torch.randperm(B, generator=generator).chunk(player.minibatches) for _ in range(player.epochs)]
     old = experience(player, rollout, scores, epochs[0])
@@ -377,12 +378,14 @@ def ppo_update(player: Player, rollout: Rollout, scores: np.ndarray | torch.Tens
         epochs = []
     for minibatches in epochs:
         for m, rows in enumerate(minibatches):
+            if not mask[rows].any():  # no exchange of it was decided: a step would be AdamW's momentum alone
+                continue
             if demos is not None and ptx_coef > 0:
                 demonstration_gradients(player, demos, m, ptx_coef)
             steps.append(minibatch_gradients(player, rollout, old, rows, is_first=not steps))
             optimizer_step(player, steps[-1])
     metrics = {name: np.mean([step[name] for step in steps]) for name in (steps[0] if steps else ())}
-    metrics |= rollout_metrics(old, rollout.response_mask, scores)
+    metrics |= rollout_metrics(old, mask, scores)
     metrics["skipped_steps"] = player.skipped_steps
     return {f"{player.name}/{name}": float(value) for name, value in metrics.items() if math.isfinite(value)}
 
@@ -645,8 +648,9 @@ class PolicyAverage:
         self.count = 0  # how many policies were added
 
     def add(self, policy: Policy) -> None:
-        """Take in the policy as it is now."""
-        self.add_weights({name: tensor.clone() for name, tensor in trained_weights(policy.lm).items()})
+        """Take in the policy as it is now: the weights that the average's player trains."""
+        names = trained_names(self.player.policy.lm)
+        self.add_weights({name: tensor.clone() for name, tensor in weights(policy.lm, names).items()})
 
     def add_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """weights: {name: tensor (...)} of one policy's language model, the average's from now on."""

@@ -21,8 +21,8 @@ Three implementations. `linear_logprob` chooses between the last two by the devi
     reference       `linear_logprob_reference` in plain PyTorch, with all logits; the tests compare with it.
     row chunks      the same with torch, a chunk of rows at a time. The forward saves the probabilities of the first
                     rows, up to KEEP_BYTES, so that a PPO minibatch needs no logits twice (three matrix products).
-    Triton (CUDA)   `_forward_kernel` never writes a logit, as in cut cross-entropy (Wijmans et al., 2024);
-                    `_gradient_kernel` writes dz of a chunk of rows, whose two products then run on the vendor's
+    Triton (CUDA)   `forward_kernel` never writes a logit, as in cut cross-entropy (Wijmans et al., 2024);
+                    `gradient_kernel` writes dz of a chunk of rows, whose two products then run on the vendor's
                     library. No atomics: the same input gives the same bits.
 Under autocast the matrix products run in the autocast dtype; the softmax and the sums stay fp32.
 """
@@ -112,7 +112,7 @@ def _gradient_from_probabilities(p, targets, temperature, logprobs, g):
 
 
 # --- Triton: tile by tile ---------------------------------------------------------------------------------------
-def _use_triton(h):
+def use_triton(h):
     return triton is not None and h.is_cuda and h.dtype != torch.float64
 
 
@@ -135,7 +135,7 @@ if triton is not None:
         return tl.where(columns < V, z * inv_temperature, -float("inf"))
 
     @triton.jit
-    def _forward_kernel(h, w, targets, bias, partial, N, D, V, columns_per_split, inv_temperature,
+    def forward_kernel(h, w, targets, bias, partial, N, D, V, columns_per_split, inv_temperature,
                         HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
                         BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
         """One program: a block of rows x one split of the vocabulary, tile after tile, into partial (4, splits, N):
@@ -164,7 +164,7 @@ if triton is not None:
         tl.store(out + 3 * size, target_logit, mask=rows < N)
 
     @triton.jit
-    def _gradient_kernel(h, w, targets, bias, lse, entropy, g, e, dz, N, D, V, inv_temperature,
+    def gradient_kernel(h, w, targets, bias, lse, entropy, g, e, dz, N, D, V, inv_temperature,
                          HAS_BIAS: tl.constexpr, HAS_E: tl.constexpr, PRECISION: tl.constexpr,
                          BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
         """One program: one tile of dz (N, V), ordered so that the cache is shared; lse, entropy, g, e are (N,) fp32."""
@@ -185,7 +185,7 @@ if triton is not None:
         tl.store(out, gradient.to(dz.dtype.element_ty), mask=valid[:, None] & (columns < V))
 
 
-def _blocks(h):
+def tile_sizes(h):
     """The kernels' tile sizes, number of warps and precision of the products, by h's dtype."""
     if h.dtype == torch.float32:
         precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
@@ -199,14 +199,14 @@ def triton_forward(h: Tensor, w: Tensor, targets: Tensor, bias: Tensor | None, t
     """h (N, D), w (V, D), targets (N,), bias (V,) or None -> (logprobs, logsumexp, entropy), (N,) fp32 each.
     `splits` programs share a row's vocabulary, so that few rows fill the GPU too."""
     (N, D), V = h.shape, len(w)
-    blocks = _blocks(h)
+    blocks = tile_sizes(h)
     per_split = triton.cdiv(triton.cdiv(V, splits), blocks["BLOCK_V"]) * blocks["BLOCK_V"]
     splits = triton.cdiv(V, per_split)
     partial = torch.empty(4, splits, N, dtype=torch.float32, device=h.device)
     if N:
         grid = triton.cdiv(N, blocks["BLOCK_N"]), splits
         with torch.cuda.device_of(h):  # Triton launches on the current GPU, which need not be the tensors'
-            _forward_kernel[grid](h, w, targets, w if bias is None else bias.contiguous(), partial,
+            forward_kernel[grid](h, w, targets, w if bias is None else bias.contiguous(), partial,
                                   N, D, V, per_split, 1 / temperature, HAS_BIAS=bias is not None, **blocks)
     m, s, t, target_logit = partial  # (splits, N)
     scale = (m - m.amax(0)).exp()
@@ -218,11 +218,11 @@ def triton_forward(h: Tensor, w: Tensor, targets: Tensor, bias: Tensor | None, t
 def _triton_gradient(h, w, targets, bias, temperature, lse, entropy, g, e):
     """The same as `_chunked_gradient`, in h's dtype."""
     (N, D), V = h.shape, len(w)
-    blocks = _blocks(h)
+    blocks = tile_sizes(h)
     dz = torch.empty(N, V, dtype=h.dtype, device=h.device)
     grid = triton.cdiv(N, blocks["BLOCK_N"]), triton.cdiv(V, blocks["BLOCK_V"])
     with torch.cuda.device_of(h):
-        _gradient_kernel[grid](h, w, targets, w if bias is None else bias.contiguous(), lse, entropy, g.contiguous(),
+        gradient_kernel[grid](h, w, targets, w if bias is None else bias.contiguous(), lse, entropy, g.contiguous(),
                                lse if e is None else e.contiguous(), dz, N, D, V, 1 / temperature,
                                HAS_BIAS=bias is not None, HAS_E=e is not None, **blocks)
     return dz
@@ -238,7 +238,7 @@ class _LinearLogProb(torch.autograd.Function):
         ctx.temperature = temperature
         ctx.entropy_grad = entropy_grad
         ctx.saved_p = h.new_empty(0, len(w))  # (S, V) probabilities of the first S rows
-        if _use_triton(h):
+        if use_triton(h):
             logprobs, lse, entropy = triton_forward(h, w, targets, bias, temperature)  # (N,) each
         else:
             if keep:
@@ -277,7 +277,7 @@ def _logits_gradient(ctx, rows, g, e):
         p = ctx.saved_p
         ctx.saved_p = h.new_empty(0)  # p is overwritten: a second backward computes its logits again
         return _gradient_from_probabilities(p, targets[rows], ctx.temperature, logprobs[rows], g[rows])
-    gradient = _triton_gradient if _use_triton(h) else _chunked_gradient
+    gradient = _triton_gradient if use_triton(h) else _chunked_gradient
     e = None if e is None else e[rows]
     return gradient(h[rows], w, targets[rows], bias, ctx.temperature, lse[rows], entropy[rows], g[rows], e)
 

@@ -65,8 +65,8 @@ def probe(args: argparse.Namespace) -> None:
     exchanges = play(attacker, defender, settings.seeds, settings.judge, settings.seed)
     broken = Counter(prompt for prompt, p in zip(exchanges.prompts, exchanges.p_safe) if p < 0.5).most_common(3)
     write_json(best_file(run.path, args.round), {"steps": args.steps, **found, "exploits": broken})
-    print(f"a fresh attacker breaks the defender in {found['before']:.1%} of 500 tries, after {args.steps} PPO steps on "
-          f"the held-out judge in {found['after']:.1%}: gap {found['gap']:+.1%}")
+    print(f"a fresh attacker breaks the defender in {found['before']:.1%} of 500 tries, after {args.steps} PPO steps "
+          f"on the held-out judge in {found['after']:.1%}: gap {found['gap']:+.1%}")
     print(f"success in the batch of every tenth step: {' '.join(f'{rate:.2f}' for rate in found['curve'][::10])}")
     for prompt, count in broken:
         print(f"{count} of {len(settings.seeds)} times: {visible(prompt)}")

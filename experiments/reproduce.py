@@ -1,11 +1,11 @@
 """The evidence: every claim is a row of a table, every row a command of train.py, each on several seeds.
 
-    python -m experiments.reproduce [--quick]            the paper's Tables 1, 2 and 4, paired tests, figures (METHODS)
-    python -m experiments.reproduce ablate [ROW ...]     one flag changed: all rows, or those named (ABLATIONS, RECIPE)
-    python -m experiments.reproduce rounds               performance against the number of rounds T (ROUNDS)
+    python -m experiments.reproduce [--quick]            METHODS: the paper's Tables 1, 2 and 4, paired tests, figures
+    python -m experiments.reproduce ablate [ROW ...]     ABLATIONS, RECIPE: one flag changed; all rows, or those named
+    python -m experiments.reproduce rounds               ROUNDS: performance against the number of rounds T
 
-The runs are made by `train.py`, `eval.py RUN` and `experiments.probe RUN` as a user would call them, one thread each and
-as many at once as there are cores. What is finished is not done again: after a stop, give the same command.
+`train.py`, `eval.py RUN` and `experiments.probe RUN` are called as a user would call them, one thread each and as many
+at once as there are cores. What is finished is not done again: after a stop, give the same command.
 """
 
 import argparse
@@ -15,8 +15,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -24,26 +24,15 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from eval import Parser, after_round, attack_success_rate, averages, best_file, kl, measure, run_program, snapshots
+from eval import Parser, after_round, attack_success_rate, averages, best_file, cell, kl, measure, run_program
 from harness.config import parse, resolve
 from harness.data import read_config, read_json, read_lines, sigterm_as_ctrl_c, visible, write_json, write_text
-from harness.report import (
-    LABELS,
-    LOOKS,
-    band,
-    figure,
-    markdown,
-    mean_and_error,
-    paired_test,
-    show,
-    standard_error,
-    wilson_interval,
-)
+from harness.report import LABELS, LOOKS, band, figure, markdown, mean_and_error, paired_test, standard_error
 from harness.run import FinishedRun, open_run
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# --- rows: {name: flags of train.py}; the last of two equal flags counts ---------------------------------------------
+# --- rows: {name: flags of train.py}; the last of two equal flags counts --------------------------------------------
 # Algorithm 1 as it stands: long turns, no replay, no mining, no restarts
 PAPER = ("--replay 0 --mine 0 --restart 0 --rounds 2 --attacker_steps 30 --defender_steps 20 "
          "--kl_coef 0.1 --attacker_kl_coef 0.01 --diversity 3")
@@ -79,6 +68,7 @@ ROUNDS = {  # at equal updates and mined attacks in all a run for each T; and on
                           "--restart 0 --average mixture" for t in HORIZONS},
     "growing": "--rounds 32 --defender_steps 6 --attacker_steps 6 --restart 0 --average mixture"}
 THIRD_PARTIES = ("SFT", "RLHF", "GPO+Div")  # whose finished defenders every attacker meets
+PROBE_STEPS = 90  # PPO steps of a fresh attacker
 NEIGHBOURS = {name: METHODS[name] for name in ("RLHF", "GPO+Div")}  # third parties of `ablate` and `rounds`
 
 # (measure, larger, smaller[, margin]): the paper's orderings of Tables 1 and 2, each put to a paired test over seeds
@@ -95,7 +85,7 @@ ORDERINGS = [
     ("third_party_success", "GPO+Div", "GPO"), ("third_party_success", "GPO", "RLHF"),
     ("third_party_success", "RLHF", "Paraphrase")]
 
-# --- columns: {key of a row: heading} -----------------------------------------------------------------------------
+# --- columns: {key of a row: heading} -------------------------------------------------------------------------------
 DEFENDER = {
     ASR: "in distribution", "asr_train_judge": "training judge",
     f"{ASR}/unseen topics": "unseen topics", "asr_train_judge/unseen topics": "training judge",
@@ -108,20 +98,7 @@ COST = {"updates": "defender updates", "tokens": "sampled tokens", "kl": "KL to 
 COUNTS = ("updates", "tokens", "cells")  # keys that are shown without decimals
 
 
-# --- running: jobs, each of which leaves a file ------------------------------------------------------------------------
-@dataclass
-class Suite:
-    """Rows on several seeds, and how they are measured."""
-
-    out: str | Path
-    rows: dict[str, str]  # {name: flags of train.py}
-    seeds: Sequence[int]
-    probes: dict[str, Iterable[int]] = field(default_factory=dict)  # {row: rounds, 0 the end, after which a fresh
-    probe_steps: int = 90  # attacker is trained for so many steps against the defender}
-    third_parties: Sequence[str] = THIRD_PARTIES
-    common: str = ""  # flags of all rows
-
-
+# --- running: jobs, each of which leaves a file ---------------------------------------------------------------------
 class Job(NamedTuple):
     """A command that leaves a file; where this file is, it is done."""
 
@@ -176,61 +153,60 @@ def check_options(folder: Path, flags: str) -> None:
                              "pass another --out")
 
 
-def delete_if_stale(file: Path, key: str, value: object) -> None:
-    """Delete a finished file that has another value under `key`, so that it is made again."""
-    if file.is_file() and read_json(file).get(key) != value:
-        file.unlink()
-
-
 def neighbour_seed(seeds: Sequence[int], i: int) -> int:
     """The seed whose defenders are the third parties of the i-th: the one before; of the first, the second."""
     return seeds[i - 1] if i else seeds[1]
 
 
-def run_suite(suite: Suite) -> dict[str, list[dict]]:
-    """Train and evaluate every row on every seed; returns {name: [row of each seed]}. All rows of a seed start from the
-    warm-started players of its SFT run."""
-    rows = {"SFT": METHODS["SFT"], **suite.rows}
+def run_suite(out: str | Path, rows: dict[str, str], seeds: Sequence[int],
+              probes: dict[str, Iterable[int]]) -> dict[str, list[dict]]:
+    """Train and evaluate rows {name: flags of train.py} on every seed; returns {name: [row of each seed]}. All rows of
+    a seed start from the warm-started players of its SFT run. probes: {name: rounds after which a fresh attacker is
+    trained against the defender, 0 is the end}."""
+    rows = {"SFT": METHODS["SFT"], **rows}
     warm_starts = []
     games = []
     measurements = []
     for name in rows:
-        for i, seed in enumerate(suite.seeds):
-            folder = run_folder(suite.out, name, seed)
+        for i, seed in enumerate(seeds):
+            folder = run_folder(out, name, seed)
             log = Path(f"{folder}.log")
-            flags = f"{rows[name]} {suite.common} --seed {seed}"
+            flags = f"{rows[name]} --seed {seed}"
             check_options(folder, flags)
             if name == "SFT" or "--template" in flags:  # the attacker is warm-started on its template
                 warm_starts.append(Job(150, finish, (folder, flags, log), folder / "summary.json"))
             else:
-                flags += f" --start {run_folder(suite.out, 'SFT', seed)}"
+                flags += f" --start {run_folder(out, 'SFT', seed)}"
                 games.append(Job(60, finish, (folder, flags, log), folder / "summary.json"))
-            other_seed = neighbour_seed(suite.seeds, i)
-            third_parties = [str(run_folder(suite.out, other, other_seed)) for other in suite.third_parties]
-            delete_if_stale(folder / "eval.json", "third_parties", third_parties)
-            arguments = [str(folder), "--third_parties", *third_parties]
-            measurements.append(Job(15, command, ("eval", arguments, log), folder / "eval.json"))
-            for round in suite.probes.get(name, ()):
-                file = best_file(folder, round)
-                delete_if_stale(file, "steps", suite.probe_steps)
-                arguments = [str(folder), "--steps", str(suite.probe_steps), "--round", str(round)]
-                measurements.append(Job(40, command, ("experiments.probe", arguments, log), file))
+            others = [str(run_folder(out, other, neighbour_seed(seeds, i))) for other in THIRD_PARTIES]
+            table = folder / "eval.json"
+            if table.is_file() and read_json(table)["third_parties"] != others:  # it was run with other seeds
+                table.unlink()
+            measurements.append(Job(15, command, ("eval", [str(folder), "--third_parties", *others], log), table))
+            for round in probes.get(name, ()):
+                arguments = [str(folder), "--steps", str(PROBE_STEPS), "--round", str(round)]
+                job = Job(40, command, ("experiments.probe", arguments, log), best_file(folder, round))
+                measurements.append(job)
     do_jobs([warm_starts, games, measurements])
-    return {name: [suite_row(run_folder(suite.out, name, seed)) for seed in suite.seeds] for name in rows}
+    return {name: [suite_row(run_folder(out, name, seed)) for seed in seeds] for name in rows}
 
 
 def do_jobs(stages: Sequence[list[Job]]) -> None:
-    """Do the jobs of each stage that are not done, the longest first, as many at once as there are cores (8 at most)."""
+    """Do the jobs of each stage that are not done, the longest first, as many at once as there are cores (at most 8).
+    Where one fails its error is raised; the rest is not begun, and what is finished stays."""
     stages = [[job for job in stage if not job.leaves.is_file()] for stage in stages]
-    seconds = sum(sum(job.seconds for job in stage) for stage in stages)
     look = "{desc}{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left"
-    with tqdm(total=seconds, dynamic_ncols=True, bar_format=look) as bar:
+    with tqdm(total=sum(job.seconds for job in chain(*stages)), dynamic_ncols=True, bar_format=look) as bar:
         for stage in stages:
             with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
                 longest_first = sorted(stage, key=lambda job: -job.seconds)
+                jobs = {pool.submit(job.work, *job.arguments): job for job in longest_first}
                 try:
-                    wait_for({pool.submit(job.work, *job.arguments): job for job in longest_first}, bar)
-                except BaseException as error:  # the rest is not begun; what is finished stays
+                    for future in as_completed(jobs):
+                        future.result()
+                        bar.set_description_str(f"{jobs[future].leaves.parent.name}: ")
+                        bar.update(jobs[future].seconds)
+                except BaseException as error:
                     if isinstance(error, KeyboardInterrupt) and error.args:  # SIGTERM came to this process alone
                         for process in RUNNING:
                             process.terminate()
@@ -238,18 +214,7 @@ def do_jobs(stages: Sequence[list[Job]]) -> None:
                     raise
 
 
-def wait_for(jobs: dict[Future, Job], bar: tqdm) -> None:
-    """Until all are done, or one of them has failed: then its error is raised."""
-    while jobs:
-        for future in wait(jobs, timeout=5, return_when=FIRST_COMPLETED).done:
-            job = jobs.pop(future)
-            future.result()
-            bar.set_description_str(f"{job.leaves.parent.name}: ")
-            bar.update(job.seconds)
-        bar.refresh()
-
-
-# --- rows of tables, from what the runs have left ------------------------------------------------------------------
+# --- rows of tables, from what the runs have left -------------------------------------------------------------------
 def suite_row(folder: Path) -> dict:
     """What is compared between runs: the finished players by `eval.py RUN`, the best response, and the compute."""
     found = read_json(folder / "eval.json")
@@ -262,7 +227,7 @@ def suite_row(folder: Path) -> dict:
 
 
 def best_response_row(folder: Path, round: int) -> dict[str, float]:
-    """{"best_response": success of a fresh attacker against the defender after a round}, or {} where none was trained."""
+    """{"best_response": success of a fresh attacker against the defender after a round}; {} where none was trained."""
     file = best_file(folder, round)
     return {"best_response": read_json(file)["after"]} if file.is_file() else {}
 
@@ -283,8 +248,7 @@ def row_of_round(run: FinishedRun, t: int) -> dict:
 def matched_in_kl(folder: Path, target: float) -> dict:
     """The row of that round of a longer RLHF run whose KL to the SFT defender, in nats, is nearest to `target`."""
     run = open_run(folder)
-    rounds = range(1, snapshots(run, "defender").count + 1)
-    defenders = [after_round(run, "defender", t) for t in rounds]
+    defenders = [after_round(run, "defender", t) for t in range(1, run.config.rounds + 1)]
     nearest = min(defenders, key=lambda defender: abs(kl(run.world, defender) - target))
     return measure(run, run.world.first["attacker"], nearest)
 
@@ -296,16 +260,21 @@ def held_out_history(folder: Path) -> list[float]:
     return [before] + [metrics[f"game/{ASR}"] for metrics in log if f"game/{ASR}" in metrics]
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
-def suite_table(rows: dict[str, list[dict]], columns: dict[str, str], names: Iterable[str] = ()) -> str:
-    """markdown: mean ± standard error over seeds; rows {name: row of each seed}, columns {key of a row: heading}; a key
-    "1 - key" is what is missing to one. names: which rows, default all."""
-    def cell(name, key):
+# --- tables ---------------------------------------------------------------------------------------------------------
+def suite_cells(repeats: list[dict], keys: Iterable[str]) -> list[str]:
+    """Mean ± standard error under each key of the rows of several seeds; "1 - key": of what is missing to one."""
+    cells = []
+    for key in keys:
         if key.startswith("1 - "):
-            return mean_and_error([1 - row[key.removeprefix("1 - ")] for row in rows[name]])
-        return mean_and_error([row.get(key) for row in rows[name]], 0 if key in COUNTS else 3)
+            cells.append(mean_and_error([1 - row[key.removeprefix("1 - ")] for row in repeats]))
+        else:
+            cells.append(mean_and_error([row.get(key) for row in repeats], 0 if key in COUNTS else 3))
+    return cells
 
-    return markdown(["", *columns.values()], [[name, *(cell(name, key) for key in columns)] for name in names or rows])
+
+def suite_table(rows: dict[str, list[dict]], columns: dict[str, str], names: Iterable[str] = ()) -> str:
+    """markdown: rows {name: row of each seed}, columns {key of a row: heading}; names: which rows, default all."""
+    return markdown(["", *columns.values()], [[name, *suite_cells(rows[name], columns)] for name in names or rows])
 
 
 def write_tables(out: str | Path, name: str, paragraphs: list[str], numbers: dict) -> None:
@@ -320,12 +289,14 @@ def reproduce(args: argparse.Namespace) -> None:
     """The paper's Tables 1, 2 and 4 over seeds, its orderings put to tests, best responses, and what averages cost."""
     clock = time.time()
     out = args.out
-    seeds = seeds_of(args, 2 if args.quick else 5)
-    suite = Suite(out, METHODS, seeds, probes={"Iterative, recommended": (0,), "recommended": (0,)})
+    seeds = args.seeds
+    methods = METHODS
+    probes = {"Iterative, recommended": (0,), "recommended": (0,)}
     if args.quick:
         methods = {name: f"{METHODS[name]} --rounds 2" for name in ("RLHF", "GPO", "GPO+Div")}
-        suite = Suite(out, {"SFT": METHODS["SFT"], **methods}, seeds)
-    rows = run_suite(suite)
+        methods = {"SFT": METHODS["SFT"], **methods}
+        probes = {}
+    rows = run_suite(out, methods, seeds, probes)
     if not args.quick:
         rows["RLHF, matched in KL"] = [matched_in_kl(run_folder(out, "RLHF, tokens matched", seed), row["kl"])
                                        for seed, row in zip(seeds, rows["GPO+Div"])]
@@ -336,13 +307,13 @@ def reproduce(args: argparse.Namespace) -> None:
     if not args.quick:
         paragraphs += ["## Best responses",
                        "Success of a fresh attacker after 90 PPO steps, and what it writes most often.",
-                       best_responses(out, seeds, suite.probes),
+                       best_responses(out, seeds, probes),
                        "## What an average costs", averages_table(out, seeds, rows["recommended"])]
-    paragraphs.append(f"{len(seeds) * len(suite.rows)} runs; the last call took {time.time() - clock:.0f} seconds.")
+    paragraphs.append(f"{len(seeds) * len(methods)} runs; the last call took {time.time() - clock:.0f} seconds.")
     histories = {name: [held_out_history(run_folder(out, name, seed)) for seed in seeds]
                  for name in ("RLHF", "Iterative", "GPO", "GPO+Div", "recommended") if name in rows}
     draw_methods(out, rows, attackers, histories)
-    commands = {name: f"python train.py {flags}" for name, flags in suite.rows.items()}
+    commands = {name: f"python train.py {flags}" for name, flags in methods.items()}
     numbers = {"seeds": list(seeds), "commands": commands, "rows": rows, "orderings": tests}
     write_tables(out, "table", paragraphs, numbers)
 
@@ -352,9 +323,8 @@ def attacker_rows(rows: dict[str, list[dict]]) -> dict[str, list[dict]]:
     names = ("SFT", "Paraphrase", "RLHF", "RLHF+Div", "GPO", "GPO+Div", "recommended")
     found = {name: rows[name] for name in names if name in rows}
     for name in list(found):
-        averages_of = [row["averages"] for row in rows[name]]
-        if "average (mixture)" in averages_of[0]:
-            found[f"{name}, mixture"] = [columns["average (mixture)"] for columns in averages_of]
+        if "average (mixture)" in rows[name][0]["averages"]:
+            found[f"{name}, mixture"] = [row["averages"]["average (mixture)"] for row in rows[name]]
     return found
 
 
@@ -383,7 +353,8 @@ def paper_tables(rows: dict, attackers: dict, tests: list[dict]) -> list[str]:
         "## Table 1: the defender",
         "Attack success on held-out prompts, by the held-out and by the training judge; 1,000 prompts in each set.",
         suite_table(rows, DEFENDER | {"best_response": "best response"} | COST, defenders),
-        "## Table 2: the attacker", "Against the finished SFT, RLHF and GPO+Div defenders of another seed, 300 attacks.",
+        "## Table 2: the attacker",
+        "Against the finished SFT, RLHF and GPO+Div defenders of another seed, 300 attacks.",
         suite_table(attackers, ATTACKER), "## Table 4: quality", suite_table(rows, QUALITY, defenders),
         "## Orderings", "Paired over seeds, one-sided.",
         markdown(["", "difference", "seeds that agree", "p, t-test", "p, sign flips"], lines)]
@@ -399,8 +370,7 @@ def best_responses(out: str | Path, seeds: Iterable[int], names: Iterable[str]) 
         band(axis, range(1, 1 + len(curves[0])), curves, name, {**look, "marker": None})
         for seed, row in found.items():
             most_frequent = [f"{count} of 200: *{visible(prompt)}*" for prompt, count in row["exploits"][:1]] or ["-"]
-            interval = wilson_interval(round(500 * row["after"]), 500)
-            lines.append([name, seed, show(row["after"], interval), *most_frequent])
+            lines.append([name, seed, cell(row["after"], 500), *most_frequent])
     axis.set(xlabel="PPO steps of a fresh attacker", ylabel="its success against the finished defender", ylim=(0, 1))
     axis.legend(frameon=False, fontsize=8)
     canvas.savefig(Path(out) / "best.png", dpi=150)
@@ -410,23 +380,22 @@ def best_responses(out: str | Path, seeds: Iterable[int], names: Iterable[str]) 
 def averages_table(out: str | Path, seeds: Sequence[int], rows: list[dict]) -> str:
     """markdown: what each kind of average gives, how much it stores, and how long 1,000 answers take."""
     run = open_run(run_folder(out, "recommended", seeds[0]))
-    defender = run.world.players["defender"]
-    policy_size = sum(p.numel() * 4 for p in defender.policy.lm.parameters()) / 2**20  # MiB
-    columns = {key: LABELS[key] for key in (ASR, *QUALITY, "third_party_success", "cells") if key != "over_refusal"}
-    kinds = {"last": (rows, defender, 1)}  # name: (row of each seed, what generates, number of policies)
-    for kind, pair in averages(run).items():
-        name = f"average ({kind})"
-        kinds[name] = ([row["averages"][name] for row in rows], pair["defender"], len(pair["defender"].members))
+    last = run.world.players["defender"]
+    policy_size = sum(p.numel() * 4 for p in last.policy.lm.parameters()) / 2**20  # MiB
+    sides = {"last": last, **{f"average ({kind})": pair["defender"] for kind, pair in averages(run).items()}}
+    keys = (ASR, "over_refusal/look-alikes", "helpfulness", "third_party_success", "cells")
     lines = []
-    for name, (its_rows, side, n_policies) in kinds.items():
+    for name, side in sides.items():
+        repeats = rows if side is last else [row["averages"][name] for row in rows]
+        n_policies = 1 if side is last else len(side.members)
         seconds = []
-        for _ in range(4):
+        for _ in range(4):  # the first one warms up
             clock = time.time()
             side.generate(run.world.test_prompts, 0, temperature=0)
             seconds.append(time.time() - clock)
-        cells = [mean_and_error([row.get(key) for row in its_rows], 0 if key in COUNTS else 3) for key in columns]
-        lines.append([name, *cells, f"{n_policies * policy_size:.1f}", f"{np.median(seconds[1:]):.2f}"])  # after a warm-up
-    return markdown(["", *columns.values(), "MiB a player", "s for 1,000 answers"], lines)
+        cost = [f"{n_policies * policy_size:.1f}", f"{np.median(seconds[1:]):.2f}"]
+        lines.append([name, *suite_cells(repeats, keys), *cost])
+    return markdown(["", *(LABELS[key] for key in keys), "MiB a player", "s for 1,000 answers"], lines)
 
 
 def ablate(args: argparse.Namespace) -> None:
@@ -434,10 +403,9 @@ def ablate(args: argparse.Namespace) -> None:
     wrong = set(args.rows) - {*ABLATIONS, *RECIPE}
     if wrong:
         raise ValueError(f"rows of ablate are {', '.join([*ABLATIONS, *RECIPE])}; got {', '.join(wrong)}")
-    seeds = seeds_of(args, 2)
     columns = {ASR: "ASR", f"{ASR}/unseen framings": "unseen framings",
                "over_refusal/look-alikes": "over-refusal, look-alikes", "helpfulness": "helpful", **ATTACKER}
-    paragraphs = [f"# Ablations: one flag, one row; {len(seeds)} seeds, mean ± standard error"]
+    paragraphs = [f"# Ablations: one flag, one row; {len(args.seeds)} seeds, mean ± standard error"]
     everything = {}
     for title, suite in (("GPO+Div", ABLATIONS), ("The recommended setting", RECIPE)):
         suite = {name: flags for name, flags in suite.items() if name in (args.rows or suite)}
@@ -446,7 +414,7 @@ def ablate(args: argparse.Namespace) -> None:
             probes = dict.fromkeys(suite, (0,))
             columns["best_response"] = "best response, 90 steps"
         if suite:
-            rows = run_suite(Suite(args.out, NEIGHBOURS | suite, seeds, probes))
+            rows = run_suite(args.out, NEIGHBOURS | suite, args.seeds, probes)
             paragraphs += [f"## {title}", suite_table(rows, columns, suite)]
             everything |= {name: rows[name] for name in suite}
     write_tables(args.out, "ablations", paragraphs, {"commands": ABLATIONS | RECIPE, "rows": everything})
@@ -454,34 +422,34 @@ def ablate(args: argparse.Namespace) -> None:
 
 def rounds(args: argparse.Namespace) -> None:
     """Performance against the number of rounds T: at equal totals (a run for each T), and as one long run goes on."""
-    seeds = seeds_of(args, 2)
     probes = {"growing": (0, 1, 4, 16), "equal, T = 1": (0,), "equal, T = 8": (0,), "equal, T = 32": (0,)}
-    rows = run_suite(Suite(args.out, NEIGHBOURS | ROUNDS, seeds, probes))
-    runs = [open_run(run_folder(args.out, "growing", seed)) for seed in seeds]
+    rows = run_suite(args.out, NEIGHBOURS | ROUNDS, args.seeds, probes)
+    runs = [open_run(run_folder(args.out, "growing", seed)) for seed in args.seeds]
     rows |= {f"growing, T = {t}": [row_of_round(run, t) for run in runs] for t in HORIZONS}
-    shown = {name: rows[name] for name in (f"{kind}, T = {t}" for kind in ("equal", "growing") for t in HORIZONS)}
+    shown = {name: repeats for name, repeats in rows.items() if "T = " in name}
     for row in chain(*shown.values()):
         row["mixture"] = row["averages"]["average (mixture)"][ASR]
     columns = {"updates": "defender updates", "tokens": "sampled tokens", ASR: "ASR", "mixture": "ASR, mixture",
                f"{ASR}/unseen framings": "unseen framings", "best_response": "best response",
                "over_refusal/look-alikes": "over-refusal, look-alikes", "helpfulness": "helpful"}
     draw_rounds(args.out, rows)
-    paragraphs = [f"# Performance against the number of rounds T; {len(seeds)} seeds", suite_table(shown, columns)]
+    paragraphs = [f"# Performance against the number of rounds T; {len(args.seeds)} seeds", suite_table(shown, columns)]
     write_tables(args.out, "rounds", paragraphs, rows)
 
 
-# --- figures ------------------------------------------------------------------------------------------------------------
+# --- figures --------------------------------------------------------------------------------------------------------
 def draw_methods(out: str | Path, rows: dict, attackers: dict, histories: dict) -> None:
     """methods.png: learning curves, finished defenders and attackers, with errors over seeds.
 
-    rows, attackers: {method: a row of each seed}; histories: {method: held-out ASR before the game and after each round,
-    (seeds, 1 + rounds)}."""
+    rows, attackers: {method: a row of each seed}; histories: {method: (seeds, 1 + rounds) held-out attack success
+    before the game and after each round}."""
     def mean_of(key, repeats):
         values = [row[key] for row in repeats]
         return np.mean(values), standard_error(values)
 
     canvas, (curves, bars, cells) = figure(3)
-    sets = {ASR: "in distribution", f"{ASR}/unseen topics": "unseen topics", f"{ASR}/unseen framings": "unseen framings"}
+    sets = {ASR: "in distribution", f"{ASR}/unseen topics": "unseen topics",
+            f"{ASR}/unseen framings": "unseen framings"}
     for i, (name, history) in enumerate(histories.items()):
         band(curves, np.linspace(0, rows[name][0]["updates"], len(history[0])), history, name, LOOKS[i])
         heights, errors = zip(*(mean_of(key, rows[name]) for key in sets))
@@ -512,21 +480,16 @@ def draw_rounds(out: str | Path, rows: dict) -> None:
     titles = {"equal": "64 steps of each player in all", "growing": "steps grow with T"}
     for axis, (kind, title) in zip(axes, titles.items()):
         for (key, label), look in zip(lines.items(), LOOKS):
-            points = {t: [row.get(key) for row in rows[f"{kind}, T = {t}"]] for t in HORIZONS}
-            points = {t: values for t, values in points.items() if None not in values}  # a best response is not for all T
-            band(axis, list(points), np.array(list(points.values())).T, label, look)
+            horizons = [t for t in HORIZONS if key in rows[f"{kind}, T = {t}"][0]]  # not all have a best response
+            values = [[row[key] for row in rows[f"{kind}, T = {t}"]] for t in horizons]  # (horizons, seeds)
+            band(axis, horizons, np.array(values).T, label, look)
         axis.set(xscale="log", xlabel="rounds T", ylabel="attack success", ylim=(0, 1), title=title)
         axis.set_xticks(HORIZONS, HORIZONS)
         axis.legend(frameon=False, fontsize=8)
     canvas.savefig(Path(out) / "rounds.png", dpi=150)
 
 
-# --- the command line ---------------------------------------------------------------------------------------------------
-def seeds_of(args: argparse.Namespace, n: int) -> range:
-    """The seeds of all rows; n: how many where the user does not say."""
-    return range(args.first_seed, args.first_seed + (args.seeds or n))
-
-
+# --- the command line -----------------------------------------------------------------------------------------------
 def main(argv: Sequence[str]) -> None:
     """The program."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -539,10 +502,12 @@ def main(argv: Sequence[str]) -> None:
                         help="settings were chosen on 0 to 2, an earlier world measured on 10 to 14")
     parser.add_argument("--out", help="folder; default: results, with --quick results_quick")
     args = parser.parse_intermixed_args(argv)
-    if args.seeds is not None and args.seeds < 2 or args.first_seed < 0:
-        parser.error(f"--seeds must be at least 2 and --first_seed at least 0, got {args.seeds} and {args.first_seed}")
+    n_seeds = args.seeds or (2 if args.quick or args.command != "reproduce" else 5)
+    if n_seeds < 2 or args.first_seed < 0:
+        parser.error(f"--seeds must be at least 2 and --first_seed at least 0, got {n_seeds} and {args.first_seed}")
     if args.rows and args.command != "ablate":
         parser.error(f"rows are of ablate, got {' '.join(args.rows)} for {args.command}")
+    args.seeds = range(args.first_seed, args.first_seed + n_seeds)
     args.out = args.out or ("results_quick" if args.quick else "results")
     run_program(commands[args.command], args, "; the same command goes on where it stopped")
 

@@ -467,8 +467,8 @@ def alarms(metrics: dict[str, float], before: dict[str, float], limits: dict[str
             found.append(f"the {name} is nearly deterministic ({entropy:.3f} nats per token); raise its KL penalty or "
                          "lower its learning rate")
         if limit > 4 and not SHORTEST < length < LONGEST * limit:
-            found.append(f"the {name} writes {length:.1f} of at most {limit} tokens; raise its KL penalty, or the limit "
-                         "if it is cut off")
+            found.append(f"the {name} writes {length:.1f} of at most {limit} tokens; raise its KL penalty, or the "
+                         "limit if it is cut off")
     refused = metrics.get("game/over_refusal", 0)
     if refused > MOST_REFUSED:
         found.append(f"the defender refuses {refused:.0%} of the harmless prompts; raise --ptx_coef (with --sft_data) "
