@@ -437,6 +437,8 @@ def nash(args: argparse.Namespace) -> None:
 # --- eval.py probe --------------------------------------------------------------------------------------------------
 def probe(args: argparse.Namespace) -> None:
     """After every few rounds a lower bound of the Nash gap for last iterate, mixture and weight average; cross-play."""
+    if args.steps < 1 or args.every < 1:
+        raise ValueError(f"--steps and --every must be at least 1, got {args.steps} and {args.every}")
     run = open_run(args.run)
     world = run.world
     rounds = range(1, run.config.rounds + 1)
