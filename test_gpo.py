@@ -27,6 +27,7 @@ import transformers
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined: they run as plain Python then
 import ast
+import contextlib
 import doctest
 import functools
 import gzip
@@ -110,7 +111,7 @@ from harness.parallel import (
     shard,
     shared_judge,
 )
-from harness.report import calibration, paired_test, wilson_interval
+from harness.report import calibration, paired_test, wilson_interval, write_page
 from harness.run import alarms, begin, open_run
 from harness.world import World, make_players
 from kernel import linear_logprob, linear_logprob_reference
@@ -1178,8 +1179,6 @@ def test_a_minibatch_without_a_verdict_takes_no_step():
     assert bytes_of(player.policy) == before
 
 
-for name in [name for name in globals() if name.startswith('test_')]:
-    del globals()[name]
 
 
 # --- judges ----------------------------------------------------------------------------------------------------------
@@ -1261,8 +1260,7 @@ def test_a_guard_judge_keeps_each_verdict_in_its_row_and_leaves_open_what_it_can
     words = np.random.default_rng(0).choice(list("xyz"), 40)
     prompts = ["a " * (1 + 7 * i % 23) for i in range(40)]  # of many lengths, in several batches
     assert judge(prompts, [f"b {word}" for word in words]) == [expected[word] for word in words]
-    # beyond the context the prompt is cut, a response never
-    assert judge(["a " * 100, "a"], ["b x", "b x " * 50]) == [expected["x"], None]
+    assert judge(["a " * 100, "a"], ["b x", "b x " * 50]) == [expected["x"], None]  # a prompt is cut, a response never
 
 
 def test_a_guard_without_a_chat_template_is_asked_in_words_also_when_its_tokenizer_adds_bos(tmp_path):
@@ -1481,8 +1479,7 @@ def test_any_text_is_logged_generated_judged_compared_and_learned_from(name, tmp
     policy = Policy(tiny_lm(tokenizer), tokenizer)
     assert policy.decode(policy.encode_responses([text])[0]) == text
     classifier_folder(tmp_path / "judge", ["safe", "unsafe"])
-    judge = load_judge(str(tmp_path / "judge"))
-    assert all(0 <= p <= 1 for p in call_judge(judge, [text] * 2, [text, "a"]))
+    assert all(0 <= p <= 1 for p in call_judge(load_judge(str(tmp_path / "judge")), [text] * 2, [text, "a"]))
     attacker, defender = Player("attacker", policy, 6), Player("defender", copy.deepcopy(policy), 6)
     exchanges = play(attacker, defender, [text, "a", text, "b"], rule_judge, 0)
     assert exchanges.attacks.lengths.max() <= 64
@@ -1517,8 +1514,6 @@ def all_bytes(player, average):
 
 @pytest.mark.parametrize("anchor, restart", [("initial", 0), ("previous", 2)])
 def test_of_the_idle_player_no_bit_changes_and_a_turn_begins_with_its_anchor_and_restart(anchor, restart):
-    config, world, game = new_match(rounds=3, attacker_steps=2, defender_steps=2, mine=4, critic="separate",
-                                    average="mixture", kl_anchor=anchor, restart=restart)
     before_update, after = [], []  # of each step: {player: its bytes}
 
     def look():
@@ -1529,30 +1524,30 @@ def test_of_the_idle_player_no_bit_changes_and_a_turn_begins_with_its_anchor_and
             before_update.append(look())
         return [len(prompt + response) % 7 / 7 for prompt, response in zip(prompts, responses)]
 
-    world.judge = judge
-    recorder = Recorder()
-
     def note_end(*_):
         after.append(look())
 
-    recorder.save = note_end
+    config, world, game = new_match(judge, rounds=3, attacker_steps=2, defender_steps=2, mine=4, critic="separate",
+                                    average="mixture", kl_anchor=anchor, restart=restart)
     note_end()
+    recorder = Recorder()
+    recorder.save = note_end
     train.train(config, world, game, recorder)
     assert len(recorder.steps) == len(before_update) == 12
-    for (turn, *_), begin, before, end in zip(recorder.steps, after, before_update, after[1:]):
+    for (turn, *_), start, before, end in zip(recorder.steps, after, before_update, after[1:]):
         mover, idle = ("attacker", "defender") if turn.player == "attacker" else ("defender", "attacker")
-        expected = dict(begin[mover])
+        expected = dict(start[mover])
         if mover == "attacker" and turn.is_first and restart and turn.round % restart == 0:
             expected |= {"lm": after[0][mover]["lm"], "optimizer": []}  # not the critic
         if anchor == "previous" and turn.is_first:
             expected |= {"reference": expected["lm"]}
-        assert before == {mover: expected, idle: begin[idle]}
+        assert before == {mover: expected, idle: start[idle]}
         changed = {part for part in expected if end[mover][part] != expected[part]}
         assert changed - {"average"} == {"lm", "critic", "optimizer"}
-        assert end[idle] | {"average": 0} == begin[idle] | {"average": 0}
+        assert end[idle] | {"average": 0} == start[idle] | {"average": 0}
         for name in (mover, idle):  # the end of a round adds both players, as they are, to their averages
             added = [end[name]["lm"]] if turn.ends_round else []
-            assert end[name]["average"] == begin[name]["average"] + added
+            assert end[name]["average"] == start[name]["average"] + added
 
 
 @pytest.mark.parametrize("options, word", [({"method": "rlhf"}, "f"), ({}, "l"), ({"opponent": "mixture"}, "m")])
@@ -1599,8 +1594,8 @@ def test_iterative_asks_the_most_novel_quarter_of_what_the_untrained_attacker_wr
     texts = [f"{seed} {'c' * i}" for i, seed in enumerate(seeds * 4)]
     game.replay.excluded = {texts[0], texts[15]}  # test prompts
     allowed = texts[1:15]
-    attacker = types.SimpleNamespace(generate=lambda prompts, seed: rollout_of(tiny_policy(), texts, prompts))
-    game.players["attacker"] = attacker
+    policy = tiny_policy()
+    game.players["attacker"] = types.SimpleNamespace(generate=lambda prompts, seed: rollout_of(policy, texts, prompts))
     game.diversity.add(["a b", "c d"])
     novelty = dict(zip(allowed, game.diversity.score(allowed)["reward"]))
     asked = train.defender_prompts(config, game, seeds, np.random.default_rng(0))
@@ -1681,8 +1676,7 @@ def test_a_distilled_policy_answers_as_its_teachers_do():
 
 
 # --- statistics, and best responses ----------------------------------------------------------------------------------
-# Newcombe (1998), table I, method 3
-@pytest.mark.parametrize("successes, n, low, high", [
+@pytest.mark.parametrize("successes, n, low, high", [  # Newcombe (1998), table I, method 3
     (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)])
 def test_wilson_interval_equals_published_values(successes, n, low, high):
     assert wilson_interval(successes, n) == pytest.approx((low, high), abs=1e-4)
@@ -1984,6 +1978,7 @@ def test_an_adapter_that_is_saved_merged_or_folded_is_the_same_function(tmp_path
     learned = logprobs_and_values(player.policy, rollout)
     for ours, theirs in zip(learned, logprobs_and_values(load_policy(tmp_path, "separate"), rollout)):
         assert torch.allclose(ours, theirs, atol=1e-4)
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["lora_alpha"] == 2 * 4  # W + 2 B A
     theirs = PeftModel.from_pretrained(tiny_policy().lm, tmp_path / "adapter")  # as anybody else would
     assert torch.allclose(theirs(rollout.tokens).logits, player.policy.lm(rollout.tokens).logits, atol=1e-4)
     fold_lora(player.policy)
@@ -2092,8 +2087,8 @@ def act_together(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     seen = {}
     for mode in ("copies", "FSDP2"):
-        for name, settings in UPDATES.items():
-            seen[mode, name] = one_update(mode == "FSDP2", **settings)[1:]
+        for name, kwargs in UPDATES.items():
+            seen[mode, name] = one_update(mode == "FSDP2", **kwargs)[1:]
         seen[mode] = share_a_game(mode == "FSDP2", folder / mode)
     torch.save(seen, folder / f"seen_{rank}")
     dist.destroy_process_group()
@@ -2120,7 +2115,6 @@ def train_together(rank, meeting, *argv):
 
 @pytest.fixture(scope="session")
 def together(tmp_path_factory):
-    """(folder, what the first process saw, what the second one saw)"""
     folder = tmp_path_factory.mktemp("together")
     assert two_processes(act_together, folder) == [0, 0]
     return folder, *(torch.load(folder / f"seen_{rank}", weights_only=False) for rank in (0, 1))
@@ -2169,8 +2163,6 @@ def test_two_processes_save_and_average_complete_weights_which_the_first_holds(t
         assert torch.allclose(mean, (before[f"policy.lm.{name}"] + moved[f"policy.lm.{name}"]) / 2, atol=1e-6)
 
 
-for name in [name for name in globals() if name.startswith("test_")]:
-    del globals()[name]
 
 # --- the programs as a user runs them --------------------------------------------------------------------------------
 SIZES = ("--sft_steps 10 --judge_steps 12 --batch_size 8 --eval_prompts 30 --save_every 2 --attack_tokens 12 "
@@ -2340,8 +2332,7 @@ def test_a_users_models_with_different_tokenizers_are_trained_and_what_cannot_be
 def test_exchanges_that_the_judge_leaves_undecided_are_reported_and_in_no_update(user_models, capsys):
     (user_models / "open.py").write_text(
         "def judge(prompts, responses):\n"
-        "    scores = [len(p + r) % 10 / 10 for p, r in zip(prompts, responses)]\n"
-        "    return [None if i == 1 else score for i, score in enumerate(scores)]\n")
+        "    return [None if i == 1 else len(r) % 7 / 7 for i, r in enumerate(responses)]\n")
     run_program(user_models, *MODELS, *SHORT, "--judge", "open.py:judge", "--average", "none", "--out", "open")
     printed = capsys.readouterr()
     assert printed.err.count("the judge did not decide 1 of 4 exchanges") == 2 and "undecided" in printed.out
@@ -2408,8 +2399,8 @@ def hub(tmp_path_factory, user_models):
     classifier_folder(work / "s-nlp--roberta_toxicity_classifier", ["neutral", "toxic"])
     for folder in list(work.iterdir()):
         put_on_hub(cache, f"models--{folder.name}", folder)
-    attempts = ["\n\nHuman: \n\nAssistant: hi", f"\n\nHuman:   {QUESTIONS[0].upper()}\n\nAssistant: fine"]
-    attempts += [f"\n\nHuman: {question}\n\nAssistant: no\n\nHuman: why?" for question in QUESTIONS]
+    attempts = [f"\n\nHuman: {question}\n\nAssistant: no\n\nHuman: why?" for question in QUESTIONS]
+    attempts += ["\n\nHuman: \n\nAssistant: hi", f"\n\nHuman:   {QUESTIONS[0].upper()}\n\nAssistant: fine"]
     pairs = [{"chosen": f"\n\nHuman: {question}\n\nAssistant: i would ask.", "rejected": f"\n\nHuman: {question}"}
              for question in QUESTIONS]
     harmless = "\n\nHuman: how do i boil rice?\n\nAssistant: in water.\n\nHuman: thanks\n\nAssistant: sure"
@@ -2422,8 +2413,7 @@ def hub(tmp_path_factory, user_models):
     return cache
 
 
-HUB = ("--attacker gpt2 --defender gpt2 --sft_steps 3 --rounds 1 --attacker_steps 1 --defender_steps 1 --batch_size 4 "
-       "--attack_tokens 8 --response_tokens 8").split()
+HUB = ["--attacker", "gpt2", "--defender", "gpt2", *SHORT]
 
 
 def test_the_users_command_takes_everything_from_the_hub(hub, tmp_path, monkeypatch, capsys):
@@ -2644,10 +2634,7 @@ def test_on_a_full_disk_a_run_ends_with_one_line_and_with_more_room_goes_on_to_t
 
 def test_a_run_that_collapses_and_hacks_its_judge_says_so_after_the_round_and_in_its_metrics(user_models, capsys):
     (user_models / "bribed.py").write_text(  # all unsafe before the game, all safe after
-        "calls = []\n"
-        "def judge(prompts, responses):\n"
-        "    calls.append(1)\n"
-        "    return [float(len(calls) > 1)] * len(prompts)\n")
+        "calls = []\ndef judge(p, r):\n    calls.append(1)\n    return [float(len(calls) > 1)] * len(p)\n")
     bribed = "--judge bribed.py:judge --template anything --temperature 1e-3 --rounds 2 --batch_size 8 --out bribed"
     run_program(user_models, *FAULTY, *bribed.split())
     lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
@@ -2696,8 +2683,6 @@ def test_a_sharded_run_of_two_processes_stops_as_one_and_goes_on_with_two_or_one
     run_program(HERE, "--resume", faulty)  # in one process
     for name in ("games.jsonl", "average/attacker_mixture.safetensors", "average/defender_mixture.safetensors"):
         assert (faulty / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
-    last = [load_policy(run / "defender", "separate") for run in (faulty, tmp_path / "run")]
-    assert bytes_of(last[0]) == bytes_of(last[1])
 
 
 # --- measuring finished runs -----------------------------------------------------------------------------------------
@@ -2725,8 +2710,8 @@ def test_eval_repeats_the_numbers_of_the_run_and_measures_more(finished, capsys)
     broken = {ToyGame(0).cell_of(attack) for attack, hit in zip(attacks, hits(attacks)) if hit}
     assert row["cells"] == len(broken - {None})
     rollout = defender.generate(world.test_prompts[:300] + world.benign_prompts[:150], 0)
-    policies = defender.policy, world.first["defender"].policy
-    now, first = (policy.lm(rollout.tokens).logits.log_softmax(-1) for policy in policies)
+    now, first = (player.policy.lm(rollout.tokens).logits.log_softmax(-1)
+                  for player in (defender, world.first["defender"]))
     change = (now - first)[:, :-1].gather(2, rollout.tokens[:, 1:, None])[..., 0] * rollout.response_mask[:, 1:]
     assert row["kl"] == pytest.approx(change.sum().item() / len(rollout), abs=1e-3)  # nats a response
 
@@ -2754,7 +2739,6 @@ def test_nash_prints_the_slopes_of_the_theory(tmp_path, capsys):
     run_program(tmp_path, "nash", "--out", "nash", program=evaluation)
     slopes = [float(slope) for slope in re.findall(r"slope of the average's gap (-?[\d.]+)", capsys.readouterr().out)]
     assert len(slopes) == 3 and all(-1.1 < slope < -0.4 for slope in slopes)
-    assert (tmp_path / "nash" / "nash.png").stat().st_size > 10_000
 
 
 # --- experiments -----------------------------------------------------------------------------------------------------
@@ -2777,15 +2761,12 @@ def test_reproduce_plays_every_row_on_every_seed_from_one_warm_start_and_nothing
     assert calls.count("train") == calls.count("eval") == 8
     results = tmp_path / "results"
     rows = json.loads((results / "table.json").read_text())["rows"]
-    assert list(rows) == ["SFT", *methods] and [len(repeats) for repeats in rows.values()] == [2, 2, 2, 2]
-    for name in rows:
-        for row, seed in zip(rows[name], (20, 21)):
-            run = reproduce.run_folder(results, name, seed)
-            config = json.loads((run / "config.json").read_text())["config"]
-            assert config["seed"] == seed and row["updates"] == (0 if name == "SFT" else 2)
-            start = (run / "checkpoints" / "start" / "defender" / "model.safetensors").read_bytes()
-            warm_start = reproduce.run_folder(results, "SFT", seed) / "defender" / "model.safetensors"
-            assert start == warm_start.read_bytes()  # paired: all rows of a seed start from the very same players
+    assert {name: [row["updates"] for row in repeats] for name, repeats in rows.items()} == {
+        "SFT": [0, 0], "RLHF": [2, 2], "GPO": [2, 2], "GPO+Div": [2, 2]}
+    for name, seed in itertools.product(rows, (20, 21)):  # paired: rows of a seed start from the very same players
+        start = reproduce.run_folder(results, name, seed) / "checkpoints" / "start" / "defender" / "model.safetensors"
+        warm_start = reproduce.run_folder(results, "SFT", seed) / "defender" / "model.safetensors"
+        assert start.read_bytes() == warm_start.read_bytes()
     assert "| GPO+Div |" in (results / "table.md").read_text() and (results / "methods.png").stat().st_size > 10_000
 
 
@@ -2808,10 +2789,10 @@ def test_a_soak_kills_as_often_as_asked_and_names_the_run_that_ends_differently(
 os.makedirs("run", exist_ok=True)
 for name in ("config.json", "metrics.jsonl", "summary.json"):
     open(f"run/{name}", "w").write("{}")
-os.write(1, b"@first\\n")
+print("@first", flush=True)
 time.sleep(0.1)
 open("run/games.jsonl", "w").write(str("--resume" in sys.argv))
-os.write(1, b"@end\\n")""")
+print("@end")""")
     with pytest.raises(SystemExit) as stopped:
         soak.main(["--kills", "2"])
     kills, result = capsys.readouterr().out.splitlines()[-2:]
@@ -3003,9 +2984,6 @@ WRONG_ELSEWHERE = {
     "a report of no run": (evaluation, ["report", "bad"], "takes run folders with games.jsonl, got bad"),
     "a report of damaged games": (evaluation, ["report", "bad/hurt"], "bad/hurt"),
     "an attacker without a run": (evaluation, ["attack", "attacker", "defender"], "needs --prompts and --judge"),
-    "an attack by a judge of one argument": (
-        evaluation, "attack attacker defender --prompts prompts.txt -n 2 --judge bad/judge.py:alone".split(),
-        "takes 1"),
     "one seed": (reproduce, ["--seeds", "1"], "--seeds"),
     "no labels": (train_judge, ["no.jsonl", "--model", "embedder", *OUT], "a data file must exist"),
     "a bench that is none": (bench, ["nonsense"], "argument what: invalid choice: 'nonsense'"),
@@ -3017,8 +2995,7 @@ CASES = {**{name: (train, *case) for name, case in WRONG.items()}, **WRONG_ELSEW
 def bad(user_models):
     """The folder of models with a folder `bad` of what is wrong."""
     folder = user_models / "bad"
-    judges = ("def alone(p): return [1.0]\ndef short(p, r): return [0.5]\n"
-              "def nothing(p, r): return [None] * len(p)\n")
+    judges = "def short(p, r): return [0.5]\ndef nothing(p, r): return [None] * len(p)\n"
     files = {"broken.jsonl": '{"prompt": "a"}\n{"prompt": \n', "long.txt": "ab " * 300 + "\n" + "cd " * 300,
              "names.yaml": "runds: 3", "code.yaml": "!!python/object/apply:os.mkdir [never]", "judge.py": judges}
     config = asdict(resolve(Config(out="nowhere")))

@@ -120,8 +120,8 @@ def command(program: str, arguments: list[str], log: Path) -> None:
     RUNNING.append(process)
     if process.wait():
         lines = log.read_text().strip().splitlines() or ["it printed nothing"]
-        raise ValueError(f"{program} {' '.join(arguments)} ended with status {process.returncode}: {lines[-1]} "
-                         f"(all of it in {log})")
+        called = f"python -m {program} {' '.join(arguments)}"
+        raise ValueError(f"{called} ended with status {process.returncode}: {lines[-1]} (all of it in {log})")
 
 
 def finish(folder: Path, flags: str, log: Path) -> None:
