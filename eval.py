@@ -391,7 +391,10 @@ def report(args: argparse.Namespace) -> None:
     if not all((folder / "games.jsonl").is_file() for folder in folders):
         raise ValueError(f"eval.py report takes run folders with games.jsonl, got {' '.join(args.run)}")
     out = Path(args.out or Path(os.path.commonpath(folders)) / "report.html")
-    write_page(folders, out)
+    try:
+        write_page(folders, out)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # a file that does not hold what it should
+        raise ValueError(f"a file of {' or '.join(args.run)} is damaged: {type(error).__name__}: {error}") from error
     print(f"written to {out}")
 
 
