@@ -93,11 +93,13 @@ def be_deterministic() -> None:
 @contextlib.contextmanager
 def run_folder(config: Config) -> Iterator["RunFolder"]:
     """The run folder, taken by this process alone. Whatever ends the run, one line says why and how to go on."""
-    lock = None
+    lock = None  # of the first process
     folder = RunFolder(config)
     try:
         if not config.dry_run:
             lock = first_decides(lambda: begin(config))
+            if rank():
+                lock = None
         yield folder
     except (ValueError, OSError, SafetensorError) as error:
         if folder.is_playing and not isinstance(error, (JudgeError, NotFinite, OSError, SafetensorError)):
