@@ -2331,8 +2331,7 @@ def test_a_users_models_with_different_tokenizers_are_trained_and_what_cannot_be
 
 def test_exchanges_that_the_judge_leaves_undecided_are_reported_and_in_no_update(user_models, capsys):
     (user_models / "open.py").write_text(
-        "def judge(prompts, responses):\n"
-        "    return [None if i == 1 else len(r) % 7 / 7 for i, r in enumerate(responses)]\n")
+        "def judge(p, r):\n    return [None if i == 1 else len(text) % 7 / 7 for i, text in enumerate(r)]\n")
     run_program(user_models, *MODELS, *SHORT, "--judge", "open.py:judge", "--average", "none", "--out", "open")
     printed = capsys.readouterr()
     assert printed.err.count("the judge did not decide 1 of 4 exchanges") == 2 and "undecided" in printed.out
@@ -2413,7 +2412,7 @@ def hub(tmp_path_factory, user_models):
     return cache
 
 
-HUB = ["--attacker", "gpt2", "--defender", "gpt2", *SHORT]
+HUB = ["--attacker", "gpt2", "--defender", "gpt2", *SHORT, "--average", "distill"]
 
 
 def test_the_users_command_takes_everything_from_the_hub(hub, tmp_path, monkeypatch, capsys):
@@ -2431,7 +2430,7 @@ def test_the_users_command_takes_everything_from_the_hub(hub, tmp_path, monkeypa
     start = json.loads((tmp_path / "run" / "checkpoints" / "start" / "prompts.json").read_text())
     assert start["benign_prompts"] == ["how do i boil rice?"] and set(start["seeds"]) <= set(QUESTIONS)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["after"]["over_refusal"] is not None and summary["after"]["cosine"] is not None
+    assert summary["after"]["over_refusal"] is not None and summary["average (distill)"]["cosine"] is not None
 
 
 @pytest.mark.parametrize("asset", HUB_ASSETS)
@@ -2532,7 +2531,7 @@ def test_a_stopped_run_says_in_one_line_how_to_go_on_and_ends_like_one_left_alon
 
 
 # Restarts, a moving KL anchor, a separate critic, replay, mining, averages: all that a game remembers.
-STATEFUL = ("--rounds 2 --critic separate --kl_anchor previous --restart 1 --mine 4 --replay 0.5 --average distill "
+STATEFUL = ("--rounds 2 --critic separate --kl_anchor previous --restart 1 --mine 4 --replay 0.5 --average both "
             "--min_likelihood 0.01 --embedder embedder --save_every 1").split()
 
 
@@ -2744,7 +2743,7 @@ def test_nash_prints_the_slopes_of_the_theory(tmp_path, capsys):
 # --- experiments -----------------------------------------------------------------------------------------------------
 def test_reproduce_plays_every_row_on_every_seed_from_one_warm_start_and_nothing_twice(tmp_path, monkeypatch):
     sizes = "--sft_steps 2 --judge rule --eval_prompts 6 --attack_tokens 4 --response_tokens 4 --batch_size 4"
-    turns = "--attacker_steps 1 --defender_steps 1 --average none"
+    turns = "--attacker_steps 1 --defender_steps 1 --average none --min_likelihood 0"
     methods = {name: f"{reproduce.METHODS[name]} {sizes} {turns}" for name in ("RLHF", "GPO", "GPO+Div")}
     calls = []
     one_at_a_time = threading.Lock()
