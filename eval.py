@@ -32,7 +32,7 @@ from harness import data
 from harness.config import Config
 from harness.report import LABELS, LOOKS, figure, markdown, mean_and_error, show, wilson_interval, write_page
 from harness.run import FinishedRun, open_run
-from harness.world import World, evaluate
+from harness.world import World, attacker_to_measure, evaluate
 from model import best_dtype, generate, keep_freed_memory, load_policy, logprobs_and_values
 from reward import Judge, call_judge, load_judge, unsafe_rate
 
@@ -178,8 +178,7 @@ def best_file(run: str | Path, round: int) -> Path:
 def measure(run: FinishedRun, attacker: Side, defender: Side, third_parties: Sequence[Side] = ()) -> dict:
     """A column of the table: `evaluate`, the further test sets, KL in nats, and attacks on third parties."""
     world = run.world
-    if run.config.method == "sft":
-        attacker = None
+    attacker = attacker_to_measure(run.config, attacker)
     row = evaluate(world, attacker, defender)
     for name, prompts in world.more_tests.items():
         responses = greedy(defender, prompts)

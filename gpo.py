@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from tqdm import tqdm, trange
 
-from model import Policy, Rollout, demonstrations, frozen_copy, generate, logprobs_and_values, pack
+from model import Policy, Rollout, demonstrations, frozen_copy, generate, logprobs_and_values, one_cycle, pack
 from reward import Judge, call_judge, decided
 
 
@@ -271,7 +271,9 @@ def trained_names(module: torch.nn.Module) -> list[str]:
 
 def weights(module: torch.nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
     """{name: tensor} of a module, complete and on the CPU in the first process, {} in the others."""
-    state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    only_trained = names == trained_names(module)  # then nothing else is gathered: with LoRA that would be the base
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=only_trained)
+    state = get_model_state_dict(module, options=options)
     return {name: state[name] for name in names} if state else {}
 
 
@@ -545,10 +547,7 @@ def sft(policy: Policy, pairs: list[tuple[str, str]], settings: SFTSettings) -> 
     """Supervised fine-tuning on (prompt, response) pairs. Returns the last loss, nats per token. Raises NotFinite."""
     optimizer = torch.optim.AdamW([p for p in policy.lm.parameters() if p.requires_grad], lr=settings.learning_rate,
                                   betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    cycle = max(2, settings.steps)
-    if cycle == 10:
-        cycle = 11  # of 10 it would divide by 0.1 * 10 - 1
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, cycle, pct_start=0.1)
+    schedule = one_cycle(optimizer, settings.learning_rate, settings.steps)
     rng = np.random.default_rng(settings.seed)
     demos = demonstrations(policy, pairs)
     loss = math.nan

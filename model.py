@@ -361,6 +361,14 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
+def one_cycle(optimizer: torch.optim.Optimizer, peak: float, steps: int) -> torch.optim.lr_scheduler.OneCycleLR:
+    """The learning rate of supervised training: up to its peak in a tenth of the steps, then down to nothing."""
+    total = max(2, steps)
+    if total == 10:
+        total = 11  # of 10 it would divide by 0.1 * 10 - 1
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total, pct_start=0.1)
+
+
 # --- copies -----------------------------------------------------------------------------------------------------
 def _copy_lm(policy, dtype=None):
     """A copy of the language model, in `dtype` if given, complete even where the policy is sharded. Weights that are

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from model import check_tokenizer, first_line, longest_input
+from model import check_tokenizer, first_line, longest_input, one_cycle
 
 Judge = Callable[[list[str], list[str]], list[float | None]]  # (prompts, responses) -> P(safe); None: cannot decide
 
@@ -339,7 +339,7 @@ def train_judge(model: Model, tokenizer: Tokenizer, samples: list[tuple], steps:
     model.config.judge_input = "pair"
     judge = classifier_judge(model, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, max(2, steps), pct_start=0.1)
+    schedule = one_cycle(optimizer, learning_rate, steps)
     rng = np.random.default_rng(seed)
     bar = tqdm(range(steps), desc="training the judge    ", dynamic_ncols=True, disable=steps == 0)
     for _ in bar:

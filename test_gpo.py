@@ -72,6 +72,7 @@ import eval as evaluation
 import gpo
 import kernel
 import model
+import reward
 import train
 from diversity import Diversity, cosine_to_history, load_embedder, self_bleu, set_similarity, word_embedder
 from experiments import bench, probe, reproduce, soak, train_judge
@@ -1358,6 +1359,14 @@ def judge_rows(kind):
             rows.append({"prompt": prompt, "response": safe, "safe": True})
             rows.append({"prompt": prompt, "response": unsafe, "label": "unsafe"})
     return rows
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9, 10, 11])  # torch's one-cycle schedule divides by 0.1 * 10 - 1
+def test_supervised_training_takes_any_number_of_steps(steps):
+    assert math.isfinite(sft(tiny_policy(), [("a b", "x")], SFTSettings(steps, 2, 1e-3, 0)))
+    tokenizer = tiny_tokenizer()
+    judge = reward.train_judge(tiny_classifier(tokenizer), tokenizer, [("a", "b", 1.0), ("c", "d", 0.0)], steps, 2)
+    assert np.isfinite(call_judge(judge, ["a"], ["b"])).all()
 
 
 @pytest.mark.parametrize("kind, body", [("labels", "bert"), ("preferences", "gpt2")])

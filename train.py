@@ -50,7 +50,7 @@ from gpo import (
 from harness.config import Config
 from harness.data import sigterm_as_ctrl_c
 from harness.run import RunFolder, run_folder, start_program
-from harness.world import SFT_RATE, World, evaluate, make_world, show_prompts
+from harness.world import SFT_RATE, World, attacker_to_measure, evaluate, make_world, show_prompts
 from model import Rollout, demonstrations
 
 
@@ -348,11 +348,6 @@ def final_rows(config: Config, world: World, game: Game) -> dict[str, dict]:
             attacker = attacker_to_measure(config, game.averages["attacker"][kind])
             rows[f"average ({kind})"] = evaluate(world, attacker, average)
     return rows
-
-
-def attacker_to_measure(config: Config, attacker: Player | PolicyAverage) -> Player | PolicyAverage | None:
-    """None for method sft, whose attacks are the seeds themselves."""
-    return None if config.method == "sft" else attacker
 
 
 def distill_averages(config: Config, world: World, game: Game) -> None:

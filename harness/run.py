@@ -54,7 +54,7 @@ from harness.parallel import (
     save_adapter,
 )
 from harness.report import draw_curves, model_card, summary_table, write_report
-from harness.world import World, evaluate, make_world
+from harness.world import World, attacker_to_measure, evaluate, make_world
 from model import first_line, keep_freed_memory, save_policy, save_tokenizer
 from reward import JudgeError, call_judge
 
@@ -193,7 +193,7 @@ class RunFolder:
             raise ValueError(f"the run in {self.path} is damaged: {error}; remove its newest checkpoint or start again"
                              ) from error
         if self.before is None:
-            attacker = None if self.config.method == "sft" else world.players["attacker"]
+            attacker = attacker_to_measure(self.config, world.players["attacker"])
             self.before = evaluate(world, attacker, world.players["defender"])
         if not self.has_start():
             self.save_start()

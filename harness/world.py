@@ -106,6 +106,11 @@ def evaluate(world: World, attacker: Player | PolicyAverage | None,
         "undecided": int(np.isnan(np.concatenate([broken, held_out, trained])).sum())}
 
 
+def attacker_to_measure(config: Config, attacker: Player | PolicyAverage) -> Player | PolicyAverage | None:
+    """The attacker of `evaluate`; None for method sft, whose attacks are the seeds themselves."""
+    return None if config.method == "sft" else attacker
+
+
 # --- players ----------------------------------------------------------------------------------------------------
 def make_players(config: Config, policies: dict[str, Policy]) -> dict[str, Player]:
     """Both players by name, each with its own critic, reference and optimizer."""
