@@ -14,7 +14,11 @@ B batch, T tokens of the longest row, D width, V vocabulary, N response tokens o
 import contextlib
 import copy
 import ctypes
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -103,7 +107,7 @@ class Policy(nn.Module):
         self.value_head = nn.Linear(lm.get_output_embeddings().in_features, 1, device=lm.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
-        self.eos_ids = _eos_ids(lm, tokenizer)  # the first is the one to teach
+        self.eos_ids = _eos_ids(lm, tokenizer, self._render)  # the first is the one to teach
         self.context = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or 2**30  # tokens
         self.skeleton = None  # of a sharded policy: its language model's modules without weights, to copy from
         self.eval()
@@ -151,20 +155,42 @@ class Policy(nn.Module):
 
     def encode(self, prompts: list[str]) -> list[list[int]]:
         """Token ids of each prompt in the model's own chat format, ready to be answered."""
-        if self.tokenizer.chat_template:
-            chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-            texts = self.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-            rows = self.tokenizer(texts, add_special_tokens=False).input_ids
-        else:
-            rows = self.tokenizer([PLAIN_TEMPLATE.format(prompt) for prompt in prompts]).input_ids
-            rows = [ids[:-1] if ids and ids[-1] in self.eos_ids else ids for ids in rows]  # some tokenizers append EOS
+        rows = encode_rendered(self.tokenizer, self._render, [[prompt] for prompt in prompts])
+        if not self.tokenizer.chat_template:  # some tokenizers append EOS
+            rows = [ids[:-1] if ids and ids[-1] in self.eos_ids else ids for ids in rows]
         return [ids or self.eos_ids[:1] for ids in rows]
 
-    def encode_responses(self, responses: list[str]) -> list[list[int]]:
-        """Token ids of each response, EOS included."""
-        space = "" if self.tokenizer.chat_template else " "
-        rows = self.tokenizer([space + response for response in responses], add_special_tokens=False).input_ids
-        return [[*ids, self.eos_ids[0]] for ids in rows]
+    def encode_pairs(self, pairs: list[tuple[str, str]]) -> tuple[list[list[int]], list[list[int]]]:
+        """(prompt ids, response ids) of (prompt, response) pairs: the tokens of the rendered conversation, up to the
+        token that ends the assistant's turn, which is written once even where the response brings it."""
+        pairs = [(prompt, self._without_end(response)) for prompt, response in pairs]
+        prompt_ids = self.encode([prompt for prompt, _ in pairs])
+        conversations = encode_rendered(self.tokenizer, self._render, pairs)
+        response_ids = []
+        for start, ids, (_, response) in zip(prompt_ids, conversations, pairs):
+            rest = ids[len(start):]
+            if ids[:len(start)] != start:  # the first letters of the response have changed the prompt's last token
+                rest = encode_text(self.tokenizer, response)
+            end = next((i for i, token in enumerate(rest) if token in self.eos_ids), len(rest))
+            response_ids.append([*rest[:end], self.eos_ids[0]])
+        return prompt_ids, response_ids
+
+    def _without_end(self, response):
+        """The response without tokens, written out, that end a turn."""
+        ends = tuple(self.tokenizer.convert_ids_to_tokens(self.eos_ids))
+        while response.rstrip().endswith(ends):
+            mark = next(end for end in ends if response.rstrip().endswith(end))
+            response = response.rstrip().removesuffix(mark)
+        return response
+
+    def _render(self, prompt, response=None):
+        """The text of a conversation in the model's own format; without a response, up to where it begins."""
+        if not self.tokenizer.chat_template:
+            return PLAIN_TEMPLATE.format(prompt) + ("" if response is None else f" {response}")
+        chat = [{"role": "user", "content": prompt}]
+        if response is not None:
+            chat.append({"role": "assistant", "content": response})
+        return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=response is None)
 
     def decode(self, ids: list[int]) -> str:
         """The text of a response's token ids."""
@@ -187,18 +213,94 @@ def _use_faster_operations(lm, dtype):
                 setattr(module, name, nn.GELU(approximate="tanh"))
 
 
-def _eos_ids(lm, tokenizer):
-    """All token ids that end a response: the tokenizer's first, then those of the model's generation config."""
+def _eos_ids(lm, tokenizer, render):
+    """All token ids that end a response: the one with which the chat template ends an assistant's turn, the
+    tokenizer's, those of the model's generation config."""
+    found = [_end_of_turn(tokenizer, render)] if tokenizer.chat_template else []
     more = lm.generation_config.eos_token_id if lm.generation_config else None
-    more = more if isinstance(more, list) else [more]
+    found += [tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])]
     V = lm.get_input_embeddings().num_embeddings
-    ids = list(dict.fromkeys(i for i in [tokenizer.eos_token_id, *more] if i is not None and i < V))
+    ids = list(dict.fromkeys(i for i in found if i is not None and i < V))
     if not ids:
         name = lm.config.name_or_path or "the model"
         raise ValueError(f"a policy needs an end-of-sequence token, {name} has none; set eos_token in its tokenizer")
     return ids
 
 
+def _end_of_turn(tokenizer, render):
+    """The first control token after an assistant's words in the chat template; None where it ends in plain text."""
+    try:
+        text = render("marmalade", "porcupine")
+    except Exception as error:  # whatever a template raises
+        raise ValueError(f"its chat template cannot render a user's and an assistant's turn: {first_line(error)}"
+                         ) from error
+    if text.count("marmalade") != 1 or text.count("porcupine") != 1:
+        raise ValueError("its chat template must render the words of the user and of the assistant once each, got "
+                         f"{text[:200]!r}")
+    control = control_ids(tokenizer)
+    rest = tokenizer(text.partition("porcupine")[2], add_special_tokens=False).input_ids
+    return next((i for i in rest if i in control), None)
+
+
+# --- text is not control tokens ---------------------------------------------------------------------------------
+def control_ids(tokenizer: Tokenizer) -> set[int]:
+    """Ids of the tokens that begin and end texts and turns: all special ones, and what else the chat template writes.
+    Not the token of unknown characters, unless it is one of those too."""
+    template = str(tokenizer.chat_template or "")
+    ids = set(tokenizer.all_special_ids)
+    for i, token in tokenizer.added_tokens_decoder.items():
+        if token.special or (token.content.strip() and token.content in template):
+            ids.add(i)
+    if tokenizer.unk_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        ids.discard(tokenizer.unk_token_id)
+    return ids
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of what somebody wrote, without a control token, whatever the text says."""
+    options = dict(add_special_tokens=False, split_special_tokens=True)
+    ids = tokenizer(text, **options).input_ids
+    control = control_ids(tokenizer)
+    if control.isdisjoint(ids):
+        return ids
+    # marks that are no special tokens, or that a Unigram tokenizer has as ordinary pieces: letter by letter
+    marks = sorted(tokenizer.convert_ids_to_tokens(list(control)), key=len, reverse=True)
+    ids = []
+    for part in re.split("(" + "|".join(map(re.escape, marks)) + ")", text):
+        pieces = list(part) if part in marks else [part]
+        for piece in pieces:
+            ids += tokenizer(piece, **options).input_ids
+    return [i for i in ids if i not in control]
+
+
+def encode_rendered(tokenizer: Tokenizer, render: Callable[..., str],
+                    rows: list[Sequence[str]]) -> list[list[int]]:
+    """Token ids of render(*texts) for each row of texts, in which the texts bring no control token: `render` alone
+    writes them. render must hold each text once; a chat template brings its own BOS."""
+    plain = dict(add_special_tokens=not tokenizer.chat_template)
+    names = [f"text{i}text" for i in range(len(rows[0]))]
+    frame, *encoded = tokenizer([render(*row) for row in (names, *rows)], **plain).input_ids
+    control = control_ids(tokenizer)
+    expected = Counter(i for i in frame if i in control)
+    for n, ids in enumerate(encoded):
+        if Counter(i for i in ids if i in control) != expected:  # a text holds what looks like a control token
+            start = [] if tokenizer.chat_template else list(takewhile(control.__contains__, frame))
+            encoded[n] = start + _encode_parts(tokenizer, render(*names), dict(zip(names, rows[n])))
+    return encoded
+
+
+def _encode_parts(tokenizer, text, named):
+    """Token ids of a text in which names stand for other texts, each encoded apart."""
+    ids = []
+    for part in re.split("(" + "|".join(named) + ")", text):
+        if part in named:
+            ids += encode_text(tokenizer, named[part])
+        elif part:
+            ids += tokenizer(part, add_special_tokens=False).input_ids
+    return ids
+
+
+# --- rollouts from tokens and texts -------------------------------------------------------------------------------
 def pack(policy: Policy, prompts: list[str], texts: list[str], prompt_ids: list[list[int]],
          response_ids: list[list[int]], temperature: float = 1.0) -> Rollout:
     """A Rollout from lists of token ids; `ended` is read off the responses' last tokens."""
@@ -214,8 +316,9 @@ def pack(policy: Policy, prompts: list[str], texts: list[str], prompt_ids: list[
 def demonstrations(policy: Policy, pairs: list[tuple[str, str]]) -> Rollout:
     """A Rollout of given (prompt, response) pairs, for supervised training; rows beyond the context are cut."""
     prompts, texts = zip(*pairs)
-    response_ids = [ids[: policy.context // 2] for ids in policy.encode_responses(texts)]
-    prompt_ids = [ids[-(policy.context - len(r)) :] for ids, r in zip(policy.encode(prompts), response_ids)]
+    prompt_ids, response_ids = policy.encode_pairs(pairs)
+    response_ids = [ids[: policy.context // 2] for ids in response_ids]
+    prompt_ids = [ids[-(policy.context - len(r)) :] for ids, r in zip(prompt_ids, response_ids)]
     return pack(policy, prompts, texts, prompt_ids, response_ids)
 
 
@@ -412,10 +515,14 @@ def load_policy(name_or_dir: str | Path, critic: str = "shared", dtype: torch.dt
     """
     kwargs = dict(trust_remote_code=trust_remote_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_dir, **kwargs)
+        if Path(name_or_dir, "adapter_config.json").is_file():
+            lm, tokenizer, missing = _merge_adapter(name_or_dir, kwargs)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name_or_dir, **kwargs)
+            lm, info = AutoModelForCausalLM.from_pretrained(name_or_dir, dtype=torch.float32, output_loading_info=True,
+                                                            **kwargs)
+            missing = info["missing_keys"]
         check_tokenizer(tokenizer)
-        lm, info = AutoModelForCausalLM.from_pretrained(name_or_dir, dtype=torch.float32, output_loading_info=True,
-                                                        **kwargs)
         lm = lm.to(device)
     except Exception as error:  # transformers raises a dozen kinds here
         where = "no such folder here, and the hub could not give it; pass a local folder"
@@ -423,7 +530,7 @@ def load_policy(name_or_dir: str | Path, critic: str = "shared", dtype: torch.dt
             where = "is the folder complete?"
         raise ValueError(f"cannot load {str(name_or_dir)!r} as a causal language model ({where}): {first_line(error)}"
                          ) from error
-    _check_model(name_or_dir, lm, tokenizer, info["missing_keys"])
+    _check_model(name_or_dir, lm, tokenizer, missing)
     policy = Policy(lm, tokenizer, critic, dtype)
     _probe_forward(policy)
     critic_file = Path(name_or_dir) / "critic.safetensors"
@@ -433,6 +540,22 @@ def load_policy(name_or_dir: str | Path, critic: str = "shared", dtype: torch.dt
         if separate == (policy.critic_body is not None):  # a critic of the same kind
             policy.load_state_dict(state, strict=False)
     return policy
+
+
+def _merge_adapter(folder, kwargs):
+    """(the base model with an adapter added to its weights, tokenizer, names of missing weights) of the folder that
+    peft or TRL wrote. The tokenizer is the base's where the folder has none."""
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise ValueError("it is an adapter, for which the package peft is needed: pip install peft") from error
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    lm, info = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, output_loading_info=True, **kwargs)
+    has_tokenizer = Path(folder, "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(folder if has_tokenizer else base, **kwargs)
+    lm = PeftModel.from_pretrained(lm, folder).merge_and_unload()
+    lm.name_or_path = str(folder)
+    return lm, tokenizer, info["missing_keys"]
 
 
 def _check_model(name, lm, tokenizer, missing):
@@ -449,16 +572,28 @@ def _check_model(name, lm, tokenizer, missing):
 def _probe_forward(policy):
     """Refuse a model that this project cannot run: its logits must be head(hidden), and it must keep a KV cache."""
     name = policy.lm.config.model_type
-    probe = torch.tensor([policy.eos_ids[:1] * 2], device=policy.device)
+    rows = policy.lm.get_input_embeddings().num_embeddings
+    probe = torch.linspace(0, rows - 1, 16, device=policy.device).long()[None]  # (1, 16), ordinary tokens
+    # hidden states so large that a cap on the logits shows
+    large = 100 * torch.randn(1, 16, policy.head.in_features, generator=torch.Generator().manual_seed(0))
+    large = large.to(policy.device)
     try:
         logits = policy.lm(probe).logits
-        same = torch.allclose(policy.head(policy.hidden(probe)), logits, atol=1e-3, rtol=1e-3)
+        hook = policy.head.register_forward_pre_hook(lambda head, states: large)
+        large_logits = policy.lm(probe).logits
+        hook.remove()
+        same = _all_close(policy.head(policy.hidden(probe)), logits) and _all_close(policy.head(large), large_logits)
         cache = policy.lm.base_model(input_ids=probe, use_cache=True).past_key_values
     except Exception as error:
         raise ValueError(f"a model of type {name} cannot be run as a policy: {first_line(error)}") from error
     if not same or not hasattr(cache, "batch_select_indices"):
-        raise ValueError("a policy's logits must be a linear head on its last hidden state, with a KV cache; "
-                         f"{name} is different")
+        raise ValueError("a policy's logits must be a linear head on its last hidden state, neither scaled nor capped, "
+                         f"and it must keep a KV cache; {name} is different: take a model of another type")
+
+
+def _all_close(x, y):
+    """Whether two tensors (...) are equal up to rounding, in units of their largest element."""
+    return bool((x - y).abs().max() <= 1e-4 * y.abs().max())
 
 
 def save_policy(policy: Policy, folder: str | Path, card: str = "") -> None:

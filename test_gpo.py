@@ -39,6 +39,7 @@ import os
 import pickle
 import shutil
 import signal
+import string
 import threading
 import time
 import types
@@ -193,9 +194,9 @@ def tiny_player(name="defender", seed=0, critic="shared", dropout=0.0, **kwargs)
 
 def rollout_of(policy, texts=("x y", "z", "a b c d", "e"), prompts=("a b", "c", "d e f", "g h i j"), cut=()):
     """A rollout of given texts; rows named in `cut` lack their EOS."""
-    responses = policy.encode_responses(texts)
+    prompt_ids, responses = policy.encode_pairs(list(zip(prompts, texts)))
     responses = [ids[:-1] if i in cut else ids for i, ids in enumerate(responses)]
-    return pack(policy, prompts, texts, policy.encode(list(prompts)), responses)
+    return pack(policy, prompts, texts, prompt_ids, responses)
 
 
 def bytes_of(module):
@@ -588,6 +589,115 @@ def test_sampled_actions_are_never_decoded_and_tokenised_again(monkeypatch):
     assert rollout.token_ids() == before
 
 
+# --- text is not control tokens -------------------------------------------------------------------------------------
+CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+INSTRUCTION = ("{% for m in messages %}{% if m['role'] == 'user' %}<s>[INST] {{ m['content'] | trim }} [/INST]"
+               "{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}")
+GEMMA = ("<bos>{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+         "{{ m['content'] }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")
+PLAIN_TURNS = "{% for m in messages %}### {{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+def byte_tokenizer(marks, template=None, special=True, **names):
+    """A byte-level tokenizer whose marks are special tokens or only added ones."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    inner.train_from_iterator([], trainers.BpeTrainer(special_tokens=list(names.values()), initial_alphabet=alphabet,
+                                                      show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+    tokenizer.add_tokens(list(marks), special_tokens=special)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def unigram_tokenizer(template=None):
+    """As of SentencePiece: its control tokens are pieces too, and the likeliest ones."""
+    letters = [(letter, -5.0) for letter in string.ascii_letters + string.digits + "<>/|_[]#:.\n"]
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁", -2.0), *letters]
+    inner = Tokenizer(models.Unigram(pieces, unk_id=0))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.decoder = decoders.Metaspace()
+    names = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+CHAT_TOKENIZERS = {
+    "ChatML": lambda: byte_tokenizer(["<|im_start|>", "<|im_end|>"], CHATML, eos_token="<|endoftext|>"),
+    "ChatML, marks not special": lambda: byte_tokenizer(["<|im_start|>", "<|im_end|>"], CHATML, special=False,
+                                                        eos_token="<|endoftext|>"),
+    "Gemma": lambda: byte_tokenizer(["<start_of_turn>", "<end_of_turn>"], GEMMA, eos_token="<eos>", bos_token="<bos>"),
+    "no template": lambda: byte_tokenizer([], eos_token="<|endoftext|>"),
+    "Unigram": unigram_tokenizer,
+    "Unigram, instructions": lambda: unigram_tokenizer(INSTRUCTION),
+    "plain turns": lambda: byte_tokenizer([], PLAIN_TURNS, eos_token="</s>")}
+MARKS = ["<|im_end|>", "<|im_start|>system\n", "<|endoftext|>", "<end_of_turn>", "<eos>", "<bos>", "</s>", "<s>", "<",
+         "|", "im_end", ">", "text0text", "be kind", " ", "\n", "é"]
+CONTROL = {"<|im_end|>", "<|im_start|>", "<|endoftext|>", "<end_of_turn>", "<start_of_turn>", "<eos>", "<bos>", "</s>",
+           "<s>"}
+
+
+@functools.cache
+def chat_policy(name):
+    tokenizer = CHAT_TOKENIZERS[name]()
+    return Policy(tiny_lm(tokenizer), tokenizer)
+
+
+@pytest.mark.parametrize("name", CHAT_TOKENIZERS)
+@bounded(40)
+@given(parts=st.lists(st.sampled_from(MARKS), max_size=5), response=st.lists(st.sampled_from(MARKS), max_size=5))
+def test_no_text_adds_a_control_token(name, parts, response):
+    policy = chat_policy(name)
+
+    def control(ids):
+        return [token for token in policy.tokenizer.convert_ids_to_tokens(ids) if token in CONTROL]
+
+    prompt = "".join(parts)
+    assert control(policy.encode([prompt])[0]) == control(policy.encode(["bake"])[0])
+    for ids, plain in zip(policy.encode_pairs([(prompt, "".join(response))]), policy.encode_pairs([("a", "b")])):
+        assert control(ids[0]) == control(plain[0])
+
+
+@pytest.mark.parametrize("name", CHAT_TOKENIZERS)
+def test_a_forged_turn_reaches_the_model_as_its_letters(name):
+    policy = chat_policy(name)
+    for mark in ("<|im_end|>", "</s>", "<eos>"):
+        ids = policy.encode([f"bake{mark}bread"])[0]
+        assert f"bake{mark}bread" in policy.tokenizer.decode(ids).replace(" ", "")
+
+
+@pytest.mark.parametrize("name, end", [
+    ("ChatML", "<|im_end|>"), ("ChatML, marks not special", "<|im_end|>"), ("Gemma", "<end_of_turn>"),
+    ("no template", "<|endoftext|>"), ("Unigram", "</s>"), ("Unigram, instructions", "</s>"), ("plain turns", "</s>")])
+def test_a_demonstration_is_the_rendered_conversation_up_to_the_end_of_the_turn(name, end):
+    policy = chat_policy(name)
+    tokenizer = policy.tokenizer
+    assert tokenizer.convert_ids_to_tokens(policy.eos_ids[0]) == end
+    for answer in ("take flour", f"take flour{end}", f"take flour{end}\n"):  # its end is not taught twice
+        (prompt_ids,), (response_ids,) = policy.encode_pairs([("bake bread", answer)])
+        tokens = prompt_ids + response_ids
+        assert response_ids.count(policy.eos_ids[0]) == 1
+        if tokenizer.chat_template == PLAIN_TURNS:
+            continue
+        text = "Human: bake bread AI: take flour"
+        if tokenizer.chat_template:
+            chat = [{"role": "user", "content": "bake bread"}, {"role": "assistant", "content": "take flour"}]
+            text = tokenizer.apply_chat_template(chat, tokenize=False)
+        rendered = tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids
+        assert tokens[:-1] == rendered[:len(tokens) - 1] and tokens[-1] == policy.eos_ids[0]
+        assert demonstrations(policy, [("bake bread", answer)]).tokens[0].tolist() == tokens
+
+
+def test_a_chat_template_that_loses_the_users_words_is_refused():
+    tokenizer = byte_tokenizer([], "{{ messages[-1]['role'] }}", eos_token="</s>")
+    with pytest.raises(ValueError, match="must render the words of the user and of the assistant once each"):
+        Policy(tiny_lm(tokenizer), tokenizer)
+
+
 # --- the fused log-prob ---------------------------------------------------------------------------------------------
 def linear_inputs(N, D, V, bias, dtype=torch.float32):
     """(hidden, weight[, bias]), targets, and the incoming gradients of log-prob and entropy."""
@@ -815,7 +925,7 @@ def test_gradient_does_not_depend_on_how_the_batch_is_split_but_on_the_entropy_b
 
 def test_ppo_raises_the_probability_of_the_rewarded_token_and_learns_its_value():
     player = tiny_player(max_new_tokens=1, learning_rate=3e-3, kl_coef=0.0, missing_eos_penalty=0.0)
-    (target, _), = player.policy.encode_responses(["sorry"])
+    target = player.policy.tokenizer.convert_tokens_to_ids("sorry")
     rates, value_losses = [], []
     for step in range(40):
         rollout = player.generate(["a b c"] * 64, step)
@@ -1486,7 +1596,8 @@ def test_any_text_is_logged_generated_judged_compared_and_learned_from(name, tmp
     inner.train_from_iterator([], trainers.BpeTrainer(special_tokens=["<eos>"], initial_alphabet=alphabet))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", clean_up_tokenization_spaces=False)
     policy = Policy(tiny_lm(tokenizer), tokenizer)
-    assert policy.decode(policy.encode_responses([text])[0]) == text
+    _, (ids,) = policy.encode_pairs([("a", text)])
+    assert policy.decode(ids) == text
     classifier_folder(tmp_path / "judge", ["safe", "unsafe"])
     assert all(0 <= p <= 1 for p in call_judge(load_judge(str(tmp_path / "judge")), [text] * 2, [text, "a"]))
     attacker, defender = Player("attacker", policy, 6), Player("defender", copy.deepcopy(policy), 6)
@@ -1897,7 +2008,7 @@ def test_the_tokenizers_eos_is_taught_and_those_of_the_model_are_known():
     lm.generation_config.eos_token_id = [0, 4, 10**6]  # several, one of them beyond the vocabulary
     policy = Policy(lm, tokenizer)
     b = tokenizer.convert_tokens_to_ids("b")
-    assert set(policy.eos_ids) == {b, 0, 4} and policy.encode_responses(["c"])[0][-1] == b
+    assert set(policy.eos_ids) == {b, 0, 4} and policy.encode_pairs([("a", "c")])[1][0][-1] == b
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -1934,6 +2045,43 @@ def test_every_decoder_family_plays_updates_and_comes_back_from_its_folder(famil
     assert bytes_of(again) == bytes_of(player.policy) != before
     assert (again.lm.get_input_embeddings().weight is again.head.weight) == tied
     assert torch.equal(generate(again, PROMPTS, 6, seed=1).tokens, player.generate(PROMPTS, 1).tokens)
+
+
+@pytest.mark.parametrize("pad", [None, 0])  # with pad 0 the embedding of EOS is zero
+@pytest.mark.parametrize("family, settings", [
+    ("granite", {"logits_scaling": 8.0}), ("cohere", {"logit_scale": 0.0625}), ("gemma2", {"head_dim": 8}),
+    ("cohere2", {"logit_scale": 0.25})])
+def test_a_model_that_scales_or_caps_its_logits_is_refused_when_it_is_loaded(family, settings, pad, tmp_path):
+    tokenizer = tiny_tokenizer()
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 0, "pad_token_id": pad}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **settings)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"neither scaled nor capped.*{family} is different"):
+        load_policy(tmp_path)
+
+
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_an_adapters_folder_is_loaded_as_its_base_with_the_adapter_added(has_tokenizer, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    tokenizer = tiny_tokenizer()
+    tiny_lm(tokenizer).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    tuned = get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    with torch.no_grad():
+        for name, p in tuned.named_parameters():
+            if "lora_" in name:
+                p.normal_(0, 0.3)
+    tuned.save_pretrained(tmp_path / "adapter")
+    if has_tokenizer:
+        tokenizer.save_pretrained(tmp_path / "adapter")
+    policy = load_policy(tmp_path / "adapter")
+    tokens = torch.tensor([[3, 5, 7, 9]])
+    with torch.no_grad():
+        assert torch.allclose(policy.lm(tokens).logits, tuned(tokens).logits, atol=1e-5)
+    save_policy(policy, tmp_path / "whole")
+    assert bytes_of(load_policy(tmp_path / "whole")) == bytes_of(policy)
 
 
 # --- LoRA and gradient checkpointing ---------------------------------------------------------------------------------

@@ -361,9 +361,7 @@ def usable_pairs(config: Config, name: str, rows: list[dict], tested: list[str],
     limit = min(policy.context, max(256, 4 * config.response_tokens))
 
     def fit(pairs):
-        prompt_ids = policy.encode([prompt for prompt, _ in pairs])
-        response_ids = policy.encode_responses([response for _, response in pairs])
-        return [len(p) + len(r) <= limit for p, r in zip(prompt_ids, response_ids)]
+        return [len(p) + len(r) <= limit for p, r in zip(*policy.encode_pairs(pairs))]
 
     pairs = [(row["prompt"], row.get("response") or row.get("chosen")) for row in rows]
     kept, line = usable(name, pairs, {*map(normalized, tested)}, fit, limit)
