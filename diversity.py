@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from model import check_tokenizer, first_line, longest_input
+from model import check_tokenizer, first_line, inert_text, longest_input
 
 Embedder = Callable[[list[str]], np.ndarray]  # B texts -> (B, D)
 ORDERS = (2, 3, 4, 5)
@@ -155,7 +155,7 @@ def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool
     def embed(texts):
         rows = []
         for text in texts:  # one at a time: next to other texts, padding would change a vector's last bits
-            text = text if text.strip() else tokenizer.pad_token  # an encoder needs a token at least
+            text = inert_text(tokenizer, text) if text.strip() else tokenizer.pad_token  # it needs a token at least
             batch = tokenizer(text, truncation=True, max_length=longest, return_tensors="pt").to(device)
             hidden = model(**batch).last_hidden_state.double()  # (1, T, D)
             mask = batch["attention_mask"][..., None]  # (1, T, 1), 1: a token

@@ -15,10 +15,9 @@ import contextlib
 import copy
 import ctypes
 import re
-from collections import Counter
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -170,7 +169,7 @@ class Policy(nn.Module):
         for start, ids, (_, response) in zip(prompt_ids, conversations, pairs):
             rest = ids[len(start):]
             if ids[:len(start)] != start:  # the first letters of the response have changed the prompt's last token
-                rest = encode_text(self.tokenizer, response)
+                rest = self.tokenizer(inert_text(self.tokenizer, response), add_special_tokens=False).input_ids
             end = next((i for i, token in enumerate(rest) if token in self.eos_ids), len(rest))
             response_ids.append([*rest[:end], self.eos_ids[0]])
         return prompt_ids, response_ids
@@ -256,48 +255,39 @@ def control_ids(tokenizer: Tokenizer) -> set[int]:
     return ids
 
 
-def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of what somebody wrote, without a control token, whatever the text says."""
-    options = dict(add_special_tokens=False, split_special_tokens=True)
-    ids = tokenizer(text, **options).input_ids
+def inert_text(tokenizer: Tokenizer, text: str) -> str:
+    """The text itself or, where it would be read as a control token, the text with spaces between that token's letters.
+    """
     control = control_ids(tokenizer)
-    if control.isdisjoint(ids):
-        return ids
-    # marks that are no special tokens, or that a Unigram tokenizer has as ordinary pieces: letter by letter
-    marks = sorted(tokenizer.convert_ids_to_tokens(list(control)), key=len, reverse=True)
-    ids = []
-    for part in re.split("(" + "|".join(map(re.escape, marks)) + ")", text):
-        pieces = list(part) if part in marks else [part]
-        for piece in pieces:
-            ids += tokenizer(piece, **options).input_ids
-    return [i for i in ids if i not in control]
+
+    def is_inert(text):
+        return control.isdisjoint(tokenizer(text, add_special_tokens=False).input_ids)
+
+    def spaced(match):
+        return " ".join(match[0]) if len(match[0]) > 1 else " "
+
+    if is_inert(text):
+        return text
+    text = unicodedata.normalize("NFKC", text)  # as tokenizers do: wide brackets are brackets
+    for mark in sorted(tokenizer.convert_ids_to_tokens(list(control)), key=len, reverse=True):
+        text = re.sub(re.escape(mark), spaced, text, flags=re.IGNORECASE)
+    return text if is_inert(text) else re.sub(r"[^\w\s]", " ", text)
 
 
 def encode_rendered(tokenizer: Tokenizer, render: Callable[..., str],
                     rows: list[Sequence[str]]) -> list[list[int]]:
-    """Token ids of render(*texts) for each row of texts, in which the texts bring no control token: `render` alone
-    writes them. render must hold each text once; a chat template brings its own BOS."""
-    plain = dict(add_special_tokens=not tokenizer.chat_template)
-    names = [f"text{i}text" for i in range(len(rows[0]))]
-    frame, *encoded = tokenizer([render(*row) for row in (names, *rows)], **plain).input_ids
+    """Token ids of render(*texts) for each row of texts. `render` alone writes control tokens: the texts are inert. A
+    chat template brings its own BOS."""
+    options = dict(add_special_tokens=not tokenizer.chat_template)
+    frame = render(*["text"] * len(rows[0]))
+    frame, *encoded = tokenizer([frame, *(render(*row) for row in rows)], **options).input_ids
     control = control_ids(tokenizer)
-    expected = Counter(i for i in frame if i in control)
+    expected = [i for i in frame if i in control]
     for n, ids in enumerate(encoded):
-        if Counter(i for i in ids if i in control) != expected:  # a text holds what looks like a control token
-            start = [] if tokenizer.chat_template else list(takewhile(control.__contains__, frame))
-            encoded[n] = start + _encode_parts(tokenizer, render(*names), dict(zip(names, rows[n])))
+        if [i for i in ids if i in control] != expected:
+            texts = [inert_text(tokenizer, text) for text in rows[n]]
+            encoded[n] = tokenizer(render(*texts), **options).input_ids
     return encoded
-
-
-def _encode_parts(tokenizer, text, named):
-    """Token ids of a text in which names stand for other texts, each encoded apart."""
-    ids = []
-    for part in re.split("(" + "|".join(named) + ")", text):
-        if part in named:
-            ids += encode_text(tokenizer, named[part])
-        elif part:
-            ids += tokenizer(part, add_special_tokens=False).input_ids
-    return ids
 
 
 # --- rollouts from tokens and texts -------------------------------------------------------------------------------

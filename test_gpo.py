@@ -51,7 +51,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -615,9 +615,10 @@ def byte_tokenizer(marks, template=None, special=True, **names):
 
 def unigram_tokenizer(template=None):
     """As of SentencePiece: its control tokens are pieces too, and the likeliest ones."""
-    letters = [(letter, -5.0) for letter in string.ascii_letters + string.digits + "<>/|_[]#:.\n"]
+    letters = [(letter, -5.0) for letter in string.ascii_letters + string.digits + "<>/|_[]#:.\n＜＞"]
     pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁", -2.0), *letters]
     inner = Tokenizer(models.Unigram(pieces, unk_id=0))
+    inner.normalizer = normalizers.NFKC()
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
     inner.decoder = decoders.Metaspace()
     names = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
@@ -635,8 +636,8 @@ CHAT_TOKENIZERS = {
     "Unigram": unigram_tokenizer,
     "Unigram, instructions": lambda: unigram_tokenizer(INSTRUCTION),
     "plain turns": lambda: byte_tokenizer([], PLAIN_TURNS, eos_token="</s>")}
-MARKS = ["<|im_end|>", "<|im_start|>system\n", "<|endoftext|>", "<end_of_turn>", "<eos>", "<bos>", "</s>", "<s>", "<",
-         "|", "im_end", ">", "text0text", "be kind", " ", "\n", "é"]
+MARKS = ["<|im_end|>", "<|im_start|>system\n", "<|endoftext|>", "<end_of_turn>", "<eos>", "<bos>", "</s>", "<s>", "＜/s＞",
+         "<", "|", "im_end", ">", "be kind", " ", "\n", "é"]
 CONTROL = {"<|im_end|>", "<|im_start|>", "<|endoftext|>", "<end_of_turn>", "<start_of_turn>", "<eos>", "<bos>", "</s>",
            "<s>"}
 
@@ -667,7 +668,7 @@ def test_a_forged_turn_reaches_the_model_as_its_letters(name):
     policy = chat_policy(name)
     for mark in ("<|im_end|>", "</s>", "<eos>"):
         ids = policy.encode([f"bake{mark}bread"])[0]
-        assert f"bake{mark}bread" in policy.tokenizer.decode(ids).replace(" ", "")
+        assert f"bake{mark}bread" in policy.tokenizer.decode(ids).replace(" ", "")  # with spaces where it would act
 
 
 @pytest.mark.parametrize("name, end", [
@@ -1226,6 +1227,11 @@ def test_an_encoder_folder_embeds_by_masked_mean_pooling(encoder):
         with torch.no_grad():
             mean = body(torch.tensor([tokenizer.encode(text)])).last_hidden_state[0].mean(0)
         assert np.allclose(vector, (mean / mean.norm()).numpy(), atol=1e-5)
+
+
+def test_an_encoder_reads_a_written_control_token_as_letters(encoder):
+    written, letters = load_embedder(encoder)(["a <eos> b", "a < e o s > b"])
+    assert np.array_equal(written, letters)
 
 
 @pytest.mark.parametrize("name", ["words", "encoder"])
