@@ -498,26 +498,20 @@ def frozen_copy(policy: Policy) -> Policy:
 # --- loading and saving -----------------------------------------------------------------------------------------
 def load_policy(name_or_dir: str | Path, critic: str = "shared", dtype: torch.dtype = torch.float32,
                 device: str = "cpu", trust_remote_code: bool = False) -> Policy:
-    """A Policy from a model folder or hub id; also reads the value head that `save_policy` wrote beside it.
+    """A Policy from a model's folder, a .gguf file or a hub id; also reads the value head that `save_policy` wrote.
 
     Raises ValueError, in one line, when it cannot be had, is no causal language model, lacks a tokenizer, or
     computes its logits by more than a linear head on `last_hidden_state`.
     """
-    kwargs = dict(trust_remote_code=trust_remote_code)
     try:
-        if Path(name_or_dir, "adapter_config.json").is_file():
-            lm, tokenizer, missing = _merge_adapter(name_or_dir, kwargs)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_dir, **kwargs)
-            lm, info = AutoModelForCausalLM.from_pretrained(name_or_dir, dtype=torch.float32, output_loading_info=True,
-                                                            **kwargs)
-            missing = info["missing_keys"]
+        load = _merge_adapter if Path(name_or_dir, "adapter_config.json").is_file() else _load_lm
+        lm, tokenizer, missing = load(name_or_dir, dict(trust_remote_code=trust_remote_code))
         check_tokenizer(tokenizer)
         lm = lm.to(device)
     except Exception as error:  # transformers raises a dozen kinds here
         where = "no such folder here, and the hub could not give it; pass a local folder"
-        if Path(name_or_dir).is_dir():
-            where = "is the folder complete?"
+        if Path(name_or_dir).exists():
+            where = "is it complete?"
         raise ValueError(f"cannot load {str(name_or_dir)!r} as a causal language model ({where}): {first_line(error)}"
                          ) from error
     _check_model(name_or_dir, lm, tokenizer, missing)
@@ -532,20 +526,52 @@ def load_policy(name_or_dir: str | Path, critic: str = "shared", dtype: torch.dt
     return policy
 
 
-def _merge_adapter(folder, kwargs):
-    """(the base model with an adapter added to its weights, tokenizer, names of missing weights) of the folder that
-    peft or TRL wrote. The tokenizer is the base's where the folder has none."""
+def _load_lm(name, options):
+    """(model, tokenizer, names of missing weights) of a folder, a .gguf file or a hub id."""
+    is_gguf = str(name).endswith(".gguf")
+    source = name
+    if is_gguf:
+        options = {**options, "gguf_file": Path(name).name}
+        source = Path(name).parent
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    lm, info = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
+    if is_gguf:
+        lm = _plain_copy(lm)
+        tokenizer.add_tokens(_gguf_control_tokens(name), special_tokens=True)
+    return lm, tokenizer, info["missing_keys"]
+
+
+def _plain_copy(quantized):
+    """A model whose weights were read from GGUF, all in fp32 by now, as one that transformers will save."""
+    del quantized.config.quantization_config
+    lm = AutoModelForCausalLM.from_config(quantized.config)
+    lm.load_state_dict(quantized.state_dict())
+    lm.generation_config = quantized.generation_config
+    return lm
+
+
+def _gguf_control_tokens(file):
+    """The tokens that the file calls control tokens: transformers keeps their text, but not that they are special."""
+    from gguf import GGUFReader, TokenType
+    fields = GGUFReader(file).fields
+    words = fields["tokenizer.ggml.tokens"].contents()
+    types = fields["tokenizer.ggml.token_type"].contents()
+    return [word for word, kind in zip(words, types) if kind == TokenType.CONTROL]
+
+
+def _merge_adapter(folder, options):
+    """`_load_lm` of the base of an adapter that peft or TRL wrote, with the adapter added to its weights. The tokenizer
+    is the base's where the folder has none."""
     try:
         from peft import PeftConfig, PeftModel
     except ImportError as error:
         raise ValueError("it is an adapter, for which the package peft is needed: pip install peft") from error
-    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    lm, info = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, output_loading_info=True, **kwargs)
-    has_tokenizer = Path(folder, "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(folder if has_tokenizer else base, **kwargs)
+    lm, tokenizer, missing = _load_lm(PeftConfig.from_pretrained(folder).base_model_name_or_path, options)
+    if Path(folder, "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     lm = PeftModel.from_pretrained(lm, folder).merge_and_unload()
     lm.name_or_path = str(folder)
-    return lm, tokenizer, info["missing_keys"]
+    return lm, tokenizer, missing
 
 
 def _check_model(name, lm, tokenizer, missing):

@@ -605,8 +605,8 @@ def byte_tokenizer(marks, template=None, special=True, **names):
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    inner.train_from_iterator([], trainers.BpeTrainer(special_tokens=list(names.values()), initial_alphabet=alphabet,
-                                                      show_progress=False))
+    inner.train_from_iterator(["bake bread", "take flour"], trainers.BpeTrainer(
+        special_tokens=list(names.values()), initial_alphabet=alphabet, show_progress=False))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **names)
     tokenizer.add_tokens(list(marks), special_tokens=special)
     tokenizer.chat_template = template
@@ -636,8 +636,8 @@ CHAT_TOKENIZERS = {
     "Unigram": unigram_tokenizer,
     "Unigram, instructions": lambda: unigram_tokenizer(INSTRUCTION),
     "plain turns": lambda: byte_tokenizer([], PLAIN_TURNS, eos_token="</s>")}
-MARKS = ["<|im_end|>", "<|im_start|>system\n", "<|endoftext|>", "<end_of_turn>", "<eos>", "<bos>", "</s>", "<s>", "＜/s＞",
-         "<", "|", "im_end", ">", "be kind", " ", "\n", "é"]
+MARKS = ["<|im_end|>", "<|im_start|>system\n", "<|endoftext|>", "<end_of_turn>", "<eos>", "<bos>", "</s>", "<s>", "<",
+         "|", "＜/s＞", "im_end", ">", "be kind", " ", "\n", "é"]
 CONTROL = {"<|im_end|>", "<|im_start|>", "<|endoftext|>", "<end_of_turn>", "<start_of_turn>", "<eos>", "<bos>", "</s>",
            "<s>"}
 
@@ -2088,6 +2088,71 @@ def test_an_adapters_folder_is_loaded_as_its_base_with_the_adapter_added(has_tok
         assert torch.allclose(policy.lm(tokens).logits, tuned(tokens).logits, atol=1e-5)
     save_policy(policy, tmp_path / "whole")
     assert bytes_of(load_policy(tmp_path / "whole")) == bytes_of(policy)
+
+
+GGUF_NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+              "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+              "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+
+
+def write_gguf(path, lm, tokenizer):
+    """A Llama with tied embeddings as llama.cpp keeps it: rows of queries and keys in another order, merges as text."""
+    import gguf
+    c = lm.config
+    writer = gguf.GGUFWriter(path, "llama")
+    for fact, value in {
+            "context_length": c.max_position_embeddings, "vocab_size": c.vocab_size, "embedding_length": c.hidden_size,
+            "block_count": c.num_hidden_layers, "feed_forward_length": c.intermediate_size, "rope_freq_base": 1e4,
+            "head_count": c.num_attention_heads, "head_count_kv": c.num_key_value_heads,
+            "layer_norm_rms_eps": c.rms_norm_eps, "tokenizer_model": "gpt2", "eos_token_id": tokenizer.eos_token_id,
+            "chat_template": tokenizer.chat_template}.items():
+        getattr(writer, f"add_{fact}")(value)
+    words = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    writer.add_token_list(words)
+    writer.add_token_types([3 if i in tokenizer.added_tokens_decoder else 1 for i in range(len(words))])
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_tensor("token_embd.weight", lm.model.embed_tokens.weight.detach().numpy())
+    writer.add_tensor("output_norm.weight", lm.model.norm.weight.detach().numpy())
+    for n, layer in enumerate(lm.model.layers):
+        for name, p in layer.named_parameters():
+            weight = p.detach().numpy()
+            if ".q_" in name or ".k_" in name:
+                heads = weight.shape[0] // c.head_dim
+                weight = weight.reshape(heads, 2, c.head_dim // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+            name = GGUF_NAMES[name.removesuffix(".weight")]
+            writer.add_tensor(f"blk.{n}.{name}.weight", np.ascontiguousarray(weight))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="session")
+def gguf_model(tmp_path_factory):
+    """(a .gguf file, the model in it, its tokenizer)."""
+    pytest.importorskip("gguf")
+    tokenizer = byte_tokenizer(["<|im_start|>", "<|endoftext|>"], CHATML, eos_token="<|im_end|>")
+    torch.manual_seed(0)
+    lm = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        tie_word_embeddings=True, initializer_range=0.3))
+    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_gguf(file, lm, tokenizer)
+    return file, lm, tokenizer
+
+
+def test_a_gguf_file_is_a_policy_that_is_saved_as_an_ordinary_folder(gguf_model, tmp_path):
+    file, lm, tokenizer = gguf_model
+    policy = load_policy(file)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.allclose(policy.lm(tokens).logits, lm(tokens).logits, atol=1e-6)
+    chat = [{"role": "user", "content": "bake bread"}]
+    assert policy.encode(["bake bread"]) == [tokenizer.apply_chat_template(chat, add_generation_prompt=True).input_ids]
+    save_policy(policy, tmp_path)
+    assert bytes_of(load_policy(tmp_path)) == bytes_of(policy)
 
 
 # --- LoRA and gradient checkpointing ---------------------------------------------------------------------------------
