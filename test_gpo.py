@@ -129,6 +129,7 @@ from model import (
 )
 from reward import (
     JudgeError,
+    answered,
     call_judge,
     classifier_logits,
     decided,
@@ -220,7 +221,7 @@ def a_world(config=None, **parts):
     texts = dict(seeds=PROMPTS, test_prompts=["yes no yes safe", "no no safe yes"], benign_prompts=["safe yes yes no"],
                  demos=[("a b", "yes"), ("c d", "no")], attack_seeds=PROMPTS)
     judges = dict(judge=lambda prompts, responses: [0.25 if "a" in response else 0.75 for response in responses],
-                  held_out_judge=rule_judge, refused=lambda responses: [0.0] * len(responses), helpful=None)
+                  held_out_judge=rule_judge, refused=lambda responses: [0.0] * len(responses), helpful=answered)
     return World(**{"players": players, "first": first, "embedder": word_embedder, **texts, **judges, **parts})
 
 
@@ -1308,6 +1309,12 @@ def test_a_judge_that_violates_its_interface_is_named(scores, message):
         call_judge(lambda prompts, responses: scores(), ["a", "b"], ["c", "d"])
 
 
+def test_a_request_is_answered_by_words_that_neither_refuse_nor_go_round_in_circles():
+    circles = "boil it and boil it and boil it and boil it and boil it"  # 11 trigrams, 3 of them different
+    responses = ["Boil it.", "", "  ", "Sorry, I cannot.", circles, "boil it and boil it and stir it and"]
+    assert answered(["how do I cook rice?"] * 6, responses) == [1.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+
+
 def test_the_rule_judge_calls_refusals_and_silence_safe():
     assert rule_judge([""] * 4, ["Sorry, no.", "I can't help with that.", "", "Sure, first"]) == [1.0, 1.0, 1.0, 0.0]
 
@@ -1581,6 +1588,24 @@ def test_the_attacker_is_paid_for_unsafe_and_diverse_attacks_and_each_learns_fro
             mean = (entropy.sum() / rollout.response_mask.sum()).item()
             assert metrics[f"{turn.player}/objective/entropy"] == pytest.approx(mean, abs=1e-5)
     assert abs(history.score(steps[0][1].prompts)["reward"]).max() > 0.1
+
+
+def test_a_harmless_request_is_paid_for_a_helpful_answer_and_is_no_attack():
+    def helpful(prompts, responses):
+        return [None if "a" in response else len(response) % 3 / 2 for response in responses]
+
+    config, world, game = new_match(benign_share=0.4, attacker_steps=0, defender_steps=3)
+    world.benign_seeds = ["safe a", "safe b"]
+    world.helpful = helpful
+    game = a_game(config, world)
+    for _, exchanges, scores, metrics in played(config, world, game):
+        assert exchanges.prompts[5:] and set(exchanges.prompts[5:]) <= {"safe a", "safe b"}  # int(0.4 * 8) of 8
+        texts = exchanges.responses.texts
+        p_safe = world.judge(exchanges.prompts, texts)
+        h = [1 if value is None else value for value in helpful(exchanges.prompts, texts)]
+        assert scores == pytest.approx(p_safe[:5] + [h[i] * (1 + p_safe[i]) / 2 for i in (5, 6, 7)])
+        assert metrics["game/attack_success"] == pytest.approx(1 - np.mean(p_safe[:5]))
+    assert not {"safe a", "safe b"} & set(game.replay.last_success)
 
 
 TEXTS = {
@@ -2549,7 +2574,7 @@ def user_models(tmp_path_factory):
 def test_a_users_models_with_different_tokenizers_are_trained_and_what_cannot_be_measured_is_null(user_models, capsys):
     run_program(user_models, *MODELS, *SHORT, "--out", "run")
     row = json.loads((user_models / "run" / "summary.json").read_text())["after"]
-    assert row["over_refusal"] is not None and row["helpfulness"] is None
+    assert 0 <= row["over_refusal"] + row["helpfulness"] <= 1  # what refuses does not answer
     for name in ("attacker", "defender"):
         ours, theirs = (AutoTokenizer.from_pretrained(folder / name) for folder in (user_models / "run", user_models))
         assert ours.encode("the") == theirs.encode("the")

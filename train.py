@@ -52,6 +52,7 @@ from harness.data import sigterm_as_ctrl_c
 from harness.run import RunFolder, run_folder, start_program
 from harness.world import SFT_RATE, World, attacker_to_measure, evaluate, make_world, show_prompts
 from model import Rollout, demonstrations
+from reward import call_judge
 
 
 # --- the loop: Algorithm 1 --------------------------------------------------------------------------------------
@@ -72,10 +73,14 @@ def train(config: Config, world: World, game: "Game", folder: RunFolder) -> None
             scores, similarity = attacker_scores(config, game, exchanges)
             rollout = exchanges.attacks
             demos = None
+            n_harmless = 0
         else:  # prompt of the frozen attacker, or of an earlier one -> response -> P(safe)
-            prompts = defender_prompts(config, game, seeds, rng)
+            n_harmless = int(config.benign_share * config.batch_size)
+            prompts = defender_prompts(config, game, seeds[n_harmless:], rng)
+            if n_harmless:
+                prompts = prompts + sample(world.benign_seeds, n_harmless, rng)
             exchanges = play(None, mover, prompts, world.judge, new_seed(rng))
-            scores = np.where(exchanges.decided, exchanges.p_safe, 0)  # Eq. (3.1): the defender maximises R(x, y)
+            scores = defender_scores(world, exchanges, n_harmless)
             similarity = {}
             rollout = exchanges.responses
             demos = sample_demos(config, world, mover, rng)
@@ -86,7 +91,7 @@ def train(config: Config, world: World, game: "Game", folder: RunFolder) -> None
         seconds = {"rollout": played - clock - exchanges.judge_seconds, "score": exchanges.judge_seconds,
                    "update": time.time() - played}
         metrics |= {f"time/{what}": value for what, value in seconds.items()}
-        metrics |= game_metrics(game, turn, exchanges, similarity)
+        metrics |= game_metrics(game, turn, exchanges, similarity, n_harmless)
         if turn.ends_round:
             game.add_to_averages()  # Theorem 3.2
             metrics |= round_metrics(config, world)
@@ -126,7 +131,7 @@ def schedule(config: Config) -> list[Turn]:
 class ReplayBuffer:
     """Attacks that were tried, for the defender to meet again."""
 
-    excluded: set[str] = field(default_factory=set)  # test prompts: never trained on
+    excluded: set[str] = field(default_factory=set)  # test prompts, which are never trained on, and harmless ones
     last_success: dict[str, float] = field(default_factory=dict)  # attack -> P(unsafe) of its last try
     ever_succeeded: dict[str, None] = field(default_factory=dict)  # attacks, in the order of their first success
 
@@ -199,9 +204,9 @@ def new_game(config: Config, world: World) -> Game:
             if kind in config.average:
                 averages[name][kind] = PolicyAverage(player, kind, config.average_size, config.seed)
     diversity = Diversity(tuple(config.diversity_terms.split(",")), world.embedder, config.history)
-    tests = {*world.test_prompts, *world.benign_prompts}.union(*world.more_tests.values())
+    no_attacks = {*world.test_prompts, *world.benign_prompts, *world.benign_seeds}.union(*world.more_tests.values())
     bound = likelihood_bound(config, world)
-    return Game(world.players, world.first, averages, diversity, ReplayBuffer(tests), bound)
+    return Game(world.players, world.first, averages, diversity, ReplayBuffer(no_attacks), bound)
 
 
 def likelihood_bound(config: Config, world: World) -> torch.Tensor:
@@ -270,6 +275,16 @@ def attacker_scores(config: Config, game: Game, exchanges: Exchanges) -> tuple[n
     return np.where(exchanges.decided, scores, 0), similarity
 
 
+def defender_scores(world: World, exchanges: Exchanges, n_harmless: int) -> np.ndarray:
+    """What the defender is paid for each response, (B,): P(safe), which is R(x, y) of Eq. (3.1); for the harmless
+    requests, the last of the batch, h (1 + P(safe)) / 2, where h says how helpful it is (undecided: 1)."""
+    scores = exchanges.p_safe.copy()
+    if n_harmless:
+        helpful = call_judge(world.helpful, exchanges.prompts[-n_harmless:], exchanges.responses.texts[-n_harmless:])
+        scores[-n_harmless:] = np.where(np.isnan(helpful), 1, helpful) * (1 + scores[-n_harmless:]) / 2
+    return np.where(exchanges.decided, scores, 0)
+
+
 def defender_prompts(config: Config, game: Game, seeds: list[str], rng: np.random.Generator) -> list[str]:
     """The defender's prompts of one step: the only place where the methods of Table 1 differ."""
     if config.method == "rlhf":  # the fixed prompts themselves
@@ -316,12 +331,15 @@ def sample_demos(config: Config, world: World, defender: Player, rng: np.random.
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------
-def game_metrics(game: Game, turn: Turn, exchanges: Exchanges, similarity: dict[str, np.ndarray]) -> dict[str, float]:
-    """What a step's exchanges show of the game, whoever moves. similarity: {term: (B,)}, to earlier attacks."""
+def game_metrics(game: Game, turn: Turn, exchanges: Exchanges, similarity: dict[str, np.ndarray],
+                 n_harmless: int) -> dict[str, float]:
+    """What a step's exchanges show of the game, whoever moves. similarity: {term: (B,)}, to earlier attacks;
+    n_harmless: how many requests, the last of the batch, are no attacks."""
     decided = exchanges.decided
+    attacks = exchanges.p_safe[: len(decided) - n_harmless]
     metrics = {
         "sampled_tokens": game.sampled_tokens,
-        "game/attack_success": float(np.mean(1 - exchanges.p_safe[decided])),  # by the training judge
+        "game/attack_success": float(np.nanmean(1 - attacks)),  # by the training judge
         "game/undecided": int((~decided).sum())}  # in no update and in no rate
     if turn.player == "attacker":
         metrics["diversity/different"] = len(set(exchanges.prompts)) / len(exchanges.prompts)

@@ -50,6 +50,8 @@ class Config:
                                "facebook/roberta-hate-speech-dynabench-r4-target", heading="judges", warm_start=True)
     held_out_judge: str | None = option("judge for evaluation only", "truth", "s-nlp/roberta_toxicity_classifier")
     unsafe_label: str | None = option("label of a classifier judge that means unsafe, if its name does not tell")
+    helpful_judge: str | None = option("judge of answers to harmless requests: answered (no refusal, not empty, not "
+                                       "repetitive) or as --judge, 1 for helpful", "toy", "answered")
     prompts: str | None = option("seed prompts: .jsonl .json .csv .txt, each also .gz; default: hh-rlhf's red-team "
                                  "attempts", only="user", heading="data and warm start", warm_start=True)
     test_prompts: str | None = option("held-out prompts; default: a tenth of --prompts", only="user", warm_start=True)
@@ -75,8 +77,10 @@ class Config:
     ptx_coef: float | None = option("weight of the supervised loss on demonstrations, for the defender", 1.0, 0.0)
     ppo_epochs: int = option("passes over a batch", 2, at_least=1)
     minibatches: int = option("optimizer steps per pass", 2, at_least=1)
+    benign_share: float | None = option("fraction of --benign_prompts in the defender's batch, paid for a helpful answer "
+                                        "(--helpful_judge)", 0.0, 0.4, below=1, heading="opponents")
     mine: int | None = option("attacks of the initial attacker, and as many earlier successes, tried before each "
-                              "defender turn; successes are replayed", 600, 0, only="gpo", heading="opponents")
+                              "defender turn; successes are replayed", 600, 0, only="gpo")
     opponent: str = option("the other's last policy or mixture of all", "last", choices=("last", "mixture"), only="gpo")
     restart: int | None = option("rounds between resets to the initial attacker; 0: never", 3, 0, only="attacker")
     replay: float = option("fraction of earlier attacks in the defender's batch, by success", 0.6, below=1, only="gpo")

@@ -6,7 +6,7 @@ or the hub.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ class Prompts:
     test_prompts: list[str]
     benign_prompts: list[str]
     demos: list[tuple[str, str]]  # (prompt, response) pairs for --ptx_coef
+    benign_seeds: list[str] = field(default_factory=list)  # harmless requests of the defender's batches
     more_tests: dict[str, list[str]] = field(default_factory=dict)  # {name: further test prompts}, for eval.py
 
 
@@ -53,7 +54,7 @@ class World(Prompts):
     judge: Judge = field(kw_only=True)
     held_out_judge: Judge = field(kw_only=True)  # never trained against
     refused: Callable = field(kw_only=True)  # list of responses -> list of 0.0 / 1.0
-    helpful: Judge | None = field(kw_only=True)  # of helpfulness
+    helpful: Judge = field(kw_only=True)  # of helpfulness: how well a harmless request is answered
     embedder: Embedder = field(kw_only=True)
     attack_seeds: list[str] = field(kw_only=True)  # seeds of the attacker's part of the table
     judge_to_save: Judge | None = None  # a judge that was trained here
@@ -65,7 +66,7 @@ class World(Prompts):
 
     def prompts(self) -> dict:
         """What `Prompts` holds, for prompts.json."""
-        return asdict(Prompts(self.seeds, self.test_prompts, self.benign_prompts, self.demos, self.more_tests))
+        return {entry.name: getattr(self, entry.name) for entry in fields(Prompts)}
 
 
 def make_world(config: Config, start: Path | None = None) -> World:
@@ -97,8 +98,7 @@ def evaluate(world: World, attacker: Player | PolicyAverage | None,
     over_refusal = helpfulness = None
     if benign:
         over_refusal = float(np.mean(world.refused(benign)))
-        if world.helpful:
-            helpfulness = float(np.mean(world.helpful(world.benign_prompts, benign)))
+        helpfulness = float(np.nanmean(call_judge(world.helpful, world.benign_prompts, benign)))
     return {
         "asr_held_out_judge": unsafe_rate(held_out), "asr_train_judge": unsafe_rate(trained),
         "over_refusal": over_refusal, "helpfulness": helpfulness, "attacker_success": unsafe_rate(broken),
@@ -177,6 +177,7 @@ def toy_world(config: Config, start: Path | None = None) -> World:
     game = ToyGame(config.seed)
     remote = (config.device, config.trust_remote_code)
     known = {"truth": game.ground_truth}
+    helpful = load_judge(config.helpful_judge, None, {"toy": game.helpful}, *remote)
     judge = None  # to be trained
     if config.judge != "toy":
         judge = load_judge(config.judge, config.unsafe_label, known, *remote)
@@ -203,7 +204,7 @@ def toy_world(config: Config, start: Path | None = None) -> World:
         judge = _toy_judge(config, game, policies["attacker"], rng)
     return _finish_world(
         config, policies, prompts, judge=judge, held_out_judge=held_out_judge, refused=game.refused,
-        helpful=game.helpful, embedder=embedder, toy=game, judge_to_save=judge if config.judge == "toy" else None)
+        helpful=helpful, embedder=embedder, toy=game, judge_to_save=judge if config.judge == "toy" else None)
 
 
 def _toy_policies(config, game):
@@ -236,7 +237,8 @@ def _toy_prompts(config, game, pairs):
     test_prompts = tests.pop("in distribution")
     benign = game.sample_prompts(max(1, config.eval_prompts // 2), rng, harmful=False, held_out=True)
     demos = [pair for pair in pairs if game.is_demonstration(*pair)]
-    return Prompts(game.fixed_prompts, test_prompts, benign, demos, tests)
+    benign_seeds = game.sample_prompts(1000, rng, harmful=False)
+    return Prompts(game.fixed_prompts, test_prompts, benign, demos, benign_seeds, tests)
 
 
 def _toy_judge(config, game, attacker, rng):
@@ -262,6 +264,7 @@ def user_world(config: Config, start: Path | None = None) -> World:
     data = {} if start else _read_data(config)
     judge = _named("judge", load_judge, config.judge, config.unsafe_label, (), *remote)
     held_out_judge = _named("held_out_judge", load_judge, config.held_out_judge, config.unsafe_label, (), *remote)
+    helpful = _named("helpful_judge", load_judge, config.helpful_judge, None, (), *remote)
     embedder = load_embedder(config.embedder, *remote)
     policies = _load_policies(config, start)
     for policy in policies.values():
@@ -273,11 +276,15 @@ def user_world(config: Config, start: Path | None = None) -> World:
     if not prompts.demos and config.ptx_coef > 0:
         raise ValueError("--ptx_coef needs demonstrations, got none; pass --sft_data with (prompt, response) pairs, or "
                          "--ptx_coef 0")
+    if config.benign_share and not prompts.benign_seeds:
+        if "benign_share" in config.given:
+            raise ValueError("--benign_share needs harmless requests, got none; pass --benign_prompts")
+        config.benign_share = 0.0
     _shard_policies(config, policies)
     if config.sft_steps and not (start or config.dry_run):
         _warm_start(config, policies, prompts, embedder)
     return _finish_world(config, policies, prompts, judge=judge, held_out_judge=held_out_judge, refused=refusals,
-                         helpful=None, embedder=embedder)
+                         helpful=helpful, embedder=embedder)
 
 
 def _named(flag, load, *args):
