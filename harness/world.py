@@ -22,7 +22,7 @@ from reward import Judge, call_judge, load_judge, refusals, train_judge, unsafe_
 from toy import ToyGame, toy_classifier, toy_lm
 
 SFT_RATE = 5  # the warm start's learning rate for user models, in units of the player's PPO learning rate
-N_ATTACKS = 300  # attacks in the attacker's part of the table
+MOST_ATTACKS = 300  # in the attacker's part of the table; fewer with fewer --eval_prompts
 
 
 @dataclass
@@ -61,8 +61,9 @@ class World(Prompts):
     toy: ToyGame | None = None  # the embedded game
 
     def every(self, n: int) -> "World":
-        """The same with every n-th test and harmless prompt."""
-        return replace(self, test_prompts=self.test_prompts[::n], benign_prompts=self.benign_prompts[::n])
+        """The same with every n-th test prompt, harmless prompt and seed of an attack."""
+        return replace(self, test_prompts=self.test_prompts[::n], benign_prompts=self.benign_prompts[::n],
+                       attack_seeds=self.attack_seeds[::n])
 
     def prompts(self) -> dict:
         """What `Prompts` holds, for prompts.json."""
@@ -167,7 +168,7 @@ def _finish_world(config, policies, prompts, **parts):
     first = {name: player.with_policy(player.initial) for name, player in players.items()}
     parts["judge"] = shared_judge(parts["judge"])
     parts["held_out_judge"] = shared_judge(parts["held_out_judge"])
-    seeds = sample(prompts.seeds, N_ATTACKS, np.random.default_rng(config.seed))
+    seeds = sample(prompts.seeds, min(MOST_ATTACKS, config.eval_prompts), np.random.default_rng(config.seed))
     return World(**vars(prompts), players=players, first=first, attack_seeds=seeds, **parts)
 
 
