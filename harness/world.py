@@ -15,7 +15,18 @@ import torch
 from diversity import Embedder, load_embedder, set_similarity
 from gpo import Player, PolicyAverage, SFTSettings, sample, sft
 from harness.config import Config
-from harness.data import HUB_DATA, first_turn, hub_file, is_test, normalized, read_json, read_rows, usable, visible
+from harness.data import (
+    HUB_DATA,
+    check_labels,
+    first_turn,
+    hub_file,
+    is_test,
+    normalized,
+    read_json,
+    read_rows,
+    usable,
+    visible,
+)
 from harness.parallel import add_lora, broadcast_weights, checkpoint_blocks, fold_lora, shard, shared_judge
 from model import DTYPES, Policy, first_line, load_policy
 from reward import Judge, call_judge, load_judge, refusals, train_judge, unsafe_rate
@@ -357,7 +368,12 @@ def split_prompts(config: Config, data: dict, policies: dict[str, Policy]) -> tu
 
 def usable_pairs(config: Config, name: str, rows: list[dict], tested: list[str],
                  policy: Policy) -> list[tuple[str, str]]:
-    """(prompt, response) pairs that the defender learns from: no test prompt, and none too long for memory."""
+    """(prompt, response) pairs that the defender learns from: no test prompt, none labelled unsafe, and none too long
+    for memory. Where a row has a response and a chosen one, it is the response."""
+    check_labels(name, rows)
+    safe = [row for row in rows if row.get("safe", 1) > 0.5]
+    if len(safe) < len(rows):
+        name = f"{name} without {len(rows) - len(safe)} rows labelled unsafe"
     limit = min(policy.context, max(256, 4 * config.response_tokens))
 
     def fit(pairs):
@@ -365,7 +381,7 @@ def usable_pairs(config: Config, name: str, rows: list[dict], tested: list[str],
         response_ids = policy.encode_responses([response for _, response in pairs])
         return [len(p) + len(r) <= limit for p, r in zip(prompt_ids, response_ids)]
 
-    pairs = [(row["prompt"], row.get("response") or row.get("chosen")) for row in rows]
+    pairs = [(row["prompt"], row.get("response") or row.get("chosen")) for row in safe]
     kept, line = usable(name, pairs, {*map(normalized, tested)}, fit, limit)
     print(f"{line}, {len(kept)} to learn from")
     return kept
