@@ -3118,6 +3118,7 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "a judge that decides nothing": ([*OWN, "--judge", "bad/judge.py:nothing"], "at least half of the exchanges"),
     "an embedder of no model": ([*OWN, "--embedder", "bad"], "cannot load the embedder 'bad'"),
     "malformed JSON": ([*OWN, "--prompts", "bad/broken.jsonl"], "line 2: malformed JSON"),
+    "answers beyond a user's context": ([*OWN, "--response_tokens", "256"], "--response_tokens must leave room for a"),
     "prompts beyond the context": ([*OWN, "--prompts", "bad/long.txt"], "2 longer than 248 tokens left out, and none"),
 }
 WRONG_ELSEWHERE = {

@@ -331,6 +331,12 @@ def _user_prompts(config, data, policies):
 def split_prompts(config: Config, data: dict, policies: dict[str, Policy]) -> tuple[list[str], list[str], list[str]]:
     """(seeds, test prompts, benign prompts): first human turns that both players can read; no prompt is in two of the
     three. Without --test_prompts a tenth of --prompts is for testing, by hash. Raises ValueError."""
+    for name, flag in (("attacker", "attack_tokens"), ("defender", "response_tokens")):
+        tokens = getattr(config, flag)
+        context = policies[name].context
+        if tokens >= context:
+            raise ValueError(f"--{flag} must leave room for a prompt in the {name}'s context of {context} tokens, got "
+                             f"{tokens}; lower it")
     attack_room = policies["attacker"].context - config.attack_tokens
     room = policies["defender"].context - config.response_tokens
     limit = " or ".join(str(tokens) for tokens in sorted({attack_room, room}))
