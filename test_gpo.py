@@ -115,7 +115,7 @@ from harness.parallel import (
 )
 from harness.report import calibration, paired_test, wilson_interval, write_page
 from harness.run import alarms, begin, open_run
-from harness.world import World, make_players
+from harness.world import World, make_players, usable_pairs
 from kernel import linear_logprob, linear_logprob_reference
 from model import (
     Policy,
@@ -1972,6 +1972,141 @@ def test_every_form_of_rows_is_read(tmp_path, name, text, expected):
     assert first_turn(expected[0]["prompt"]) in ("one", "q", "p", "a b")
 
 
+def by(role, content):
+    return {"role": role, "content": content}
+
+
+Q, R = CHAT
+G, B = by("assistant", "g"), by("assistant", "b")
+PAIR = {"prompt": "q", "chosen": "g", "rejected": "b"}
+SHAREGPT = [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}]
+IN_ROLE = {"prompt": "s\n\nq", "response": "r"}
+SAID = {  # a row: the prompt and the replies in it, by hand
+    "two user turns": ([Q, by("user", "p"), R], {"prompt": "q\n\np", "response": "r"}),
+    "two assistant turns": ([Q, R, G], {"prompt": "q", "response": "r\n\ng"}),
+    "the assistant first": ([G, Q, R], {"prompt": "AI: g\n\nHuman: q", "response": "r"}),
+    "developer": ([by("developer", "s"), *CHAT], IN_ROLE),
+    "a later system turn": ([Q, G, by("system", "s"), Q, R],
+                            {"prompt": "q\n\nAI: g\n\nHuman: s\n\nq", "response": "r"}),
+    "user and model": ({"messages": [by("User", "q"), by("model", "r")]}, ANSWERED),
+    "ShareGPT": ({"id": 1, "conversations": SHAREGPT}, IN_ROLE), "a list of ShareGPT turns": (SHAREGPT, IN_ROLE),
+    "ShareGPT with its system apart": ({"system": "s", "conversations": SHAREGPT[1:]}, IN_ROLE),
+    "parts": ([by("user", [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])], {"prompt": "a\nb"}),
+    "null": ([Q, by("assistant", None)], {"prompt": "q"}),
+    "no user's words": ([by("user", ""), R], {"prompt": "", "response": "r"}),
+    "TRL's completion": ({"prompt": [by("system", "s"), Q], "completion": [R]}, IN_ROLE),
+    "TRL's preference": ({"prompt": [Q], "chosen": [G], "rejected": [B]}, PAIR),
+    "whole conversations": ({"chosen": [Q, G], "rejected": [Q, B], "score_chosen": 3}, PAIR),
+    "UltraFeedback": ({"prompt": "q", "messages": [Q, G], "chosen": [Q, G], "rejected": [Q, B]},
+                      {**PAIR, "response": "g"}),
+    "pairs that part before the end": ({"chosen": TURN + "g", "rejected": TURN.replace("c", "x") + "b"},
+                                       {"prompt": "a b\n\nAI: c\n\nHuman: d", "chosen": "g"}),
+    "a silent human": ({"chosen": "\n\nHuman: \n\nAssistant: g\n\nHuman: q\n\nAssistant: r"},
+                       {"prompt": "AI: g\n\nHuman: q", "chosen": "r"}),
+    "a transcript as prompt": ({"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " g", "rejected": " b"}, PAIR),
+    "Alpaca": ({"instruction": "q", "input": "p", "output": "r"}, {"prompt": "q\n\np", "response": "r"}),
+    "Alpaca without input": ({"instruction": "q", "input": "", "output": "r"}, ANSWERED),
+    "Dolly": ({"instruction": "q", "context": "p", "response": "r"}, {"prompt": "q\n\np", "response": "r"}),
+    "OpenOrca": ({"system_prompt": "s", "question": "q", "response": "r"}, IN_ROLE),
+    "AdvBench": ({"goal": "q", "target": "sure"}, {"prompt": "q"}),
+    "completion": ({"prompt": "q", "completion": "r"}, ANSWERED),
+    "answer": ({"question": "q", "answer": "r"}, ANSWERED),
+    "query": ({"query": "q", "response": "r"}, ANSWERED), "capitals": ({" Prompt ": "q", "Response": "r"}, ANSWERED),
+    "a column twice": ({"prompt": "q", "question": "q"}, {"prompt": "q"}),
+    "a number that is called safe": ({**ANSWERED, "safe": "0.25"}, {**ANSWERED, "safe": 0.25}),
+    "safe before label": ({**ANSWERED, "is_safe": False, "label": "safe"}, {**ANSWERED, "safe": 0.0}),
+    "a word": ({**ANSWERED, "label": " Unsafe"}, {**ANSWERED, "safe": 0.0}),
+    "a label that may mean either": ({**ANSWERED, "label": "toxic"}, {**ANSWERED, "label": "toxic"})}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_who_speaks_is_read_from_the_roles_and_names_of_a_row(tmp_path, name):
+    row, expected = SAID[name]
+    (tmp_path / "a.json").write_text(json.dumps([row, "next"]), encoding="utf-8")
+    assert read_rows(tmp_path / "a.json") == [expected, {"prompt": "next"}]
+
+
+def test_no_turn_becomes_the_words_of_another_and_the_seed_is_the_first_human_one(tmp_path):
+    sides = {"user": "Human", "system": "Human", "assistant": "AI"}
+    for roles in itertools.product(sides, repeat=5):
+        if roles[-1] != "user":  # so every turn belongs to the prompt
+            continue
+        write_text(tmp_path / "a.json", json.dumps([by(role, f"word{i}") for i, role in enumerate(roles)]))
+        prompt = read_rows(tmp_path / "a.json")[0]["prompt"]
+        whole = prompt if prompt.startswith("AI: ") else f"Human: {prompt}"
+        for i, role in enumerate(roles):
+            assert re.findall("Human: |AI: ", whole[: whole.index(f"word{i}")])[-1] == f"{sides[role]}: "
+        assert f"word{roles.index('user')}" in first_turn(prompt)
+        assert not any(f"word{i}" in first_turn(prompt) for i, role in enumerate(roles) if role == "assistant")
+
+
+@pytest.mark.parametrize("name, text, expected", [
+    ("a.csv", "\ufeff Prompt , RESPONSE\nq, r\n", [ANSWERED]), ("a.csv", 'goal,target\n"one",\n"two",x', ONE_TWO),
+    ("A.CSV", 'prompt\n"a, b\nc"\n', [{"prompt": "a, b\nc"}]), ("a.json", '{"prompt": "one"}\n\n"two"', ONE_TWO),
+    ("a.jsonl", '{"prompt": "a\u2028b\x85c"}\r\n"two"\r\n', [{"prompt": "a\u2028b\x85c"}, {"prompt": "two"}]),
+    ("a.txt", "a\u2028b\n", [{"prompt": "a\u2028b"}]), ("a.json", '[\n"one",\n{"prompt":\n"two"}]', ONE_TWO)])
+def test_headers_line_ends_and_layouts_of_files(tmp_path, name, text, expected):
+    (tmp_path / name).write_bytes(text.encode())
+    assert read_rows(tmp_path / name) == expected
+
+
+IMAGE = by("user", [{"type": "text", "text": "q"}, {"type": "image_url", "image_url": "x"}])
+REFUSED_ROWS = [  # a row, and what the line must hold
+    ([Q, R, by("tool", "20 degrees"), R], "got role 'tool'"),
+    ([Q, {**by("assistant", None), "tool_calls": [1]}], "tool_calls"),
+    ([{"role": "user", "words": "q"}], "keys role, words"),
+    ([IMAGE], "no image"),
+    ([Q, by("system", "s"), R], "a system message must come before a user's words"),
+    ({"text": "q", "label": 1}, "got the keys 'text', 'label'"),
+    ({"chosen": "g", "rejected": "b"}, "a row must have one of prompt"),
+    ({"prompt": "q", "question": "p"}, "prompt and question must hold the same"),
+    ({"prompt": "q", "response": "r", "completion": "g"}, "response and completion must hold the same"),
+    ({"question": "q", "context": "p"}, "question and context"),
+    ({"Prompt": "q", "prompt": "p"}, "two columns"),
+    ({"prompt": "p", "messages": CHAT}, "must begin with it"),
+    ({"messages": CHAT, "response": "g"}, "last turn compete"),
+    ({"prompt": CHAT, "completion": [G]}, "must not end with the AI's words"),
+    ({"messages": "hello"}, "a list of messages"),
+    ({"prompt": "q", "history": [["a", "b"]]}, "'history' cannot be read"),
+    ({"prompt": ["q", "p"]}, "a list of messages"),
+    ({"prompt": "[{'role': 'user', 'content': 'q'}]"}, "a list of messages"),
+    ({"prompt": "\ud83d"}, "surrogate"),
+    (5, "got '5'")]
+
+
+@pytest.mark.parametrize("row, message", REFUSED_ROWS)
+def test_a_row_that_is_not_understood_is_refused_by_file_and_line(tmp_path, row, message):
+    (tmp_path / "a.jsonl").write_text(f'"one"\n\n{json.dumps(row)}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        read_rows(tmp_path / "a.jsonl")
+    assert str(error.value).startswith(f"{tmp_path}/a.jsonl, row 3: ")
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("a.tsv", "prompt\tresponse\nq\tr\n", "must end in .jsonl, .json, .csv or .txt"),
+    ("a.parquet", "PAR1", "must end in"),
+    ("a.csv", "prompt\none\nhow to a, b and c\n", "line 3 has more cells"),
+    ("a.csv", "prompt,prompt\nq,p\n", "one name"),
+    ("a.csv", "prompt;response\nq;r\n", "got the keys 'prompt;response'"),
+    ("a.csv", 'prompt\n"q\np\n', "close each quote"),
+    ("a.json", '{\n"data": ["q"]}', "got the keys 'data'"),
+    ("a.json", '["q",\n"p" "r"]', "line 2 column 5")])
+def test_a_file_that_would_be_read_wrongly_is_refused(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        read_rows(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_the_defender_learns_no_response_that_is_labelled_unsafe_or_may_be(capsys):
+    rows = [{"prompt": "a", "response": "b", "safe": 1.0}, {"prompt": "c", "response": "d", "safe": 0.0},
+            {"prompt": "e", "chosen": "f", "rejected": "g", "label": 1}]
+    assert usable_pairs(resolve(Config()), "x.jsonl", rows, [], tiny_policy()) == [("a", "b"), ("e", "f")]
+    assert capsys.readouterr().out == "x.jsonl without 1 rows labelled unsafe: 2 rows, none left out, 2 to learn from\n"
+    with pytest.raises(ValueError, match="x.jsonl: the label 1 does not tell"):
+        usable_pairs(resolve(Config()), "x.jsonl", [{"prompt": "a", "response": "b", "label": 1}], [], tiny_policy())
+
+
 def test_a_file_or_folder_is_complete_or_absent_and_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     calls = []
 
@@ -3227,6 +3362,7 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "a judge that decides nothing": ([*OWN, "--judge", "bad/judge.py:nothing"], "at least half of the exchanges"),
     "an embedder of no model": ([*OWN, "--embedder", "bad"], "cannot load the embedder 'bad'"),
     "malformed JSON": ([*OWN, "--prompts", "bad/broken.jsonl"], "line 2: malformed JSON"),
+    "answers beyond a user's context": ([*OWN, "--response_tokens", "256"], "--response_tokens must leave room for a"),
     "prompts beyond the context": ([*OWN, "--prompts", "bad/long.txt"], "2 longer than 248 tokens left out, and none"),
 }
 WRONG_ELSEWHERE = {
@@ -3238,6 +3374,7 @@ WRONG_ELSEWHERE = {
     "an attacker without a run": (evaluation, ["attack", "attacker", "defender"], "needs --prompts and --judge"),
     "one seed": (reproduce, ["--seeds", "1"], "--seeds"),
     "no labels": (train_judge, ["no.jsonl", "--model", "embedder", *OUT], "a data file must exist"),
+    "a label that may mean either": (train_judge, ["bad/labels.jsonl", "--model", "embedder", *OUT], "the label 1"),
     "a bench that is none": (bench, ["nonsense"], "argument what: invalid choice: 'nonsense'"),
 }
 CASES = {**{name: (train, *case) for name, case in WRONG.items()}, **WRONG_ELSEWHERE}
@@ -3249,6 +3386,7 @@ def bad(user_models):
     folder = user_models / "bad"
     judges = "def short(p, r): return [0.5]\ndef nothing(p, r): return [None] * len(p)\n"
     files = {"broken.jsonl": '{"prompt": "a"}\n{"prompt": \n', "long.txt": "ab " * 300 + "\n" + "cd " * 300,
+             "labels.jsonl": '{"prompt": "a", "response": "b", "label": 1}\n',
              "names.yaml": "runds: 3", "code.yaml": "!!python/object/apply:os.mkdir [never]", "judge.py": judges}
     config = asdict(resolve(Config(out="nowhere")))
     older = {name: value for name, value in config.items() if name != "mine"}

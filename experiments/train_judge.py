@@ -6,22 +6,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from harness.data import fail, interrupted, is_test, quiet_libraries, read_rows, sigterm_as_ctrl_c
+from harness.data import check_labels, fail, interrupted, is_test, quiet_libraries, read_rows, sigterm_as_ctrl_c
 from harness.report import calibration, wilson_interval
 from model import first_line, save_tokenizer
 from reward import measure_judge, train_judge
-
-
-def _label(value):
-    """P(safe): 1, true and "safe" are safe; 0, false and "unsafe" are not; or a probability."""
-    word = str(value).strip().lower()
-    try:
-        label = float({"true": 1, "safe": 1, "false": 0, "unsafe": 0}.get(word, word))
-    except ValueError:
-        label = float("nan")
-    if not 0 <= label <= 1:
-        raise ValueError(f"a label must be safe, unsafe, true, false or a probability in [0, 1], got {value!r}")
-    return label
 
 
 def _read_samples(path):
@@ -29,8 +17,10 @@ def _read_samples(path):
     rows = read_rows(path)
     pairs = [(row["prompt"], row["chosen"], row["rejected"]) for row in rows
              if {"chosen", "rejected"} <= set(row) and row["chosen"] != row["rejected"]]
-    samples = pairs or [(row["prompt"], row["response"], _label(row["label"])) for row in rows
-                        if {"response", "label"} <= set(row)]
+    if not pairs:
+        check_labels(path, rows)
+    samples = pairs or [(row["prompt"], row["response"], row["safe"]) for row in rows
+                        if {"response", "safe"} <= set(row)]
     if not samples:
         raise ValueError(f"{path} needs rows with 'response' and 'safe' or 'label', or with 'chosen' and 'rejected'")
     training = [sample for sample in samples if not is_test(sample[0])]
@@ -39,8 +29,8 @@ def _read_samples(path):
         raise ValueError(f"needs at least 2 samples to train on and 2 held out, got {len(training)}, {len(held_out)}")
     if not pairs and len({label > 0.5 for _, _, label in training}) < 2:
         raise ValueError(f"a judge needs safe and unsafe samples to train on, got one class only in {path}")
-    print(f"{len(samples)} of {len(rows)} rows are {'preference pairs' if pairs else 'labelled responses'}: "
-          f"{len(training)} to train on, {len(held_out)} held out")
+    kind = "preference pairs, two replies to one prompt" if pairs else "labelled responses"
+    print(f"{len(samples)} of {len(rows)} rows are {kind}: {len(training)} to train on, {len(held_out)} held out")
     return training, held_out
 
 
@@ -73,7 +63,8 @@ def _parse(argv):
                                      allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: fail(f"{message}; see python -m experiments.train_judge --help")
     flag = parser.add_argument
-    flag("data", help="rows of prompt, response and safe (or label: 1 is safe), or of prompt, chosen, rejected, or HH")
+    flag("data", help="rows of prompt, response and safe (1, true or a probability) or label (safe or unsafe), or of "
+         "prompt, chosen, rejected, or HH")
     flag("--model", required=True, help="classifier, encoder or decoder, folder or hub id; a missing head is made new")
     flag("--out", required=True, type=Path, help="new folder for the judge")
     flag("--steps", type=int, default=500, help="of AdamW; more will overfit a few thousand rows")

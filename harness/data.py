@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -141,101 +142,233 @@ def hub_file(flag: str) -> str:
 
 
 # --- rows of prompts and pairs ------------------------------------------------------------------------------------
+ROLES = {"user": "Human", "human": "Human", "prompter": "Human", "assistant": "AI", "gpt": "AI", "chatgpt": "AI",
+         "model": "AI", "ai": "AI", "bot": "AI", "system": "system", "developer": "system"}  # who speaks in a message
+CONVERSATIONS = ("messages", "conversations", "conversation")
+INSTRUCTION = ("instruction", "input", "context")  # Alpaca's and Dolly's: together they are one prompt
+PROMPTS = ("prompt", "question", "query", "goal", "transcript")
+RESPONSES = ("response", "completion", "answer", "output")  # not AdvBench's target, which no defender should learn
+UNREAD = ("history", "image", "images")  # a prompt without them would be another prompt
+TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")  # HH's; one begins with such a name
+
+
 def _is_conversation(row):
-    return isinstance(row, list) and bool(row) and all(isinstance(m, dict) and "role" in m for m in row)
+    return isinstance(row, list) and bool(row) and all(isinstance(m, dict) and {"role", "from"} & set(m) for m in row)
 
 
-def _join_turns(turns):
-    """Turns human, AI, human, ... as one prompt, without the first "Human: ": PLAIN_TEMPLATE adds it."""
-    text = "".join(f"\n\n{'AI' if i % 2 else 'Human'}: {turn}" for i, turn in enumerate(turns))
-    return text.removeprefix("\n\nHuman: ").strip()
+def _is_blank(value):
+    return value is None or value == [] or value != value or (isinstance(value, str) and not value.strip())
 
 
-def _red_team_attempt(row):
-    """{"transcript"} of HH's red-team attempts: the first thing that the human said."""
-    if not isinstance(row.get("transcript"), str):
-        return None
-    return {"prompt": row["transcript"].split("\n\nAssistant:")[0].removeprefix("\n\nHuman:")}
+def _the_one(fields, names):
+    """What the columns of one meaning hold, None for nothing. Raises ValueError where two differ."""
+    found = {name: fields[name] for name in names if not _is_blank(fields.get(name))}
+    values = list(found.values())
+    if any(value != values[0] for value in values):
+        raise ValueError(f"{' and '.join(found)} must hold the same, as they mean the same: rename or remove one")
+    return values[0] if values else None
 
 
-def _messages(row):
-    """{"messages": [{"role", "content"}, ...]}: the last message is the response if the assistant wrote it."""
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        return None
-    turns = [m.get("content") or "" for m in messages if m.get("role") != "system"]
-    if not all(isinstance(turn, str) for turn in turns):
-        return None
-    response = turns.pop() if messages[-1].get("role") == "assistant" else None
-    return {"prompt": _join_turns(turns), "response": response}
+def _message(message):
+    """(who speaks, text) of {"role", "content"} or {"from", "value"}."""
+    role = str(message.get("role", message.get("from"))).strip().lower()
+    content = message.get("content", message.get("value", 0))
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "\n".join(str(part.get("text")) for part in content)
+    tools = message.get("tool_calls") or message.get("function_call")
+    if role not in ROLES or tools or not isinstance(content, (str, type(None))):
+        raise ValueError(f"a message must have a text 'content' or 'value' by one of {', '.join(ROLES)}, no image, no "
+                         f"tool calls; got role {role!r} and the keys {', '.join(message)}; leave out the row")
+    return ROLES[role], content or ""
 
 
-def _transcript_pair(row):
-    """{"chosen", "rejected"} of HH, each "\\n\\nHuman: ... \\n\\nAssistant: ...": the last replies to one prompt."""
-    if "prompt" in row or not isinstance(row.get("chosen"), str):
-        return None
-    history, _, chosen = row["chosen"].rpartition("\n\nAssistant:")
-    rejected = str(row.get("rejected", "")).rpartition("\n\nAssistant:")[2]
-    turns = [turn.strip() for turn in history.replace("\n\nAssistant:", "\n\nHuman:").split("\n\nHuman:")]
-    return {"prompt": _join_turns([turn for turn in turns if turn]), "chosen": chosen, "rejected": rejected}
+def _turns(value, speaker=None):
+    """[(who speaks, text)] of a list of messages, of a transcript, or of one text by `speaker`; none is empty."""
+    if value is None:
+        return []
+    if isinstance(value, list) and all(isinstance(message, dict) for message in value):
+        turns = [_message(message) for message in value]
+    elif isinstance(value, str) and TRANSCRIPT.match(value):
+        names_and_texts = TRANSCRIPT.split(value)[1:]
+        turns = [(ROLES[name.lower()], text) for name, text in zip(names_and_texts[::2], names_and_texts[1::2])]
+    elif isinstance(value, str) and speaker and not re.match(r"\[\s*\{\s*['\"](role|content|from|value)\b", value):
+        turns = [(speaker, value)]
+    else:
+        raise ValueError(f"{'a prompt or response must be a text or' if speaker else 'a conversation must be'} a list "
+                         f"of messages, got {str(value)[:40]!r}")
+    return [(role, text.strip()) for role, text in turns if text.strip()]
 
 
-READERS = (_red_team_attempt, _messages, _transcript_pair)  # each returns None for a row (a dict) of another form
+def _continued(start, end):
+    """The turns of `end` after those of `start`, which a whole conversation repeats."""
+    if not start or all(role == "AI" for role, _ in end):
+        return start + end
+    if [turn for turn in end if turn[0] != "system" or turn in start][: len(start)] != start:
+        raise ValueError("a conversation beside a prompt must begin with it: add it there, or remove the prompt")
+    return end
 
 
-def _parse_row(path, n, row):
-    """Row n of a file as {"prompt", ...} of stripped, non-empty texts, and its "safe" or "label" as "label"."""
-    fields = {"messages": row} if _is_conversation(row) else row
-    if isinstance(fields, list) and len(fields) == 1:
-        fields = fields[0]
-    if not isinstance(fields, dict):
-        fields = {"prompt": fields}
-    found = next(filter(None, (reader(fields) for reader in READERS)), fields)  # else the texts have their own names
-    values = {name: found.get(name) for name in ("prompt", "response", "chosen", "rejected")}
-    texts = {name: value.strip() if isinstance(value, str) else value for name, value in values.items()}
-    parsed = {name: text for name, text in texts.items() if text}
-    if any("\n\nAssistant:" in str(fields.get(name)) for name in ("chosen", "transcript")):
-        parsed.setdefault("prompt", "")  # the human of a transcript may say nothing; any other row needs a prompt
-    valid = all(isinstance(text, str) and text.encode(errors="ignore").decode() == text for text in parsed.values())
-    if "prompt" not in parsed or not valid:  # half of a surrogate pair is no text: no file can hold it
-        raise ValueError(f"{path}, row {n}: a row must be a prompt, or have a non-empty text 'prompt', 'messages' "
-                         f"or 'chosen', got {str(row)[:80]!r}")
-    label = fields.get("label") if fields.get("safe") is None else fields["safe"]
-    return parsed if label is None else {**parsed, "label": label}
+def _prompt_and_reply(turns):
+    """(prompt, the AI's words after it or ""). Turns of one side in a row are joined; a system message stands before
+    the human's next words. PLAIN_TEMPLATE adds the first "Human: "."""
+    sides = []
+    system = []
+    for role, text in turns:
+        if role == "system":
+            system.append(text)
+            continue
+        if role == "Human":
+            text = "\n\n".join([*system, text])
+            system = []
+        if sides and sides[-1][0] == role:
+            text = f"{sides.pop()[1]}\n\n{text}"
+        sides.append((role, text))
+    if system:
+        raise ValueError("a system message must come before a user's words; move it, or leave out the row")
+    reply = sides.pop()[1] if sides and sides[-1][0] == "AI" else ""
+    prompt = "".join(f"\n\n{role}: {text}" for role, text in sides)
+    return prompt.removeprefix("\n\nHuman: ").strip(), reply
 
 
-def _numbered_list(rows):
-    """[(n, row)] of a list of rows. A list that is one conversation is one row."""
-    if not isinstance(rows, list):
-        raise ValueError(f"a list of rows is needed, got a {type(rows).__name__}")
-    return list(enumerate([rows] if _is_conversation(rows) else rows, 1))
+def _first_turns(fields):
+    """(turns of a row up to the last human one, the AI's after it), from its prompt, its conversation, or both."""
+    parts = {name: fields[name] for name in INSTRUCTION if not _is_blank(fields.get(name))}
+    whole = " + ".join(parts)
+    texts = list(parts.values())
+    instruction = "\n\n".join(texts) if all(isinstance(text, str) for text in texts) else texts
+    start = _turns(_the_one({**fields, whole: instruction}, (*PROMPTS, whole)), "Human")
+    if fields.get("transcript"):  # of a red-team attempt: the first thing that the human said
+        start = [turn for turn in start[:1] if turn[0] == "Human"]
+    elif start and start[-1][0] == "AI":
+        raise ValueError("a prompt must not end with the AI's words; a whole conversation is 'messages'")
+    turns = _continued(start, _turns(_the_one(fields, CONVERSATIONS)))
+    n = max((n for n, (role, _) in enumerate(turns, 1) if role != "AI"), default=0)
+    return turns[:n], turns[n:]
 
 
-def _numbered_lines(path, text):
-    """[(line, row)] of JSON lines; of a .jsonl file that is one JSON list, the same as of a .json file."""
+def _texts(fields):
+    """{"prompt"} and, as far as a row has them, {"response", "chosen", "rejected"}, all replies to this prompt."""
+    start, answer = _first_turns(fields)
+    columns = {"response": RESPONSES, "chosen": ["chosen"], "rejected": ["rejected"]}
+    ends = {name: _turns(_the_one(fields, names), "AI") for name, names in columns.items()}
+    if answer and ends["response"] not in ([], answer):
+        raise ValueError("the response and the conversation's last turn compete: remove one of the two")
+    ends["response"] = ends["response"] or answer
+    system = _turns(_the_one(fields, ("system", "system_prompt")), "system")
+    replies = {}
+    for name, end in ends.items():
+        if end or not any(ends.values()):
+            turns = _continued(start, end)
+            replies[name] = _prompt_and_reply([turn for turn in system if turn not in turns] + turns)
+    prompt = next((prompt for prompt, _ in replies.values() if prompt), "")
+    return {"prompt": prompt, **{name: reply for name, (own, reply) in replies.items() if reply and own == prompt}}
+
+
+def _label(fields):
+    """{"safe": P(safe)} of a row; {"label": value} where the value does not tell; or {}."""
+    safe = _the_one(fields, ("safe", "is_safe"))
+    value = fields.get("label") if safe is None else safe
+    if _is_blank(value):
+        return {}
+    word = str(value).strip().lower()
+    p = {"safe": 1.0, "unsafe": 0.0}.get(word)
+    if p is None and safe is not None:  # only such a column says what a number means
+        with contextlib.suppress(ValueError):
+            p = float({"true": 1, "false": 0}.get(word, word))
+    certain = p is not None and 0 <= p <= 1
+    return {"safe": p} if certain else {"label": value}
+
+
+def check_labels(path: str | Path, rows: list[dict]) -> None:
+    """Raises ValueError if a label of `read_rows` does not tell whether the response is safe: 1 may be either."""
+    unclear = [row["label"] for row in rows if "label" in row and "response" in row]
+    if unclear:
+        raise ValueError(f"{path}: the label {unclear[0]!r} does not tell whether a response is safe: write safe or "
+                         "unsafe, or 1, 0 or P(safe) in a column 'safe'; or remove the column")
+
+
+def _fields(row):
+    """A row as a dict whose keys are written as in the lists above. Raises ValueError unless a prompt can be in it."""
+    if isinstance(row, list) and len(row) == 1 and isinstance(row[0], str):
+        row = row[0]
+    if isinstance(row, str):
+        row = {"prompt": row}
+    if _is_conversation(row):
+        row = {"messages": row}
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be a text, a list of messages or an object, got {str(row)[:80]!r}")
+    fields = {}
+    for key, value in row.items():
+        name = "_".join(key.strip("\ufeff").lower().split())
+        if name in fields:
+            raise ValueError(f"two columns have the name {name!r}: rename or remove one")
+        fields[name] = value
+    known = (*PROMPTS, *INSTRUCTION[:2], *CONVERSATIONS)
+    chosen = fields.get("chosen")
+    if not (set(known) & set(fields) or isinstance(chosen, list) or TRANSCRIPT.match(str(chosen))):
+        raise ValueError(f"a row must have one of {', '.join(known)}, or a whole conversation as 'chosen', got the "
+                         f"keys {', '.join(map(repr, fields))}; rename one")
+    for name in UNREAD:
+        if not _is_blank(fields.get(name)):
+            raise ValueError(f"{name!r} cannot be read, and without it the prompt is another: leave out the row")
+    return fields
+
+
+def _parse_row(row):
+    """A row as {"prompt", ...} of stripped texts, and its label. Raises ValueError."""
+    fields = _fields(row)
+    texts = _texts(fields)
+    for text in texts.values():
+        if text.encode(errors="ignore").decode() != text:  # no file can hold it
+            raise ValueError(f"a text must be complete, got half of a surrogate pair in {text[:40]!r}")
+    return {**texts, **_label(fields)}
+
+
+def _numbered_list(value):
+    """[(n, row)] of a JSON value: a list of rows, or one row."""
+    is_list = isinstance(value, list) and not _is_conversation(value)
+    return list(enumerate(value if is_list else [value], 1))
+
+
+def _json_rows(path, text):
+    """[(n, row)] of JSON lines, or of one JSON value over any number of lines."""
     rows = []
     for n, line in enumerate(text.split("\n"), 1):
         try:
             if line.strip():
                 rows.append((n, json.loads(line)))
         except json.JSONDecodeError as error:
-            if text.lstrip().startswith("["):  # one list over several lines
+            if not rows and text.lstrip()[0] in "[{":  # one value over several lines
                 return _numbered_list(json.loads(text))
             raise ValueError(f"{path}, line {n}: malformed JSON ({error.msg} at column {error.colno})") from error
-    return _numbered_list(rows[0][1]) if len(rows) == 1 and isinstance(rows[0][1], list) else rows
+    return _numbered_list(rows[0][1]) if len(rows) == 1 else rows
+
+
+def _csv_rows(file):
+    """[(line, row)] of a file with a header."""
+    reader = csv.DictReader(file, strict=True, skipinitialspace=True)
+    names = [name for name in reader.fieldnames or [] if name.strip()]
+    try:
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"{error} at line {reader.line_num}: close each quote, and double quotes in a text") from error
+    wide = [n for n, row in rows if None in row]
+    if len({*names}) < len(names):
+        raise ValueError(f"two columns have one name in the header {', '.join(names)}: rename or remove one")
+    if wide:
+        raise ValueError(f"line {wide[0]} has more cells than the header: put a text with commas in quotes")
+    return rows
 
 
 def _numbered_rows(path):
     """[(n, row)] of a file: n is the line, or the place in a list."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    kind = Path(path.name.removesuffix(".gz")).suffix
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    kind = Path(path.name.lower().removesuffix(".gz")).suffix
     with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-        if kind == ".json":
-            return _numbered_list(json.load(file))
-        if kind == ".jsonl":
-            return _numbered_lines(path, file.read())
+        if kind in (".json", ".jsonl"):
+            return _json_rows(path, file.read())
         if kind == ".csv":
-            return list(enumerate(csv.DictReader(file), 2))
+            return _csv_rows(file)
         if kind == ".txt":
             return [(n, line.strip()) for n, line in enumerate(file, 1) if line.strip()]
     raise ValueError("the name must end in .jsonl, .json, .csv or .txt, or one of them and .gz")
@@ -243,13 +376,19 @@ def _numbered_rows(path):
 
 def read_rows(path: str | Path) -> list[dict]:
     """Rows of a .jsonl, .json, .csv or .txt file (each also .gz) as dicts of stripped texts: "prompt" and, where the
-    data has them, "response" (and "label") or "chosen" and "rejected". Earlier turns stay in the prompt. A row may be a
-    text, [text], a list of messages, a dict of these names or one for READERS. Raises ValueError with file and line."""
+    data has them, "response" or "chosen" and "rejected"; and "safe", P(safe), or a "label" that does not tell. Earlier
+    turns and system messages stay in the prompt, which is "" where no human speaks. A row may be a text, [text], a
+    list of messages, or an object with the names above. Raises ValueError with file and line."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"a data file must exist, got {str(path)!r}")
+    rows = []
     try:
-        rows = [_parse_row(path, n, row) for n, row in _numbered_rows(path)]
+        for n, row in _numbered_rows(path):
+            try:
+                rows.append(_parse_row(row))
+            except ValueError as error:
+                raise ValueError(f"{path}, row {n}: {error}") from error
     except Exception as error:  # a damaged archive, bytes that are no text, a CSV field that is too long, ...
         message = str(error) if str(path) in str(error) else f"cannot read {path}: {first_line(error)}"
         raise ValueError(message) from error
@@ -266,7 +405,10 @@ def check_template(template: str) -> None:
 
 
 def first_turn(prompt: str) -> str:
-    """The first human turn of a prompt from `read_rows`."""
+    """The first human turn of a prompt from `read_rows`: what the AI said before it is no part of it."""
+    before, _, after = prompt.partition("\n\nHuman: ")
+    if after and before.startswith("AI: "):
+        prompt = after
     return prompt.split("\n\nAI: ")[0]
 
 
@@ -296,5 +438,5 @@ def usable(name: str, rows: list[tuple], others: set[str], fit: Callable, limit:
     reasons = " and ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
     line = f"{name}: {len(rows)} rows, {reasons or 'none'} left out"
     if not fitting:
-        raise ValueError(f"{line}, and none remain; add or shorten rows or lower --attack_tokens and --response_tokens")
+        raise ValueError(f"{line}, and none remain; add complete rows of at most {limit} tokens")
     return fitting, line

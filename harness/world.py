@@ -15,7 +15,18 @@ import torch
 from diversity import Embedder, load_embedder, set_similarity
 from gpo import Player, PolicyAverage, SFTSettings, sample, sft
 from harness.config import Config
-from harness.data import HUB_DATA, first_turn, hub_file, is_test, normalized, read_json, read_rows, usable, visible
+from harness.data import (
+    HUB_DATA,
+    check_labels,
+    first_turn,
+    hub_file,
+    is_test,
+    normalized,
+    read_json,
+    read_rows,
+    usable,
+    visible,
+)
 from harness.parallel import add_lora, broadcast_weights, checkpoint_blocks, fold_lora, shard, shared_judge
 from model import DTYPES, Policy, first_line, load_policy
 from reward import Judge, call_judge, load_judge, refusals, train_judge, unsafe_rate
@@ -328,6 +339,12 @@ def _user_prompts(config, data, policies):
 def split_prompts(config: Config, data: dict, policies: dict[str, Policy]) -> tuple[list[str], list[str], list[str]]:
     """(seeds, test prompts, benign prompts): first human turns that both players can read; no prompt is in two of the
     three. Without --test_prompts a tenth of --prompts is for testing, by hash. Raises ValueError."""
+    for name, flag in (("attacker", "attack_tokens"), ("defender", "response_tokens")):
+        tokens = getattr(config, flag)
+        context = policies[name].context
+        if tokens >= context:
+            raise ValueError(f"--{flag} must leave room for a prompt in the {name}'s context of {context} tokens, got "
+                             f"{tokens}; lower it")
     attack_room = policies["attacker"].context - config.attack_tokens
     room = policies["defender"].context - config.response_tokens
     limit = " or ".join(str(tokens) for tokens in sorted({attack_room, room}))
@@ -365,13 +382,18 @@ def split_prompts(config: Config, data: dict, policies: dict[str, Policy]) -> tu
 
 def usable_pairs(config: Config, name: str, rows: list[dict], tested: list[str],
                  policy: Policy) -> list[tuple[str, str]]:
-    """(prompt, response) pairs that the defender learns from: no test prompt, and none too long for memory."""
+    """(prompt, response) pairs that the defender learns from: no test prompt, none labelled unsafe, and none too long
+    for memory. Where a row has a response and a chosen one, it is the response."""
+    check_labels(name, rows)
+    safe = [row for row in rows if row.get("safe", 1) > 0.5]
+    if len(safe) < len(rows):
+        name = f"{name} without {len(rows) - len(safe)} rows labelled unsafe"
     limit = min(policy.context, max(256, 4 * config.response_tokens))
 
     def fit(pairs):
         return [len(p) + len(r) <= limit for p, r in zip(*policy.encode_pairs(pairs))]
 
-    pairs = [(row["prompt"], row.get("response") or row.get("chosen")) for row in rows]
+    pairs = [(row["prompt"], row.get("response") or row.get("chosen")) for row in safe]
     kept, line = usable(name, pairs, {*map(normalized, tested)}, fit, limit)
     print(f"{line}, {len(kept)} to learn from")
     return kept
