@@ -50,7 +50,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -129,8 +129,10 @@ from model import (
 from reward import (
     JudgeError,
     call_judge,
+    classifier_judge,
     classifier_logits,
     decided,
+    guard_judge,
     load_judge,
     rule_judge,
     unsafe_rate,
@@ -1225,6 +1227,83 @@ def test_a_classifier_judge_reads_the_unsafe_label_from_its_config_or_the_flag(t
         assert p_safe[i] == pytest.approx(1 - p_unsafe.item(), abs=1e-5)
 
 
+SIX = ["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"]
+MULTI = "multi_label_classification"
+UNKNOWN = "name those that do with --unsafe_label"
+# Labels as the hub's judges have them (problem_type where it matters), and P(safe) of their logits, computed with
+# e = math.exp; or what the refusal says. Softmax: 1 - sum of the unsafe; sigmoid: 1 - that of the general label, or of
+# the largest; reward: the sigmoid of the output.
+HEADS = {
+    "facebook/roberta-hate-speech-dynabench-r4-target": (["nothate", "hate"], None, [1, 2], 1 / (1 + math.e)),
+    "s-nlp/roberta_toxicity_classifier": (["neutral", "toxic"], None, [1, 2], 1 / (1 + math.e)),
+    "martin-ha/toxic-comment-model": (["non-toxic", "toxic"], None, [1, 2], 1 / (1 + math.e)),
+    "cardiffnlp/twitter-roberta-base-hate-latest": (["NOT-HATE", "HATE"], None, [1, 2], 1 / (1 + math.e)),
+    "cardiffnlp/twitter-roberta-base-offensive": (["non-offensive", "offensive"], None, [1, 2], 1 / (1 + math.e)),
+    "Hate-speech-CNERG/bert-base-uncased-hatexplain": (["hate speech", "normal", "offensive"], None, [0, 0, 1],
+                                                       1 / (2 + math.e)),
+    "Hate-speech-CNERG/dehatebert-mono-english": (["NON_HATE", "HATE"], None, [1, 2], 1 / (1 + math.e)),
+    "badmatr11x/distilroberta-base-offensive-hateful-speech": (["HATE-SPEECH", "NEITHER", "OFFENSIVE-LANGUAGE"], None,
+                                                               [0, 0, 1], 1 / (2 + math.e)),
+    "protectai/deberta-v3-base-prompt-injection": (["SAFE", "INJECTION"], None, [1, 2], 1 / (1 + math.e)),
+    "deepset/deberta-v3-base-injection": (["LEGIT", "INJECTION"], None, [1, 2], 1 / (1 + math.e)),
+    "meta-llama/Prompt-Guard-86M": (["BENIGN", "INJECTION", "JAILBREAK"], None, [1, 0, 0], math.e / (2 + math.e)),
+    "eliasalbouzidi/distilbert-nsfw-text-classifier": (["safe", "nsfw"], None, [1, 2], 1 / (1 + math.e)),
+    "michellejieli/NSFW_text_classification": (["NSFW", "SFW"], None, [1, 2], math.e / (1 + math.e)),
+    "toxic, very toxic": (["non-toxic", "toxic", "very toxic"], None, [1, 0, 0], math.e / (2 + math.e)),
+    "unitary/toxic-bert": (SIX, MULTI, [3, -2, 5, -4, 4.5, -3], 1 / (1 + math.e**3)),
+    "the same, harmless, of an unknown problem type": (SIX, None, [-4, -8, -7, -9, -7, -8], 1 / (1 + math.e**-4)),
+    "unitary/unbiased-toxic-roberta": (["toxicity", "insult", "male"], MULTI, [-1, 2, 3], 1 / (1 + math.e**-1)),
+    "kinds without a general one": (["hate", "violence", "harassment"], MULTI, [-2, 1, -3], 1 / (1 + math.e)),
+    "cointegrated/rubert-tiny-toxicity": (["non-toxic", "insult", "threat"], MULTI, [3, -2, -3], 1 / (1 + math.e**-2)),
+    "OpenAssistant/reward-model-deberta-v3-large-v2": (["LABEL_0"], None, [4], 1 / (1 + math.e**-4)),
+    "one output called safe": (["safe"], None, [-4], 1 / (1 + math.e**4)),
+    "one output called toxic": (["toxicity"], None, [4], 1 / (1 + math.e**4)),
+    "one output of a cost model": (["cost"], None, [4], "if it rises with harm pass --unsafe_label 'cost'"),
+    "a regression": (["toxicity"], "regression", [0.3], "of unknown scale"),
+    "ibm-granite/granite-guardian-hap-38m": (["LABEL_0", "LABEL_1"], None, [1, 2], UNKNOWN),
+    "KoalaAI/Text-Moderation": (["H", "H2", "HR", "OK", "S", "V"], None, [0] * 6, UNKNOWN),
+    "cardiffnlp/twitter-roberta-base-hate-multiclass": (["sexism", "religion", "other", "not_hate"], None, [0] * 4,
+                                                        UNKNOWN),
+    "Qwen3Guard's words": (["Safe", "Controversial", "Unsafe"], None, [0] * 3, UNKNOWN),
+    "natural language inference": (["contradiction", "neutral", "entailment"], None, [0] * 3, UNKNOWN),
+    "sentiment": (["NEGATIVE", "POSITIVE"], None, [1, 2], UNKNOWN),
+    "sentiment with a neutral label": (["neutral", "positive"], None, [1, 2], UNKNOWN),
+    "two kinds of safe": (["safe", "benign"], None, [1, 2], UNKNOWN),
+    "toxic kinds and others": (["toxicity", "insult", "male"], None, [1, 2, 3], "problem_type"),
+    "kinds that a config calls exclusive": (SIX, "single_label_classification", [0] * 6, UNKNOWN),
+}
+NAMED = {  # the user names the labels
+    "LABEL_1": (["LABEL_0", "LABEL_1"], None, [1, 2], 1 / (1 + math.e)),
+    "LABEL_0": (["LABEL_0", "LABEL_1"], None, [1, 2], math.e / (1 + math.e)),
+    "LABEL_1, LABEL_2": (["LABEL_0", "LABEL_1", "LABEL_2"], None, [1, 0, 0], math.e / (2 + math.e)),
+    "H,H2,HR,S,V": (["H", "H2", "HR", "OK", "S", "V"], None, [0, 0, 0, 1, 0, 0], math.e / (5 + math.e)),
+    "hate, racism": (["hate, racism", "hello"], None, [1, 2], math.e / (1 + math.e)),
+    "threat,insult": (SIX, MULTI, [3, -2, 5, -4, 4.5, -3], 1 / (1 + math.e**4.5)),
+    "insult": (["safe", "insult"], MULTI, [3, -2], 1 / (1 + math.e**-2)),
+    "cost": (["cost"], None, [4], 1 / (1 + math.e**4)),
+    "safe": (["safe", "unsafe"], None, [0, 0], "takes those that do, separated by commas, got 'safe'"),
+    "LABEL_0,LABEL_1": (["LABEL_0", "LABEL_1"], None, [0, 0], "problem_type"),
+    "hate": (["safe", "unsafe"], None, [0, 0], "separated by commas, got 'hate'"),
+    "toxicity,insult": (["toxicity", "insult", "male"], None, [0] * 3, "problem_type"),
+}
+
+
+@pytest.mark.parametrize("case", [*HEADS, *(f"--unsafe_label {flag}" for flag in NAMED)])
+def test_a_classifiers_outputs_are_read_as_its_labels_mean_or_refused(case):
+    flag = case.removeprefix("--unsafe_label ") if case.startswith("--") else None
+    labels, problem_type, logits, expected = NAMED[flag] if flag else HEADS[case]
+    tokenizer = tiny_tokenizer()
+    classifier = tiny_classifier(tokenizer, labels, problem_type=problem_type)
+    torch.nn.init.zeros_(classifier.classifier.weight)
+    classifier.classifier.bias.data = torch.tensor(logits, dtype=torch.float32)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match="(?s)its labels are.*" + re.escape(expected)):
+            classifier_judge(classifier, tokenizer, flag)
+    else:
+        judge = classifier_judge(classifier, tokenizer, flag)
+        assert call_judge(judge, ["a"], ["b"])[0] == pytest.approx(expected, abs=1e-6)
+
+
 def bigram_guard(folder, tokenizer, table):
     """`guard:` + a GPT-2 whose next token depends on the last one alone: table {token: {next token: probability}}."""
     V = len(tokenizer)
@@ -1298,6 +1377,67 @@ def test_a_guard_judge_finds_the_verdict_after_a_chat_template(tmp_path, kind, t
     tokenizer.chat_template = "<bos>" + template
     judge = load_judge(bigram_guard(tmp_path, tokenizer, table))
     assert np.allclose(call_judge(judge, ["a", "b c"], ["d", ""]), 0.3 / 0.8, atol=1e-5)
+
+
+def subword_tokenizer(kind, template=None):
+    """A tokenizer of bytes, or of letters that also has its control tokens as pieces, with [CLS], [SEP] and a mark."""
+    marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<|eot_id|>"]
+    if kind == "bytes":
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        inner = Tokenizer(models.BPE({word: i for i, word in enumerate([*marks, *letters, "safe"])},
+                                     [], unk_token="[UNK]"))
+        inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    else:
+        pieces = [*marks, "\u2581", *map(chr, range(33, 127))]
+        inner = Tokenizer(models.Unigram([(piece, -float(i > 4)) for i, piece in enumerate(pieces)], unk_id=1))
+        inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        inner.normalizer = normalizers.NFKC()  # makes marks of full-width letters
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+                                        sep_token="[SEP]", chat_template=template)
+    tokenizer.add_tokens(["<|eot_id|>"], special_tokens=True)
+    return tokenizer
+
+
+CONTROL = [0, 2, 3, 4]  # of `subword_tokenizer`
+MARKED = "{% for m in messages %}[CLS]{{ m['role'] }}: {{ m['content'] }}<|eot_id|>{% endfor %}"
+TEXTS = st.lists(st.sampled_from(["[SEP]", "<|eot_id|>", "[PAD]", "[CLS]", "[", "SEP", "]", "hello", " ", "<|eot_",
+                                  "\uff3bSEP\uff3d", "marmalade1end"]), max_size=6).map("".join)
+
+
+@functools.cache
+def judge_that_reads(tokens, how):
+    """(judge, the list that its model's inputs are appended to, its tokenizer)."""
+    tokenizer = subword_tokenizer(tokens, MARKED if how == "template" else None)
+    seen = []
+    if how in ("response", "pair"):
+        classifier = tiny_classifier(tokenizer)
+        classifier.config.judge_input = how
+        judge = classifier_judge(classifier, tokenizer)
+    else:
+        sizes = {"n_positions": 1024, "n_embd": 8, "n_layer": 1, "n_head": 1}
+        judge = guard_judge(GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).eval(), tokenizer)
+    judge.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs.get("input_ids", *args)[0].tolist()), with_kwargs=True)
+    return judge, seen, tokenizer
+
+
+@pytest.mark.parametrize("how", ["response", "pair", "template", "no template"])
+@pytest.mark.parametrize("tokens", ["bytes", "pieces"])
+@settings(max_examples=15, deadline=None)
+@given(prompt=TEXTS, response=TEXTS)
+def test_what_a_text_says_is_never_a_control_token_for_a_judge(tokens, how, prompt, response):
+    judge, seen, tokenizer = judge_that_reads(tokens, how)
+    read = []
+    for exchange in (("a", "b"), (prompt or "a", response if response.strip() else "b")):
+        seen.clear()
+        judge([exchange[0]], [exchange[1]])
+        read.append(seen[0])
+    plain, odd = [[i for i in ids if i in CONTROL] for ids in read]
+    assert plain == odd
+    if tokens == "bytes" and response.strip():  # and it reaches the model in full
+        assert response in tokenizer.decode(read[1])
 
 
 def test_a_guard_whose_template_drops_the_answer_is_refused(tmp_path):
