@@ -14,7 +14,6 @@ in no rate, and is never the majority (`decided`); the authors' code drops it, w
 In no row: the toy world's judges decide everything.
 """
 
-import contextlib
 import hashlib
 import importlib.util
 import re
@@ -139,12 +138,16 @@ def render_chat(tokenizer: Tokenizer, messages: list[dict], add_generation_promp
         chat = [{**message, "content": content} for message, content in zip(messages, contents)]
         return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=add_generation_prompt)
 
+    reasons = []
     for form in (str, lambda text: [{"type": "text", "text": text}]):  # a text as it is, or as a list of parts
-        with contextlib.suppress(Exception):
+        try:
             frame = render(map(form, marks))
             if all(mark in frame for mark in marks):
                 return render(form(message["content"]) for message in messages), frame
-    raise ValueError("its chat template leaves out the prompt or the response")
+            reasons.append("leaves out the prompt or the response")
+        except Exception as error:  # of the template
+            reasons.append(f"fails: {first_line(error)}")
+    raise ValueError(f"its chat template {reasons[0]}")
 
 
 def encode_chat(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
@@ -175,6 +178,16 @@ def _meaning(label):
     return "neutral" if name in NEUTRAL else None
 
 
+def _meanings(labels, problem_type):
+    """`_meaning` of each label; one of two exclusive labels tells the other."""
+    meanings = [_meaning(label) for label in labels]
+    if len(labels) == 2 and problem_type != "multi_label_classification":
+        opposite = {"safe": "unsafe", "unsafe": "safe"}
+        other = [opposite.get(meaning) for meaning in reversed(meanings)]
+        meanings = [meaning or told for meaning, told in zip(meanings, other)]
+    return meanings
+
+
 def _exclusive(problem_type, meanings, unsafe):
     """Whether at most one label holds, so that they share a softmax. None: not certain."""
     if problem_type:
@@ -188,38 +201,33 @@ def _exclusive(problem_type, meanings, unsafe):
     return True if meanings.count("unsafe") < 2 else None
 
 
-def _unsafe_outputs(config, named, flag):
-    """(which outputs of a classifier mean unsafe, "softmax", "sigmoid" or "reward": see `classifier_judge`). named:
-    labels that the user named with --flag, separated by commas. Raises ValueError where it is not certain."""
-    labels = [str(label) for _, label in sorted(config.id2label.items())]
-    meanings = [_meaning(label) for label in labels]
-    if len(labels) == 2 and config.problem_type != "multi_label_classification":  # one known label tells the other
-        opposite = {"safe": "unsafe", "unsafe": "safe"}
-        meanings = [opposite.get(meanings[1 - i]) if meanings[i] is None else meanings[i] for i in (0, 1)]
+def _unsafe_outputs(labels, problem_type, named, flag):
+    """(which outputs mean unsafe, "softmax", "sigmoid" or "reward": see `classifier_judge`). Where that is not certain
+    it raises ValueError with what to do."""
+    meanings = _meanings(labels, problem_type)
     unsafe = [i for i, meaning in enumerate(meanings) if meaning == "unsafe"]
-    what = f"cannot tell which label of the judge means unsafe: its labels are {labels}; "
     if named:
-        names = [named] if named in labels else [name.strip() for name in named.split(",")]
-        if not set(names) <= set(labels) or "safe" in [_meaning(name) for name in names]:
-            raise ValueError(f"{what}--{flag} takes those that do, separated by commas, got {named!r}")
-        unsafe = [labels.index(name) for name in names]
-    if config.problem_type == "regression":
-        raise ValueError(f"{what}they are a regression's, of unknown scale; pass FILE.py:FUNCTION, which scales them")
+        names = {named} if named in labels else {name.strip() for name in named.split(",")}
+        unsafe = [i for i, label in enumerate(labels) if label in names and _meaning(label) != "safe"]
+        if len(unsafe) < len(names):
+            raise ValueError(f"--{flag} takes those that do, separated by commas, got {named!r}")
+    if problem_type == "regression":
+        raise ValueError("they are a regression's, of unknown scale; pass FILE.py:FUNCTION, which scales them")
     if len(labels) == 1:
-        if not unsafe and meanings[0] != "safe" and labels[0].lower() not in ("label_0", "reward"):
-            raise ValueError(f"{what}if it rises with harm pass --{flag} {labels[0]!r}, else call it 'safe' in "
-                             "id2label of its config.json")
+        if not unsafe and meanings != ["safe"] and labels[0].lower() not in ("label_0", "reward"):
+            raise ValueError(f"if it rises with harm pass --{flag} {labels[0]!r}, else call it 'safe' in id2label of "
+                             "its config.json")
         return [0], "sigmoid" if unsafe else "reward"
-    exclusive = _exclusive(config.problem_type, meanings, unsafe)
+    exclusive = _exclusive(problem_type, meanings, unsafe)
     general = [i for i in unsafe if labels[i].lower() in GENERAL]
-    if general and not (named or exclusive):
-        unsafe = general  # Jigsaw's `toxic` holds for all its kinds; the largest of six raises six times the alarms
+    if general and not named and not exclusive:
+        unsafe = general  # Jigsaw's `toxic` holds for all its kinds; the largest of six would raise the alarms of all
     elif None in meanings and not named:
         unsafe = []
     if not unsafe or (exclusive and len(unsafe) == len(labels)):
-        raise ValueError(f"{what}name those that do with --{flag} LABEL,LABEL")
+        raise ValueError(f"name those that do with --{flag} LABEL,LABEL")
     if exclusive is None:
-        raise ValueError(f'{what}set "problem_type" in its config.json to "single_label_classification" or '
+        raise ValueError('set "problem_type" in its config.json to "single_label_classification" or '
                          '"multi_label_classification"')
     return unsafe, "softmax" if exclusive else "sigmoid"
 
@@ -229,7 +237,7 @@ def first_tokens(tokenizer: Tokenizer, text: str, n: int) -> str:
     if len(text.encode()) <= n:  # a token has a byte at least
         return text
     while text:
-        size = len(encode_text(tokenizer, text))
+        size = len(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
         if size <= n:
             break
         text = text[:min(len(text) - 1, len(text) * n // size)]
@@ -262,13 +270,19 @@ def classifier_judge(model: Model, tokenizer: Tokenizer, unsafe_label: str | Non
     ones ("softmax"). Labels of which several can hold: the largest sigmoid of the unsafe ones ("sigmoid"). One output:
     P(unsafe) is its sigmoid if its name means unsafe, else it is a reward and P(safe) its sigmoid ("reward").
     Raises ValueError where that is not certain from the config and the labels named in unsafe_label, by --flag."""
-    unsafe, how = _unsafe_outputs(model.config, unsafe_label, flag)
     labels = [str(label) for _, label in sorted(model.config.id2label.items())]
+    try:
+        unsafe, how = _unsafe_outputs(labels, model.config.problem_type, unsafe_label, flag)
+    except ValueError as error:
+        raise ValueError(
+            f"cannot tell which label of the judge means unsafe: its labels are {labels}; {error}") from None
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ValueError("the judge's tokenizer must have a pad_token or an eos_token, it has neither")
     tokenizer.padding_side = "right"  # decoders count positions from the left
     model.config.pad_token_id = tokenizer.pad_token_id
+    if how == "reward" and not hasattr(model.config, "judge_input"):
+        model.config.judge_input = "pair"  # what reward models are trained on
 
     @torch.no_grad()
     def judge(prompts, responses):
@@ -498,8 +512,8 @@ def load_judge(spec: str, unsafe_label: str | None = None, known: Mapping[str, J
 
 
 # --- training a judge -------------------------------------------------------------------------------------------
-def _judge_score(judge, prompts, responses):
-    """(B,): logit(safe) - logit(unsafe) of a judge from `train_judge`."""
+def judge_score(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
+    """logit(safe) - logit(unsafe), (B,), of a judge from `train_judge`."""
     logits = classifier_logits(judge.model, judge.tokenizer, prompts, responses)
     return logits[:, 1] - logits[:, 0]
 
@@ -508,10 +522,10 @@ def _judge_loss(judge, batch):
     """The mean over a batch of triples: see `train_judge`."""
     prompts, first, second = zip(*batch)
     if isinstance(second[0], str):  # preferences: -log P(chosen > rejected) (Bradley and Terry, 1952)
-        chosen, rejected = _judge_score(judge, prompts + prompts, first + second).chunk(2)
+        chosen, rejected = judge_score(judge, prompts + prompts, first + second).chunk(2)
         return -F.logsigmoid(chosen - rejected).mean()
     safe = torch.tensor(second, dtype=torch.float32, device=judge.model.device)
-    return F.binary_cross_entropy_with_logits(_judge_score(judge, prompts, first), safe)
+    return F.binary_cross_entropy_with_logits(judge_score(judge, prompts, first), safe)
 
 
 def train_judge(model: Model, tokenizer: Tokenizer, samples: list[tuple], steps: int = 500, batch_size: int = 64,
@@ -540,20 +554,3 @@ def train_judge(model: Model, tokenizer: Tokenizer, samples: list[tuple], steps:
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
     return judge
-
-
-@torch.no_grad()
-def measure_judge(judge: Judge, samples: list[tuple], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Predictions p and outcomes y of a judge from `train_judge`, both (N,): P(safe) against the label; or, for pairs
-    in random order, P(first is the better) against 0 or 1."""
-    prompts, first, second = zip(*samples)
-
-    def scores(texts):  # (N,), some at a time
-        groups = [slice(i, i + 64) for i in range(0, len(texts), 64)]
-        return torch.cat([_judge_score(judge, prompts[rows], texts[rows]) for rows in groups]).double().cpu()
-
-    if not isinstance(second[0], str):
-        return scores(first).sigmoid().numpy(), np.array(second)
-    y = np.random.default_rng(seed).integers(2, size=len(samples))  # always "first" would be no test of calibration
-    difference = (scores(first) - scores(second)) * torch.from_numpy(2 * y - 1)
-    return difference.sigmoid().numpy(), y.astype(float)

@@ -1440,10 +1440,13 @@ def test_what_a_text_says_is_never_a_control_token_for_a_judge(tokens, how, prom
         assert response in tokenizer.decode(read[1])
 
 
-def test_a_guard_whose_template_drops_the_answer_is_refused(tmp_path):
+@pytest.mark.parametrize("template, message", [
+    ("{{ messages[0]['content'] }}", "leaves out the prompt or the response"),
+    ("{{ raise_exception('a system turn is needed') }}", "chat template fails: a system turn is needed")])
+def test_a_guard_whose_template_does_not_show_the_answer_is_refused(tmp_path, template, message):
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    with pytest.raises(ValueError, match="leaves out the prompt or the response"):
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=message):
         load_judge(bigram_guard(tmp_path, tokenizer, {}))
 
 
@@ -1568,7 +1571,7 @@ def test_an_adapter_is_merged_into_its_base(tmp_path, labels):
     assert call_judge(judge, ["x"], ["a b c"])[0] == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_a_judge_that_lacks_something_is_refused_when_it_is_loaded(tmp_path):
+def test_a_judge_that_lacks_something_is_refused_when_it_is_loaded(tmp_path, monkeypatch):
     classifier, tokenizer = classifier_folder(tmp_path / "more_tokens", ["safe", "unsafe"])
     classifier.bert.save_pretrained(tmp_path / "base")
     tokenizer.add_tokens(["more"])
@@ -1583,6 +1586,12 @@ def test_a_judge_that_lacks_something_is_refused_when_it_is_loaded(tmp_path):
                           ("no_head", "it has no weights for classifier"), ("lost", "its base '/no/base' cannot be")):
         with pytest.raises(ValueError, match=message):
             load_judge(str(tmp_path / name))
+    monkeypatch.setattr(reward, "is_peft_available", lambda: False)
+    with pytest.raises(ValueError, match="it is an adapter, which needs the package peft: pip install peft"):
+        load_judge(str(tmp_path / "no_base"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer)
+    with pytest.raises(ValueError, match="must have a pad_token or an eos_token, it has neither"):
+        classifier_judge(classifier, tokenizer)
 
 
 @pytest.mark.parametrize("response, n_prompt, n_response", [("x y z u v w", 24, 6), ("k l m n o " * 10, 8, 22)])

@@ -3,13 +3,14 @@
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from harness.data import fail, interrupted, is_test, quiet_libraries, read_rows, sigterm_as_ctrl_c
 from harness.report import calibration, wilson_interval
 from model import first_line, save_tokenizer
-from reward import measure_judge, train_judge
+from reward import Judge, judge_score, train_judge
 
 
 def _label(value):
@@ -44,6 +45,23 @@ def _read_samples(path):
     return training, held_out
 
 
+@torch.no_grad()
+def measure_judge(judge: Judge, samples: list[tuple], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Predictions p and outcomes y of a judge from `train_judge`, both (N,): P(safe) against the label; or, for pairs
+    in random order, P(first is the better) against 0 or 1."""
+    prompts, first, second = zip(*samples)
+
+    def scores(texts):  # (N,), some at a time
+        groups = [slice(i, i + 64) for i in range(0, len(texts), 64)]
+        return torch.cat([judge_score(judge, prompts[rows], texts[rows]) for rows in groups]).double().cpu()
+
+    if not isinstance(second[0], str):
+        return scores(first).sigmoid().numpy(), np.array(second)
+    y = np.random.default_rng(seed).integers(2, size=len(samples))  # always "first" would be no test of calibration
+    difference = (scores(first) - scores(second)) * torch.from_numpy(2 * y - 1)
+    return difference.sigmoid().numpy(), y.astype(float)
+
+
 def _make_judge(args):
     """Train, measure and save as the flags say; returns `measure_judge`'s (p, y). Raises ValueError or OSError."""
     sizes = args.steps >= 2 and args.batch_size >= 1 and args.max_length >= 16
@@ -55,8 +73,8 @@ def _make_judge(args):
     torch.manual_seed(args.seed)  # of a new head
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
-            args.model, dtype=torch.float32, num_labels=2, problem_type="single_label_classification",
-            ignore_mismatched_sizes=True, trust_remote_code=False).to(args.device)
+            args.model, dtype=torch.float32, num_labels=2, ignore_mismatched_sizes=True,
+            trust_remote_code=False).to(args.device)
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     except Exception as e:
         raise ValueError(f"--model must be a model's folder or hub id, got {args.model!r}: {first_line(e)}") from e
