@@ -74,8 +74,8 @@ def _make_judge(args):
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
             args.model, dtype=torch.float32, num_labels=2, ignore_mismatched_sizes=True,
-            trust_remote_code=False).to(args.device)
-        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+            trust_remote_code=args.trust_remote_code).to(args.device)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     except Exception as e:
         raise ValueError(f"--model must be a model's folder or hub id, got {args.model!r}: {first_line(e)}") from e
     args.out.mkdir(parents=True, exist_ok=True)  # find out now whether it can be written
@@ -100,6 +100,7 @@ def _parse(argv):
     flag("--seed", type=int, default=0, help="of everything random: a new head, the order of the samples")
     flag("--max_length", type=int, default=512, help="tokens of prompt and response, saved with the judge")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    flag("--trust_remote_code", action="store_true", help="run Python files that come with a model")
     return parser.parse_args(argv)
 
 

@@ -262,8 +262,9 @@ def user_world(config: Config, start: Path | None = None) -> World:
     all data are the user's: what is not named is done without."""
     remote = (config.device, config.trust_remote_code)
     data = {} if start else _read_data(config)
-    judge = load_judge(config.judge, config.unsafe_label, (), *remote)
-    held_out_judge = load_judge(config.held_out_judge, config.held_out_unsafe_label, (), *remote, "held_out_judge")
+    judge = _named("judge", load_judge, config.judge, config.unsafe_label, (), *remote)
+    held_out_judge = _named("held_out_judge", load_judge, config.held_out_judge, config.held_out_unsafe_label, (),
+                            *remote, "held_out_judge")
     embedder = load_embedder(config.embedder, *remote)
     policies = _load_policies(config, start)
     for policy in policies.values():
