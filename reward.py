@@ -396,6 +396,15 @@ def guard_judge(model: Model, tokenizer: Tokenizer) -> Judge:
 
 
 # --- loading a judge --------------------------------------------------------------------------------------------
+def check_embeddings(model: Model, tokenizer: Tokenizer) -> None:
+    """Raises ValueError where the tokenizer has tokens that the model has no embedding of."""
+    rows = model.get_input_embeddings().num_embeddings
+    last = max(tokenizer.get_vocab().values())
+    if last >= rows:
+        raise ValueError(f"its tokenizer must be of its {rows} embeddings, but has a token of number {last}; use the "
+                         "tokenizer that it was trained with")
+
+
 def _load_model(kind, name, device, trust_remote_code):
     """(model, tokenizer) by a class such as AutoModelForCausalLM, with all of its weights, in fp32, an adapter merged
     into its base. Raises ValueError where weights are missing: transformers would fill a head with random numbers."""
@@ -410,11 +419,7 @@ def _load_model(kind, name, device, trust_remote_code):
     if missing:
         task = kind.__name__.removeprefix("AutoModelFor")
         raise ValueError(f"it has no weights for {sorted(missing)[0]}, so it is no trained {task} model")
-    rows = model.get_input_embeddings().num_embeddings
-    last = max(tokenizer.get_vocab().values())
-    if last >= rows:
-        raise ValueError(f"its tokenizer must be of its {rows} embeddings, but has a token of number {last}; use the "
-                         "tokenizer that it was trained with")
+    check_embeddings(model, tokenizer)
     return model.to(device).eval(), tokenizer
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from harness.data import fail, interrupted, is_test, quiet_libraries, read_rows, sigterm_as_ctrl_c
 from harness.report import calibration, wilson_interval
 from model import first_line, save_tokenizer
-from reward import Judge, judge_score, train_judge
+from reward import Judge, check_embeddings, judge_score, train_judge
 
 
 def _label(value):
@@ -76,6 +76,7 @@ def _make_judge(args):
             args.model, dtype=torch.float32, num_labels=2, ignore_mismatched_sizes=True,
             trust_remote_code=args.trust_remote_code).to(args.device)
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+        check_embeddings(model, tokenizer)
     except Exception as e:
         raise ValueError(f"--model must be a model's folder or hub id, got {args.model!r}: {first_line(e)}") from e
     args.out.mkdir(parents=True, exist_ok=True)  # find out now whether it can be written
