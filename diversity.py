@@ -18,6 +18,7 @@ code averages over single texts of X, at a cost that grows.
 """
 
 import functools
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from model import check_tokenizer, first_line, inert_text, longest_input
+from model import check_tokenizer, first_line, inert_texts, longest_input
 
 Embedder = Callable[[list[str]], np.ndarray]  # B texts -> (B, D)
 ORDERS = (2, 3, 4, 5)
@@ -153,14 +154,17 @@ def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool
 
     @torch.no_grad()
     def embed(texts):
-        rows = []
-        for text in texts:  # one at a time: next to other texts, padding would change a vector's last bits
-            text = inert_text(tokenizer, text) if text.strip() else tokenizer.pad_token  # it needs a token at least
-            batch = tokenizer(text, truncation=True, max_length=longest, return_tensors="pt").to(device)
-            hidden = model(**batch).last_hidden_state.double()  # (1, T, D)
-            mask = batch["attention_mask"][..., None]  # (1, T, 1), 1: a token
-            rows.append(((hidden * mask).sum(1) / mask.sum(1).clamp(min=1))[0].cpu().numpy())
-        return _unit(np.stack(rows))
+        texts = [text if text.strip() else tokenizer.pad_token for text in inert_texts(tokenizer, texts)]  # a token
+        ids = tokenizer(texts, truncation=True, max_length=longest).input_ids
+        vectors = [None] * len(ids)
+        by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        for _, same in itertools.groupby(by_length, key=lambda i: len(ids[i])):  # padding would change the last bits
+            rows = list(same)
+            batch = torch.tensor([ids[i] for i in rows], device=device)  # (B, T)
+            means = model(input_ids=batch).last_hidden_state.double().mean(1)  # (B, D)
+            for i, mean in zip(rows, means.cpu().numpy()):
+                vectors[i] = mean
+        return _unit(np.stack(vectors))
 
     return embed
 

@@ -342,7 +342,7 @@ def attack_rows(run: FinishedRun | None, args: argparse.Namespace) -> list[dict]
     if args.prompts:
         seeds = [data.first_turn(row["prompt"]) for row in data.read_rows(args.prompts)]
     if args.judge:
-        judge = load_judge(args.judge, device=DEVICE, trust_remote_code=remote)
+        judge = load_judge(args.judge, args.unsafe_label, device=DEVICE, trust_remote_code=remote)
     source = Path(args.target) / "defender"  # of a run
     if not source.is_dir():
         source = args.target
@@ -503,6 +503,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     option("--top_p", type=float, default=1.0, help="the attacker samples from its likeliest tokens of this mass")
     option("--prompts", metavar="FILE", help="seeds; default: those of the attacker's run")
     option("--judge", help="as of train.py; default: the run's held-out judge")
+    option("--unsafe_label", help="as of train.py, of --judge")
     option("--response_tokens", type=int, help="longest response; default: as in the run, else 64")
     option("--trust_remote_code", action="store_true", help="run Python files that come with a model")
     option("--out", metavar="FILE", help="default: attack_TARGET.jsonl in the attacker's run")

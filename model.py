@@ -169,7 +169,8 @@ class Policy(nn.Module):
         for start, ids, (_, response) in zip(prompt_ids, conversations, pairs):
             rest = ids[len(start):]
             if ids[:len(start)] != start:  # the first letters of the response have changed the prompt's last token
-                rest = self.tokenizer(inert_text(self.tokenizer, response), add_special_tokens=False).input_ids
+                text, = inert_texts(self.tokenizer, [response])
+                rest = self.tokenizer(text, add_special_tokens=False).input_ids
             end = next((i for i, token in enumerate(rest) if token in self.eos_ids), len(rest))
             response_ids.append([*rest[:end], self.eos_ids[0]])
         return prompt_ids, response_ids
@@ -255,23 +256,24 @@ def control_ids(tokenizer: Tokenizer) -> set[int]:
     return ids
 
 
-def inert_text(tokenizer: Tokenizer, text: str) -> str:
-    """The text itself or, where it would be read as a control token, the text with spaces between that token's letters.
+def inert_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
+    """The texts or, of one that would be read as a control token, the text with spaces between that token's letters.
     """
     control = control_ids(tokenizer)
+    rows = tokenizer(list(texts), add_special_tokens=False).input_ids
+    return [text if control.isdisjoint(ids) else _spaced(tokenizer, control, text) for text, ids in zip(texts, rows)]
 
-    def is_inert(text):
-        return control.isdisjoint(tokenizer(text, add_special_tokens=False).input_ids)
 
+def _spaced(tokenizer, control, text):
+    """The text with a space after each letter of what is a control token in it."""
     def spaced(match):
         return " ".join(match[0]) if len(match[0]) > 1 else " "
 
-    if is_inert(text):
-        return text
     text = unicodedata.normalize("NFKC", text)  # as tokenizers do: wide brackets are brackets
     for mark in sorted(tokenizer.convert_ids_to_tokens(list(control)), key=len, reverse=True):
         text = re.sub(re.escape(mark), spaced, text, flags=re.IGNORECASE)
-    return text if is_inert(text) else re.sub(r"[^\w\s]", " ", text)
+    is_inert = control.isdisjoint(tokenizer(text, add_special_tokens=False).input_ids)
+    return text if is_inert else re.sub(r"[^\w\s]", " ", text)
 
 
 def encode_rendered(tokenizer: Tokenizer, render: Callable[..., str],
@@ -285,8 +287,7 @@ def encode_rendered(tokenizer: Tokenizer, render: Callable[..., str],
     expected = [i for i in frame if i in control]
     for n, ids in enumerate(encoded):
         if [i for i in ids if i in control] != expected:
-            texts = [inert_text(tokenizer, text) for text in rows[n]]
-            encoded[n] = tokenizer(render(*texts), **options).input_ids
+            encoded[n] = tokenizer(render(*inert_texts(tokenizer, rows[n])), **options).input_ids
     return encoded
 
 
@@ -504,7 +505,7 @@ def load_policy(name_or_dir: str | Path, critic: str = "shared", dtype: torch.dt
     computes its logits by more than a linear head on `last_hidden_state`.
     """
     try:
-        load = _merge_adapter if Path(name_or_dir, "adapter_config.json").is_file() else _load_lm
+        load = _load_adapter if Path(name_or_dir, "adapter_config.json").is_file() else _load_lm
         lm, tokenizer, missing = load(name_or_dir, dict(trust_remote_code=trust_remote_code))
         check_tokenizer(tokenizer)
         lm = lm.to(device)
@@ -559,19 +560,34 @@ def _gguf_control_tokens(file):
     return [word for word, kind in zip(words, types) if kind == TokenType.CONTROL]
 
 
-def _merge_adapter(folder, options):
-    """`_load_lm` of the base of an adapter that peft or TRL wrote, with the adapter added to its weights. The tokenizer
-    is the base's where the folder has none."""
-    try:
-        from peft import PeftConfig, PeftModel
-    except ImportError as error:
-        raise ValueError("it is an adapter, for which the package peft is needed: pip install peft") from error
-    lm, tokenizer, missing = _load_lm(PeftConfig.from_pretrained(folder).base_model_name_or_path, options)
-    if Path(folder, "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    lm = PeftModel.from_pretrained(lm, folder).merge_and_unload()
+def _load_adapter(folder, options):
+    """`_load_lm` of an adapter that peft or TRL wrote. The tokenizer is the base's where the folder has none."""
+    options = dict(options, dtype=torch.float32, output_loading_info=True)
+    lm, missing = merge_adapter(AutoModelForCausalLM, folder, options)
+    source = folder if Path(folder, "tokenizer_config.json").is_file() else lm.name_or_path
     lm.name_or_path = str(folder)
-    return lm, tokenizer, missing
+    return lm, AutoTokenizer.from_pretrained(source), missing
+
+
+def merge_adapter(kind: type, name: str | Path, options: dict) -> tuple[PreTrainedModel, set[str]]:
+    """(an adapter's base model, of a class such as AutoModelForCausalLM, with the adapter added to its weights; names
+    of the weights that neither has). options: of `from_pretrained`. Raises ValueError without peft or the base."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError("it is an adapter, which needs the package peft: pip install peft") from error
+    base = peft.PeftConfig.from_pretrained(name).base_model_name_or_path
+    weights = {key.removeprefix("base_model.model."): w for key, w in peft.load_peft_weights(name, "cpu").items()}
+    heads = [w for key, w in weights.items() if key.endswith(("score.weight", "classifier.weight", "out_proj.weight"))]
+    if heads:
+        options = {**options, "num_labels": len(heads[-1]), "ignore_mismatched_sizes": True}
+    try:
+        model, info = kind.from_pretrained(base, **options)
+    except Exception as error:
+        raise ValueError(f"it is an adapter, and its base {base!r} cannot be had: {first_line(error)}") from error
+    model = peft.PeftModel.from_pretrained(model, name).merge_and_unload()
+    mismatched = {key for key, *_ in info["mismatched_keys"]}
+    return model, (set(info["missing_keys"]) | mismatched) - set(weights)
 
 
 def _check_model(name, lm, tokenizer, missing):
@@ -579,9 +595,10 @@ def _check_model(name, lm, tokenizer, missing):
     if missing:  # a classifier or an encoder, say
         raise ValueError(f"cannot load {str(name)!r} as a causal language model: it has no weights for "
                          f"{sorted(missing)[0]}")
-    rows = lm.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise ValueError(f"{name}: the tokenizer has {len(tokenizer)} tokens but the model only {rows}")
+    try:
+        check_embeddings(lm, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"cannot load {str(name)!r} as a causal language model: {error}") from None
 
 
 @torch.no_grad()
@@ -647,6 +664,15 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
     """Raises ValueError where a folder has no tokenizer: transformers makes one up then, without a word in it."""
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ValueError("it has no tokenizer")
+
+
+def check_embeddings(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+    """Raises ValueError where the tokenizer has tokens that the model has no embedding of."""
+    rows = model.get_input_embeddings().num_embeddings
+    last = max(tokenizer.get_vocab().values())
+    if last >= rows:
+        raise ValueError(f"its tokenizer must be of its {rows} embeddings, but has a token of number {last}; use the "
+                         "tokenizer that it was trained with")
 
 
 def longest_input(tokenizer: Tokenizer, config: PretrainedConfig) -> int:

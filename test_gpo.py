@@ -58,6 +58,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
@@ -115,7 +116,7 @@ from harness.parallel import (
 )
 from harness.report import calibration, paired_test, wilson_interval, write_page
 from harness.run import alarms, begin, open_run
-from harness.world import World, make_players, usable_pairs
+from harness.world import PLAIN_EXCHANGES, World, make_players, usable_pairs
 from kernel import linear_logprob, linear_logprob_reference
 from model import (
     Policy,
@@ -131,8 +132,10 @@ from reward import (
     JudgeError,
     answered,
     call_judge,
+    classifier_judge,
     classifier_logits,
     decided,
+    guard_judge,
     load_judge,
     rule_judge,
     unsafe_rate,
@@ -1298,7 +1301,6 @@ def test_a_minibatch_without_a_verdict_takes_no_step():
 
 
 
-
 # --- judges ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("scores, message", [
     (lambda: [0.5], "one score per exchange: 2 expected"), (lambda: [0.5, 1.5], "got 1.5 for exchange 1"),
@@ -1346,6 +1348,83 @@ def test_a_classifier_judge_reads_the_unsafe_label_from_its_config_or_the_flag(t
         logits = classifier(torch.tensor([tokenizer.encode(text)])).logits[0]
         p_unsafe = (logits.sigmoid() if more else logits.softmax(-1))[unsafe]
         assert p_safe[i] == pytest.approx(1 - p_unsafe.item(), abs=1e-5)
+
+
+SIX = ["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"]
+MULTI = "multi_label_classification"
+UNKNOWN = "name those that do with --unsafe_label"
+# Labels as the hub's judges have them (problem_type where it matters), and P(safe) of their logits, computed with
+# e = math.exp; or what the refusal says. Softmax: 1 - sum of the unsafe; sigmoid: 1 - that of the general label, or of
+# the largest; reward: the sigmoid of the output.
+HEADS = {
+    "facebook/roberta-hate-speech-dynabench-r4-target": (["nothate", "hate"], None, [1, 2], 1 / (1 + math.e)),
+    "s-nlp/roberta_toxicity_classifier": (["neutral", "toxic"], None, [1, 2], 1 / (1 + math.e)),
+    "martin-ha/toxic-comment-model": (["non-toxic", "toxic"], None, [1, 2], 1 / (1 + math.e)),
+    "cardiffnlp/twitter-roberta-base-hate-latest": (["NOT-HATE", "HATE"], None, [1, 2], 1 / (1 + math.e)),
+    "cardiffnlp/twitter-roberta-base-offensive": (["non-offensive", "offensive"], None, [1, 2], 1 / (1 + math.e)),
+    "Hate-speech-CNERG/bert-base-uncased-hatexplain": (["hate speech", "normal", "offensive"], None, [0, 0, 1],
+                                                       1 / (2 + math.e)),
+    "Hate-speech-CNERG/dehatebert-mono-english": (["NON_HATE", "HATE"], None, [1, 2], 1 / (1 + math.e)),
+    "badmatr11x/distilroberta-base-offensive-hateful-speech": (["HATE-SPEECH", "NEITHER", "OFFENSIVE-LANGUAGE"], None,
+                                                               [0, 0, 1], 1 / (2 + math.e)),
+    "protectai/deberta-v3-base-prompt-injection": (["SAFE", "INJECTION"], None, [1, 2], 1 / (1 + math.e)),
+    "deepset/deberta-v3-base-injection": (["LEGIT", "INJECTION"], None, [1, 2], 1 / (1 + math.e)),
+    "meta-llama/Prompt-Guard-86M": (["BENIGN", "INJECTION", "JAILBREAK"], None, [1, 0, 0], math.e / (2 + math.e)),
+    "eliasalbouzidi/distilbert-nsfw-text-classifier": (["safe", "nsfw"], None, [1, 2], 1 / (1 + math.e)),
+    "michellejieli/NSFW_text_classification": (["NSFW", "SFW"], None, [1, 2], math.e / (1 + math.e)),
+    "toxic, very toxic": (["non-toxic", "toxic", "very toxic"], None, [1, 0, 0], math.e / (2 + math.e)),
+    "unitary/toxic-bert": (SIX, MULTI, [3, -2, 5, -4, 4.5, -3], 1 / (1 + math.e**3)),
+    "the same, harmless, of an unknown problem type": (SIX, None, [-4, -8, -7, -9, -7, -8], 1 / (1 + math.e**-4)),
+    "unitary/unbiased-toxic-roberta": (["toxicity", "insult", "male"], MULTI, [-1, 2, 3], 1 / (1 + math.e**-1)),
+    "kinds without a general one": (["hate", "violence", "harassment"], MULTI, [-2, 1, -3], 1 / (1 + math.e)),
+    "cointegrated/rubert-tiny-toxicity": (["non-toxic", "insult", "threat"], MULTI, [3, -2, -3], 1 / (1 + math.e**-2)),
+    "OpenAssistant/reward-model-deberta-v3-large-v2": (["LABEL_0"], None, [4], 1 / (1 + math.e**-4)),
+    "one output called safe": (["safe"], None, [-4], 1 / (1 + math.e**4)),
+    "one output called toxic": (["toxicity"], None, [4], 1 / (1 + math.e**4)),
+    "one output of a cost model": (["cost"], None, [4], "if it rises with harm pass --unsafe_label 'cost'"),
+    "a regression": (["toxicity"], "regression", [0.3], "of unknown scale"),
+    "ibm-granite/granite-guardian-hap-38m": (["LABEL_0", "LABEL_1"], None, [1, 2], UNKNOWN),
+    "KoalaAI/Text-Moderation": (["H", "H2", "HR", "OK", "S", "V"], None, [0] * 6, UNKNOWN),
+    "cardiffnlp/twitter-roberta-base-hate-multiclass": (["sexism", "religion", "other", "not_hate"], None, [0] * 4,
+                                                        UNKNOWN),
+    "Qwen3Guard's words": (["Safe", "Controversial", "Unsafe"], None, [0] * 3, UNKNOWN),
+    "natural language inference": (["contradiction", "neutral", "entailment"], None, [0] * 3, UNKNOWN),
+    "sentiment": (["NEGATIVE", "POSITIVE"], None, [1, 2], UNKNOWN),
+    "sentiment with a neutral label": (["neutral", "positive"], None, [1, 2], UNKNOWN),
+    "two kinds of safe": (["safe", "benign"], None, [1, 2], UNKNOWN),
+    "toxic kinds and others": (["toxicity", "insult", "male"], None, [1, 2, 3], "problem_type"),
+    "kinds that a config calls exclusive": (SIX, "single_label_classification", [0] * 6, UNKNOWN),
+}
+NAMED = {  # the user names the labels
+    "LABEL_1": (["LABEL_0", "LABEL_1"], None, [1, 2], 1 / (1 + math.e)),
+    "LABEL_0": (["LABEL_0", "LABEL_1"], None, [1, 2], math.e / (1 + math.e)),
+    "LABEL_1, LABEL_2": (["LABEL_0", "LABEL_1", "LABEL_2"], None, [1, 0, 0], math.e / (2 + math.e)),
+    "H,H2,HR,S,V": (["H", "H2", "HR", "OK", "S", "V"], None, [0, 0, 0, 1, 0, 0], math.e / (5 + math.e)),
+    "hate, racism": (["hate, racism", "hello"], None, [1, 2], math.e / (1 + math.e)),
+    "threat,insult": (SIX, MULTI, [3, -2, 5, -4, 4.5, -3], 1 / (1 + math.e**4.5)),
+    "insult": (["safe", "insult"], MULTI, [3, -2], 1 / (1 + math.e**-2)),
+    "cost": (["cost"], None, [4], 1 / (1 + math.e**4)),
+    "safe": (["safe", "unsafe"], None, [0, 0], "takes those that do, separated by commas, got 'safe'"),
+    "LABEL_0,LABEL_1": (["LABEL_0", "LABEL_1"], None, [0, 0], "problem_type"),
+    "hate": (["safe", "unsafe"], None, [0, 0], "separated by commas, got 'hate'"),
+    "toxicity,insult": (["toxicity", "insult", "male"], None, [0] * 3, "problem_type"),
+}
+
+
+@pytest.mark.parametrize("case", [*HEADS, *(f"--unsafe_label {flag}" for flag in NAMED)])
+def test_a_classifiers_outputs_are_read_as_its_labels_mean_or_refused(case):
+    flag = case.removeprefix("--unsafe_label ") if case.startswith("--") else None
+    labels, problem_type, logits, expected = NAMED[flag] if flag else HEADS[case]
+    tokenizer = tiny_tokenizer()
+    classifier = tiny_classifier(tokenizer, labels, problem_type=problem_type)
+    torch.nn.init.zeros_(classifier.classifier.weight)
+    classifier.classifier.bias.data = torch.tensor(logits, dtype=torch.float32)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match="(?s)its labels are.*" + re.escape(expected)):
+            classifier_judge(classifier, tokenizer, flag)
+    else:
+        judge = classifier_judge(classifier, tokenizer, flag)
+        assert call_judge(judge, ["a"], ["b"])[0] == pytest.approx(expected, abs=1e-6)
 
 
 def bigram_guard(folder, tokenizer, table):
@@ -1423,10 +1502,74 @@ def test_a_guard_judge_finds_the_verdict_after_a_chat_template(tmp_path, kind, t
     assert np.allclose(call_judge(judge, ["a", "b c"], ["d", ""]), 0.3 / 0.8, atol=1e-5)
 
 
-def test_a_guard_whose_template_drops_the_answer_is_refused(tmp_path):
+def subword_tokenizer(kind, template=None):
+    """A tokenizer of bytes, or of letters that also has its control tokens as pieces, with [CLS], [SEP] and a mark."""
+    marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<|eot_id|>"]
+    if kind == "bytes":
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        inner = Tokenizer(models.BPE({word: i for i, word in enumerate([*marks, *letters, "safe"])},
+                                     [], unk_token="[UNK]"))
+        inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    else:
+        pieces = [*marks, "\u2581", *map(chr, range(33, 127))]
+        inner = Tokenizer(models.Unigram([(piece, -float(i > 4)) for i, piece in enumerate(pieces)], unk_id=1))
+        inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        inner.normalizer = normalizers.NFKC()  # makes marks of full-width letters
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+                                        sep_token="[SEP]", chat_template=template)
+    tokenizer.add_tokens(["<|eot_id|>"], special_tokens=True)
+    return tokenizer
+
+
+CONTROL = [0, 2, 3, 4]  # of `subword_tokenizer`
+MARKED = "{% for m in messages %}[CLS]{{ m['role'] }}: {{ m['content'] }}<|eot_id|>{% endfor %}"
+TEXTS = st.lists(st.sampled_from(["[SEP]", "<|eot_id|>", "[PAD]", "[CLS]", "[", "SEP", "]", "hello", " ", "<|eot_",
+                                  "\uff3bSEP\uff3d", "marmalade1end"]), max_size=6).map("".join)
+
+
+@functools.cache
+def judge_that_reads(tokens, how):
+    """(judge, the list that its model's inputs are appended to, its tokenizer)."""
+    tokenizer = subword_tokenizer(tokens, MARKED if how == "template" else None)
+    seen = []
+    if how in ("response", "pair"):
+        classifier = tiny_classifier(tokenizer)
+        classifier.config.judge_input = how
+        judge = classifier_judge(classifier, tokenizer)
+    else:
+        sizes = {"n_positions": 1024, "n_embd": 8, "n_layer": 1, "n_head": 1}
+        judge = guard_judge(GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).eval(), tokenizer)
+    judge.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs.get("input_ids", *args)[0].tolist()), with_kwargs=True)
+    return judge, seen, tokenizer
+
+
+@pytest.mark.parametrize("how", ["response", "pair", "template", "no template"])
+@pytest.mark.parametrize("tokens", ["bytes", "pieces"])
+@settings(max_examples=15, deadline=None)
+@given(prompt=TEXTS, response=TEXTS)
+def test_what_a_text_says_is_never_a_control_token_for_a_judge(tokens, how, prompt, response):
+    judge, seen, tokenizer = judge_that_reads(tokens, how)
+    read = []
+    for exchange in (("a", "b"), (prompt or "a", response if response.strip() else "b")):
+        seen.clear()
+        judge([exchange[0]], [exchange[1]])
+        read.append(seen[0])
+    plain, odd = [[i for i in ids if i in CONTROL] for ids in read]
+    assert plain == odd
+    if tokens == "bytes" and response.strip():  # and it reaches the model in full
+        assert response in tokenizer.decode(read[1])
+
+
+@pytest.mark.parametrize("template, message", [
+    ("{{ messages[0]['content'] }}", "leaves out the prompt or the response"),
+    ("{{ raise_exception('a system turn is needed') }}", "chat template fails: a system turn is needed")])
+def test_a_guard_whose_template_does_not_show_the_answer_is_refused(tmp_path, template, message):
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    with pytest.raises(ValueError, match="leaves out the prompt or the response"):
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=message):
         load_judge(bigram_guard(tmp_path, tokenizer, {}))
 
 
@@ -1448,6 +1591,130 @@ def test_a_judge_from_a_file_is_called_and_one_that_is_not_there_is_an_error(tmp
     assert load_judge(f"{tmp_path}/mine.py:half")(["a"], ["b"]) == [0.5]
     with pytest.raises(ValueError, match="judge"):
         load_judge(spec.replace("mine", f"{tmp_path}/mine"))
+
+
+JUDGE_FILES = {
+    "a dataclass": "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass V:\n"
+                   "    safe: float = 0.25\ndef judge(p, r): return [V().safe] * len(r)\n",
+    "a helper beside it": "import kind_words\ndef judge(p, r): return [kind_words.SAFE] * len(r)\n",
+    "a helper, imported late": "def judge(p, r):\n    from kind_words import SAFE\n    return [SAFE] * len(r)\n",
+    "a class that pickles": "import pickle\nclass V:\n    safe = 0.25\n"
+                            "def judge(p, r): return [pickle.loads(pickle.dumps(V())).safe] * len(r)\n",
+    "a pool of processes": "import multiprocessing\ndef score(text): return 0.25\ndef judge(p, r):\n"
+                           "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+                           "        return pool.map(score, r)\n"}
+
+
+@pytest.fixture()
+def modules(monkeypatch):
+    """sys.path and sys.modules are after the test what they were before."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("what, stem", [  # a spawned process finds a module only by the name of its file
+    ("a pool of processes", "my_judge"), *itertools.product(list(JUDGE_FILES)[:-1], ["my_judge", "random", "my.judge"]),
+    ("a class that pickles", "reward"), ("a dataclass", "data")])
+def test_a_judges_file_is_a_module_whatever_its_name(tmp_path, modules, what, stem):
+    (tmp_path / f"{stem}.py").write_text(JUDGE_FILES[what])
+    (tmp_path / "kind_words.py").write_text("SAFE = 0.25")
+    assert call_judge(load_judge(f"{tmp_path}/{stem}.py:judge"), ["a"], ["b"]).tolist() == [0.25]
+    assert importlib.import_module("reward") is reward and importlib.import_module("random").random() < 1
+
+
+def test_two_files_of_one_name_are_two_judges_and_two_functions_of_one_file_share_it(tmp_path, modules):
+    for i in (1, 2):
+        (tmp_path / f"of {i}").mkdir()
+        (tmp_path / f"of {i}" / "mine.py").write_text(
+            f"class V:\n    pass\ndef judge(p, r): return [0.{i}] * len(r)\ndef other(p, r): return [V] * len(r)\n")
+    judges = [load_judge(f"{tmp_path}/of {i}/mine.py:{name}") for i in (1, 2) for name in ("judge", "other")]
+    assert [judges[0]([""], [""]), judges[2]([""], [""])] == [[0.1], [0.2]]
+    for judge in (judges[1], judges[3]):
+        cls, = judge([""], [""])
+        assert pickle.loads(pickle.dumps(cls)) is cls
+    assert judges[0].__globals__ is judges[1].__globals__
+    (tmp_path / "of 1" / "mine.py").write_text("def judge(p, r): return [0.3] * len(r)\n")  # edited: it is read again
+    assert load_judge(f"{tmp_path}/of 1/mine.py:judge")([""], [""]) == [0.3]
+
+
+@pytest.mark.parametrize("code, name, message", [
+    ("from model import score\ndef judge(p, r): return score(r)", "judge", "it imports model, which is .*; rename"),
+    ("judge = 0.5", "judge", "it is no function but float"), ("import no_such", "judge", "No module named 'no_such'"),
+    ("def judge(p, r) return", "judge", "SyntaxError"), ("raise SystemExit(3)", "judge", "SystemExit: 3"),
+    ("def judge(p, r): pass", "other", "no attribute 'other'")])
+def test_a_judges_file_that_cannot_be_taken_is_refused(tmp_path, modules, code, name, message):
+    (tmp_path / "odd.py").write_text(code)
+    (tmp_path / "model.py").write_text("def score(r): return [0.5] * len(r)")
+    with pytest.raises(ValueError, match=f"cannot take the judge '{name}' from .*odd.py: .*{message}"):
+        load_judge(f"{tmp_path}/odd.py:{name}")
+
+
+@pytest.mark.parametrize("place", [".pyenv/judge", "toxic.pytorch", "mine.py", "mine.py:judge"])
+def test_a_folder_is_a_classifier_whatever_its_name(tmp_path, place):
+    classifier_folder(tmp_path / place, ["nothate", "hate"])
+    assert load_judge(f"{tmp_path}/{place}").model.config.id2label == {0: "nothate", 1: "hate"}
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("C:\\x\\judge.py:f", r"the judge's file must exist, got 'C:\\\\x\\\\judge.py'"),
+    ("x/judge.py", "is written path/to/file.py:function"), ("x/judge.py:a-b", "is written path/to/file.py:function"),
+    ("rule", "--unsafe_label bad would do nothing: the judge rule has no labels")])
+def test_a_judge_that_is_written_wrong_is_refused(spec, message):
+    with pytest.raises(ValueError, match=message):
+        load_judge(spec, "bad" if spec == "rule" else None)
+
+
+def adapter_folder(folder, base, task, labels=2):
+    """(the adapted model, its tokenizer): an adapter of the bare encoder in `base`, whose head is new."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type=task, r=2, target_modules=["query"]))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name or "classifier" in name:
+            torch.nn.init.normal_(weight)
+    adapted.save_pretrained(folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder)
+    return adapted.eval(), tokenizer
+
+
+@pytest.mark.parametrize("labels", [1, 2, 3])
+def test_an_adapter_is_merged_into_its_base(tmp_path, labels):
+    tiny_classifier(tiny_tokenizer(), ["LABEL_0", "LABEL_1"]).bert.save_pretrained(tmp_path / "base")
+    adapted, tokenizer = adapter_folder(tmp_path / "adapter", tmp_path / "base", "SEQ_CLS", labels)
+    names = {1: None, 2: "LABEL_1", 3: "LABEL_1,LABEL_2"}
+    logits = adapted(torch.tensor([tokenizer.encode("a b c")])).logits[0]
+    expected = logits.sigmoid()[0] if labels == 1 else logits.softmax(-1)[0]
+    judge = load_judge(str(tmp_path / "adapter"), names[labels])
+    judge.model.config.judge_input = "response"
+    assert call_judge(judge, ["x"], ["a b c"])[0] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_a_judge_that_lacks_something_is_refused_when_it_is_loaded(tmp_path, monkeypatch):
+    classifier, tokenizer = classifier_folder(tmp_path / "more_tokens", ["safe", "unsafe"])
+    classifier.bert.save_pretrained(tmp_path / "base")
+    tokenizer.add_tokens(["more"])
+    tokenizer.save_pretrained(tmp_path / "more_tokens")
+    adapter_folder(tmp_path / "no_head", tmp_path / "base", "FEATURE_EXTRACTION")
+    adapter_folder(tmp_path / "no_base", tmp_path / "base", "SEQ_CLS")
+    shutil.copytree(tmp_path / "no_base", tmp_path / "lost")
+    config = tmp_path / "lost" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "/no/base"}))
+    V = len(tokenizer) - 1
+    for name, message in (("more_tokens", f"its {V} embeddings, but has a token of number {V}"),
+                          ("no_head", "it has no weights for classifier"), ("lost", "its base '/no/base' cannot be")):
+        with pytest.raises(ValueError, match=message):
+            load_judge(str(tmp_path / name))
+    monkeypatch.setattr(reward, "is_peft_available", lambda: False)
+    with pytest.raises(ValueError, match="it is an adapter, which needs the package peft: pip install peft"):
+        load_judge(str(tmp_path / "no_base"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer)
+    with pytest.raises(ValueError, match="must have a pad_token or an eos_token, it has neither"):
+        classifier_judge(classifier, tokenizer)
 
 
 @pytest.mark.parametrize("response, n_prompt, n_response", [("x y z u v w", 24, 6), ("k l m n o " * 10, 8, 22)])
@@ -2551,7 +2818,6 @@ def test_two_processes_save_and_average_complete_weights_which_the_first_holds(t
         assert torch.allclose(mean, (before[f"policy.lm.{name}"] + moved[f"policy.lm.{name}"]) / 2, atol=1e-6)
 
 
-
 # --- the programs as a user runs them --------------------------------------------------------------------------------
 SIZES = ("--sft_steps 10 --judge_steps 12 --batch_size 8 --eval_prompts 30 --save_every 2 --attack_tokens 12 "
          "--response_tokens 8").split()
@@ -2748,6 +3014,11 @@ def test_a_dry_run_prints_what_the_models_read_and_writes_nothing(user_models, c
     first = {line.removesuffix(" reads"): lines[i + 1] for i, line in enumerate(lines) if line.endswith(" reads")}
     assert first["the defender"].split() == "9 tokens <eos> c an <unk> i ? <unk>".split()  # two spaces are tokens too
     assert first["the judge"].startswith("    1 tokens") and first["the held-out judge"] == "'how are you?', 'fine'"
+    at = lines.index("the judge is BertForSequenceClassification, labels safe, unsafe; unsafe: unsafe (softmax)")
+    judge = load_judge(str(user_models / "judge"))
+    scores = call_judge(judge, ["a"] * 2, ["I am sorry, I cannot help with that.", PLAIN_EXCHANGES[1][1]])
+    assert lines[at + 1].startswith("its P(safe) of a refusal: {:.3f}, of an insult: {:.3f}".format(*scores))
+    assert "its P(safe) of a refusal: 1.000, of an insult: 0.000" in lines  # by rule
     assert "SFT" not in printed.err and "\x1b" not in printed.out and contents(user_models) == before
 
 
@@ -3358,6 +3629,10 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "an unknown judge": ([*OWN, "--judge", "nonsense"], "cannot load the judge 'nonsense'"),
     "a language model as a judge": ([*OWN, "--judge", "attacker"], "it has no weights for"),
     "labels that do not tell": ([*OWN, "--unsafe_label", "bad"], "cannot tell which label of the judge means unsafe"),
+    "a label of a judge without labels": ([*OWN, "--held_out_unsafe_label", "bad"],
+                                          "--held_out_unsafe_label bad would do nothing: the judge rule has no labels"),
+    "a label of the judge that is trained": ([*OUT, "--unsafe_label", "bad"], "--unsafe_label bad would do nothing"),
+    "labels of the other judge": ([*OWN, "--held_out_judge", "bad/numbered"], "with --held_out_unsafe_label LABEL"),
     "a judge of too few scores": ([*OWN, "--judge", "bad/judge.py:short"], "one score per exchange"),
     "a judge that decides nothing": ([*OWN, "--judge", "bad/judge.py:nothing"], "at least half of the exchanges"),
     "an embedder of no model": ([*OWN, "--embedder", "bad"], "cannot load the embedder 'bad'"),
@@ -3388,6 +3663,7 @@ def bad(user_models):
     files = {"broken.jsonl": '{"prompt": "a"}\n{"prompt": \n', "long.txt": "ab " * 300 + "\n" + "cd " * 300,
              "labels.jsonl": '{"prompt": "a", "response": "b", "label": 1}\n',
              "names.yaml": "runds: 3", "code.yaml": "!!python/object/apply:os.mkdir [never]", "judge.py": judges}
+    classifier_folder(folder / "numbered", ["LABEL_0", "LABEL_1"])
     config = asdict(resolve(Config(out="nowhere")))
     older = {name: value for name, value in config.items() if name != "mine"}
     for name, options in (("other", config), ("hurt", config), ("older", older)):

@@ -47,9 +47,10 @@ KINDS = ("financial_crime,property_crime,theft", "privacy_violation", "drug_abus
 GAME = ("--rounds 4 --defender_steps 6 --batch_size 24 --sft_steps 12 --learning_rate 3e-5 "
         "--attacker_learning_rate 3e-5 --attack_tokens 28 --response_tokens 40 --ptx_coef 0.2 --average weights "
         "--eval_prompts 60 --save_every 10").split()
+ATTACKER = "--attacker_steps 4"
 METHODS = {  # SFT is the row "before"
-    "GPO+Div": "--method gpo --diversity 1 --attacker_steps 4", "RLHF": "--method rlhf --diversity 0 --attacker_steps 4",
-    "GPO": "--method gpo --diversity 0 --attacker_steps 4", "RLHF+Div": "--method rlhf --diversity 1 --attacker_steps 4",
+    "GPO+Div": f"--method gpo --diversity 1 {ATTACKER}", "RLHF": f"--method rlhf --diversity 0 {ATTACKER}",
+    "GPO": f"--method gpo --diversity 0 {ATTACKER}", "RLHF+Div": f"--method rlhf --diversity 1 {ATTACKER}",
     "Iterative": "--method iterative --diversity 1"}
 QUICK = ("GPO+Div", "RLHF")
 

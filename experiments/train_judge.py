@@ -3,13 +3,14 @@
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from harness.data import check_labels, fail, interrupted, is_test, quiet_libraries, read_rows, sigterm_as_ctrl_c
 from harness.report import calibration, wilson_interval
 from model import first_line, save_tokenizer
-from reward import measure_judge, train_judge
+from reward import Judge, check_embeddings, judge_score, train_judge
 
 
 def _read_samples(path):
@@ -34,6 +35,23 @@ def _read_samples(path):
     return training, held_out
 
 
+@torch.no_grad()
+def measure_judge(judge: Judge, samples: list[tuple], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Predictions p and outcomes y of a judge from `train_judge`, both (N,): P(safe) against the label; or, for pairs
+    in random order, P(first is the better) against 0 or 1."""
+    prompts, first, second = zip(*samples)
+
+    def scores(texts):  # (N,), some at a time
+        groups = [slice(i, i + 64) for i in range(0, len(texts), 64)]
+        return torch.cat([judge_score(judge, prompts[rows], texts[rows]) for rows in groups]).double().cpu()
+
+    if not isinstance(second[0], str):
+        return scores(first).sigmoid().numpy(), np.array(second)
+    y = np.random.default_rng(seed).integers(2, size=len(samples))  # always "first" would be no test of calibration
+    difference = (scores(first) - scores(second)) * torch.from_numpy(2 * y - 1)
+    return difference.sigmoid().numpy(), y.astype(float)
+
+
 def _make_judge(args):
     """Train, measure and save as the flags say; returns `measure_judge`'s (p, y). Raises ValueError or OSError."""
     sizes = args.steps >= 2 and args.batch_size >= 1 and args.max_length >= 16
@@ -45,9 +63,10 @@ def _make_judge(args):
     torch.manual_seed(args.seed)  # of a new head
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
-            args.model, dtype=torch.float32, num_labels=2, problem_type="single_label_classification",
-            ignore_mismatched_sizes=True, trust_remote_code=False).to(args.device)
-        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+            args.model, dtype=torch.float32, num_labels=2, ignore_mismatched_sizes=True,
+            trust_remote_code=args.trust_remote_code).to(args.device)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+        check_embeddings(model, tokenizer)
     except Exception as e:
         raise ValueError(f"--model must be a model's folder or hub id, got {args.model!r}: {first_line(e)}") from e
     args.out.mkdir(parents=True, exist_ok=True)  # find out now whether it can be written
@@ -73,6 +92,7 @@ def _parse(argv):
     flag("--seed", type=int, default=0, help="of everything random: a new head, the order of the samples")
     flag("--max_length", type=int, default=512, help="tokens of prompt and response, saved with the judge")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    flag("--trust_remote_code", action="store_true", help="run Python files that come with a model")
     return parser.parse_args(argv)
 
 

@@ -49,7 +49,9 @@ class Config:
     judge: str | None = option("training judge: rule, toy, folder or hub id, guard:MODEL, file.py:function", "toy",
                                "facebook/roberta-hate-speech-dynabench-r4-target", heading="judges", warm_start=True)
     held_out_judge: str | None = option("judge for evaluation only", "truth", "s-nlp/roberta_toxicity_classifier")
-    unsafe_label: str | None = option("label of a classifier judge that means unsafe, if its name does not tell")
+    unsafe_label: str | None = option("labels of a classifier --judge that mean unsafe, separated by commas, if their "
+                                      "names do not tell")
+    held_out_unsafe_label: str | None = option("the same for --held_out_judge")
     helpful_judge: str | None = option("judge of answers to harmless requests: answered (no refusal, not empty, not "
                                        "repetitive) or as --judge, 1 for helpful", "toy", "answered")
     prompts: str | None = option("seed prompts: .jsonl .json .csv .txt, each also .gz; default: hh-rlhf's red-team "
@@ -275,6 +277,8 @@ def refuse_unused(config: Config) -> None:
             holds, reason = conditions[known.only]
             if not holds:
                 raise ValueError(f"--{name} {value} would do nothing: {reason}")
+        if name == "unsafe_label" and value and config.judge == "toy":
+            raise ValueError(f"--unsafe_label {value} would do nothing: the embedded game trains its judge")
         if name in ("judge", "held_out_judge", "embedder") and config.attacker and value == known.defaults[0]:
             raise ValueError(f"--{name} {value} is the embedded game's; user-supplied models need another")
 
