@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from harness.data import fail, interrupted, is_test, quiet_libraries, read_rows, sigterm_as_ctrl_c
+from harness.data import as_a_program, fail, interrupted, is_test, quiet_libraries, read_rows
 from harness.report import calibration, wilson_interval
 from model import first_line, save_tokenizer
 from reward import measure_judge, train_judge
@@ -106,5 +106,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sigterm_as_ctrl_c()
+    as_a_program()
     main()
