@@ -244,9 +244,11 @@ def absolute(name: str, value: str | None) -> str | None:
 
 
 def devices() -> list[str]:
-    """What `--device` may name on this machine."""
+    """What `--device` may name on this machine; several processes have a GPU each."""
     if not torch.cuda.is_available():
         return ["cpu"]
+    if world_size() > 1:
+        return ["cpu", "cuda"]
     return ["cpu", "cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
 
 

@@ -205,7 +205,7 @@ def checkpoint_blocks(policy: Policy) -> None:
     blocks = [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not blocks:
         raise ValueError("--gradient_checkpointing needs a model of transformers' own blocks, got "
-                         f"{policy.lm.config.model_type}")
+                         f"{policy.lm.config.model_type}; leave it out")
     for block in blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 

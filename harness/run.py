@@ -212,9 +212,9 @@ class RunFolder:
         self.total_steps = total_steps
         try:
             self.load(game)
-        except Exception as error:
-            raise ValueError(f"the run in {self.path} is damaged: {error}; remove its newest checkpoint or start again"
-                             ) from error
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"the run in {self.path} is damaged ({type(error).__name__}: {first_line(error)}); begin "
+                             "again, with another --out") from error
         if self.before is None:
             attacker = attacker_to_measure(self.config, world.players["attacker"])
             self.before = evaluate(world, attacker, world.players["defender"])
@@ -528,7 +528,7 @@ class FinishedRun:
 
 
 def open_run(path: str | Path) -> FinishedRun:
-    """A finished run. Raises ValueError on an unfinished or a damaged one."""
+    """A finished run. Raises ValueError on an unfinished one, and where something of it is missing or damaged."""
     path = Path(path)
     if not (path / "summary.json").is_file():
         raise ValueError(f"a finished run folder with summary.json is needed, got {path}; "
@@ -541,7 +541,7 @@ def open_run(path: str | Path) -> FinishedRun:
             load_trained(player.policy, path / name)
         return FinishedRun(path, config, world, load_averages(path / "average", world))
     except Exception as error:
-        raise ValueError(f"the run in {path} is damaged: {type(error).__name__}: {first_line(error)}") from error
+        raise ValueError(f"cannot read the run in {path}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def load_averages(folder: Path, world: World) -> dict[str, dict[str, PolicyAverage]]:
