@@ -245,7 +245,7 @@ def round_lines(round: int, games: list[dict]) -> list[str]:
     """A round in report.md: its most and its least successful attack, and a held-out prompt after it."""
     attacks = [game for game in games if game["role"] == "attacker"]
     attacks = attacks or [game for game in games if game["role"] == "defender"]
-    decided = [game for game in attacks if is_decided(game)]
+    decided = [game for game in attacks if game["p_safe"] is not None]
     different = len({game["attack"] for game in attacks})
     unsafe = np.mean([1 - game["p_safe"] for game in decided])
     dialogues = [("most successful", min(decided, key=lambda game: game["p_safe"])),
@@ -254,14 +254,9 @@ def round_lines(round: int, games: list[dict]) -> list[str]:
     lines = [f"### Round {round + 1}", "",
              f"{len(attacks)} exchanges, {different} different prompts, {unsafe:.0%} unsafe by the training judge.", ""]
     for title, game in dialogues:
-        verdict = f"P(unsafe) {1 - game['p_safe']:.2f}" if is_decided(game) else "undecided"
+        verdict = "undecided" if game["p_safe"] is None else f"P(unsafe) {1 - game['p_safe']:.2f}"
         lines += [f"> *{title}*: **{quoted(game['attack'])}**  ", f"> {quoted(game['response'])} *({verdict})*", ""]
     return lines
-
-
-def is_decided(game: dict) -> bool:
-    """Whether the judge has given a verdict: else P(safe) is NaN, or null in the file."""
-    return game["p_safe"] is not None and not math.isnan(game["p_safe"])
 
 
 def model_card(name: str, config: object, row: dict) -> str:
@@ -289,8 +284,6 @@ def write_page(folders: Sequence[Path], out: Path) -> None:
     games = []
     for number, folder in enumerate(folders):
         games += [{"run": number, **game} for game in read_lines(folder / "games.jsonl")]
-    for game in games:
-        game |= {key: None for key, value in game.items() if value != value}  # JSON has no NaN
     data = json.dumps({"runs": [folder.name for folder in folders], "games": games}, ensure_ascii=False)
     parts = {
         "title": html.escape(folders[0].name if len(folders) == 1 else f"{len(folders)} runs"),
