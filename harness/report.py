@@ -3,8 +3,6 @@
 A row is a dict of numbers by the names of summary.json; `rows` is {column or method: row}.
 """
 
-from __future__ import annotations
-
 import base64
 import html
 import json
@@ -13,14 +11,10 @@ import re
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from harness.data import read_config, read_json, read_lines, visible, write_text
-
-if TYPE_CHECKING:  # matplotlib is loaded when the first figure is drawn
-    from matplotlib.axes import Axes
 
 # key of a row -> (label among many runs, label in the table of one run; "" is not in that table).
 # A key after "/" names a test set.
@@ -152,7 +146,7 @@ LOOKS = [
 
 def figure(columns: int, width: float = 4.6, height: float = 3.8, rows: int = 1, **kwargs) -> tuple:
     """(a matplotlib figure, its rows x columns axes in reading order); width and height of each, in inches."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # slow to load
 
     canvas = Figure(figsize=(width * columns, height * rows), layout="constrained")
     axes = canvas.subplots(rows, columns, squeeze=False, **kwargs).ravel()
@@ -162,7 +156,7 @@ def figure(columns: int, width: float = 4.6, height: float = 3.8, rows: int = 1,
     return canvas, axes
 
 
-def band(axis: Axes, x: Sequence[float], values: np.ndarray, label: str, look: dict) -> None:
+def band(axis: object, x: Sequence[float], values: np.ndarray, label: str, look: dict) -> None:
     """A line of means with a band of one standard error; values (seeds, points)."""
     values = np.asarray(values, dtype=float)
     mean = values.mean(0)
