@@ -65,20 +65,14 @@ def show(value: float | None, interval: Sequence[float] = ()) -> str:
     return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def table_lines(rows: dict[str, dict]) -> list[list[str]]:
-    """The rows of summary.json as lines of cells, the head first: one column each."""
+def summary_table(rows: dict[str, dict]) -> str:
+    """The rows of summary.json as a markdown table, one column each, aligned for a terminal."""
     lines = [["", *rows]]
     for key, label in TABLE.items():
         lines.append([label, *(show(row.get(key)) for row in rows.values())])
     if any(row.get("undecided") for row in rows.values()):
         undecided = [str(row.get("undecided", "-")) for row in rows.values()]
         lines.append(["judgements that were undecided, in no rate above", *undecided])
-    return lines
-
-
-def summary_table(rows: dict[str, dict]) -> str:
-    """The rows of summary.json as a markdown table, one column each, aligned for a terminal."""
-    lines = table_lines(rows)
     first, *others = [max(map(len, column)) for column in zip(*lines)]  # widths
     lines.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in others)])
     cells = [[label.ljust(first), *map(str.rjust, values, others)] for label, *values in lines]
@@ -298,7 +292,7 @@ def run_section(folder: Path) -> str:
     return f"""<section>
 <h2>{html.escape(config['method'])}, seed {config['seed']}: {html.escape(players)}</h2>
 <p class="soft">{html.escape(str(folder))}: {state}</p>
-{html_table(table_lines(rows))}
+<pre class="wide">{html.escape(summary_table(rows))}</pre>
 {''.join(html_image(image) for image in images if image.is_file())}
 <details><summary>Configuration and versions</summary><pre>\
 {html.escape(json.dumps(made, indent=1, ensure_ascii=False))}</pre></details>
@@ -321,16 +315,6 @@ def rows_and_state(folder: Path) -> tuple[dict[str, dict], str]:
         name = f"after round {m['round'] + 1} (a third of the prompts)"
         rows[name] = {key: m.get(f"game/{key}") for key in TABLE}
     return rows, f"unfinished, {len(log)} PPO steps so far"
-
-
-def html_table(lines: list[list[str]]) -> str:
-    """HTML: cells as text, the first line and the first column as heads."""
-    head, *lines = [[html.escape(cell) for cell in line] for line in lines]
-    head = "".join(f"<th>{name}</th>" for name in head)
-    body = ""
-    for label, *values in lines:
-        body += f"<tr><th>{label}</th>{''.join(f'<td>{value}</td>' for value in values)}</tr>\n"
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
 
 
 def html_image(file: Path) -> str:
