@@ -159,11 +159,10 @@ def band(axis: object, x: Sequence[float], values: np.ndarray, label: str, look:
     axis.fill_between(x, mean - error, mean + error, color=look["color"], alpha=0.15, lw=0)
 
 
-def draw_curves(folder: Path, log: list[dict], rows: dict[str, dict]) -> None:
+def draw_curves(folder: Path, log: list[dict], before: dict) -> None:
     """curves.png: attack success by both judges, both players' reward, diversity and KL.
 
-    log: the lines of metrics.jsonl; rows["before"]: before the game."""
-    before = rows["before"]
+    log: the lines of metrics.jsonl; before: the row before the game."""
     evaluations = [m for m in log if "game/asr_held_out_judge" in m]  # one a round
     if not evaluations:
         return
@@ -300,20 +299,16 @@ def run_section(folder: Path) -> str:
 
 
 def rows_and_state(folder: Path) -> tuple[dict[str, dict], str]:
-    """(rows of a run's table, its state in words); of an unfinished run the rows so far, and its curves are drawn."""
+    """(rows of a run's table, its state in words); the curves of an unfinished run are drawn so far."""
     if (folder / "summary.json").is_file():
         summary = read_json(folder / "summary.json")
         rows = {name: row for name, row in summary.items() if name not in ("seconds", "memory", "config")}
         return rows, f"finished in {summary['seconds']:.0f} seconds"
     log = read_lines(folder / "metrics.jsonl")
     rows = {}
-    checkpoints = sorted(folder.glob("checkpoints/step_*/state.json"))
-    if checkpoints:
-        rows["before"] = read_json(checkpoints[-1])["before"]
-        draw_curves(folder, log, rows)
-    for m in [m for m in log if "game/asr_held_out_judge" in m][-1:]:
-        name = f"after round {m['round'] + 1} (a third of the prompts)"
-        rows[name] = {key: m.get(f"game/{key}") for key in TABLE}
+    for state in sorted(folder.glob("checkpoints/step_*/state.json"))[-1:]:
+        rows["before"] = read_json(state)["before"]
+        draw_curves(folder, log, rows["before"])
     return rows, f"unfinished, {len(log)} PPO steps so far"
 
 

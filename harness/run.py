@@ -397,7 +397,7 @@ class RunFolder:
         self.save_averages(averages)
         held = (peak_memory(self.config.device) - self.idle_memory) / 2**20
         print(f"memory: at most {held:.0f} MiB held, beside Python and its libraries")
-        draw_curves(self.path, self.metrics, rows)
+        draw_curves(self.path, self.metrics, self.before)
         write_report(self.path, self.games, rows, examples)
         seconds = time.time() - clock
         summary = {**rows, "seconds": seconds, "memory": {"used_mib": held}, "config": asdict(self.config)}
