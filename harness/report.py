@@ -246,9 +246,8 @@ def round_lines(round: int, games: list[dict]) -> list[str]:
     return lines
 
 
-def model_card(name: str, config: object, row: dict) -> str:
-    """The README of a saved player ("attacker" or "defender"); config: the run's Config; row: its numbers after the
-    game."""
+def model_card(name: str, config: object) -> str:
+    """The README of a saved player ("attacker" or "defender"); config: the run's Config."""
     return f"""---
 library_name: transformers
 tags: [gpo, red-teaming, {name}]
@@ -258,10 +257,6 @@ tags: [gpo, red-teaming, {name}]
 Trained with `{config.method}` for {config.rounds} rounds, seed {config.seed}, from \
 `{getattr(config, name) or "the embedded toy game"}`.
 Made for hardening models: an attacker is a test instrument, not a tool against systems that are not yours.
-
-```json
-{json.dumps(row, indent=1)}
-```
 """
 
 

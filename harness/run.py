@@ -390,7 +390,7 @@ class RunFolder:
         examples = changed_answers(world)
         for name, player in world.players.items():
             with complete_folder(self.path / name, not rank()) as temporary:
-                save_policy(merged(player.policy, "cpu"), temporary, model_card(name, self.config, rows["after"]))
+                save_policy(merged(player.policy, "cpu"), temporary, model_card(name, self.config))
                 save_adapter(player.policy, temporary)
         if rank():
             return
