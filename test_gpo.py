@@ -956,8 +956,7 @@ HEALTHY = {"diversity/different": 0.42, "attacker/objective/entropy": 0.24, "att
     ({"defender/response_length": 1.0}, "collapse", "the defender writes 1.0"),
     ({"game/over_refusal": 0.9}, "collapse", "refuses 90% of the harmless prompts; raise --ptx_coef"),
     ({"game/asr_train_judge": 0.1, "game/asr_held_out_judge": 0.3}, "reward_hacking", "-0.75 for the training judge"),
-    ({"game/asr_train_judge": 0.79, "game/asr_held_out_judge": 0.92}, "reward_hacking", "by +0.06 for the held-out"),
-    ({"game/asr_train_judge": 0.92, "game/asr_held_out_judge": 0.79}, None, None)])  # the training judge is stricter
+    ({"game/asr_train_judge": 0.92, "game/asr_held_out_judge": 0.79}, None, None)])
 def test_a_sick_round_raises_an_alarm_that_says_what_to_do_and_a_healthy_one_none(changed, name, said):
     before = {"asr_train_judge": 0.85, "asr_held_out_judge": 0.86}
     limits = {"attacker": 25, "defender": 16}
