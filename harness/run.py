@@ -85,7 +85,6 @@ def be_deterministic() -> None:
     """What `--deterministic` does; docs/running.md says how far that goes."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS looks at it before its first product
     torch.use_deterministic_algorithms(True, warn_only=True)  # an error would stop the sampler's cumsum on a GPU
-    torch.backends.cudnn.benchmark = False
     torch.set_num_threads(1)  # two threads were seen to add in another order, in one run of four
 
 
