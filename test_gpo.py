@@ -2923,7 +2923,7 @@ def test_reproduce_plays_every_row_on_every_seed_from_one_warm_start_and_nothing
         start = reproduce.run_folder(results, name, seed) / "checkpoints" / "start" / "defender" / "model.safetensors"
         warm_start = reproduce.run_folder(results, "SFT", seed) / "defender" / "model.safetensors"
         assert start.read_bytes() == warm_start.read_bytes()
-    assert "| GPO+Div |" in (results / "table.md").read_text() and (results / "methods.png").stat().st_size > 10_000
+    assert "| GPO+Div " in (results / "table.md").read_text() and (results / "methods.png").stat().st_size > 10_000
 
 
 def test_best_responses_bound_the_nash_gap_after_each_round(undisturbed, tmp_path, capsys):

@@ -41,9 +41,12 @@ TABLE = {key: long for key, (_, long) in MEASURES.items() if long}
 
 # --- tables ---------------------------------------------------------------------------------------------------
 def markdown(head: Sequence, lines: Sequence[Sequence]) -> str:
-    """A table: the first column to the left, all others to the right."""
-    ruler = ["---"] + ["---:"] * (len(head) - 1)
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (head, ruler, *lines))
+    """A table, aligned for a terminal: the first column to the left, all others to the right."""
+    lines = [list(map(str, line)) for line in (head, *lines)]
+    first, *others = [max(3, *map(len, column)) for column in zip(*lines)]  # widths
+    lines.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in others)])
+    cells = [[label.ljust(first), *map(str.rjust, values, others)] for label, *values in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 def mean_and_error(values: Sequence[float | None], digits: int = 3) -> str:
@@ -66,17 +69,12 @@ def show(value: float | None, interval: Sequence[float] = ()) -> str:
 
 
 def summary_table(rows: dict[str, dict]) -> str:
-    """The rows of summary.json as a markdown table, one column each, aligned for a terminal."""
-    lines = [["", *rows]]
-    for key, label in TABLE.items():
-        lines.append([label, *(show(row.get(key)) for row in rows.values())])
+    """The rows of summary.json as a markdown table, one column each."""
+    lines = [[label, *(show(row.get(key)) for row in rows.values())] for key, label in TABLE.items()]
     if any(row.get("undecided") for row in rows.values()):
         undecided = [str(row.get("undecided", "-")) for row in rows.values()]
         lines.append(["judgements that were undecided, in no rate above", *undecided])
-    first, *others = [max(map(len, column)) for column in zip(*lines)]  # widths
-    lines.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in others)])
-    cells = [[label.ljust(first), *map(str.rjust, values, others)] for label, *values in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+    return markdown(["", *rows], lines)
 
 
 # --- statistics -----------------------------------------------------------------------------------------------
