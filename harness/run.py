@@ -97,12 +97,12 @@ def run_folder(config: Config) -> Iterator["RunFolder"]:
             first_decides(folder.begin)
         yield folder
     except (ValueError, OSError, SafetensorError) as error:
-        if folder.is_playing and not isinstance(error, (JudgeError, NotFinite, OSError, SafetensorError)):
-            raise  # a fault of ours
-        if folder.is_playing:
+        if not folder.is_playing:
+            folder.leave_nothing()
+            fail(error)
+        if isinstance(error, (JudgeError, NotFinite, OSError, SafetensorError)):
             fail(f"{error}; the run can go on with --resume {folder.path}")
-        folder.leave_nothing()
-        fail(error)
+        raise  # a fault of ours
     except KeyboardInterrupt as stop:
         when = "" if folder.is_playing else " before the game began"
         go_on = ""
@@ -177,8 +177,7 @@ class RunFolder:
                 write_json(self.path / "config.json", {"config": asdict(self.config),
                                                        "versions": _versions(self.config)})
         except OSError as error:
-            raise ValueError(f"a run needs a folder that can be written to, got {self.path}: {error.strerror}; "
-                             "pass another --out or mend this one") from error
+            raise ValueError(f"a run needs a folder that can be written to, got {self.path}: {error}") from error
         self.track([])
 
     def leave_nothing(self) -> None:
@@ -211,7 +210,7 @@ class RunFolder:
         self.total_steps = total_steps
         try:
             self.load(game)
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"the run in {self.path} is damaged ({type(error).__name__}: {first_line(error)}); begin "
                              "again, with another --out") from error
         if self.before is None:
