@@ -289,7 +289,7 @@ def check_combinations(config: Config) -> None:
 def refuse_unused(config: Config) -> None:
     """Refuse what the user gave and the run would not use, unless that turns something off."""
     conditions = {  # Option.only: (whether it holds, what to say where it does not)
-        "toy": (config.judge == "toy", "only the embedded game's own judge is trained"),
+        "toy": (not config.attacker, "only the embedded game trains its judge"),
         "user": (config.attacker, "the embedded game has its own; pass --attacker and --defender"),
         "training": (config.method not in ("sft", "paraphrase"), f"--method {config.method} trains nobody"),
         "attacker": (config.method in ("gpo", "rlhf"), f"--method {config.method} trains no attacker"),
