@@ -3117,7 +3117,7 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "an occupied folder": (["--out", "bad"], "new or empty folder, got bad"),
     "a run folder that cannot be": (["--out", "/proc/run"], "a folder that can be written to"),
     "answers beyond the context": ([*OUT, "--response_tokens", "100000"], "100000 new tokens in its context of 64"),
-    "a configuration of unknown names": (["bad/names.yaml"], "must hold options of train.py, got runds"),
+    "a configuration of unknown names": (["bad/names.yaml"], "unrecognized arguments: --runds=3; see"),
     "a configuration that runs code": (["bad/code.yaml"], "could not determine a constructor for the tag"),
     "a warm start of another seed": ([*OUT, "--start", "bad/other", "--seed", "5"], "needs a run of the same seed"),
     "a resumed run with a seed": (["--resume", "bad/other", "--seed", "0"], "takes the run folder and --device alone"),

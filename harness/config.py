@@ -159,9 +159,6 @@ def flags_of(values: dict, source: str) -> list[str]:
     """{option: value} of a file or a run as flags, which the parser checks. Raises ValueError."""
     if not isinstance(values, dict):
         raise ValueError(f"{source} must hold names and values, got {str(values)[:40]!r}")
-    unknown = {str(name).replace("-", "_") for name in values} - {*OPTIONS, "guard"}  # the alias
-    if unknown:
-        raise ValueError(f"{source} must hold options of train.py, got {', '.join(sorted(unknown))}")
     return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
 
