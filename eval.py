@@ -530,5 +530,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    data.sigterm_as_ctrl_c()
+    data.as_a_program()
     main(sys.argv[1:])

@@ -29,6 +29,7 @@ if not torch.cuda.is_available():
 import ast
 import contextlib
 import doctest
+import errno
 import functools
 import gzip
 import hashlib
@@ -109,13 +110,14 @@ from harness.parallel import (
     checkpoint_blocks,
     fold_lora,
     gather_results,
+    join_processes,
     merged,
     save_adapter,
     shard,
     shared_judge,
 )
 from harness.report import calibration, paired_test, wilson_interval, write_page
-from harness.run import alarms, begin, open_run
+from harness.run import RunFolder, alarms, open_run
 from harness.world import PLAIN_EXCHANGES, World, make_players, usable_pairs
 from kernel import linear_logprob, linear_logprob_reference
 from model import (
@@ -1069,8 +1071,7 @@ HEALTHY = {"diversity/different": 0.42, "attacker/objective/entropy": 0.24, "att
     ({"defender/response_length": 1.0}, "collapse", "the defender writes 1.0"),
     ({"game/over_refusal": 0.9}, "collapse", "refuses 90% of the harmless prompts; raise --ptx_coef"),
     ({"game/asr_train_judge": 0.1, "game/asr_held_out_judge": 0.3}, "reward_hacking", "-0.75 for the training judge"),
-    ({"game/asr_train_judge": 0.79, "game/asr_held_out_judge": 0.92}, "reward_hacking", "by +0.06 for the held-out"),
-    ({"game/asr_train_judge": 0.92, "game/asr_held_out_judge": 0.79}, None, None)])  # the training judge is stricter
+    ({"game/asr_train_judge": 0.92, "game/asr_held_out_judge": 0.79}, None, None)])
 def test_a_sick_round_raises_an_alarm_that_says_what_to_do_and_a_healthy_one_none(changed, name, said):
     before = {"asr_train_judge": 0.85, "asr_held_out_judge": 0.86}
     limits = {"attacker": 25, "defender": 16}
@@ -2760,7 +2761,7 @@ def two_processes(function, *args):
 
 def train_together(rank, meeting, *argv):
     """What `torchrun --nproc_per_node=2 train.py` does in each process, but they meet over a file."""
-    os.environ["WORLD_SIZE"] = "2"
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank)}
     sys.stderr = open(f"{meeting}_{rank}.txt", "w")
     torch.set_num_threads(1)
     meet = {"init_method": f"file://{meeting}", "rank": rank, "world_size": 2}
@@ -2825,9 +2826,9 @@ SCHEDULE = "--rounds 2 --attacker_steps 1 --defender_steps 2".split()
 TINY = [*SIZES, *SCHEDULE, "--mine", "8"]
 
 
-def interpreter(*arguments, cwd=HERE):
+def interpreter(*arguments, cwd=HERE, **variables):
     """A program in an interpreter of its own, as a user starts it, with one thread: two would add in another order."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", **variables}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, **pipes)
 
@@ -2934,6 +2935,44 @@ def test_every_method_runs_from_the_warm_start_of_another_run(finished, method, 
     if method == "gpo":  # from the same start, the same game
         games = [(folder / "games.jsonl").read_bytes() for folder in (finished.folder, tmp_path / "run")]
         assert games[0] == games[1]
+
+
+OUTS = {"a link": "link", "a link to nothing": "dangling", "the present folder": ".", "a file system's root": "mounted"}
+
+
+@pytest.mark.parametrize("out", OUTS.values(), ids=OUTS)
+def test_a_run_is_made_in_an_empty_folder_and_a_start_that_fails_leaves_it_empty(finished, out, tmp_path, capsys):
+    here = tmp_path / "here"
+    for folder in (here, tmp_path / "real", here / "mounted" / "lost+found"):
+        folder.mkdir(parents=True)
+    if out == ".":
+        shutil.rmtree(here / "mounted")
+    else:
+        (here / "link").symlink_to(tmp_path / "real")
+        (here / "dangling").symlink_to(tmp_path / "new")
+    arguments = [*SIZES, *"--method sft --average none".split(), "--start", finished.folder, "--out", out]
+    before = contents(here)
+    status, line = ending(capsys, here, *arguments, "--held_out_judge", "no.py:judge")
+    assert status == 2 and "no.py" in line and contents(here) == before
+    run_program(here, *arguments)
+    assert (here / out / "summary.json").is_file() and (here / out).is_symlink() == (out in ("link", "dangling"))
+    status, line = ending(capsys, here, *arguments)
+    assert status == 2 and line == f"error: --out must name a new or empty folder, got {out}; continue the run in it " \
+        f"with --resume {out}"
+
+
+def test_what_a_terminal_cannot_show_is_escaped(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    for encoding, seen in (("ascii", rb"caf\xe9 \u2116 \U0001f642"), ("cp1252", b"caf\xe9 \\u2116 \\U0001f642")):
+        narrow = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr("sys.stdout", narrow)
+        data.as_a_program()
+        print("café № 🙂", end="", flush=True)
+        assert narrow.buffer.getvalue() == seen
+    signal.signal(signal.SIGTERM, before)
+    with interpreter("eval.py", "--help", PYTHONIOENCODING="ascii") as process:
+        printed, error = process.communicate()
+    assert process.returncode == 0 and r"mean \xb1 standard error" in printed, error
 
 
 # --- models of the user's own ----------------------------------------------------------------------------------------
@@ -3114,6 +3153,34 @@ def test_flags_after_a_configuration_file_count_more_than_the_file(tmp_path):
         assert config.template == "a: {}" and parse([str(tmp_path / name)]).rounds == 3
 
 
+def test_what_is_on_this_machine_is_kept_by_its_absolute_path_and_a_name_of_the_hub_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("models/a", "rule", "judge.py:old"):
+        Path(folder).mkdir(parents=True)
+    for file in ("p.txt", "judge.py", "words"):
+        Path(file).write_text("p")
+    given = {"attacker": "models/a", "defender": "rule", "embedder": "words", "judge": "judge.py:score",
+             "held_out_judge": "guard:models/a", "prompts": "p.txt", "sft_data": "no.jsonl"}
+    config = resolve(Config(**given))
+    kept = {name: getattr(config, name).replace(str(tmp_path), "HERE") for name in given}
+    assert kept == {"attacker": "HERE/models/a", "defender": "HERE/rule", "embedder": "words",
+                    "judge": "HERE/judge.py:score", "held_out_judge": "guard:HERE/models/a", "prompts": "HERE/p.txt",
+                    "sft_data": "no.jsonl"}
+    for judge in ("rule", "org/judge", "guard:org/judge", "p.txt", "none.py:f"):  # a judge is no file but its code
+        assert resolve(Config(**given | {"judge": judge})).judge == judge
+    assert resolve(Config(**given | {"judge": "judge.py:old"})).judge == f"{tmp_path}/judge.py:old"
+
+
+@pytest.mark.parametrize("flags, device, line", [
+    ([], DEVICE, "the run began with --device cuda:99, which is not here; it goes on with --device auto\n"),
+    (["--device", "cpu"], "cpu", "")], ids=["alone", "cpu"])
+def test_a_run_goes_on_where_the_device_is_not_that_it_began_on(tmp_path, flags, device, line, capsys):
+    options = asdict(resolve(Config(out="nowhere"))) | {"device": "cuda:99", "seed": 7}
+    (tmp_path / "config.json").write_text(json.dumps({"config": options}))
+    config = resolve(parse(["--resume", str(tmp_path), *flags]))
+    assert (config.device, config.seed, config.out) == (device, 7, str(tmp_path)) and capsys.readouterr().out == line
+
+
 # --- faults, and going on after them ---------------------------------------------------------------------------------
 # A judge that scores by length. Where fault.txt says "N what", it does that while the run `faulty` has logged N steps;
 # -1 is before the game.
@@ -3164,7 +3231,7 @@ def faulty(undisturbed, capsys):
     """A function that plays the run `faulty` until its judge does something: (exit status, last line of stderr)."""
     folder, _ = undisturbed
     before = signal.getsignal(signal.SIGTERM)
-    data.sigterm_as_ctrl_c()  # as in a program that was started from a shell
+    data.as_a_program()  # as in a program that was started from a shell
 
     def play_until(fault, *flags):
         shutil.rmtree(folder / "faulty", ignore_errors=True)
@@ -3178,14 +3245,14 @@ def faulty(undisturbed, capsys):
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_stopped_run_says_in_one_line_how_to_go_on_and_ends_like_one_left_alone(undisturbed, faulty, name):
+def test_a_stopped_run_says_in_one_line_how_to_go_on_and_ends_like_one_left_alone(undisturbed, faulty, name, tmp_path):
     folder, expected = undisturbed
     steps, fault, status, last_line, checkpoint = FAULTS[name]
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     assert faulty(f"{steps} {fault}") == (status, last_line)
     assert newest_checkpoint(folder / "faulty") == checkpoint and not (folder / "faulty" / "summary.json").exists()
     assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
-    run_program(folder, "--resume", "faulty")
+    run_program(tmp_path, "--resume", folder / "faulty")  # from another folder than it was begun from
     assert not differing(folder / "faulty", expected)
 
 
@@ -3205,8 +3272,7 @@ def test_all_state_of_a_game_survives_a_stop_in_mid_turn(undisturbed, faulty, mo
     assert not differing(folder / "faulty", outcome(folder / "stateful"))
     mixture = load_file(folder / "faulty" / "average" / "defender_mixture.safetensors")
     assert all(("lora_" in name) == bool(more) for name in mixture)
-    with contextlib.chdir(folder):
-        defender = open_run("faulty").world.players["defender"]  # the run's last answers come again
+    defender = open_run(folder / "faulty").world.players["defender"]  # the run's last answers come again
     probes = [game for game in read_lines(folder / "faulty" / "games.jsonl") if game["role"] == "probe"][-3:]
     answers = defender.generate([game["attack"] for game in probes], 0, temperature=0).texts
     assert answers == [game["response"] for game in probes]
@@ -3252,16 +3318,62 @@ def test_a_damaged_checkpoint_is_named_and_skipped(undisturbed, damaged, tmp_pat
 
 
 def test_a_run_folder_is_for_one_process_at_a_time(tmp_path, capsys):
-    first, second = (resolve(Config(out=str(tmp_path / "run"), seed=seed)) for seed in (1, 2))  # both find it free
-    lock = begin(first)
-    with pytest.raises(OSError, match="not empty"):
-        begin(second)
-    assert ending(capsys, tmp_path, "--resume", "run") == (
-        2, "error: a run folder is for one process at a time, and one is at work in run; wait for its end or pass "
-        "another --out")
-    os.close(lock)
+    configs = [resolve(Config(out=str(tmp_path / "run"), seed=seed)) for seed in (1, 2)]  # both find it free
+    first, second = map(RunFolder, configs)
+    first.begin()
+    at_work = "a run folder is for one process at a time, and one is at work in {}; stop it or wait for its end"
+    with pytest.raises(ValueError, match=re.escape(at_work.format(tmp_path / "run"))):
+        second.begin()
+    assert ending(capsys, tmp_path, "--resume", "run") == (2, "error: " + at_work.format("run"))
+    os.close(first.lock)
+    with pytest.raises(ValueError, match="--out must name a new or empty folder"):
+        second.begin()
+    second.leave_nothing()  # of its own
     assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["seed"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_no_error(number, tmp_path, monkeypatch, capsys):
+    def flock(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    RunFolder(resolve(Config(out=str(tmp_path / "run")))).begin()
+    assert (tmp_path / "run" / "config.json").exists()
+    assert capsys.readouterr().err == (f"{tmp_path}/run cannot be locked ([Errno {number}] {os.strerror(number)}): "
+                                       "let no other process work in it\n")
+
+
+def test_a_start_that_was_killed_in_its_first_moment_can_be_repeated(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    folder = RunFolder(resolve(Config(out=str(run))))
+    with monkeypatch.context() as context:
+        context.setattr("os.replace", lambda *paths: sys.exit(9))
+        with pytest.raises(SystemExit):
+            folder.begin()
+    os.close(folder.lock)
+    assert {path.name for path in run.iterdir()} == {".lock", "config.json.writing"}
+    RunFolder(resolve(Config(out=str(run)))).begin()
+    assert {path.name for path in run.iterdir()} == {".lock", "config.json"}
+
+
+@pytest.mark.parametrize("variables, message", [
+    ({"WORLD_SIZE": ""}, None), ({"WORLD_SIZE": "1", "RANK": "0"}, None),
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK is ignored: torchrun starts several processes"),
+    ({"WORLD_SIZE": "two", "RANK": "0"}, "error: several processes need what torchrun sets"),
+    ({"WORLD_SIZE": "2", "RANK": "0"}, "error: several processes need what torchrun sets")])
+def test_variables_of_torchrun_that_are_not_torchruns_are_ignored_or_an_error(variables, message, monkeypatch, capsys):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    is_error = (message or "").startswith("error")
+    with pytest.raises(SystemExit) if is_error else contextlib.nullcontext():
+        join_processes()
+    error = capsys.readouterr().err
+    assert error.startswith(message or "") and len(error.splitlines()) == bool(message)
+    assert gpo.world_size() == 1
 
 
 def test_on_a_full_disk_a_run_ends_with_one_line_and_with_more_room_goes_on_to_the_same_end(
@@ -3315,6 +3427,42 @@ def test_tensorboard_has_each_step_once_also_of_a_run_that_was_stopped(undisturb
     for name in ("game/attack_success", "attacker/objective/kl", "game/asr_held_out_judge"):
         expected = [(m["step"], pytest.approx(m[name], rel=1e-6)) for m in metrics if name in m]
         assert [(event.step, event.value) for event in events.Scalars(name)] == expected
+
+
+FAKE_WANDB = """
+calls = []
+class UsageError(Exception): pass
+
+def init(**kwargs):
+    if {init}: raise UsageError("no key,\\nand no terminal")
+    import wandb
+    return wandb
+
+def log(metrics, step):
+    calls.append((step, metrics))
+    if {log}: raise ConnectionError("gone")
+"""
+TROUBLES = {  # when: (init raises, log raises, steps that are sent, what is printed)
+    "none": (False, False, [0, 1, 2, 3], []),
+    "at the start": (True, False, [], ["UsageError: no key,"]),
+    "in the run": (False, "len(calls) == 3", [0, 1, 2], ["ConnectionError: gone"])}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_weights_and_biases_gets_each_step_once_and_its_errors_do_not_end_a_run(
+        undisturbed, trouble, tmp_path, monkeypatch, capsys):
+    folder, expected = undisturbed
+    init, log, steps, said = TROUBLES[trouble]
+    (tmp_path / "wandb.py").write_text(FAKE_WANDB.format(init=init, log=log))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    run_program(folder, *FAULTY, "--log", "wandb", "--out", tmp_path / "run")
+    fake = sys.modules.pop("wandb")
+    assert [step for step, _ in fake.calls] == steps
+    lines = [line for line in re.split("[\r\n]", capsys.readouterr().err) if "wandb" in line]
+    assert lines == [f"--log wandb does not work ({what}); the run goes on without it, its metrics are in {tmp_path}"
+                     "/run/metrics.jsonl" for what in said]
+    assert not differing(tmp_path / "run", expected)
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
@@ -3425,7 +3573,7 @@ def test_reproduce_plays_every_row_on_every_seed_from_one_warm_start_and_nothing
         start = reproduce.run_folder(results, name, seed) / "checkpoints" / "start" / "defender" / "model.safetensors"
         warm_start = reproduce.run_folder(results, "SFT", seed) / "defender" / "model.safetensors"
         assert start.read_bytes() == warm_start.read_bytes()
-    assert "| GPO+Div |" in (results / "table.md").read_text() and (results / "methods.png").stat().st_size > 10_000
+    assert "| GPO+Div " in (results / "table.md").read_text() and (results / "methods.png").stat().st_size > 10_000
 
 
 def test_best_responses_bound_the_nash_gap_after_each_round(undisturbed, tmp_path, capsys):
@@ -3616,16 +3764,16 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "shards for one process": ([*OUT, "--shard"], "--shard needs several processes"),
     "what the method does not do": ([*OUT, "--method", "rlhf", "--mine", "8"], "--mine 8 would do nothing"),
     "a package that is not there": ([*OUT, "--log", "wandb"], "--log wandb needs the package wandb: pip install wandb"),
-    "an occupied run folder": (["--out", "bad"], "new or empty folder, got bad"),
+    "an occupied folder": (["--out", "bad"], "new or empty folder, got bad"),
     "a run folder that cannot be": (["--out", "/proc/run"], "a folder that can be written to"),
     "answers beyond the context": ([*OUT, "--response_tokens", "100000"], "100000 new tokens in its context of 64"),
-    "a configuration of unknown names": (["bad/names.yaml"], "must hold options of train.py, got runds"),
+    "a configuration of unknown names": (["bad/names.yaml"], "unrecognized arguments: --runds=3; see"),
     "a configuration that runs code": (["bad/code.yaml"], "could not determine a constructor for the tag"),
     "a warm start of another seed": ([*OUT, "--start", "bad/other", "--seed", "5"], "needs a run of the same seed"),
-    "a resumed run with a seed": (["--resume", "bad/other", "--seed", "0"], "--resume takes the run folder alone"),
+    "a resumed run with a seed": (["--resume", "bad/other", "--seed", "0"], "takes the run folder and --device alone"),
     "nothing to resume": (["--resume", "bad"], "--resume needs a run folder"),
-    "a run of an older version": (["--resume", "bad/older"], "it was begun by an older version, without mine"),
-    "a folder that is no model": ([*OWN, "--defender", "bad"], "cannot load 'bad' as a causal language model"),
+    "a run of an older version": (["--resume", "bad/older"], "begun by a version with other options (mine)"),
+    "a folder that is no model": ([*OWN, "--defender", "bad"], "bad' as a causal language model"),
     "an unknown judge": ([*OWN, "--judge", "nonsense"], "cannot load the judge 'nonsense'"),
     "a language model as a judge": ([*OWN, "--judge", "attacker"], "it has no weights for"),
     "labels that do not tell": ([*OWN, "--unsafe_label", "bad"], "cannot tell which label of the judge means unsafe"),
@@ -3635,7 +3783,7 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "labels of the other judge": ([*OWN, "--held_out_judge", "bad/numbered"], "with --held_out_unsafe_label LABEL"),
     "a judge of too few scores": ([*OWN, "--judge", "bad/judge.py:short"], "one score per exchange"),
     "a judge that decides nothing": ([*OWN, "--judge", "bad/judge.py:nothing"], "at least half of the exchanges"),
-    "an embedder of no model": ([*OWN, "--embedder", "bad"], "cannot load the embedder 'bad'"),
+    "an embedder of no model": ([*OWN, "--embedder", "bad"], "cannot load the embedder '/"),
     "malformed JSON": ([*OWN, "--prompts", "bad/broken.jsonl"], "line 2: malformed JSON"),
     "answers beyond a user's context": ([*OWN, "--response_tokens", "256"], "--response_tokens must leave room for a"),
     "prompts beyond the context": ([*OWN, "--prompts", "bad/long.txt"], "2 longer than 248 tokens left out, and none"),
@@ -3643,7 +3791,7 @@ WRONG = {  # arguments of train.py: what the one line must hold
 WRONG_ELSEWHERE = {
     "nothing to evaluate": (evaluation, [], "eval.py takes run folders or a command"),
     "a run that goes on still": (evaluation, ["bad/other"], "go on with an unfinished one by train.py --resume"),
-    "a finished run that is damaged": (evaluation, ["bad/hurt"], "the run in bad/hurt is damaged"),
+    "a finished run that is damaged": (evaluation, ["bad/hurt"], "cannot read the run in bad/hurt: "),
     "a report of no run": (evaluation, ["report", "bad"], "takes run folders with games.jsonl, got bad"),
     "a report of damaged games": (evaluation, ["report", "bad/hurt"], "bad/hurt"),
     "an attacker without a run": (evaluation, ["attack", "attacker", "defender"], "needs --prompts and --judge"),

@@ -48,7 +48,7 @@ from gpo import (
     world_size,
 )
 from harness.config import Config
-from harness.data import sigterm_as_ctrl_c
+from harness.data import as_a_program
 from harness.run import RunFolder, run_folder, start_program
 from harness.world import SFT_RATE, World, attacker_to_measure, evaluate, make_world, show_prompts
 from model import Rollout, demonstrations
@@ -403,5 +403,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sigterm_as_ctrl_c()
+    as_a_program()
     main(sys.argv[1:])

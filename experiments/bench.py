@@ -35,7 +35,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from diversity import ORDERS, Diversity, word_embedder
 from gpo import Player, gae, policy_loss, ppo_update, token_rewards, value_loss, whiten
-from harness.data import append_lines, fail, interrupted, quiet_libraries, read_lines, sigterm_as_ctrl_c
+from harness.data import append_lines, as_a_program, fail, interrupted, quiet_libraries, read_lines
 from kernel import linear_logprob
 from model import DTYPE_NAMES, DTYPES, Policy, best_dtype, generate, keep_freed_memory
 
@@ -470,5 +470,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sigterm_as_ctrl_c()
+    as_a_program()
     main(sys.argv[1:])

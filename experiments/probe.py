@@ -28,7 +28,7 @@ from eval import (
     success,
 )
 from gpo import Player, play
-from harness.data import read_json, sigterm_as_ctrl_c, visible, write_json
+from harness.data import as_a_program, read_json, visible, write_json
 from harness.report import LOOKS, figure
 from harness.run import open_run
 from reward import Judge
@@ -115,5 +115,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sigterm_as_ctrl_c()
+    as_a_program()
     main(sys.argv[1:])

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from eval import Parser, after_round, attack_success_rate, averages, best_file, cell, kl, measure, run_program
 from harness.config import parse, resolve
-from harness.data import read_config, read_json, read_lines, sigterm_as_ctrl_c, visible, write_json, write_text
+from harness.data import as_a_program, read_config, read_json, read_lines, visible, write_json, write_text
 from harness.report import LABELS, LOOKS, band, figure, markdown, mean_and_error, paired_test, standard_error
 from harness.run import FinishedRun, open_run
 
@@ -513,5 +513,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sigterm_as_ctrl_c()
+    as_a_program()
     main(sys.argv[1:])

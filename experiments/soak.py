@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from harness.data import fail, interrupted, sigterm_as_ctrl_c
+from harness.data import as_a_program, fail, interrupted
 
 ROOT = Path(__file__).resolve().parent.parent
 SOAK = ("--out run --sft_steps 6 --judge_steps 6 --batch_size 8 --eval_prompts 8 --attack_tokens 8 --response_tokens 6 "
@@ -47,7 +47,7 @@ def announce(owner, name):  # on stdout, when it begins, and when what is around
 
 WHERE = (  # each name where it is looked up
     (train, "make_world play ppo_update evaluate distill"), (world, "sft train_judge"),
-    (run.RunFolder, "load save_start save"), (run, "begin save_policy draw_curves write_report"), (gpo, "call_judge"))
+    (run.RunFolder, "begin load save_start save"), (run, "save_policy draw_curves write_report"), (gpo, "call_judge"))
 for owner, names in WHERE:
     for name in names.split():
         announce(owner, name)
@@ -166,5 +166,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sigterm_as_ctrl_c()
+    as_a_program()
     main(sys.argv[1:])

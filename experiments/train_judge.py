@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from harness.data import check_labels, fail, interrupted, is_test, quiet_libraries, read_rows, sigterm_as_ctrl_c
+from harness.data import as_a_program, check_labels, fail, interrupted, is_test, quiet_libraries, read_rows
 from harness.report import calibration, wilson_interval
 from model import first_line, save_tokenizer
 from reward import Judge, check_embeddings, judge_score, train_judge
@@ -117,5 +117,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sigterm_as_ctrl_c()
+    as_a_program()
     main()

@@ -18,6 +18,11 @@ from model import DTYPE_NAMES, best_dtype
 
 METHODS = ("gpo", "rlhf", "iterative", "paraphrase", "sft")
 LONG_FORM = {"both": "mixture,weights", "distill": "mixture,weights,distill"}  # of two values of --average
+DATA = ("prompts", "test_prompts", "benign_prompts", "sft_data")
+PATHS = (*DATA, "attacker", "defender", "judge", "held_out_judge", "embedder", "start")
+OUR_NAMES = ("rule", "toy", "truth", "chosen", "words")  # of judges and embedders
+LEFT_BY_A_START = {".lock", "config.json.writing"}  # one that was killed in its first moment
+LEFT_ALONE = {"lost+found"}  # of a file system of its own
 AVERAGES = ("mixture", "weights", "none", *LONG_FORM, *LONG_FORM.values())
 
 
@@ -160,9 +165,6 @@ def flags_of(values: dict, source: str) -> list[str]:
     """{option: value} of a file or a run as flags, which the parser checks. Raises ValueError."""
     if not isinstance(values, dict):
         raise ValueError(f"{source} must hold names and values, got {str(values)[:40]!r}")
-    unknown = {str(name).replace("-", "_") for name in values} - {*OPTIONS, "guard"}  # the alias
-    if unknown:
-        raise ValueError(f"{source} must hold options of train.py, got {', '.join(sorted(unknown))}")
     return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
 
@@ -189,17 +191,21 @@ def parse(argv: list[str]) -> Config:
 def resumed(parser: Parser, given: dict) -> Config:
     """The configuration of the run in the folder given["resume"]. Ends the process as `parse` does."""
     folder = given["resume"]
-    if len(given) > 1:
-        fail("--resume takes the run folder alone: the run's own configuration is used")
+    if set(given) - {"resume", "device"}:
+        fail("--resume takes the run folder and --device alone: all else is as in the run's own configuration")
     try:
         saved = read_config(folder)
-        missing = set(OPTIONS) - set(saved)
-        if missing:  # today's default may differ from the value that the run began with
-            raise ValueError(f"it was begun by an older version, without {', '.join(sorted(missing))}")
+        different = set(OPTIONS) ^ set(saved)
+        if different:  # today's default may differ from the value that the run began with
+            raise ValueError(f"it was begun by a version with other options ({', '.join(sorted(different))}); resume "
+                             "it with that one, whose commit is in config.json, or begin again")
         saved = vars(parser.parse_args(flags_of(saved, folder)))
-        return Config(**{**saved, "resume": folder, "out": folder})
     except Exception as error:
         fail(f"--resume needs a run folder with its config.json, got {folder} ({type(error).__name__}: {error})")
+    if "device" not in given and saved["device"] not in devices():
+        print(f"the run began with --device {saved['device']}, which is not here; it goes on with --device auto")
+        given["device"] = "auto"
+    return Config(**{**saved, **given, "out": folder})
 
 
 # --- completing and checking: all raise ValueError ----------------------------------------------------------------
@@ -213,6 +219,8 @@ def resolve(config: Config) -> Config:
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
     check_values(config)
+    for name in PATHS:
+        setattr(config, name, absolute(name, getattr(config, name)))
     if config.dtype == "auto":
         config.dtype = DTYPE_NAMES[best_dtype(config.device)]
     config.average = LONG_FORM.get(config.average, config.average)
@@ -223,14 +231,34 @@ def resolve(config: Config) -> Config:
     if config.start and not config.resume:
         check_start(config, Path(config.start))
     if not config.resume:
-        check_out(Path(config.out), writes=not config.dry_run)
+        check_out(Path(config.out))
     return config
+
+
+def absolute(name: str, value: str | None) -> str | None:
+    """The value of an option, as an absolute path if it names a file or a folder that is here: a run is resumed and
+    evaluated from other folders too. A hub id, and the name of a judge or an embedder of ours, stays as it is."""
+    is_ours = name in ("judge", "held_out_judge", "embedder") and value in OUR_NAMES
+    if value is None or is_ours:
+        return value
+    guard, path, function = re.fullmatch(r"(guard:)?(.+?)((?<=\.py):\w+)?", value, re.DOTALL).groups("")
+    is_here = Path(path).is_file() if function or name in DATA else Path(path).is_dir()
+    return f"{guard}{Path(path).resolve()}{function}" if is_here else value
+
+
+def devices() -> list[str]:
+    """What `--device` may name on this machine; several processes have a GPU each."""
+    if not torch.cuda.is_available():
+        return ["cpu"]
+    if world_size() > 1:
+        return ["cpu", "cuda"]
+    return ["cpu", "cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
 
 
 def check_values(config: Config) -> None:
     """Check each option by itself: the device, choices, bounds."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?" if torch.cuda.is_available() else "cpu", config.device):
-        raise ValueError(f"--device must be auto, cpu or, where there is one, cuda, got {config.device!r}")
+    if config.device not in devices():
+        raise ValueError(f"--device must be auto or, on this machine, {' or '.join(devices())}, got {config.device!r}")
     for name, known in OPTIONS.items():
         value = getattr(config, name)
         if known.choices and value not in known.choices:
@@ -251,11 +279,12 @@ def check_combinations(config: Config) -> None:
     unit = config.minibatches * world_size()
     if config.batch_size % unit:
         raise ValueError(f"--batch_size must be a multiple of --minibatches x processes ({config.minibatches} x "
-                         f"{world_size()}), got {config.batch_size}; try {unit * (config.batch_size // unit + 1)}")
+                         f"{world_size()}), got {config.batch_size}; try {unit * (config.batch_size // unit + 1)} or, "
+                         "in a run that is resumed, another number of processes")
     if config.shard and world_size() == 1 and not config.resume:
         raise ValueError("--shard needs several processes, got one; start torchrun --nproc_per_node=N train.py ...")
     if config.shard and config.lora:
-        raise ValueError("--shard and --lora do not go together: adapters are too small to need it")
+        raise ValueError("--shard and --lora do not go together: adapters are too small to need it; leave one out")
     if config.log != "none" and not importlib.util.find_spec(config.log):
         raise ValueError(f"--log {config.log} needs the package {config.log}: pip install {config.log}")
 
@@ -296,13 +325,11 @@ def check_start(config: Config, run: Path) -> None:
         raise ValueError(f"--start needs a run of the same {', '.join(different)}, got {run} with {theirs}")
 
 
-def check_out(folder: Path, writes: bool) -> None:
-    """`--out` must be new and, where the run `writes`, in a place that can be written to: found out before training."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--out must name a new or empty folder, got {folder}; continue a run with --resume {folder}")
-    try:
-        if writes:
-            folder.mkdir(parents=True, exist_ok=True)
-            folder.rmdir()
-    except OSError as error:
-        raise ValueError(f"--out must be in a folder that can be written to, got {folder}: {error.strerror}") from error
+def check_out(folder: Path) -> None:
+    """`--out` must be new or empty, but for what a start that was killed and a file system leave in a folder."""
+    occupied = folder.exists()
+    if folder.is_dir():
+        occupied = {path.name for path in folder.iterdir()} - LEFT_BY_A_START - LEFT_ALONE
+    if occupied:
+        go_on = f"; continue the run in it with --resume {folder}" if (folder / "config.json").is_file() else ""
+        raise ValueError(f"--out must name a new or empty folder, got {folder}{go_on}")

@@ -37,12 +37,15 @@ def fail(message: object) -> NoReturn:
     sys.exit(2)
 
 
-def sigterm_as_ctrl_c() -> None:
-    """From now on SIGTERM raises KeyboardInterrupt too, with the number of the signal."""
+def as_a_program() -> None:
+    """What a program does first: from now on SIGTERM raises KeyboardInterrupt too, with the number of the signal, and
+    a character that the terminal's encoding lacks is printed as its escape."""
     def stop(number, frame):
         raise KeyboardInterrupt(number)
 
     signal.signal(signal.SIGTERM, stop)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def interrupted(stop: KeyboardInterrupt, what_next: str) -> NoReturn:

@@ -30,7 +30,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from gpo import load_weights, my_rows, rank, trained_weights, world_size
-from model import Policy, load_policy
+from harness.data import fail
+from model import Policy, first_line, load_policy
 from reward import Judge
 
 PEFT_PREFIX = "base_model.model."  # before every name in peft's files
@@ -39,15 +40,23 @@ PEFT_PREFIX = "base_model.model."  # before every name in peft's files
 # --- several processes -------------------------------------------------------------------------------------
 def join_processes() -> None:
     """Under torchrun, meet the other processes. Only the first of them prints, but a crash of any is shown."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    processes = os.environ.get("WORLD_SIZE") or "1"
+    if processes == "1":
+        return
+    if not os.environ.get("RANK"):
+        print(f"WORLD_SIZE={processes} without RANK is ignored: torchrun starts several processes", file=sys.stderr)
         return
     cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
+    try:
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
+    except (ValueError, KeyError, RuntimeError) as error:
+        fail(f"several processes need what torchrun sets, with at most one process a GPU: {type(error).__name__}: "
+             f"{first_line(error)}; without torchrun unset WORLD_SIZE and RANK")
     if rank():
         sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
 
 
 def gather_results(work: Callable[[], object]) -> list:
@@ -196,7 +205,7 @@ def checkpoint_blocks(policy: Policy) -> None:
     blocks = [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not blocks:
         raise ValueError("--gradient_checkpointing needs a model of transformers' own blocks, got "
-                         f"{policy.lm.config.model_type}")
+                         f"{policy.lm.config.model_type}; leave it out")
     for block in blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 

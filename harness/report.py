@@ -3,8 +3,6 @@
 A row is a dict of numbers by the names of summary.json; `rows` is {column or method: row}.
 """
 
-from __future__ import annotations
-
 import base64
 import html
 import json
@@ -13,14 +11,10 @@ import re
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from harness.data import read_config, read_json, read_lines, visible, write_text
-
-if TYPE_CHECKING:  # matplotlib is loaded when the first figure is drawn
-    from matplotlib.axes import Axes
 
 # key of a row -> (label among many runs, label in the table of one run; "" is not in that table).
 # A key after "/" names a test set.
@@ -47,9 +41,12 @@ TABLE = {key: long for key, (_, long) in MEASURES.items() if long}
 
 # --- tables ---------------------------------------------------------------------------------------------------
 def markdown(head: Sequence, lines: Sequence[Sequence]) -> str:
-    """A table: the first column to the left, all others to the right."""
-    ruler = ["---"] + ["---:"] * (len(head) - 1)
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (head, ruler, *lines))
+    """A table, aligned for a terminal: the first column to the left, all others to the right."""
+    lines = [list(map(str, line)) for line in (head, *lines)]
+    first, *others = [max(3, *map(len, column)) for column in zip(*lines)]  # widths
+    lines.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in others)])
+    cells = [[label.ljust(first), *map(str.rjust, values, others)] for label, *values in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 def mean_and_error(values: Sequence[float | None], digits: int = 3) -> str:
@@ -71,24 +68,13 @@ def show(value: float | None, interval: Sequence[float] = ()) -> str:
     return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def table_lines(rows: dict[str, dict]) -> list[list[str]]:
-    """The rows of summary.json as lines of cells, the head first: one column each."""
-    lines = [["", *rows]]
-    for key, label in TABLE.items():
-        lines.append([label, *(show(row.get(key)) for row in rows.values())])
+def summary_table(rows: dict[str, dict]) -> str:
+    """The rows of summary.json as a markdown table, one column each."""
+    lines = [[label, *(show(row.get(key)) for row in rows.values())] for key, label in TABLE.items()]
     if any(row.get("undecided") for row in rows.values()):
         undecided = [str(row.get("undecided", "-")) for row in rows.values()]
         lines.append(["judgements that were undecided, in no rate above", *undecided])
-    return lines
-
-
-def summary_table(rows: dict[str, dict]) -> str:
-    """The rows of summary.json as a markdown table, one column each, aligned for a terminal."""
-    lines = table_lines(rows)
-    first, *others = [max(map(len, column)) for column in zip(*lines)]  # widths
-    lines.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in others)])
-    cells = [[label.ljust(first), *map(str.rjust, values, others)] for label, *values in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+    return markdown(["", *rows], lines)
 
 
 # --- statistics -----------------------------------------------------------------------------------------------
@@ -152,7 +138,7 @@ LOOKS = [
 
 def figure(columns: int, width: float = 4.6, height: float = 3.8, rows: int = 1, **kwargs) -> tuple:
     """(a matplotlib figure, its rows x columns axes in reading order); width and height of each, in inches."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # slow to load
 
     canvas = Figure(figsize=(width * columns, height * rows), layout="constrained")
     axes = canvas.subplots(rows, columns, squeeze=False, **kwargs).ravel()
@@ -162,7 +148,7 @@ def figure(columns: int, width: float = 4.6, height: float = 3.8, rows: int = 1,
     return canvas, axes
 
 
-def band(axis: Axes, x: Sequence[float], values: np.ndarray, label: str, look: dict) -> None:
+def band(axis: object, x: Sequence[float], values: np.ndarray, label: str, look: dict) -> None:
     """A line of means with a band of one standard error; values (seeds, points)."""
     values = np.asarray(values, dtype=float)
     mean = values.mean(0)
@@ -171,11 +157,10 @@ def band(axis: Axes, x: Sequence[float], values: np.ndarray, label: str, look: d
     axis.fill_between(x, mean - error, mean + error, color=look["color"], alpha=0.15, lw=0)
 
 
-def draw_curves(folder: Path, log: list[dict], rows: dict[str, dict]) -> None:
+def draw_curves(folder: Path, log: list[dict], before: dict) -> None:
     """curves.png: attack success by both judges, both players' reward, diversity and KL.
 
-    log: the lines of metrics.jsonl; rows["before"]: before the game."""
-    before = rows["before"]
+    log: the lines of metrics.jsonl; before: the row before the game."""
     evaluations = [m for m in log if "game/asr_held_out_judge" in m]  # one a round
     if not evaluations:
         return
@@ -245,7 +230,7 @@ def round_lines(round: int, games: list[dict]) -> list[str]:
     """A round in report.md: its most and its least successful attack, and a held-out prompt after it."""
     attacks = [game for game in games if game["role"] == "attacker"]
     attacks = attacks or [game for game in games if game["role"] == "defender"]
-    decided = [game for game in attacks if is_decided(game)]
+    decided = [game for game in attacks if game["p_safe"] is not None]
     different = len({game["attack"] for game in attacks})
     unsafe = np.mean([1 - game["p_safe"] for game in decided])
     dialogues = [("most successful", min(decided, key=lambda game: game["p_safe"])),
@@ -254,19 +239,13 @@ def round_lines(round: int, games: list[dict]) -> list[str]:
     lines = [f"### Round {round + 1}", "",
              f"{len(attacks)} exchanges, {different} different prompts, {unsafe:.0%} unsafe by the training judge.", ""]
     for title, game in dialogues:
-        verdict = f"P(unsafe) {1 - game['p_safe']:.2f}" if is_decided(game) else "undecided"
+        verdict = "undecided" if game["p_safe"] is None else f"P(unsafe) {1 - game['p_safe']:.2f}"
         lines += [f"> *{title}*: **{quoted(game['attack'])}**  ", f"> {quoted(game['response'])} *({verdict})*", ""]
     return lines
 
 
-def is_decided(game: dict) -> bool:
-    """Whether the judge has given a verdict: else P(safe) is NaN, or null in the file."""
-    return game["p_safe"] is not None and not math.isnan(game["p_safe"])
-
-
-def model_card(name: str, config: object, row: dict) -> str:
-    """The README of a saved player ("attacker" or "defender"); config: the run's Config; row: its numbers after the
-    game."""
+def model_card(name: str, config: object) -> str:
+    """The README of a saved player ("attacker" or "defender"); config: the run's Config."""
     return f"""---
 library_name: transformers
 tags: [gpo, red-teaming, {name}]
@@ -276,10 +255,6 @@ tags: [gpo, red-teaming, {name}]
 Trained with `{config.method}` for {config.rounds} rounds, seed {config.seed}, from \
 `{getattr(config, name) or "the embedded toy game"}`.
 Made for hardening models: an attacker is a test instrument, not a tool against systems that are not yours.
-
-```json
-{json.dumps(row, indent=1)}
-```
 """
 
 
@@ -289,8 +264,6 @@ def write_page(folders: Sequence[Path], out: Path) -> None:
     games = []
     for number, folder in enumerate(folders):
         games += [{"run": number, **game} for game in read_lines(folder / "games.jsonl")]
-    for game in games:
-        game |= {key: None for key, value in game.items() if value != value}  # JSON has no NaN
     data = json.dumps({"runs": [folder.name for folder in folders], "games": games}, ensure_ascii=False)
     parts = {
         "title": html.escape(folders[0].name if len(folders) == 1 else f"{len(folders)} runs"),
@@ -311,7 +284,7 @@ def run_section(folder: Path) -> str:
     return f"""<section>
 <h2>{html.escape(config['method'])}, seed {config['seed']}: {html.escape(players)}</h2>
 <p class="soft">{html.escape(str(folder))}: {state}</p>
-{html_table(table_lines(rows))}
+<pre class="wide">{html.escape(summary_table(rows))}</pre>
 {''.join(html_image(image) for image in images if image.is_file())}
 <details><summary>Configuration and versions</summary><pre>\
 {html.escape(json.dumps(made, indent=1, ensure_ascii=False))}</pre></details>
@@ -319,31 +292,17 @@ def run_section(folder: Path) -> str:
 
 
 def rows_and_state(folder: Path) -> tuple[dict[str, dict], str]:
-    """(rows of a run's table, its state in words); of an unfinished run the rows so far, and its curves are drawn."""
+    """(rows of a run's table, its state in words); the curves of an unfinished run are drawn so far."""
     if (folder / "summary.json").is_file():
         summary = read_json(folder / "summary.json")
         rows = {name: row for name, row in summary.items() if name not in ("seconds", "memory", "config")}
         return rows, f"finished in {summary['seconds']:.0f} seconds"
     log = read_lines(folder / "metrics.jsonl")
     rows = {}
-    checkpoints = sorted(folder.glob("checkpoints/step_*/state.json"))
-    if checkpoints:
-        rows["before"] = read_json(checkpoints[-1])["before"]
-        draw_curves(folder, log, rows)
-    for m in [m for m in log if "game/asr_held_out_judge" in m][-1:]:
-        name = f"after round {m['round'] + 1} (a third of the prompts)"
-        rows[name] = {key: m.get(f"game/{key}") for key in TABLE}
+    for state in sorted(folder.glob("checkpoints/step_*/state.json"))[-1:]:
+        rows["before"] = read_json(state)["before"]
+        draw_curves(folder, log, rows["before"])
     return rows, f"unfinished, {len(log)} PPO steps so far"
-
-
-def html_table(lines: list[list[str]]) -> str:
-    """HTML: cells as text, the first line and the first column as heads."""
-    head, *lines = [[html.escape(cell) for cell in line] for line in lines]
-    head = "".join(f"<th>{name}</th>" for name in head)
-    body = ""
-    for label, *values in lines:
-        body += f"<tr><th>{label}</th>{''.join(f'<td>{value}</td>' for value in values)}</tr>\n"
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
 
 
 def html_image(file: Path) -> str:

@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from gpo import Exchanges, NotFinite, PolicyAverage, rank
-from harness.config import Config, parse, resolve
+from harness.config import LEFT_ALONE, Config, check_out, parse, resolve
 from harness.data import (
     append_lines,
     complete_folder,
@@ -86,57 +85,48 @@ def be_deterministic() -> None:
     """What `--deterministic` does; docs/running.md says how far that goes."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS looks at it before its first product
     torch.use_deterministic_algorithms(True, warn_only=True)  # an error would stop the sampler's cumsum on a GPU
-    torch.backends.cudnn.benchmark = False
     torch.set_num_threads(1)  # two threads were seen to add in another order, in one run of four
 
 
 @contextlib.contextmanager
 def run_folder(config: Config) -> Iterator["RunFolder"]:
     """The run folder, taken by this process alone. Whatever ends the run, one line says why and how to go on."""
-    lock = None  # of the first process
     folder = RunFolder(config)
     try:
         if not config.dry_run:
-            lock = first_decides(lambda: begin(config))
-            if rank():
-                lock = None
+            first_decides(folder.begin)
         yield folder
     except (ValueError, OSError, SafetensorError) as error:
-        if folder.is_playing and not isinstance(error, (JudgeError, NotFinite, OSError, SafetensorError)):
-            raise  # a fault of ours
-        if folder.is_playing:
+        if not folder.is_playing:
+            folder.leave_nothing()
+            fail(error)
+        if isinstance(error, (JudgeError, NotFinite, OSError, SafetensorError)):
             fail(f"{error}; the run can go on with --resume {folder.path}")
-        if lock is not None and not (config.resume or folder.has_start()):  # it leaves nothing behind
-            shutil.rmtree(folder.path, ignore_errors=True)
-        fail(error)
+        raise  # a fault of ours
     except KeyboardInterrupt as stop:
         when = "" if folder.is_playing else " before the game began"
-        go_on = "" if config.dry_run else f"; go on with: python train.py --resume {folder.path}"
+        go_on = ""
+        if (folder.path / "config.json").exists():
+            go_on = f"; go on with: python train.py --resume {folder.path}"
         interrupted(stop, f"{when}{go_on}")
     finally:
-        if lock is not None:
-            os.close(lock)
+        if folder.lock is not None:
+            os.close(folder.lock)
 
 
-def begin(config: Config) -> int:
-    """Create the run folder with its config.json atomically, if it is new, and lock it: from here on it can be resumed.
-    Returns the descriptor of the lock, which the system releases when the process ends, however it ends."""
-    path = Path(config.out)
-    if not config.resume:
-        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as beside:
-            new = Path(beside) / "run"
-            new.mkdir()
-            write_json(new / "config.json", {"config": asdict(config), "versions": _versions(config)})
-            os.rename(new, path)  # an error where another run has just taken it
+def lock_folder(path: Path) -> int:
+    """The descriptor of a lock, which the system releases when the process ends, however it ends. Raises ValueError
+    where another process has it; a file system without locks is no error."""
     lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    with contextlib.suppress(ImportError):  # Windows
+    try:
         import fcntl
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(lock)
-            raise ValueError(f"a run folder is for one process at a time, and one is at work in {path}; "
-                             "wait for its end or pass another --out") from error
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise ValueError(f"a run folder is for one process at a time, and one is at work in {path}; stop it or wait "
+                         "for its end") from error
+    except (ImportError, OSError) as error:  # Windows, some network file systems
+        print(f"{path} cannot be locked ({error}): let no other process work in it", file=sys.stderr)
     return lock
 
 
@@ -167,9 +157,40 @@ class RunFolder:
         self.metrics = []  # the lines of metrics.jsonl
         self.games = []  # the lines of games.jsonl
         self.stop_signal = 0  # the number of the signal that asks to stop after the present step
-        self.track = None  # track(step, metrics): to TensorBoard or Weights & Biases
+        self.lock = None  # in the first process: the descriptor of `lock_folder`
+        self.existed = self.path.exists()
+        self.is_new = False  # True in the first process once it has begun a run here
+        self.tracks = config.log != "none" and not rank()
+        self.tracker = None  # tracker(metrics, step): to TensorBoard or Weights & Biases
         self.bar = None
         self.idle_memory = peak_memory(config.device)  # bytes held before the models are made
+
+    def begin(self) -> None:
+        """Take the folder and, for a new run, write its config.json: from here on it can be resumed. Raises ValueError
+        where it cannot be taken or written to."""
+        try:
+            self.path.resolve().mkdir(parents=True, exist_ok=True)
+            self.lock = lock_folder(self.path)
+            if not self.config.resume:
+                check_out(self.path)  # another run may have just begun here
+                self.is_new = True
+                write_json(self.path / "config.json", {"config": asdict(self.config),
+                                                       "versions": _versions(self.config)})
+        except OSError as error:
+            raise ValueError(f"a run needs a folder that can be written to, got {self.path}: {error}") from error
+        self.track([])
+
+    def leave_nothing(self) -> None:
+        """After a start that failed: the folder is as it was before, absent or empty."""
+        if not self.is_new or self.has_start():
+            return
+        for path in self.path.iterdir():
+            if path.is_file():
+                path.unlink()
+            elif path.name not in LEFT_ALONE:
+                shutil.rmtree(path, ignore_errors=True)
+        if not self.existed:
+            self.path.resolve().rmdir()
 
     def has_start(self) -> bool:
         """Whether what the game starts from has been saved: everything that could be wrong with the input was right."""
@@ -189,16 +210,15 @@ class RunFolder:
         self.total_steps = total_steps
         try:
             self.load(game)
-        except Exception as error:
-            raise ValueError(f"the run in {self.path} is damaged: {error}; remove its newest checkpoint or start again"
-                             ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"the run in {self.path} is damaged ({type(error).__name__}: {first_line(error)}); begin "
+                             "again, with another --out") from error
         if self.before is None:
             attacker = attacker_to_measure(self.config, world.players["attacker"])
             self.before = evaluate(world, attacker, world.players["defender"])
         if not self.has_start():
             self.save_start()
-        if self.config.log != "none" and not rank():
-            self.track = tracker(self.config, self.path, self.metrics)
+        self.track(self.metrics)  # those so far: a resumed run has each step once
         self.is_playing = True
         print(f"attack success on held-out prompts before the game: {self.before['asr_held_out_judge']:.1%}")
 
@@ -238,12 +258,26 @@ class RunFolder:
         if not rank():
             append_lines(self.path / "metrics.jsonl", [line])
             append_lines(self.path / "games.jsonl", rows)
-        if self.track:
-            self.track(step, metrics)
+        self.track([line])
         success = metrics["game/attack_success"]
         place = f"round {turn.round + 1}/{self.config.rounds} {turn.player:<8}"
         self.bar.set_description_str(f"{place} attack success {success:4.0%}")
         self.bar.update(1)
+
+    def track(self, lines: list[dict]) -> None:
+        """Send lines of metrics.jsonl to where `--log` says. What goes wrong there does not end the run."""
+        if not self.tracks:
+            return
+        try:
+            if self.tracker is None:
+                self.tracker = tracker(self.config, self.path)
+            for line in lines:
+                numbers = {name: value for name, value in line.items() if name not in ("step", "role")}
+                self.tracker(numbers, line["step"])
+        except Exception as error:
+            self.tracks = False
+            tqdm.write(f"--log {self.config.log} does not work ({type(error).__name__}: {first_line(error)}); the run "
+                       f"goes on without it, its metrics are in {self.path}/metrics.jsonl", file=sys.stderr)
 
     def probe(self, place: dict) -> list[dict]:
         """Rows of games.jsonl: the answers to three held-out prompts, by the held-out judge."""
@@ -354,14 +388,14 @@ class RunFolder:
         examples = changed_answers(world)
         for name, player in world.players.items():
             with complete_folder(self.path / name, not rank()) as temporary:
-                save_policy(merged(player.policy, "cpu"), temporary, model_card(name, self.config, rows["after"]))
+                save_policy(merged(player.policy, "cpu"), temporary, model_card(name, self.config))
                 save_adapter(player.policy, temporary)
         if rank():
             return
         self.save_averages(averages)
         held = (peak_memory(self.config.device) - self.idle_memory) / 2**20
         print(f"memory: at most {held:.0f} MiB held, beside Python and its libraries")
-        draw_curves(self.path, self.metrics, rows)
+        draw_curves(self.path, self.metrics, self.before)
         write_report(self.path, self.games, rows, examples)
         seconds = time.time() - clock
         summary = {**rows, "seconds": seconds, "memory": {"used_mib": held}, "config": asdict(self.config)}
@@ -416,26 +450,20 @@ def changed_answers(world: World) -> list[tuple[str, str, str]]:
     return [(prompts[i], first[i], now[i]) for i in order]
 
 
-def tracker(config: Config, path: Path, metrics: list[dict]) -> Callable[[int, dict[str, float]], None]:
-    """The function track(step, metrics) of --log. It begins with the metrics so far, so that a resumed run has each
-    step once."""
-    if config.log == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-        shutil.rmtree(path / "tensorboard", ignore_errors=True)
-        writer = SummaryWriter(path / "tensorboard")
-
-        def track(step, metrics):
-            for name, value in metrics.items():
-                writer.add_scalar(name, value, step)
-            writer.flush()
-    else:
+def tracker(config: Config, path: Path) -> Callable[[dict[str, float], int], None]:
+    """The function track(metrics, step) of --log."""
+    if config.log == "wandb":
         import wandb
-        remote = wandb.init(project="gpo", name=path.name, config=asdict(config), dir=path)
+        return wandb.init(project="gpo", name=path.resolve().name, config=asdict(config), dir=path).log
+    from torch.utils.tensorboard import SummaryWriter
+    shutil.rmtree(path / "tensorboard", ignore_errors=True)
+    writer = SummaryWriter(path / "tensorboard")
 
-        def track(step, metrics):
-            remote.log(metrics, step=step)
-    for line in metrics:
-        track(line["step"], {name: value for name, value in line.items() if name not in ("step", "role")})
+    def track(metrics, step):
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
     return track
 
 
@@ -448,7 +476,6 @@ SHORTEST = 1.5  # mean response in tokens, EOS included
 LONGEST = 0.95  # mean response, as a fraction of the longest that is allowed
 MOST_REFUSED = 0.5  # fraction of the harmless prompts
 MOST_APART = 0.15  # how far the judges' verdicts may diverge since before the game
-OPPOSITE = 0.05  # or by how much each may change, one for the better and the other for the worse
 
 
 def alarms(metrics: dict[str, float], before: dict[str, float], limits: dict[str, int]) -> list[tuple[str, str]]:
@@ -478,7 +505,7 @@ def alarms(metrics: dict[str, float], before: dict[str, float], limits: dict[str
     found = [("collapse", message) for message in found]
     trained = metrics.get("game/asr_train_judge", before["asr_train_judge"]) - before["asr_train_judge"]
     held_out = metrics.get("game/asr_held_out_judge", before["asr_held_out_judge"]) - before["asr_held_out_judge"]
-    if abs(trained - held_out) > MOST_APART or (trained < -OPPOSITE and held_out > OPPOSITE):
+    if abs(trained - held_out) > MOST_APART:
         found.append(("reward_hacking", (
             f"since the start attack success has changed by {trained:+.2f} for the training judge, by {held_out:+.2f} "
             "for the held-out one; read the exchanges (eval.py report), train the judge on them "
@@ -498,7 +525,7 @@ class FinishedRun:
 
 
 def open_run(path: str | Path) -> FinishedRun:
-    """A finished run. Raises ValueError on an unfinished or a damaged one."""
+    """A finished run. Raises ValueError on an unfinished one, and where something of it is missing or damaged."""
     path = Path(path)
     if not (path / "summary.json").is_file():
         raise ValueError(f"a finished run folder with summary.json is needed, got {path}; "
@@ -511,7 +538,7 @@ def open_run(path: str | Path) -> FinishedRun:
             load_trained(player.policy, path / name)
         return FinishedRun(path, config, world, load_averages(path / "average", world))
     except Exception as error:
-        raise ValueError(f"the run in {path} is damaged: {type(error).__name__}: {first_line(error)}") from error
+        raise ValueError(f"cannot read the run in {path}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def load_averages(folder: Path, world: World) -> dict[str, dict[str, PolicyAverage]]:
