@@ -19,18 +19,22 @@ code averages over single texts of X, at a cost that grows.
 
 import functools
 import itertools
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
+from transformers.utils import cached_file
 
 from model import check_tokenizer, first_line, inert_texts, longest_input
 
 Embedder = Callable[[list[str]], np.ndarray]  # B texts -> (B, D)
 ORDERS = (2, 3, 4, 5)
+GROUP = 8  # texts in a batch of an embedder
 FIXED_POINT = 2.0**32  # vectors are summed as integers in units of 2^-32
 
 
@@ -136,15 +140,53 @@ def word_embedder(texts: Sequence[str], width: int = 256) -> np.ndarray:
     return _unit(vectors)
 
 
+def _equal_groups(lengths):
+    """Row numbers in groups of GROUP texts of one length, the last ones filled up by repetition: in batches of another
+    shape a vector's last bits would depend on the texts beside it."""
+    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for _, same in itertools.groupby(by_length, key=lengths.__getitem__):
+        rows = list(same)
+        for start in range(0, len(rows), GROUP):
+            group = rows[start : start + GROUP]
+            yield group + group[-1:] * (GROUP - len(group))
+
+
+def _pool(name):
+    """How sentence-transformers makes one vector of an encoder's states: "mean" (also where its files say nothing) or
+    "cls". Raises ValueError where it does anything else."""
+    def read(file):
+        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        return json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
+
+    pool = "mean"
+    for module in read("modules.json"):
+        kind = module["type"].rpartition(".")[2]
+        if kind == "Pooling":
+            settings = read(f"{module['path']}/config.json")
+            modes = [mode for mode, value in settings.items() if mode.startswith("pooling_mode_") and value is True]
+            pool = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}.get("+".join(modes))
+            pool = settings.get("pooling_mode", pool)
+        elif kind not in ("Transformer", "Normalize"):
+            raise ValueError(f"it has a module {kind}, beyond the mean or the first of its states")
+    prompt = read("config_sentence_transformers.json")
+    prompt = (prompt.get("prompts") or {}).get(prompt.get("default_prompt_name"))
+    if pool not in ("mean", "cls") or prompt:
+        raise ValueError(f"only the mean or the first of its states can be taken, without a prompt; it asks for "
+                         f"{pool or 'another'} and the prompt {prompt or ''!r}")
+    return pool
+
+
 def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool = False) -> Embedder:
     """Load an embedder from its `--embedder` string: `words`, or the folder or hub id of an encoder, whose last hidden
-    states are averaged over the tokens: B texts -> (B, D) float64 unit vectors. Raises ValueError if it cannot."""
+    states are averaged over the tokens (or the first is taken, where its modules.json says so): B texts -> (B, D)
+    float64 unit vectors. Raises ValueError if it cannot."""
     if name_or_dir == "words":
         return word_embedder
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_dir, trust_remote_code=trust_remote_code)
         model = AutoModel.from_pretrained(name_or_dir, trust_remote_code=trust_remote_code).to(device).eval()
         check_tokenizer(tokenizer)
+        pool = _pool(name_or_dir)
         _ = model(**tokenizer("a", return_tensors="pt").to(device)).last_hidden_state  # only an encoder has it
     except Exception as error:
         raise ValueError(f"cannot load the embedder {name_or_dir!r}; --embedder takes a local encoder folder, a hub id "
@@ -157,13 +199,12 @@ def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool
         texts = [text if text.strip() else tokenizer.pad_token for text in inert_texts(tokenizer, texts)]  # a token
         ids = tokenizer(texts, truncation=True, max_length=longest).input_ids
         vectors = [None] * len(ids)
-        by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        for _, same in itertools.groupby(by_length, key=lambda i: len(ids[i])):  # padding would change the last bits
-            rows = list(same)
-            batch = torch.tensor([ids[i] for i in rows], device=device)  # (B, T)
-            means = model(input_ids=batch).last_hidden_state.double().mean(1)  # (B, D)
-            for i, mean in zip(rows, means.cpu().numpy()):
-                vectors[i] = mean
+        for rows in _equal_groups([len(row) for row in ids]):
+            batch = torch.tensor([ids[i] for i in rows], device=device)  # (GROUP, T)
+            states = model(input_ids=batch).last_hidden_state.double()  # (GROUP, T, D)
+            pooled = states.mean(1) if pool == "mean" else states[:, 0]
+            for i, vector in zip(rows, pooled.cpu().numpy()):
+                vectors[i] = vector
         return _unit(np.stack(vectors))
 
     return embed

@@ -107,7 +107,10 @@ class Policy(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.eos_ids = _eos_ids(lm, tokenizer, self._render)  # the first is the one to teach
-        self.context = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or 2**30  # tokens
+        self.context = _context(lm.config.get_text_config())  # tokens
+        last_token = max(tokenizer.get_vocab().values())
+        rows = lm.get_output_embeddings().weight.shape[0]
+        self.tokens = min(last_token + 1, rows)  # V: further rows of the head pad it and stand for no token
         self.skeleton = None  # of a sharded policy: its language model's modules without weights, to copy from
         self.eval()
 
@@ -142,8 +145,12 @@ class Policy(nn.Module):
         targets = rollout.tokens[mask]  # (N,)
         with self.autocast():
             states = self.hidden(inputs)[acts]  # (N, D)
-            logprobs, entropy = linear_logprob(states, self.head.weight, targets, self.head.bias,
-                                               rollout.temperature, entropy_grad)
+            weight = self.head.weight
+            bias = self.head.bias
+            if self.tokens < len(weight):
+                weight = weight[: self.tokens]
+                bias = None if bias is None else bias[: self.tokens]
+            logprobs, entropy = linear_logprob(states, weight, targets, bias, rollout.temperature, entropy_grad)
             values = None
             if with_values:
                 if self.critic_body is not None:
@@ -155,8 +162,6 @@ class Policy(nn.Module):
     def encode(self, prompts: list[str]) -> list[list[int]]:
         """Token ids of each prompt in the model's own chat format, ready to be answered."""
         rows = encode_rendered(self.tokenizer, self._render, [[prompt] for prompt in prompts])
-        if not self.tokenizer.chat_template:  # some tokenizers append EOS
-            rows = [ids[:-1] if ids and ids[-1] in self.eos_ids else ids for ids in rows]
         return [ids or self.eos_ids[:1] for ids in rows]
 
     def encode_pairs(self, pairs: list[tuple[str, str]]) -> tuple[list[list[int]], list[list[int]]]:
@@ -166,7 +171,11 @@ class Policy(nn.Module):
         prompt_ids = self.encode([prompt for prompt, _ in pairs])
         conversations = encode_rendered(self.tokenizer, self._render, pairs)
         response_ids = []
-        for start, ids, (_, response) in zip(prompt_ids, conversations, pairs):
+        for start, ids, (prompt, response) in zip(prompt_ids, conversations, pairs):
+            text = self._render(prompt, response)
+            if not text.startswith(self._render(prompt)) or response.strip() not in text:
+                raise ValueError("a demonstration must be a response as its chat template writes it, after the prompt; "
+                                 f"the template changes {response[:60]!r}: drop it, or the reasoning in it")
             rest = ids[len(start):]
             if ids[:len(start)] != start:  # the first letters of the response have changed the prompt's last token
                 text, = inert_texts(self.tokenizer, [response])
@@ -211,6 +220,15 @@ def _use_faster_operations(lm, dtype):
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
+
+
+def _context(config):
+    """How many tokens a model reads at most. Beyond longrope's original context the states of all tokens would depend
+    on the longest text of the batch."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return rope["original_max_position_embeddings"]
+    return getattr(config, "max_position_embeddings", None) or 2**30
 
 
 def _eos_ids(lm, tokenizer, render):
@@ -288,6 +306,8 @@ def encode_rendered(tokenizer: Tokenizer, render: Callable[..., str],
     for n, ids in enumerate(encoded):
         if [i for i in ids if i in control] != expected:
             encoded[n] = tokenizer(render(*inert_texts(tokenizer, rows[n])), **options).input_ids
+        while not tokenizer.chat_template and encoded[n] and encoded[n][-1] in control:  # some tokenizers end all texts
+            encoded[n].pop()
     return encoded
 
 
@@ -376,7 +396,8 @@ def _decode(policy, lm, prompt_ids, max_new_tokens, pick):
         out = lm.base_model(input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache,
                             use_cache=True)
         cache = out.past_key_values
-        token = pick(lm.get_output_embeddings()(out.last_hidden_state[:, -1]).float())  # (n,)
+        logits = lm.get_output_embeddings()(out.last_hidden_state[:, -1])[:, : policy.tokens]  # (n, V)
+        token = pick(logits.float())  # (n,)
         sampled.append(torch.full((B,), -1, device=policy.device).index_copy(0, alive, token))  # -1: after the end
         going = (~torch.isin(token, eos)).nonzero()[:, 0]
         if not len(going):
@@ -603,7 +624,8 @@ def _check_model(name, lm, tokenizer, missing):
 
 @torch.no_grad()
 def _probe_forward(policy):
-    """Refuse a model that this project cannot run: its logits must be head(hidden), and it must keep a KV cache."""
+    """Refuse a model that this project cannot run: its logits must be head(hidden), and what the sampler does, with a
+    cache, padding and rows that end, must give the states of one forward."""
     name = policy.lm.config.model_type
     rows = policy.lm.get_input_embeddings().num_embeddings
     probe = torch.linspace(0, rows - 1, 16, device=policy.device).long()[None]  # (1, 16), ordinary tokens
@@ -611,17 +633,34 @@ def _probe_forward(policy):
     large = 100 * torch.randn(1, 16, policy.head.in_features, generator=torch.Generator().manual_seed(0))
     large = large.to(policy.device)
     try:
+        hidden = policy.hidden(probe)  # (1, 16, D)
         logits = policy.lm(probe).logits
         hook = policy.head.register_forward_pre_hook(lambda head, states: large)
         large_logits = policy.lm(probe).logits
         hook.remove()
-        same = _all_close(policy.head(policy.hidden(probe)), logits) and _all_close(policy.head(large), large_logits)
-        cache = policy.lm.base_model(input_ids=probe, use_cache=True).past_key_values
+        sampled = _probe_sampler(policy, probe[0].tolist())  # (3, D)
     except Exception as error:
         raise ValueError(f"a model of type {name} cannot be run as a policy: {first_line(error)}") from error
-    if not same or not hasattr(cache, "batch_select_indices"):
-        raise ValueError("a policy's logits must be a linear head on its last hidden state, neither scaled nor capped, "
-                         f"and it must keep a KV cache; {name} is different: take a model of another type")
+    if not (_all_close(policy.head(hidden), logits) and _all_close(policy.head(large), large_logits)):
+        raise ValueError("a policy's logits must be a linear head on its last hidden state, neither scaled nor capped; "
+                         f"{name} is different: take a model of another type")
+    if not _all_close(hidden[0, [5, 3, 4]], sampled):
+        raise ValueError("a policy must give the same states with a cache and padding as without; a model of type "
+                         f"{name} does not: take one of another type")
+
+
+def _probe_sampler(policy, ids):
+    """Last hidden states (3, D), as in `_decode`, after 6, 4 and 5 of the tokens: the first row ends after one step."""
+    body = policy.lm.base_model
+    inputs, mask, positions = _left_padded(policy, [ids[:6], ids[:4]])  # (2, 6) each
+    out = body(input_ids=inputs, attention_mask=mask, position_ids=positions, use_cache=True)
+    going = torch.tensor([1], device=policy.device)
+    out.past_key_values.batch_select_indices(going)
+    mask = torch.cat([mask[going], mask.new_ones(1, 1)], 1)
+    token = torch.tensor([ids[4:5]], device=policy.device)
+    after = body(input_ids=token, attention_mask=mask, position_ids=positions[going, -1:] + 1,
+                 past_key_values=out.past_key_values, use_cache=True)
+    return torch.cat([out.last_hidden_state[:, -1], after.last_hidden_state[:, -1]])
 
 
 def _all_close(x, y):
@@ -677,8 +716,10 @@ def check_embeddings(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
 
 def longest_input(tokenizer: Tokenizer, config: PretrainedConfig) -> int:
     """How many tokens an encoder or classifier reads at most."""
-    positions = getattr(config, "max_position_embeddings", 512) - 2  # RoBERTa's start at 2
-    return min(tokenizer.model_max_length, positions)
+    positions = getattr(config, "max_position_embeddings", None) or 0  # XLNet says -1
+    if positions < 3:
+        positions = 514
+    return min(tokenizer.model_max_length, positions - 2)  # RoBERTa's start at 2
 
 
 def first_line(error: Exception) -> str:

@@ -204,13 +204,22 @@ def first_tokens(tokenizer: Tokenizer, text: str, n: int) -> str:
 
 def classifier_logits(model: Model, tokenizer: Tokenizer, prompts: Sequence[str],
                       responses: Sequence[str]) -> torch.Tensor:
-    """Logits (B, labels) of exchanges; the judge sees the prompt too if it was trained on pairs (`train_judge`). Of an
-    overlong pair the beginning of the prompt is cut off, never the response, unless that is too long alone."""
+    """Logits (B, labels) of exchanges. judge_input in the model's config says what it reads: the "response", a "pair"
+    (`train_judge`) or, in its template, a "chat". Of overlong exchanges the beginning of the prompt is cut off, never
+    the response, unless that is too long alone."""
     longest = longest_input(tokenizer, model.config)
     padded = dict(padding=True, max_length=longest, return_tensors="pt")
     responses = [r if r.strip() else tokenizer.pad_token for r in inert_texts(tokenizer, responses)]  # a token at least
-    if getattr(model.config, "judge_input", "response") == "response":
+    judge_input = getattr(model.config, "judge_input", "response")
+    if judge_input == "response":
         batch = tokenizer(responses, truncation=True, **padded)
+    elif judge_input == "chat":
+        def render(prompt, response):
+            chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            return tokenizer.apply_chat_template(chat, tokenize=False)
+
+        rows = encode_rendered(tokenizer, render, list(zip(prompts, responses)))
+        batch = tokenizer.pad({"input_ids": [ids[-longest:] for ids in rows]}, return_tensors="pt")
     else:
         room = longest - tokenizer.num_special_tokens_to_add(True) - 8  # a few tokens for the prompt
         responses = ["\n\n" + first_tokens(tokenizer, r, room) for r in responses]  # decoders put nothing between
@@ -231,13 +240,23 @@ def classifier_judge(model: Model, tokenizer: Tokenizer, unsafe_label: str | Non
     except ValueError as error:
         raise ValueError(
             f"cannot tell which label of the judge means unsafe: its labels are {labels}; {error}") from None
+    if tokenizer.pad_token is None and model.config.pad_token_id is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ValueError("the judge's tokenizer must have a pad_token or an eos_token, it has neither")
     tokenizer.padding_side = "right"  # decoders count positions from the left
     model.config.pad_token_id = tokenizer.pad_token_id
-    if how == "reward" and not hasattr(model.config, "judge_input"):
-        model.config.judge_input = "pair"  # what reward models are trained on
+    if not hasattr(model.config, "judge_input"):  # a user's: what such models are trained on
+        model.config.judge_input = "pair" if how == "reward" else "response"
+        if tokenizer.chat_template:
+            model.config.judge_input = "chat"
+
+    with torch.no_grad():
+        alone, together = (classifier_logits(model, tokenizer, texts, texts)[0] for texts in (["a"], ["a", "a b " * 9]))
+    if not torch.allclose(alone, together, atol=1e-3):
+        raise ValueError(f"a judge must not be changed by padding; {type(model).__name__} is with the pad token "
+                         f"{tokenizer.pad_token!r}: set another pad_token in its tokenizer, or take another judge")
 
     @torch.no_grad()
     def judge(prompts, responses):
@@ -392,8 +411,8 @@ def _file_of(name):
 
 
 def _load_file(path):
-    """The module of a Python file, in sys.modules so that its classes pickle: under its own name, unless another module
-    has that. Its folder stays at the end of sys.path, for helpers beside it and for processes that it starts."""
+    """The module of a Python file, in sys.modules so that its classes can go to other processes: under its own name, unless
+    another module has that. Its folder stays at the end of sys.path, for helpers beside it and for processes that it starts."""
     source = path.read_bytes()
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
@@ -409,7 +428,7 @@ def _load_file(path):
         sys.modules[name] = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path))
         sys.modules[name].judge_source = source
         try:
-            exec(compile(source, path, "exec"), vars(sys.modules[name]))
+            sys.modules[name].__spec__.loader.exec_module(sys.modules[name])
         except BaseException:
             del sys.modules[name]
             raise

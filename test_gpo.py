@@ -44,6 +44,7 @@ import string
 import threading
 import time
 import types
+import unicodedata
 from dataclasses import asdict
 from html.parser import HTMLParser
 
@@ -699,6 +700,29 @@ def test_a_demonstration_is_the_rendered_conversation_up_to_the_end_of_the_turn(
         assert demonstrations(policy, [("bake bread", answer)]).tokens[0].tolist() == tokens
 
 
+def test_a_tokenizer_that_closes_every_text_does_not_close_a_prompt():
+    tokenizer = byte_tokenizer(["[CLS]", "[SEP]"], eos_token="</s>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(mark, tokenizer.convert_tokens_to_ids(mark))
+                                                 for mark in ("[CLS]", "[SEP]")])
+    (prompt_ids,), (response_ids,) = Policy(tiny_lm(tokenizer), tokenizer).encode_pairs([("bake", "flour")])
+    words = tokenizer.convert_ids_to_tokens(prompt_ids + response_ids)
+    assert words[0] == "[CLS]" and words[-1] == "</s>" and "[SEP]" not in words
+
+
+R1 = ("{% for m in messages %}{% if m['role'] == 'user' %}<|User|>{{ m['content'] }}{% else %}<|Assistant|>"
+      "{{ m['content'].split('</think>')[-1] }}</s>{% endif %}{% endfor %}"
+      "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}")
+
+
+@pytest.mark.parametrize("template, response", [(R1, "take flour"), (R1.replace("<think>\n", ""), "<think>a</think>b")])
+def test_a_demonstration_that_the_template_would_change_is_refused(template, response):
+    tokenizer = byte_tokenizer(["<|User|>", "<|Assistant|>"], template, eos_token="</s>")
+    policy = Policy(tiny_lm(tokenizer), tokenizer)
+    with pytest.raises(ValueError, match="the template changes"):
+        policy.encode_pairs([("bake bread", response)])
+
+
 def test_a_chat_template_that_loses_the_users_words_is_refused():
     tokenizer = byte_tokenizer([], "{{ messages[-1]['role'] }}", eos_token="</s>")
     with pytest.raises(ValueError, match="must render the words of the user and of the assistant once each"):
@@ -1234,6 +1258,34 @@ def test_an_encoder_folder_embeds_by_masked_mean_pooling(encoder):
         assert np.allclose(vector, (mean / mean.norm()).numpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize("pooling, expected", [
+    ({"pooling_mode_mean_tokens": True}, "mean"), ({"pooling_mode_cls_token": True}, "first"),
+    ({"pooling_mode": "cls"}, "first"), ({"pooling_mode_max_tokens": True}, None),
+    ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, None), ("Dense", None), ("prompt", None)])
+def test_a_sentence_transformers_folder_is_pooled_as_it_says_or_refused(pooling, expected, encoder, tmp_path):
+    folder = Path(shutil.copytree(encoder, tmp_path / "encoder"))
+    modules = ["Transformer", "Pooling", "Normalize"]
+    if pooling == "Dense":
+        modules.append("Dense")
+    if pooling == "prompt":
+        (folder / "config_sentence_transformers.json").write_text(
+            '{"prompts": {"query": "query: "}, "default_prompt_name": "query"}')
+    (folder / "modules.json").write_text(json.dumps(
+        [{"path": kind, "type": f"sentence_transformers.models.{kind}"} for kind in modules]))
+    (folder / "Pooling").mkdir()
+    settings = pooling if isinstance(pooling, dict) else {"pooling_mode_mean_tokens": True}
+    (folder / "Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 16, **settings}))
+    if expected is None:
+        with pytest.raises(ValueError, match="Dense|only the mean or the first"):
+            load_embedder(str(folder))
+        return
+    vector, = load_embedder(str(folder))(["a b c"])
+    with torch.no_grad():
+        states = transformers.BertModel.from_pretrained(folder)(**tiny_tokenizer()("a b c", return_tensors="pt"))[0][0]
+    pooled = states.mean(0) if expected == "mean" else states[0]
+    assert np.allclose(vector, (pooled / pooled.norm()).numpy(), atol=1e-5)
+
+
 def test_an_encoder_reads_a_written_control_token_as_letters(encoder):
     written, letters = load_embedder(encoder)(["a <eos> b", "a < e o s > b"])
     assert np.array_equal(written, letters)
@@ -1561,7 +1613,8 @@ def test_what_a_text_says_is_never_a_control_token_for_a_judge(tokens, how, prom
     plain, odd = [[i for i in ids if i in CONTROL] for ids in read]
     assert plain == odd
     if tokens == "bytes" and response.strip():  # and it reaches the model in full
-        assert response in tokenizer.decode(read[1])
+        letters = ["".join(unicodedata.normalize("NFKC", text).split()) for text in (response, tokenizer.decode(read[1]))]
+        assert letters[0] in letters[1]
 
 
 @pytest.mark.parametrize("template, message", [
@@ -1710,10 +1763,11 @@ def test_a_judge_that_lacks_something_is_refused_when_it_is_loaded(tmp_path, mon
                           ("no_head", "it has no weights for classifier"), ("lost", "its base '/no/base' cannot be")):
         with pytest.raises(ValueError, match=message):
             load_judge(str(tmp_path / name))
-    monkeypatch.setattr(reward, "is_peft_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match="it is an adapter, which needs the package peft: pip install peft"):
         load_judge(str(tmp_path / "no_base"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer)
+    classifier.config.pad_token_id = None
     with pytest.raises(ValueError, match="must have a pad_token or an eos_token, it has neither"):
         classifier_judge(classifier, tokenizer)
 
@@ -1785,6 +1839,58 @@ def test_the_command_trains_a_judge_and_prints_what_it_does_on_held_out_prompts(
     counts = [int(line.split("|")[2]) for line in printed.splitlines() if line.startswith("| 0.")]
     assert sum(counts) == len(held_out) and "expected calibration error" in printed
     assert AutoTokenizer.from_pretrained(tmp_path / "judge").model_max_length == 60
+
+
+def decoder_classifier(folder, tokenizer, **settings):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=128, initializer_range=0.3, num_labels=2, id2label={0: "safe", 1: "unsafe"},
+        label2id={"safe": 0, "unsafe": 1}, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, **settings)
+    model = transformers.LlamaForSequenceClassification(config).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def p_safe_alone(model, ids):
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits.softmax(-1)[0, 0].item()
+
+
+def test_a_classifier_with_a_chat_template_reads_the_rendered_exchange(tmp_path):
+    tokenizer = byte_tokenizer(["<|im_start|>", "<pad>"], CHATML, eos_token="<|im_end|>")
+    model = decoder_classifier(tmp_path, tokenizer, pad_token_id=tokenizer.convert_tokens_to_ids("<pad>"))
+    exchanges = [("bake bread", "sure"), ("fold a boat", "sure, and then go slowly"), ("hide", "no")]
+    expected = []
+    for prompt, response in exchanges:
+        chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        expected.append(p_safe_alone(model, tokenizer(text, add_special_tokens=False).input_ids))
+    assert load_judge(str(tmp_path))(*map(list, zip(*exchanges))) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_classifier_pads_with_the_token_that_its_config_names(tmp_path):
+    # with EOS, which this tokenizer appends, the head would read the token before it
+    tokenizer = byte_tokenizer(["<pad>"], eos_token="</s>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)])
+    model = decoder_classifier(tmp_path, tokenizer, pad_token_id=tokenizer.convert_tokens_to_ids("<pad>"))
+    texts = ["take the flour", "i will not help with this", "a"]
+    expected = [p_safe_alone(model, tokenizer(text).input_ids) for text in texts]
+    assert load_judge(str(tmp_path))(texts, texts) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_classifier_that_padding_changes_is_refused(tmp_path):  # XLNet's head reads the last column
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    model = transformers.XLNetForSequenceClassification(transformers.XLNetConfig(
+        vocab_size=len(tokenizer), d_model=32, n_layer=2, n_head=2, d_inner=64, num_labels=2,
+        id2label={0: "safe", 1: "unsafe"}, initializer_range=0.5))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must not be changed by padding; XLNetForSequenceClassification is"):
+        load_judge(str(tmp_path))
 
 
 # --- averages of policies --------------------------------------------------------------------------------------------
@@ -2495,6 +2601,42 @@ def test_a_model_that_scales_or_caps_its_logits_is_refused_when_it_is_loaded(fam
         load_policy(tmp_path)
 
 
+@pytest.mark.parametrize("family, settings, message", [
+    ("bart", {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+              "encoder_attention_heads": 4, "decoder_attention_heads": 4}, "with a cache and padding as without"),
+    ("qwen3_next", {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8, "linear_num_value_heads": 4,
+                    "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4,
+                    "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+                    "num_hidden_layers": 2}, "cannot be run as a policy")])
+def test_a_model_that_padding_changes_or_that_cannot_drop_rows_is_refused(family, settings, message, tmp_path):
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 0, "pad_token_id": 3}
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**sizes, **settings}))
+    with torch.no_grad():
+        for weight in lm.parameters():
+            weight.mul_(4)
+    lm.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_policy(tmp_path)
+
+
+def test_rows_of_the_head_that_stand_for_no_token_are_never_sampled_and_have_no_probability():
+    tokenizer = tiny_tokenizer()
+    V = len(tokenizer)
+    torch.manual_seed(0)
+    lm = GPT2LMHeadModel(GPT2Config(vocab_size=V + 64, n_positions=64, n_embd=32, n_layer=1, n_head=2, eos_token_id=0))
+    policy = Policy(lm, tokenizer)
+    rollout = generate(policy, PROMPTS * 4, 8, seed=0)
+    assert rollout.tokens.max() < V
+    logprobs, _, _ = logprobs_and_values(policy, rollout)
+    theirs = lm(rollout.tokens).logits[:, :-1, :V].log_softmax(-1).gather(2, rollout.tokens[:, 1:, None])[..., 0]
+    mask = rollout.response_mask
+    assert torch.allclose(logprobs[mask], theirs[mask[:, 1:]], atol=1e-5)
+
+
 @pytest.mark.parametrize("has_tokenizer", [True, False])
 def test_an_adapters_folder_is_loaded_as_its_base_with_the_adapter_added(has_tokenizer, tmp_path):
     from peft import LoraConfig, get_peft_model
@@ -3022,6 +3164,42 @@ def test_a_users_models_with_different_tokenizers_are_trained_and_what_cannot_be
     assert "0.000" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("text", ["version https://git-lfs.github.com/spec/v1\noid sha256:1", "\n<!DOCTYPE html>",
+                                  "bake bread\0\0"])
+def test_a_text_file_that_holds_no_prompts_is_refused(text, tmp_path):
+    (tmp_path / "prompts.txt").write_text(text)
+    with pytest.raises(ValueError, match="must hold a prompt a line"):
+        read_rows(tmp_path / "prompts.txt")
+
+
+def test_a_tilde_that_the_shell_has_left_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = parse(["--out=~/run", "--judge", "guard:~/guard", "--template", "a ~ b {}"])
+    assert (config.out, config.judge, config.template) == ("/home/me/run", "guard:/home/me/guard", "a ~ b {}")
+
+
+def test_out_of_memory_is_one_line_that_says_what_needs_less_and_how_to_go_on(user_models, monkeypatch, capsys):
+    def no_room(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpo, "policy_loss", no_room)
+        status, line = ending(capsys, user_models, *MODELS, *SHORT, "--out", "full")
+    assert status == 2
+    assert line.startswith("error: out of memory with --micro_batch 0; ") and "--micro_batch N" in line
+    run_program(user_models, "--resume", "full", "--micro_batch", "2")  # as it says
+    assert json.loads((user_models / "full" / "summary.json").read_text())["config"]["micro_batch"] == 2
+
+
+def test_the_mean_of_the_weights_is_a_models_folder(user_models):
+    run_program(user_models, *MODELS, *SHORT, "--rounds", "2", "--average", "weights", "--out", "mean")
+    average = open_run(user_models / "mean").averages["defender"]["weights"]
+    ours = average.policy().lm.state_dict()
+    theirs = AutoModelForCausalLM.from_pretrained(user_models / "mean" / "average" / "defender").state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert load_policy(user_models / "mean" / "average" / "attacker").tokenizer.eos_token == "<eos>"
+
+
 def test_exchanges_that_the_judge_leaves_undecided_are_reported_and_in_no_update(user_models, capsys):
     (user_models / "open.py").write_text(
         "def judge(p, r):\n    return [None if i == 1 else len(text) % 7 / 7 for i, text in enumerate(r)]\n")
@@ -3049,7 +3227,7 @@ def test_a_dry_run_prints_what_the_models_read_and_writes_nothing(user_models, c
     run_program(user_models, *MODELS, *SHORT, *"--defender chatty --prompts odd.txt --dry_run".split())
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
-    assert lines[0].startswith("odd.txt: 14 rows, 1 duplicates and 1 longer than 248 tokens left out, ")
+    assert "/odd.txt: 14 rows, 1 duplicates and 1 longer than 248 tokens left out, " in lines[0]
     first = {line.removesuffix(" reads"): lines[i + 1] for i, line in enumerate(lines) if line.endswith(" reads")}
     assert first["the defender"].split() == "9 tokens <eos> c an <unk> i ? <unk>".split()  # two spaces are tokens too
     assert first["the judge"].startswith("    1 tokens") and first["the held-out judge"] == "'how are you?', 'fine'"

@@ -181,6 +181,8 @@ def parse(argv: list[str]) -> Config:
     for name, value in given.items():
         if value == "":  # an unset variable of a shell
             fail(f"--{name} must not be empty; to do without it leave it out")
+        if isinstance(value, str):  # a shell leaves --out=~/run as it is
+            given[name] = re.sub(r"^(guard:)?~(?=/)", rf"\g<1>{Path.home()}", value)
     if "resume" in given:
         return resumed(parser, given)
     config = Config(**given)
@@ -191,8 +193,9 @@ def parse(argv: list[str]) -> Config:
 def resumed(parser: Parser, given: dict) -> Config:
     """The configuration of the run in the folder given["resume"]. Ends the process as `parse` does."""
     folder = given["resume"]
-    if set(given) - {"resume", "device"}:
-        fail("--resume takes the run folder and --device alone: all else is as in the run's own configuration")
+    if set(given) - {"resume", "device", "micro_batch"}:
+        fail("--resume takes the run folder, --device and --micro_batch alone: all else is as in the run's own "
+             "configuration")
     try:
         saved = read_config(folder)
         different = set(OPTIONS) ^ set(saved)

@@ -373,7 +373,10 @@ def _numbered_rows(path):
         if kind == ".csv":
             return _csv_rows(file)
         if kind == ".txt":
-            return [(n, line.strip()) for n, line in enumerate(file, 1) if line.strip()]
+            text = file.read()
+            if "\0" in text or re.match(r"\s*(version https://git-lfs|<!doctype html|<html)", text, re.IGNORECASE):
+                raise ValueError(f"a .txt file must hold a prompt a line, got {text[:40]!r}")
+            return [(n, line.strip()) for n, line in enumerate(re.split("\r\n|\r|\n", text), 1) if line.strip()]
     raise ValueError("the name must end in .jsonl, .json, .csv or .txt, or one of them and .gz")
 
 

@@ -244,13 +244,13 @@ def round_lines(round: int, games: list[dict]) -> list[str]:
     return lines
 
 
-def model_card(name: str, config: object) -> str:
-    """The README of a saved player ("attacker" or "defender"); config: the run's Config."""
+def model_card(name: str, config: object, what: str = "the last policy") -> str:
+    """The README of a saved player ("attacker" or "defender"); config: the run's Config; what of the player it is."""
     return f"""---
 library_name: transformers
 tags: [gpo, red-teaming, {name}]
 ---
-# {name} of a two-player game (GPO, arXiv 2406.10977)
+# {name} of a two-player game (GPO, arXiv 2406.10977): {what}
 
 Trained with `{config.method}` for {config.rounds} rounds, seed {config.seed}, from \
 `{getattr(config, name) or "the embedded toy game"}`.

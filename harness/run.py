@@ -103,6 +103,15 @@ def run_folder(config: Config) -> Iterator["RunFolder"]:
         if isinstance(error, (JudgeError, NotFinite, OSError, SafetensorError)):
             fail(f"{error}; the run can go on with --resume {folder.path}")
         raise  # a fault of ours
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+        go_on = " or begin again with --lora or --gradient_checkpointing"
+        if folder.is_playing:
+            go_on = f": train.py --resume {folder.path} --micro_batch N;{go_on}"
+        folder.leave_nothing()
+        fail(f"out of memory with --micro_batch {config.micro_batch}; take a smaller one (0 is a whole minibatch)"
+             f"{go_on} ({first_line(error)[:100]})")
     except KeyboardInterrupt as stop:
         when = "" if folder.is_playing else " before the game began"
         go_on = ""
@@ -158,7 +167,7 @@ class RunFolder:
         self.games = []  # the lines of games.jsonl
         self.stop_signal = 0  # the number of the signal that asks to stop after the present step
         self.lock = None  # in the first process: the descriptor of `lock_folder`
-        self.existed = self.path.exists()
+        self.made = []  # folders that did not exist, the innermost first
         self.is_new = False  # True in the first process once it has begun a run here
         self.tracks = config.log != "none" and not rank()
         self.tracker = None  # tracker(metrics, step): to TensorBoard or Weights & Biases
@@ -169,7 +178,9 @@ class RunFolder:
         """Take the folder and, for a new run, write its config.json: from here on it can be resumed. Raises ValueError
         where it cannot be taken or written to."""
         try:
-            self.path.resolve().mkdir(parents=True, exist_ok=True)
+            path = self.path.resolve()
+            self.made = [folder for folder in (path, *path.parents) if not folder.exists()]
+            path.mkdir(parents=True, exist_ok=True)
             self.lock = lock_folder(self.path)
             if not self.config.resume:
                 check_out(self.path)  # another run may have just begun here
@@ -189,8 +200,8 @@ class RunFolder:
                 path.unlink()
             elif path.name not in LEFT_ALONE:
                 shutil.rmtree(path, ignore_errors=True)
-        if not self.existed:
-            self.path.resolve().rmdir()
+        for folder in self.made:
+            folder.rmdir()
 
     def has_start(self) -> bool:
         """Whether what the game starts from has been saved: everything that could be wrong with the input was right."""
@@ -390,9 +401,9 @@ class RunFolder:
             with complete_folder(self.path / name, not rank()) as temporary:
                 save_policy(merged(player.policy, "cpu"), temporary, model_card(name, self.config))
                 save_adapter(player.policy, temporary)
+        self.save_averages(averages)
         if rank():
             return
-        self.save_averages(averages)
         held = (peak_memory(self.config.device) - self.idle_memory) / 2**20
         print(f"memory: at most {held:.0f} MiB held, beside Python and its libraries")
         draw_curves(self.path, self.metrics, self.before)
@@ -408,15 +419,21 @@ class RunFolder:
               f"{self.path}/games.jsonl.")
 
     def save_averages(self, averages: dict[str, dict[str, PolicyAverage]]) -> None:
-        """average/: two files for each."""
+        """average/: two files for each average, and of the mean weights also a model's folder, to be deployed."""
         states = {f"{name}_{kind}": average.state_dict()
-                  for name, kinds in averages.items() for kind, average in kinds.items()}
-        states = {name: state for name, state in states.items() if state[0]}
-        if states:
-            with complete_folder(self.path / "average") as temporary:
-                save_states(states, temporary)
-                for name, (_, numbers) in states.items():
-                    write_json(temporary / f"{name}.json", numbers)
+                  for name, kinds in averages.items() for kind, average in kinds.items() if average.count}
+        if not states:
+            return
+        with complete_folder(self.path / "average", not rank()) as temporary:
+            for name, kinds in averages.items():
+                if "weights" in kinds:
+                    policy = merged(kinds["weights"].policy(), "cpu")
+                    save_policy(policy, temporary / name, model_card(name, self.config, "the mean of its weights"))
+            if rank():
+                return
+            save_states(states, temporary)
+            for name, (_, numbers) in states.items():
+                write_json(temporary / f"{name}.json", numbers)
 
 
 def or_none(values: np.ndarray) -> list[float | None]:
