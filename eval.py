@@ -62,21 +62,22 @@ def cross_play(attackers: Sequence[Side], defenders: Sequence[Side], seeds: Sequ
     return matrix
 
 
-def success(attacker: Side, defender: Side, seeds: Sequence[str], judge: Judge, seed: int = 0, n: int = 500) -> float:
-    """The attacker's success rate in n exchanges, both sampled: 1 - J(pi, mu) for a judge that says 0 or 1."""
-    chosen = [seeds[i] for i in np.random.default_rng(seed).integers(len(seeds), size=n)]
-    return unsafe_rate(play(attacker, defender, chosen, judge, seed).p_safe)
-
-
 @dataclass
 class BestResponseSettings:
-    """How a best response is trained."""
+    """How a best response is trained, and measured."""
 
     seeds: Sequence[str]  # of the attacker, whichever side is trained
     judge: Judge
     steps: int  # PPO steps
     batch_size: int = 96  # exchanges in each
     seed: int = 0
+
+
+def success(attacker: Side, defender: Side, settings: BestResponseSettings) -> float:
+    """The attacker's success rate in 500 exchanges, both sampled: 1 - J(pi, mu) for a judge that says 0 or 1."""
+    rng = np.random.default_rng(settings.seed)
+    chosen = [settings.seeds[i] for i in rng.integers(len(settings.seeds), size=500)]
+    return unsafe_rate(play(attacker, defender, chosen, settings.judge, settings.seed).p_safe)
 
 
 def best_response(mover: Player, other: Side, settings: BestResponseSettings) -> tuple[Player, list[float]]:
@@ -104,14 +105,11 @@ def nash_gap_bound(attacker: Side, defender: Side, fresh: dict[str, Player],
 
     Returns {"value", "best_attack", "best_defence", "bound"}, all as attack success rates in [0, 1], which are 1 - J.
     """
-    def measured(mu, pi):
-        return success(mu, pi, settings.seeds, settings.judge, settings.seed)
-
     attack, _ = best_response(fresh["attacker"], defender, settings)
     defence, _ = best_response(fresh["defender"], attacker, settings)
-    value = measured(attacker, defender)  # 1 - J(pi, mu)
-    best_attack = max(value, measured(attack, defender))  # 1 - min_mu' J(pi, mu'), at least
-    best_defence = min(value, measured(attacker, defence))  # 1 - max_pi' J(pi', mu), at most
+    value = success(attacker, defender, settings)  # 1 - J(pi, mu)
+    best_attack = max(value, success(attack, defender, settings))  # 1 - min_mu' J(pi, mu'), at least
+    best_defence = min(value, success(attacker, defence, settings))  # 1 - max_pi' J(pi', mu), at most
     bound = best_attack - best_defence  # Eq. (3.6): max_pi' J(pi', mu) - min_mu' J(pi, mu')
     return {"value": value, "best_attack": best_attack, "best_defence": best_defence, "bound": bound}
 
