@@ -167,11 +167,6 @@ def averages(run: FinishedRun) -> dict[str, dict[str, PolicyAverage]]:
     return found
 
 
-def best_file(run: str | Path, round: int) -> Path:
-    """Where `experiments.probe` writes the best response to a run's defender after a round; 0: the finished one."""
-    return Path(run) / (f"best_{round}.json" if round else "best.json")
-
-
 # --- eval.py RUN [RUN ...] ------------------------------------------------------------------------------------------
 def measure(run: FinishedRun, attacker: Side, defender: Side, third_parties: Sequence[Side] = ()) -> dict:
     """A column of the table: `evaluate`, the further test sets, KL in nats, and attacks on third parties."""

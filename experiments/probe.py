@@ -18,7 +18,6 @@ import numpy as np
 from eval import (
     Parser,
     after_round,
-    best_file,
     best_response,
     best_response_settings,
     fresh_player,
@@ -47,7 +46,7 @@ def probe(args: argparse.Namespace) -> None:
     exchanges = play(attacker, defender, settings.seeds, settings.judge, settings.seed)
     broken = Counter(prompt for prompt, p in zip(exchanges.prompts, exchanges.p_safe) if p < 0.5).most_common(3)
     found = {"steps": args.steps, "before": before, "after": after, "curve": curve, "exploits": broken}
-    write_json(best_file(run.path, args.round), found)
+    write_json(run.path / f"best_{args.round}.json", found)
     print(f"a fresh attacker breaks the defender in {before:.1%} of 500 tries, after {args.steps} PPO steps "
           f"on the held-out judge in {after:.1%}: gap {after - before:+.1%}")
     print(f"success in the batch of every tenth step: {' '.join(f'{rate:.2f}' for rate in curve[::10])}")

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from eval import Parser, after_round, attack_success_rate, averages, best_file, cell, kl, measure, run_program
+from eval import Parser, after_round, attack_success_rate, averages, cell, kl, measure, run_program
 from harness.config import parse, resolve
 from harness.data import read_config, read_json, read_lines, sigterm_as_ctrl_c, visible, write_json, write_text
 from harness.report import LABELS, LOOKS, band, figure, markdown, mean_and_error, paired_test, standard_error
@@ -185,7 +185,7 @@ def run_suite(out: str | Path, rows: dict[str, str], seeds: Sequence[int],
             measurements.append(Job(15, command, ("eval", [str(folder), "--third_parties", *others], log), table))
             for round in probes.get(name, ()):
                 arguments = [str(folder), "--steps", str(PROBE_STEPS), "--round", str(round)]
-                job = Job(40, command, ("experiments.probe", arguments, log), best_file(folder, round))
+                job = Job(40, command, ("experiments.probe", arguments, log), folder / f"best_{round}.json")
                 measurements.append(job)
     do_jobs([warm_starts, games, measurements])
     return {name: [suite_row(run_folder(out, name, seed)) for seed in seeds] for name in rows}
@@ -228,7 +228,7 @@ def suite_row(folder: Path) -> dict:
 
 def best_response_row(folder: Path, round: int) -> dict[str, float]:
     """{"best_response": success of a fresh attacker against the defender after a round}; {} where none was trained."""
-    file = best_file(folder, round)
+    file = folder / f"best_{round}.json"
     return {"best_response": read_json(file)["after"]} if file.is_file() else {}
 
 
@@ -365,7 +365,7 @@ def best_responses(out: str | Path, seeds: Iterable[int], names: Iterable[str]) 
     lines = []
     canvas, (axis,) = figure(1)
     for name, look in zip(names, LOOKS):
-        found = {seed: read_json(best_file(run_folder(out, name, seed), 0)) for seed in seeds}
+        found = {seed: read_json(run_folder(out, name, seed) / "best_0.json") for seed in seeds}
         curves = [row["curve"] for row in found.values()]
         band(axis, range(1, 1 + len(curves[0])), curves, name, {**look, "marker": None})
         for seed, row in found.items():
