@@ -115,9 +115,6 @@ def nash_gap_bound(attacker: Side, defender: Side, fresh: dict[str, Player],
 
 
 # --- players of a finished run --------------------------------------------------------------------------------------
-RESERVOIR = 4  # policies in the small reservoir that is evaluated beside a larger mixture
-
-
 def fresh_player(run: FinishedRun, name: str) -> Player:
     """A player as it began, which can learn as it did in its run."""
     player = copy.deepcopy(run.world.players[name])
@@ -133,16 +130,6 @@ def best_response_settings(run: FinishedRun, steps: int) -> BestResponseSettings
     return BestResponseSettings(world.seeds, world.held_out_judge, steps, run.config.batch_size, run.config.seed)
 
 
-def sub_mixture(mixture: PolicyAverage, members: Sequence[int], kind: str = "mixture", capacity: int | None = None,
-                seed: int = 0) -> PolicyAverage:
-    """The average of some members of a mixture: a mixture of them or, with kind "weights", their mean weights. Beyond
-    `capacity` (default: all) it is a reservoir sample (Vitter, 1985)."""
-    average = PolicyAverage(mixture.player, kind, capacity or len(members), seed)
-    for i in members:
-        average.add_weights({name: weight.clone() for name, weight in mixture.members[i].items()})
-    return average
-
-
 def after_round(run: FinishedRun, name: str, round: int, kind: str = "last") -> Side:
     """A player after a round, counted from 1: its last policy, or its average so far of a kind. Raises ValueError
     where the run did not keep the policies of all rounds."""
@@ -152,19 +139,10 @@ def after_round(run: FinishedRun, name: str, round: int, kind: str = "last") -> 
                          f"of at least {run.config.rounds}), got {run.path}")
     if kind == "last":
         return mixture.player.with_policy(mixture.policy(round - 1))
-    return sub_mixture(mixture, range(round), kind)
-
-
-def averages(run: FinishedRun) -> dict[str, dict[str, PolicyAverage]]:
-    """{kind: {player: average}} of the averages that were saved, and of a small reservoir of a larger mixture."""
-    found = {}
-    for name, kinds in run.averages.items():
-        for kind, average in kinds.items():
-            found.setdefault(kind, {})[name] = average
-            if kind == "mixture" and len(average.members) > RESERVOIR:
-                small = sub_mixture(average, range(len(average.members)), "mixture", RESERVOIR, run.config.seed)
-                found.setdefault(f"reservoir of {RESERVOIR}", {})[name] = small
-    return found
+    average = PolicyAverage(mixture.player, kind, capacity=round)
+    for member in mixture.members[:round]:
+        average.add_weights({name: weight.clone() for name, weight in member.items()})
+    return average
 
 
 # --- eval.py RUN [RUN ...] ------------------------------------------------------------------------------------------
@@ -225,7 +203,8 @@ def tables(args: argparse.Namespace) -> None:
         first = run.world.first
         last = run.world.players
         columns = {"before": first, "after": last}
-        columns |= {f"average ({kind})": pair for kind, pair in averages(run).items()}
+        for kind in run.averages["defender"]:  # of the attacker there are the same
+            columns[f"average ({kind})"] = {name: averages[kind] for name, averages in run.averages.items()}
         rows = {name: measure(run, pair["attacker"], pair["defender"], third_parties) for name, pair in columns.items()}
         matrix = cross_play([first["attacker"], last["attacker"]], [first["defender"], last["defender"]],
                             run.world.seeds[:200], run.world.held_out_judge)

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from eval import Parser, after_round, attack_success_rate, averages, cell, kl, measure, run_program
+from eval import Parser, after_round, attack_success_rate, cell, kl, measure, run_program
 from harness.config import parse, resolve
 from harness.data import read_config, read_json, read_lines, sigterm_as_ctrl_c, visible, write_json, write_text
 from harness.report import LABELS, LOOKS, band, figure, markdown, mean_and_error, paired_test, standard_error
@@ -382,7 +382,7 @@ def averages_table(out: str | Path, seeds: Sequence[int], rows: list[dict]) -> s
     run = open_run(run_folder(out, "recommended", seeds[0]))
     last = run.world.players["defender"]
     policy_size = sum(p.numel() * 4 for p in last.policy.lm.parameters()) / 2**20  # MiB
-    sides = {"last": last, **{f"average ({kind})": pair["defender"] for kind, pair in averages(run).items()}}
+    sides = {"last": last, **{f"average ({kind})": side for kind, side in run.averages["defender"].items()}}
     keys = (ASR, "over_refusal/look-alikes", "helpfulness", "third_party_success", "cells")
     lines = []
     for name, side in sides.items():
