@@ -434,13 +434,6 @@ def probe(args: argparse.Namespace) -> None:
 
 
 # --- the command line -----------------------------------------------------------------------------------------------
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line and exit status 2."""
-
-    def error(self, message):
-        data.fail(message)
-
-
 def run_program(work: Callable, args: argparse.Namespace, hint: str = "") -> None:
     """work(args) as a user calls it: what goes wrong is one line. hint: what follows "interrupted" in the line."""
     keep_freed_memory()
@@ -455,11 +448,12 @@ def run_program(work: Callable, args: argparse.Namespace, hint: str = "") -> Non
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments; `work` is the command's function. A run folder needs no command before it."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(metavar="COMMAND")
 
     def command(work, *positional, nargs=None):
         new = commands.add_parser(work.__name__, description=work.__doc__)
+        new.error = data.fail
         new.set_defaults(work=work)
         for name in positional:
             new.add_argument(name, nargs=nargs, metavar=name.upper())
@@ -489,8 +483,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if first not in commands.choices and Path(first).is_dir():
         argv = ["tables", *argv]
     elif first not in ("-h", "--help", *commands.choices):
-        parser.error(f"eval.py takes run folders or a command ({', '.join(commands.choices)}), got {first}; reproduce, "
-                     "ablate and rounds are of python -m experiments.reproduce, best of python -m experiments.probe")
+        data.fail(f"eval.py takes run folders or a command ({', '.join(commands.choices)}), got {first}")
     return parser.parse_args(argv)
 
 

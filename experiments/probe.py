@@ -15,17 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import (
-    Parser,
-    after_round,
-    best_response,
-    best_response_settings,
-    fresh_player,
-    run_program,
-    success,
-)
+from eval import after_round, best_response, best_response_settings, fresh_player, run_program, success
 from gpo import play
-from harness.data import read_json, sigterm_as_ctrl_c, visible, write_json
+from harness.data import fail, read_json, sigterm_as_ctrl_c, visible, write_json
 from harness.report import LOOKS, figure
 from harness.run import open_run
 
@@ -85,7 +77,8 @@ def draw_probe(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """The program."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--steps", type=int, default=90, help="PPO steps of the attacker")
     parser.add_argument("--round", type=int, default=0, help="the defender after this round; 0: the finished one")

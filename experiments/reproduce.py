@@ -24,9 +24,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from eval import Parser, after_round, attack_success_rate, cell, kl, measure, run_program
+from eval import after_round, attack_success_rate, cell, kl, measure, run_program
 from harness.config import parse, resolve
-from harness.data import read_config, read_json, read_lines, sigterm_as_ctrl_c, visible, write_json, write_text
+from harness.data import fail, read_config, read_json, read_lines, sigterm_as_ctrl_c, visible, write_json, write_text
 from harness.report import LABELS, LOOKS, band, figure, markdown, mean_and_error, paired_test, standard_error
 from harness.run import FinishedRun, open_run
 
@@ -492,7 +492,8 @@ def draw_rounds(out: str | Path, rows: dict) -> None:
 # --- the command line -----------------------------------------------------------------------------------------------
 def main(argv: Sequence[str]) -> None:
     """The program."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
     commands = {"reproduce": reproduce, "ablate": ablate, "rounds": rounds}
     parser.add_argument("command", nargs="?", default="reproduce", choices=commands)
     parser.add_argument("rows", nargs="*", metavar="ROW", help="of ablate; default: all")
