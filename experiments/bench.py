@@ -34,10 +34,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from diversity import ORDERS, Diversity, word_embedder
+from eval import run_program
 from gpo import Player, gae, policy_loss, ppo_update, token_rewards, value_loss, whiten
-from harness.data import append_lines, fail, interrupted, quiet_libraries, read_lines, sigterm_as_ctrl_c
+from harness.data import append_lines, fail, read_lines, sigterm_as_ctrl_c
 from kernel import linear_logprob
-from model import DTYPE_NAMES, DTYPES, Policy, best_dtype, generate, keep_freed_memory
+from model import DTYPE_NAMES, DTYPES, Policy, best_dtype, generate
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -436,7 +437,20 @@ BENCHES = {"logprob": bench_logprob, "sample": bench_sample, "ppo": bench_ppo, "
            "game": bench_game}
 
 
-def _parse(argv):
+def run_benches(args: argparse.Namespace) -> None:
+    """What is asked for, and its table."""
+    open(args.json or os.devnull, "a").close()  # find out now whether it can be written
+    rows = []
+    for name in BENCHES if args.what == "all" else [args.what]:
+        more = {"trl_python": args.trl_python} if name == "ppo" else {}
+        rows += BENCHES[name](args.repeats, **more)
+    _print_table(rows)
+    if args.json:
+        append_lines(args.json, rows)
+
+
+def main(argv: list[str]) -> None:
+    """The program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("what", nargs="?", default="all", choices=[*BENCHES, "all"])
@@ -446,27 +460,7 @@ def _parse(argv):
     args = parser.parse_args(argv)
     if args.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {args.repeats}")
-    return args
-
-
-def main(argv: list[str]) -> None:
-    """The program: runs what is asked for, prints the table."""
-    args = _parse(argv)
-    keep_freed_memory()
-    quiet_libraries()
-    rows = []
-    try:
-        open(args.json or os.devnull, "a").close()  # find out now whether it can be written
-        for name in BENCHES if args.what == "all" else [args.what]:
-            more = {"trl_python": args.trl_python} if name == "ppo" else {}
-            rows += BENCHES[name](args.repeats, **more)
-    except (ValueError, OSError) as error:
-        fail(error)
-    except KeyboardInterrupt as stop:
-        interrupted(stop, "")
-    _print_table(rows)
-    if args.json:
-        append_lines(args.json, rows)
+    run_program(run_benches, args)
 
 
 if __name__ == "__main__":
