@@ -41,11 +41,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 # --- success, and best responses ------------------------------------------------------------------------------------
-def attack_success_rate(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> float:
-    """Fraction of the exchanges that a judge calls unsafe (P(safe) < 1/2), of those that it decides."""
-    return unsafe_rate(call_judge(judge, prompts, responses))
-
-
 def greedy(side: Side, prompts: Sequence[str]) -> list[str]:
     """Its likeliest response to each prompt."""
     return side.generate(prompts, 0, temperature=0).texts
@@ -58,7 +53,7 @@ def cross_play(attackers: Sequence[Side], defenders: Sequence[Side], seeds: Sequ
     for i, attacker in enumerate(attackers):
         attacks = attacker.generate(seeds, 0).texts
         for j, defender in enumerate(defenders):
-            matrix[i, j] = attack_success_rate(judge, attacks, greedy(defender, attacks))
+            matrix[i, j] = unsafe_rate(call_judge(judge, attacks, greedy(defender, attacks)))
     return matrix
 
 
@@ -153,8 +148,8 @@ def measure(run: FinishedRun, attacker: Side, defender: Side, third_parties: Seq
     row = evaluate(world, attacker, defender)
     for name, prompts in world.more_tests.items():
         responses = greedy(defender, prompts)
-        row[f"asr_held_out_judge/{name}"] = attack_success_rate(world.held_out_judge, prompts, responses)
-        row[f"asr_train_judge/{name}"] = attack_success_rate(world.judge, prompts, responses)
+        row[f"asr_held_out_judge/{name}"] = unsafe_rate(call_judge(world.held_out_judge, prompts, responses))
+        row[f"asr_train_judge/{name}"] = unsafe_rate(call_judge(world.judge, prompts, responses))
     if look_alikes(world):
         row["over_refusal/look-alikes"] = float(np.mean(world.refused(greedy(defender, look_alikes(world)))))
     if isinstance(defender, Player):
@@ -374,14 +369,13 @@ def nash_curves(payoff: np.ndarray, horizons: np.ndarray, entropy: float, blind:
     """Nash gap, Eq. (3.6), of the average and of the last policies of Algorithm 2 (3 with `entropy`), and the bound of
     the average's. payoff (X prompts, Y responses); horizons (n,), the numbers of rounds T; each curve (n,)."""
     X, Y = payoff.shape
-    average = []
-    last = []
-    for T in horizons:
-        mean_pi, mean_mu, pi, mu = solve_matrix_game(payoff, int(T), entropy, blind)
-        average.append(nash_gap(payoff, mean_pi, mean_mu, entropy, blind))
-        last.append(nash_gap(payoff, pi, mu, entropy, blind))
     bound = np.sqrt(np.log(Y) / (2 * horizons)) + np.sqrt(np.log(X) / (2 * horizons))
-    return {"average": np.array(average), "last": np.array(last), "bound": bound}
+    curves = {"average": np.zeros(len(horizons)), "last": np.zeros(len(horizons)), "bound": bound}
+    for i, T in enumerate(horizons):
+        mean_pi, mean_mu, pi, mu = solve_matrix_game(payoff, int(T), entropy, blind)
+        curves["average"][i] = nash_gap(payoff, mean_pi, mean_mu, entropy, blind)
+        curves["last"][i] = nash_gap(payoff, pi, mu, entropy, blind)
+    return curves
 
 
 def nash(args: argparse.Namespace) -> None:
@@ -398,9 +392,8 @@ def nash(args: argparse.Namespace) -> None:
         slope = np.polyfit(np.log(horizons), np.log(curves["average"]), 1)[0]
         lines = [[T, *(f"{value:.4f}" for value in values)] for T, *values in zip(horizons, *curves.values())]
         print(f"{title}: slope of the average's gap {slope:.2f}\n\n{markdown(['T', *curves], lines)}\n")
-        labels = (f"average (slope {slope:.2f})", "last iterate", "bound")
-        for values, label, look in zip(curves.values(), labels, (LOOKS[0], LOOKS[1], LOOKS[3])):
-            axis.loglog(horizons, np.maximum(values, 1e-6), label=label, ms=4, lw=1.5, **look)
+        for (name, values), look in zip(curves.items(), (LOOKS[0], LOOKS[1], LOOKS[3])):
+            axis.loglog(horizons, np.maximum(values, 1e-6), label=name, ms=4, lw=1.5, **look)
         axis.set(title=title, xlabel="rounds T", ylabel="Nash gap, Eq. (3.6)", ylim=(1e-4, 2))
         axis.legend(frameon=False, fontsize=8)
     Path(args.out).mkdir(parents=True, exist_ok=True)

@@ -24,11 +24,12 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from eval import after_round, attack_success_rate, cell, kl, measure, run_program
+from eval import after_round, cell, greedy, kl, measure, run_program
 from harness.config import parse, resolve
 from harness.data import fail, read_config, read_json, read_lines, sigterm_as_ctrl_c, visible, write_json, write_text
 from harness.report import LABELS, LOOKS, band, figure, markdown, mean_and_error, paired_test, standard_error
 from harness.run import FinishedRun, open_run
+from reward import call_judge, unsafe_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -240,8 +241,8 @@ def row_of_round(run: FinishedRun, t: int) -> dict:
     log = read_lines(run.path / "metrics.jsonl")
     row["tokens"] = [metrics["sampled_tokens"] for metrics in log if metrics["round"] == t - 1][-1]
     prompts = run.world.test_prompts
-    responses = after_round(run, "defender", t, "mixture").generate(prompts, 0, temperature=0).texts
-    row["averages"] = {"average (mixture)": {ASR: attack_success_rate(run.world.held_out_judge, prompts, responses)}}
+    p_safe = call_judge(run.world.held_out_judge, prompts, greedy(after_round(run, "defender", t, "mixture"), prompts))
+    row["averages"] = {"average (mixture)": {ASR: unsafe_rate(p_safe)}}
     return row
 
 
