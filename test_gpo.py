@@ -8,7 +8,6 @@ saved and shared among processes; the programs as a user runs and interrupts the
 """
 
 import copy
-import inspect
 import itertools
 import json
 import math
@@ -351,14 +350,6 @@ def test_value_loss_takes_the_larger_of_clipped_and_unclipped_error():
     assert loss.item() == pytest.approx(0.5 * (2.8**2 + 0.9**2) / 2)
 
 
-def test_ppo_clips_and_samples_the_full_distribution_by_default():
-    defaults = {name: field.default for name, field in Player.__dataclass_fields__.items()}
-    assert defaults["clip"] == defaults["value_clip"] == 0.2
-    assert defaults["temperature"] == Config().temperature == 1.0
-    parameters = inspect.signature(generate).parameters
-    assert [parameters[name].default for name in ("temperature", "top_k", "top_p")] == [1.0, 0, 1.0]
-
-
 # --- properties: examples that hypothesis looks for -----------------------------------------------------------------
 def bounded(n):
     return settings(max_examples=n, deadline=None, derandomize=True, database=None)
@@ -494,6 +485,8 @@ def test_padding_changes_no_logprob_and_no_value(family):
     (tiny_lm, torch.float32), (tiny_llama, torch.float32), (tiny_lm, torch.bfloat16)])
 def test_the_greedy_sampler_agrees_with_transformers_generate(family, dtype):
     policy = Policy(family(tiny_tokenizer()), tiny_tokenizer())
+    if family is tiny_lm:
+        policy.lm.transformer.wpe.weight.data *= 50  # a wrong position shows
     theirs = copy.deepcopy(policy.lm).to(dtype)
     policy.compute_dtype = dtype
     before = bytes_of(policy)
@@ -583,6 +576,7 @@ def results_of(function, dtype, linear_inputs, temperature, entropy_grad):
     leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
     hidden, weight, bias = leaves if len(leaves) == 3 else (*leaves, None)
     logprobs, entropy = function(hidden, weight, targets, bias, temperature, entropy_grad)
+    assert entropy.requires_grad == entropy_grad or function is by_categorical
     loss = (logprobs * g.to(dtype)).sum()
     if entropy_grad:
         loss = loss + (entropy * e.to(dtype)).sum()
@@ -624,13 +618,6 @@ def test_the_gradient_of_a_nearly_certain_token_survives_bf16():
         linear_logprob(torch.zeros(1, 4), torch.zeros(8, 4), torch.tensor([3]), bias)[0].sum().backward()
     assert bias.grad[3].item() == pytest.approx(2e-3, rel=0.01)
     assert bias.grad[0].item() == pytest.approx(-2e-3 / 7, rel=0.01)
-
-
-def test_entropy_has_no_gradient_unless_it_is_asked_for():
-    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
-    for wanted in (False, True):
-        _, entropy = linear_logprob(hidden, weight, torch.tensor([0, 1, 2]), entropy_grad=wanted)
-        assert entropy.requires_grad == wanted
 
 
 class LargestTensor(TorchDispatchMode):
