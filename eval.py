@@ -41,11 +41,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 # --- success, and best responses ------------------------------------------------------------------------------------
-def attack_success_rate(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> float:
-    """Fraction of the exchanges that a judge calls unsafe (P(safe) < 1/2), of those that it decides."""
-    return unsafe_rate(call_judge(judge, prompts, responses))
-
-
 def greedy(side: Side, prompts: Sequence[str]) -> list[str]:
     """Its likeliest response to each prompt."""
     return side.generate(prompts, 0, temperature=0).texts
@@ -58,25 +53,26 @@ def cross_play(attackers: Sequence[Side], defenders: Sequence[Side], seeds: Sequ
     for i, attacker in enumerate(attackers):
         attacks = attacker.generate(seeds, 0).texts
         for j, defender in enumerate(defenders):
-            matrix[i, j] = attack_success_rate(judge, attacks, greedy(defender, attacks))
+            matrix[i, j] = unsafe_rate(call_judge(judge, attacks, greedy(defender, attacks)))
     return matrix
-
-
-def success(attacker: Side, defender: Side, seeds: Sequence[str], judge: Judge, seed: int = 0, n: int = 500) -> float:
-    """The attacker's success rate in n exchanges, both sampled: 1 - J(pi, mu) for a judge that says 0 or 1."""
-    chosen = [seeds[i] for i in np.random.default_rng(seed).integers(len(seeds), size=n)]
-    return unsafe_rate(play(attacker, defender, chosen, judge, seed).p_safe)
 
 
 @dataclass
 class BestResponseSettings:
-    """How a best response is trained."""
+    """How a best response is trained, and measured."""
 
     seeds: Sequence[str]  # of the attacker, whichever side is trained
     judge: Judge
     steps: int  # PPO steps
     batch_size: int = 96  # exchanges in each
     seed: int = 0
+
+
+def success(attacker: Side, defender: Side, settings: BestResponseSettings) -> float:
+    """The attacker's success rate in 500 exchanges, both sampled: 1 - J(pi, mu) for a judge that says 0 or 1."""
+    rng = np.random.default_rng(settings.seed)
+    chosen = [settings.seeds[i] for i in rng.integers(len(settings.seeds), size=500)]
+    return unsafe_rate(play(attacker, defender, chosen, settings.judge, settings.seed).p_safe)
 
 
 def best_response(mover: Player, other: Side, settings: BestResponseSettings) -> tuple[Player, list[float]]:
@@ -104,22 +100,16 @@ def nash_gap_bound(attacker: Side, defender: Side, fresh: dict[str, Player],
 
     Returns {"value", "best_attack", "best_defence", "bound"}, all as attack success rates in [0, 1], which are 1 - J.
     """
-    def measured(mu, pi):
-        return success(mu, pi, settings.seeds, settings.judge, settings.seed)
-
     attack, _ = best_response(fresh["attacker"], defender, settings)
     defence, _ = best_response(fresh["defender"], attacker, settings)
-    value = measured(attacker, defender)  # 1 - J(pi, mu)
-    best_attack = max(value, measured(attack, defender))  # 1 - min_mu' J(pi, mu'), at least
-    best_defence = min(value, measured(attacker, defence))  # 1 - max_pi' J(pi', mu), at most
+    value = success(attacker, defender, settings)  # 1 - J(pi, mu)
+    best_attack = max(value, success(attack, defender, settings))  # 1 - min_mu' J(pi, mu'), at least
+    best_defence = min(value, success(attacker, defence, settings))  # 1 - max_pi' J(pi', mu), at most
     bound = best_attack - best_defence  # Eq. (3.6): max_pi' J(pi', mu) - min_mu' J(pi, mu')
     return {"value": value, "best_attack": best_attack, "best_defence": best_defence, "bound": bound}
 
 
 # --- players of a finished run --------------------------------------------------------------------------------------
-RESERVOIR = 4  # policies in the small reservoir that is evaluated beside a larger mixture
-
-
 def fresh_player(run: FinishedRun, name: str) -> Player:
     """A player as it began, which can learn as it did in its run."""
     player = copy.deepcopy(run.world.players[name])
@@ -135,16 +125,6 @@ def best_response_settings(run: FinishedRun, steps: int) -> BestResponseSettings
     return BestResponseSettings(world.seeds, world.held_out_judge, steps, run.config.batch_size, run.config.seed)
 
 
-def sub_mixture(mixture: PolicyAverage, members: Sequence[int], kind: str = "mixture", capacity: int | None = None,
-                seed: int = 0) -> PolicyAverage:
-    """The average of some members of a mixture: a mixture of them or, with kind "weights", their mean weights. Beyond
-    `capacity` (default: all) it is a reservoir sample (Vitter, 1985)."""
-    average = PolicyAverage(mixture.player, kind, capacity or len(members), seed)
-    for i in members:
-        average.add_weights({name: weight.clone() for name, weight in mixture.members[i].items()})
-    return average
-
-
 def after_round(run: FinishedRun, name: str, round: int, kind: str = "last") -> Side:
     """A player after a round, counted from 1: its last policy, or its average so far of a kind. Raises ValueError
     where the run did not keep the policies of all rounds."""
@@ -154,24 +134,10 @@ def after_round(run: FinishedRun, name: str, round: int, kind: str = "last") -> 
                          f"of at least {run.config.rounds}), got {run.path}")
     if kind == "last":
         return mixture.player.with_policy(mixture.policy(round - 1))
-    return sub_mixture(mixture, range(round), kind)
-
-
-def averages(run: FinishedRun) -> dict[str, dict[str, PolicyAverage]]:
-    """{kind: {player: average}} of the averages that were saved, and of a small reservoir of a larger mixture."""
-    found = {}
-    for name, kinds in run.averages.items():
-        for kind, average in kinds.items():
-            found.setdefault(kind, {})[name] = average
-            if kind == "mixture" and len(average.members) > RESERVOIR:
-                small = sub_mixture(average, range(len(average.members)), "mixture", RESERVOIR, run.config.seed)
-                found.setdefault(f"reservoir of {RESERVOIR}", {})[name] = small
-    return found
-
-
-def best_file(run: str | Path, round: int) -> Path:
-    """Where `experiments.probe` writes the best response to a run's defender after a round; 0: the finished one."""
-    return Path(run) / (f"best_{round}.json" if round else "best.json")
+    average = PolicyAverage(mixture.player, kind, capacity=round)
+    for member in mixture.members[:round]:
+        average.add_weights({name: weight.clone() for name, weight in member.items()})
+    return average
 
 
 # --- eval.py RUN [RUN ...] ------------------------------------------------------------------------------------------
@@ -182,8 +148,8 @@ def measure(run: FinishedRun, attacker: Side, defender: Side, third_parties: Seq
     row = evaluate(world, attacker, defender)
     for name, prompts in world.more_tests.items():
         responses = greedy(defender, prompts)
-        row[f"asr_held_out_judge/{name}"] = attack_success_rate(world.held_out_judge, prompts, responses)
-        row[f"asr_train_judge/{name}"] = attack_success_rate(world.judge, prompts, responses)
+        row[f"asr_held_out_judge/{name}"] = unsafe_rate(call_judge(world.held_out_judge, prompts, responses))
+        row[f"asr_train_judge/{name}"] = unsafe_rate(call_judge(world.judge, prompts, responses))
     if look_alikes(world):
         row["over_refusal/look-alikes"] = float(np.mean(world.refused(greedy(defender, look_alikes(world)))))
     if isinstance(defender, Player):
@@ -232,7 +198,8 @@ def tables(args: argparse.Namespace) -> None:
         first = run.world.first
         last = run.world.players
         columns = {"before": first, "after": last}
-        columns |= {f"average ({kind})": pair for kind, pair in averages(run).items()}
+        for kind in run.averages["defender"]:  # of the attacker there are the same
+            columns[f"average ({kind})"] = {name: averages[kind] for name, averages in run.averages.items()}
         rows = {name: measure(run, pair["attacker"], pair["defender"], third_parties) for name, pair in columns.items()}
         matrix = cross_play([first["attacker"], last["attacker"]], [first["defender"], last["defender"]],
                             run.world.seeds[:200], run.world.held_out_judge)
@@ -402,14 +369,13 @@ def nash_curves(payoff: np.ndarray, horizons: np.ndarray, entropy: float, blind:
     """Nash gap, Eq. (3.6), of the average and of the last policies of Algorithm 2 (3 with `entropy`), and the bound of
     the average's. payoff (X prompts, Y responses); horizons (n,), the numbers of rounds T; each curve (n,)."""
     X, Y = payoff.shape
-    average = []
-    last = []
-    for T in horizons:
-        mean_pi, mean_mu, pi, mu = solve_matrix_game(payoff, int(T), entropy, blind)
-        average.append(nash_gap(payoff, mean_pi, mean_mu, entropy, blind))
-        last.append(nash_gap(payoff, pi, mu, entropy, blind))
     bound = np.sqrt(np.log(Y) / (2 * horizons)) + np.sqrt(np.log(X) / (2 * horizons))
-    return {"average": np.array(average), "last": np.array(last), "bound": bound}
+    curves = {"average": np.zeros(len(horizons)), "last": np.zeros(len(horizons)), "bound": bound}
+    for i, T in enumerate(horizons):
+        mean_pi, mean_mu, pi, mu = solve_matrix_game(payoff, int(T), entropy, blind)
+        curves["average"][i] = nash_gap(payoff, mean_pi, mean_mu, entropy, blind)
+        curves["last"][i] = nash_gap(payoff, pi, mu, entropy, blind)
+    return curves
 
 
 def nash(args: argparse.Namespace) -> None:
@@ -426,9 +392,8 @@ def nash(args: argparse.Namespace) -> None:
         slope = np.polyfit(np.log(horizons), np.log(curves["average"]), 1)[0]
         lines = [[T, *(f"{value:.4f}" for value in values)] for T, *values in zip(horizons, *curves.values())]
         print(f"{title}: slope of the average's gap {slope:.2f}\n\n{markdown(['T', *curves], lines)}\n")
-        labels = (f"average (slope {slope:.2f})", "last iterate", "bound")
-        for values, label, look in zip(curves.values(), labels, (LOOKS[0], LOOKS[1], LOOKS[3])):
-            axis.loglog(horizons, np.maximum(values, 1e-6), label=label, ms=4, lw=1.5, **look)
+        for (name, values), look in zip(curves.items(), (LOOKS[0], LOOKS[1], LOOKS[3])):
+            axis.loglog(horizons, np.maximum(values, 1e-6), label=name, ms=4, lw=1.5, **look)
         axis.set(title=title, xlabel="rounds T", ylabel="Nash gap, Eq. (3.6)", ylim=(1e-4, 2))
         axis.legend(frameon=False, fontsize=8)
     Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -462,13 +427,6 @@ def probe(args: argparse.Namespace) -> None:
 
 
 # --- the command line -----------------------------------------------------------------------------------------------
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line and exit status 2."""
-
-    def error(self, message):
-        data.fail(message)
-
-
 def run_program(work: Callable, args: argparse.Namespace, hint: str = "") -> None:
     """work(args) as a user calls it: what goes wrong is one line. hint: what follows "interrupted" in the line."""
     keep_freed_memory()
@@ -483,11 +441,12 @@ def run_program(work: Callable, args: argparse.Namespace, hint: str = "") -> Non
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments; `work` is the command's function. A run folder needs no command before it."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(metavar="COMMAND")
 
     def command(work, *positional, nargs=None):
         new = commands.add_parser(work.__name__, description=work.__doc__)
+        new.error = data.fail
         new.set_defaults(work=work)
         for name in positional:
             new.add_argument(name, nargs=nargs, metavar=name.upper())
@@ -518,8 +477,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if first not in commands.choices and Path(first).is_dir():
         argv = ["tables", *argv]
     elif first not in ("-h", "--help", *commands.choices):
-        parser.error(f"eval.py takes run folders or a command ({', '.join(commands.choices)}), got {first}; reproduce, "
-                     "ablate and rounds are of python -m experiments.reproduce, best of python -m experiments.probe")
+        data.fail(f"eval.py takes run folders or a command ({', '.join(commands.choices)}), got {first}")
     return parser.parse_args(argv)
 
 

@@ -411,8 +411,9 @@ def _file_of(name):
 
 
 def _load_file(path):
-    """The module of a Python file, in sys.modules so that its classes can go to other processes: under its own name, unless
-    another module has that. Its folder stays at the end of sys.path, for helpers beside it and for processes that it starts."""
+    """The module of a Python file, in sys.modules so that its classes can go to other processes: under its own name,
+    unless another module has that. Its folder stays at the end of sys.path, for helpers beside it and for processes
+    that it starts."""
     source = path.read_bytes()
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))

@@ -8,7 +8,6 @@ saved and shared among processes; the programs as a user runs and interrupts the
 """
 
 import copy
-import inspect
 import itertools
 import json
 import math
@@ -359,14 +358,6 @@ def test_value_loss_takes_the_larger_of_clipped_and_unclipped_error():
     assert loss.item() == pytest.approx(0.5 * (2.8**2 + 0.9**2) / 2)
 
 
-def test_ppo_clips_and_samples_the_full_distribution_by_default():
-    defaults = {name: field.default for name, field in Player.__dataclass_fields__.items()}
-    assert defaults["clip"] == defaults["value_clip"] == 0.2
-    assert defaults["temperature"] == Config().temperature == 1.0
-    parameters = inspect.signature(generate).parameters
-    assert [parameters[name].default for name in ("temperature", "top_k", "top_p")] == [1.0, 0, 1.0]
-
-
 # --- properties: examples that hypothesis looks for -----------------------------------------------------------------
 def bounded(n):
     return settings(max_examples=n, deadline=None, derandomize=True, database=None)
@@ -498,27 +489,22 @@ def test_padding_changes_no_logprob_and_no_value(family):
     assert all((x[~rollout.response_mask] == 0).all() for x in outputs)
 
 
-def test_position_ids_are_passed_in_every_forward():
-    policy = tiny_policy()
-    seen = []
-    policy.lm.base_model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True)
-    rollout = generate(policy, ["a b c", "d"], 3, seed=0)
-    assert seen[0].tolist() == [[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]]  # Human: ... AI:
-    assert seen[1].tolist() == [[5], [3]]
-    logprobs_and_values(policy, rollout)
-    assert (seen[-1][0] == torch.arange(rollout.tokens.shape[1] - 1)).all()  # the last token is not read
-
-
-@pytest.mark.parametrize("family", [tiny_lm, tiny_llama])
-def test_the_greedy_sampler_agrees_with_transformers_generate(family):
+@pytest.mark.parametrize("family, dtype", [
+    (tiny_lm, torch.float32), (tiny_llama, torch.float32), (tiny_lm, torch.bfloat16)])
+def test_the_greedy_sampler_agrees_with_transformers_generate(family, dtype):
     policy = Policy(family(tiny_tokenizer()), tiny_tokenizer())
+    if family is tiny_lm:
+        policy.lm.transformer.wpe.weight.data *= 50  # a wrong position shows
+    theirs = copy.deepcopy(policy.lm).to(dtype)
+    policy.compute_dtype = dtype
+    before = bytes_of(policy)
     _, responses = generate(policy, PROMPTS, 6, temperature=0).token_ids()
+    assert bytes_of(policy) == before  # what is cast for decoding is a copy
     for prompt, response in zip(PROMPTS, responses):
         ids = torch.tensor(policy.encode([prompt]))
-        theirs, = policy.lm.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6,
-                                     pad_token_id=0)
-        assert response == theirs.tolist()[ids.shape[1]:]
+        expected, = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6,
+                                    pad_token_id=0)
+        assert response == expected.tolist()[ids.shape[1]:]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -561,21 +547,6 @@ def test_a_filter_keeps_the_smallest_set_of_likeliest_tokens_whose_mass_reaches_
         assert filtered.isfinite().nonzero()[:, 0].tolist() == sorted(kept)
         assert torch.equal(filtered[kept], logits[b, t - 1, kept])
         assert rollout.tokens[b, t] in kept
-
-
-def test_weights_are_cast_once_for_decoding_and_the_policy_keeps_its_own():
-    policy = tiny_policy()
-    assert model.decoding_copy(policy) is policy.lm
-    before = bytes_of(policy)
-    policy.compute_dtype = torch.bfloat16
-    lm = model.decoding_copy(policy)
-    assert bytes_of(policy) == before
-    assert lm.lm_head.weight is lm.transformer.wte.weight  # still tied
-    assert all(torch.equal(p, policy.lm.get_parameter(name).bfloat16()) for name, p in lm.named_parameters())
-    _, responses = generate(policy, PROMPTS[:1], 6, temperature=0).token_ids()
-    ids = torch.tensor(policy.encode(PROMPTS[:1]))
-    theirs, = copy.deepcopy(policy.lm).bfloat16().generate(ids, do_sample=False, max_new_tokens=6, pad_token_id=0)
-    assert responses == [theirs.tolist()[ids.shape[1]:]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -746,6 +717,7 @@ def results_of(function, dtype, linear_inputs, temperature, entropy_grad):
     leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
     hidden, weight, bias = leaves if len(leaves) == 3 else (*leaves, None)
     logprobs, entropy = function(hidden, weight, targets, bias, temperature, entropy_grad)
+    assert entropy.requires_grad == entropy_grad or function is by_categorical
     loss = (logprobs * g.to(dtype)).sum()
     if entropy_grad:
         loss = loss + (entropy * e.to(dtype)).sum()
@@ -787,13 +759,6 @@ def test_the_gradient_of_a_nearly_certain_token_survives_bf16():
         linear_logprob(torch.zeros(1, 4), torch.zeros(8, 4), torch.tensor([3]), bias)[0].sum().backward()
     assert bias.grad[3].item() == pytest.approx(2e-3, rel=0.01)
     assert bias.grad[0].item() == pytest.approx(-2e-3 / 7, rel=0.01)
-
-
-def test_entropy_has_no_gradient_unless_it_is_asked_for():
-    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
-    for wanted in (False, True):
-        _, entropy = linear_logprob(hidden, weight, torch.tensor([0, 1, 2]), entropy_grad=wanted)
-        assert entropy.requires_grad == wanted
 
 
 class LargestTensor(TorchDispatchMode):
@@ -1613,8 +1578,8 @@ def test_what_a_text_says_is_never_a_control_token_for_a_judge(tokens, how, prom
     plain, odd = [[i for i in ids if i in CONTROL] for ids in read]
     assert plain == odd
     if tokens == "bytes" and response.strip():  # and it reaches the model in full
-        letters = ["".join(unicodedata.normalize("NFKC", text).split()) for text in (response, tokenizer.decode(read[1]))]
-        assert letters[0] in letters[1]
+        written, received = (unicodedata.normalize("NFKC", text) for text in (response, tokenizer.decode(read[1])))
+        assert "".join(written.split()) in "".join(received.split())
 
 
 @pytest.mark.parametrize("template, message", [
@@ -2237,7 +2202,7 @@ def test_the_nash_gap_bound_is_best_attack_minus_best_defence():
     defender = PolicyAverage(best["defender"])  # half of its answers serve
     for word in "yz":
         defender.add(one_word_player("defender", word).policy)
-    half = evaluation.success(best["attacker"], defender, ["a"], broken_by_x)
+    half = evaluation.success(best["attacker"], defender, settings)
     assert abs(half - 0.5) < 6 * math.sqrt(0.25 / 500)
     for word, value in (("a", 0.0), ("x", half)):
         bound = evaluation.nash_gap_bound(one_word_player("attacker", word), defender, best, settings)
@@ -2254,7 +2219,7 @@ def test_a_best_response_is_trained_on_a_copy_and_finds_the_one_word_that_pays(n
     before = bytes_of(mover.policy)
     settings = evaluation.BestResponseSettings(PROMPTS, judge, steps=40, batch_size=64)
     probe, curve = evaluation.best_response(mover, other, settings)
-    after = evaluation.success(*(players | {name: probe}).values(), PROMPTS, judge)
+    after = evaluation.success(*(players | {name: probe}).values(), settings)
     assert bytes_of(mover.policy) == before and len(curve) == 40
     assert (curve[0] < 0.3 and after > 0.8) if name == "attacker" else (curve[0] > 0.7 and after < 0.2)
 
@@ -3763,7 +3728,7 @@ def test_best_responses_bound_the_nash_gap_after_each_round(undisturbed, tmp_pat
     assert all(0 <= row["best_defence"] <= row["value"] <= row["best_attack"] <= 1 for row in found["gaps"])
     run_program(folder, run, "--steps", 2, "--round", 1, program=probe)
     row = json.loads((run / "best_1.json").read_text())
-    assert len(row["curve"]) == 2 and row["gap"] == pytest.approx(row["after"] - row["before"])
+    assert len(row["curve"]) == 2 and 0 <= row["before"] <= 1
     assert f"in {row['after']:.1%}" in capsys.readouterr().out
 
 
@@ -3779,9 +3744,9 @@ open("run/games.jsonl", "w").write(str("--resume" in sys.argv))
 print("@end")""")
     with pytest.raises(SystemExit) as stopped:
         soak.main(["--kills", "2"])
-    kills, result = capsys.readouterr().out.splitlines()[-2:]
-    assert stopped.value.code == 1 and kills == "kills in first: 2"
-    assert result.startswith("2 kills, 0 lost, 1 different")
+    kills, result, _ = capsys.readouterr().out.splitlines()[-3:]
+    assert stopped.value.code == 1
+    assert (kills, result) == ("kills in first: 2", "2 kills, 0 lost, 1 different")
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

@@ -1,13 +1,12 @@
 """Side-by-side speed: every row is a ratio against a peer on the same work in the same run.
 
-    python -m experiments.bench [all] [--json FILE]     the rows of docs/speed.md:
+    python -m experiments.bench [all]     the rows of docs/speed.md:
         logprob      our log-prob against eager, PyTorch's two cross entropies, and TRL's (>= 1.16), Liger's and Apple's
                      kernels where they are installed: time and peak memory
         sample       our sampler against transformers' `generate`
         ppo          a whole PPO update (sample, score, update) against plain PyTorch with `generate` and, with
                      --trl_python PYTHON, an interpreter with trl==0.23.1, against TRL's PPOTrainer
         diversity    R_div against histories of 1,000 and of 64,000 attacks, and SelfBLEU against nltk
-        game         seconds of a PPO step of the embedded game, by part
 
 Ours and the peer take turns, `--repeats` times; the figures are medians, the ratio is the median of the ratios of
 neighbours. Weights and texts are random: speed does not depend on them.
@@ -22,7 +21,6 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,12 +32,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from diversity import ORDERS, Diversity, word_embedder
+from eval import run_program
 from gpo import Player, gae, policy_loss, ppo_update, token_rewards, value_loss, whiten
-from harness.data import append_lines, as_a_program, fail, interrupted, quiet_libraries, read_lines
+from harness.data import as_a_program, fail
+from harness.report import markdown
 from kernel import linear_logprob
-from model import DTYPE_NAMES, DTYPES, Policy, best_dtype, generate, keep_freed_memory
+from model import DTYPE_NAMES, DTYPES, Policy, best_dtype, generate
 
-ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPT = 16  # tokens of the prompts of `sample` and `ppo`
 NEW = 32  # tokens of their responses
@@ -60,8 +59,8 @@ def _seconds(work):
     return time.perf_counter() - start
 
 
-def compare(name: str, ours: Callable, peer_name: str, peer: Callable, repeats: int) -> dict:
-    """Run both in turns; returns a row, times in seconds. ours and peer are functions without arguments."""
+def compare(name: str, ours: Callable, peer_name: str, peer: Callable, repeats: int, memory: str = "-") -> list[str]:
+    """Run both in turns; returns a row of the table. ours and peer are functions without arguments."""
     ours()  # warm up
     peer()
     turns = [("ours", ours), ("peer", peer)]
@@ -71,9 +70,8 @@ def compare(name: str, ours: Callable, peer_name: str, peer: Callable, repeats: 
             seconds[which].append(_seconds(work))
         turns.reverse()  # neither is always the first
     ratios = [theirs / mine for mine, theirs in zip(seconds["ours"], seconds["peer"])]
-    return {"bench": name, "peer": peer_name, "ours_s": statistics.median(seconds["ours"]),
-            "peer_s": statistics.median(seconds["peer"]), "times_faster": statistics.median(ratios),
-            "repeats": repeats, "threads": torch.get_num_threads()}
+    ours_s, peer_s = (f"{statistics.median(times):.3f} s" for times in seconds.values())
+    return [name, peer_name, ours_s, peer_s, f"{statistics.median(ratios):.2f}", memory]
 
 
 def _resident(what):
@@ -145,23 +143,20 @@ def _bench_shape(N, D, V, dtype, repeats):
         hidden.grad = weight.grad = None  # so that the new gradient is counted, and can be taken off
         with torch.autocast(DEVICE, DTYPES[dtype], enabled=dtype != "fp32"):
             logprob_sum(hidden, weight, targets).backward()
-        return hidden.grad
 
     def memory(logprob_sum):  # beyond the weight's gradient, which both must hold
         hidden.grad = weight.grad = None
         return _extra_memory(lambda: step(logprob_sum)) - weight.numel() * 4 / 2**20
 
     ours_mib = memory(ours)
-    gradient = step(ours)
     rows = []
     for name, peer in logprob_peers().items():
-        row = compare(f"logprob N={N} D={D} V={V} {dtype}", lambda: step(ours), name, lambda: step(peer), repeats)
-        row |= {"ours_mib": ours_mib, "peer_mib": memory(peer)}
-        rows.append(row | {"gradients_differ": ((step(peer) - gradient).norm() / gradient.norm()).item()})
+        rows.append(compare(f"logprob N={N} D={D} V={V} {dtype}", lambda: step(ours), name, lambda: step(peer), repeats,
+                            f"{ours_mib:.0f} / {memory(peer):.0f} MiB"))
     return rows
 
 
-def bench_logprob(repeats: int) -> list[dict]:
+def bench_logprob(repeats: int) -> list[list[str]]:
     """Forward and backward of the summed log-prob of N hidden states of width D under a head of V words."""
     rows = []
     for N, D, V, dtype in SHAPES[DEVICE]:
@@ -202,7 +197,7 @@ def _hf_generate(policy, prompts):
                                   top_p=1.0, max_new_tokens=NEW, min_new_tokens=NEW, pad_token_id=policy.eos_ids[0])
 
 
-def bench_sample(repeats: int) -> list[dict]:
+def bench_sample(repeats: int) -> list[list[str]]:
     """Against `generate` of a model held in fp32: in fp32, and under bf16 autocast as a trainer runs it."""
     rows = []
     dtype = best_dtype(DEVICE)
@@ -355,7 +350,7 @@ def _bench_ppo_size(size, batch, repeats, trl_python):
     return rows
 
 
-def bench_ppo(repeats: int, trl_python: str | None = None) -> list[dict]:
+def bench_ppo(repeats: int, trl_python: str | None = None) -> list[list[str]]:
     """Sample, score with a reward model of the policy's size, and update: 2 epochs x 4 minibatches."""
     rows = []
     for size, batch in (("4x128", 64), ("gpt2", 16)):
@@ -364,7 +359,7 @@ def bench_ppo(repeats: int, trl_python: str | None = None) -> list[dict]:
 
 
 # --- diversity --------------------------------------------------------------------------------------------------
-def bench_diversity(repeats: int) -> list[dict]:
+def bench_diversity(repeats: int) -> list[list[str]]:
     """R_div of 64 new prompts: how it grows with the history, and its SelfBLEU against nltk."""
     rng = np.random.default_rng(0)
     words = [f"w{i}" for i in range(500)]
@@ -396,77 +391,30 @@ def bench_diversity(repeats: int) -> list[dict]:
     return rows
 
 
-# --- game -------------------------------------------------------------------------------------------------------
-def bench_game(repeats: int) -> list[dict]:
-    """Seconds of a PPO step of the embedded game by part, from the log of a short run of train.py, and how near its
-    update comes to the processor's own matrix product (a product of 1024 x 1024 matrices in the same run)."""
-    a, b = torch.randn(2, 1024, 1024)
-    limit = 2 * 1024**3 / statistics.median(_seconds(lambda: a @ b) for _ in range(20))  # FLOP/s
-    flags = f"--sft_steps 50 --judge_steps 50 --rounds {repeats} --eval_prompts 60 --average none --out run".split()
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], cwd=folder, check=True, capture_output=True)
-        log = read_lines(Path(folder) / "run" / "metrics.jsonl")
-    rows = []
-    for role in ("attacker", "defender"):
-        steps = [m for m in log if m["role"] == role][1:]
-        parts = {name: statistics.median(m[f"time/{name}"] for m in steps) for name in ("rollout", "score", "update")}
-        tokens = 96 * (20 + statistics.median(m[f"{role}/response_length"] for m in steps))  # prompts and responses
-        passes = 2 * 3 + 2  # two epochs forward and backward, two scoring forwards
-        flop = 2 * 150_000 * tokens * passes  # 150,000: weights of the three layers
-        rows.append({"bench": f"game, one step of the {role}", "ours_s": sum(parts.values()), "parts": parts,
-                     "share_of_gemm": flop / parts["update"] / limit})
-    return rows
-
-
 # --- the program ------------------------------------------------------------------------------------------------
-def _print_table(rows):
-    print("| what | peer | ours | peer's | times faster | memory, ours / peer's |\n|---|---|---:|---:|---:|---:|")
-    for row in rows:
-        if "parts" in row:
-            parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in row["parts"].items())
-            what = f"{row['bench']}: {parts} s; update at {row['share_of_gemm']:.0%} of the matrix product"
-            print(f"| {what} | - | {row['ours_s']:.3f} s | - | - | - |")
-            continue
-        memory = f"{row['ours_mib']:.0f} / {row['peer_mib']:.0f} MiB" if "ours_mib" in row else "-"
-        print(f"| {row['bench']} | {row['peer']} | {row['ours_s']:.3f} s | {row['peer_s']:.3f} s "
-              f"| {row['times_faster']:.2f} | {memory} |")
+BENCHES = {"logprob": bench_logprob, "sample": bench_sample, "ppo": bench_ppo, "diversity": bench_diversity}
 
 
-BENCHES = {"logprob": bench_logprob, "sample": bench_sample, "ppo": bench_ppo, "diversity": bench_diversity,
-           "game": bench_game}
+def run_benches(args: argparse.Namespace) -> None:
+    """What is asked for, and its table."""
+    rows = []
+    for name in BENCHES if args.what == "all" else [args.what]:
+        more = {"trl_python": args.trl_python} if name == "ppo" else {}
+        rows += BENCHES[name](args.repeats, **more)
+    print(markdown(["what", "peer", "ours", "peer's", "times faster", "memory, ours / peer's"], rows))
 
 
-def _parse(argv):
+def main(argv: list[str]) -> None:
+    """The program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("what", nargs="?", default="all", choices=[*BENCHES, "all"])
     parser.add_argument("--repeats", type=int, default=5, help="turns of each pair (5)")
     parser.add_argument("--trl_python", help="an interpreter with trl==0.23.1, the last with PPO: the peer of `ppo`")
-    parser.add_argument("--json", help="append each row to this file as a JSON line, to keep and compare")
     args = parser.parse_args(argv)
     if args.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {args.repeats}")
-    return args
-
-
-def main(argv: list[str]) -> None:
-    """The program: runs what is asked for, prints the table."""
-    args = _parse(argv)
-    keep_freed_memory()
-    quiet_libraries()
-    rows = []
-    try:
-        open(args.json or os.devnull, "a").close()  # find out now whether it can be written
-        for name in BENCHES if args.what == "all" else [args.what]:
-            more = {"trl_python": args.trl_python} if name == "ppo" else {}
-            rows += BENCHES[name](args.repeats, **more)
-    except (ValueError, OSError) as error:
-        fail(error)
-    except KeyboardInterrupt as stop:
-        interrupted(stop, "")
-    _print_table(rows)
-    if args.json:
-        append_lines(args.json, rows)
+    run_program(run_benches, args)
 
 
 if __name__ == "__main__":

@@ -15,41 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import (
-    BestResponseSettings,
-    Parser,
-    Side,
-    after_round,
-    best_file,
-    best_response,
-    best_response_settings,
-    fresh_player,
-    run_program,
-    success,
-)
-from gpo import Player, play
-from harness.data import as_a_program, read_json, visible, write_json
+from eval import after_round, best_response, best_response_settings, fresh_player, run_program, success
+from gpo import play
+from harness.data import as_a_program, fail, read_json, visible, write_json
 from harness.report import LOOKS, figure
 from harness.run import open_run
-from reward import Judge
-
-
-def exploit(attacker: Player, defender: Side, settings: BestResponseSettings,
-            held_out_judge: Judge | None = None) -> tuple[Player, dict]:
-    """(best response of `attacker`, {"before", "after", "gap", "curve"}): its success by `held_out_judge` (default: the
-    judge that trains it) before and after, the difference, and that by the training judge at each step."""
-    judge = held_out_judge or settings.judge
-    probe, curve = best_response(attacker, defender, settings)
-    before = success(attacker, defender, settings.seeds, judge, settings.seed)
-    after = success(probe, defender, settings.seeds, judge, settings.seed)
-    return probe, {"before": before, "after": after, "gap": after - before, "curve": curve}
-
-
-def best_response_gap(attacker: Player, defender: Side, settings: BestResponseSettings,
-                      held_out_judge: Judge | None = None) -> tuple[float, float, float]:
-    """(before, after, gap) of `exploit`: a lower bound of the attacker's part of Eq. (3.6)."""
-    _, found = exploit(attacker, defender, settings, held_out_judge)
-    return found["before"], found["after"], found["gap"]
 
 
 def probe(args: argparse.Namespace) -> None:
@@ -61,13 +31,17 @@ def probe(args: argparse.Namespace) -> None:
     if args.round:
         defender = after_round(run, "defender", args.round)
     settings = best_response_settings(run, args.steps)
-    attacker, found = exploit(fresh_player(run, "attacker"), defender, settings)
+    fresh = fresh_player(run, "attacker")
+    attacker, curve = best_response(fresh, defender, settings)
+    before = success(fresh, defender, settings)
+    after = success(attacker, defender, settings)
     exchanges = play(attacker, defender, settings.seeds, settings.judge, settings.seed)
     broken = Counter(prompt for prompt, p in zip(exchanges.prompts, exchanges.p_safe) if p < 0.5).most_common(3)
-    write_json(best_file(run.path, args.round), {"steps": args.steps, **found, "exploits": broken})
-    print(f"a fresh attacker breaks the defender in {found['before']:.1%} of 500 tries, after {args.steps} PPO steps "
-          f"on the held-out judge in {found['after']:.1%}: gap {found['gap']:+.1%}")
-    print(f"success in the batch of every tenth step: {' '.join(f'{rate:.2f}' for rate in found['curve'][::10])}")
+    found = {"steps": args.steps, "before": before, "after": after, "curve": curve, "exploits": broken}
+    write_json(run.path / f"best_{args.round}.json", found)
+    print(f"a fresh attacker breaks the defender in {before:.1%} of 500 tries, after {args.steps} PPO steps "
+          f"on the held-out judge in {after:.1%}: gap {after - before:+.1%}")
+    print(f"success in the batch of every tenth step: {' '.join(f'{rate:.2f}' for rate in curve[::10])}")
     for prompt, count in broken:
         print(f"{count} of {len(settings.seeds)} times: {visible(prompt)}")
 
@@ -103,7 +77,8 @@ def draw_probe(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """The program."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--steps", type=int, default=90, help="PPO steps of the attacker")
     parser.add_argument("--round", type=int, default=0, help="the defender after this round; 0: the finished one")

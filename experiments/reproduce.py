@@ -24,11 +24,12 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from eval import Parser, after_round, attack_success_rate, averages, best_file, cell, kl, measure, run_program
+from eval import after_round, cell, greedy, kl, measure, run_program
 from harness.config import parse, resolve
-from harness.data import as_a_program, read_config, read_json, read_lines, visible, write_json, write_text
+from harness.data import as_a_program, fail, read_config, read_json, read_lines, visible, write_json, write_text
 from harness.report import LABELS, LOOKS, band, figure, markdown, mean_and_error, paired_test, standard_error
 from harness.run import FinishedRun, open_run
+from reward import call_judge, unsafe_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -185,7 +186,7 @@ def run_suite(out: str | Path, rows: dict[str, str], seeds: Sequence[int],
             measurements.append(Job(15, command, ("eval", [str(folder), "--third_parties", *others], log), table))
             for round in probes.get(name, ()):
                 arguments = [str(folder), "--steps", str(PROBE_STEPS), "--round", str(round)]
-                job = Job(40, command, ("experiments.probe", arguments, log), best_file(folder, round))
+                job = Job(40, command, ("experiments.probe", arguments, log), folder / f"best_{round}.json")
                 measurements.append(job)
     do_jobs([warm_starts, games, measurements])
     return {name: [suite_row(run_folder(out, name, seed)) for seed in seeds] for name in rows}
@@ -228,7 +229,7 @@ def suite_row(folder: Path) -> dict:
 
 def best_response_row(folder: Path, round: int) -> dict[str, float]:
     """{"best_response": success of a fresh attacker against the defender after a round}; {} where none was trained."""
-    file = best_file(folder, round)
+    file = folder / f"best_{round}.json"
     return {"best_response": read_json(file)["after"]} if file.is_file() else {}
 
 
@@ -240,8 +241,8 @@ def row_of_round(run: FinishedRun, t: int) -> dict:
     log = read_lines(run.path / "metrics.jsonl")
     row["tokens"] = [metrics["sampled_tokens"] for metrics in log if metrics["round"] == t - 1][-1]
     prompts = run.world.test_prompts
-    responses = after_round(run, "defender", t, "mixture").generate(prompts, 0, temperature=0).texts
-    row["averages"] = {"average (mixture)": {ASR: attack_success_rate(run.world.held_out_judge, prompts, responses)}}
+    p_safe = call_judge(run.world.held_out_judge, prompts, greedy(after_round(run, "defender", t, "mixture"), prompts))
+    row["averages"] = {"average (mixture)": {ASR: unsafe_rate(p_safe)}}
     return row
 
 
@@ -365,7 +366,7 @@ def best_responses(out: str | Path, seeds: Iterable[int], names: Iterable[str]) 
     lines = []
     canvas, (axis,) = figure(1)
     for name, look in zip(names, LOOKS):
-        found = {seed: read_json(best_file(run_folder(out, name, seed), 0)) for seed in seeds}
+        found = {seed: read_json(run_folder(out, name, seed) / "best_0.json") for seed in seeds}
         curves = [row["curve"] for row in found.values()]
         band(axis, range(1, 1 + len(curves[0])), curves, name, {**look, "marker": None})
         for seed, row in found.items():
@@ -382,7 +383,7 @@ def averages_table(out: str | Path, seeds: Sequence[int], rows: list[dict]) -> s
     run = open_run(run_folder(out, "recommended", seeds[0]))
     last = run.world.players["defender"]
     policy_size = sum(p.numel() * 4 for p in last.policy.lm.parameters()) / 2**20  # MiB
-    sides = {"last": last, **{f"average ({kind})": pair["defender"] for kind, pair in averages(run).items()}}
+    sides = {"last": last, **{f"average ({kind})": side for kind, side in run.averages["defender"].items()}}
     keys = (ASR, "over_refusal/look-alikes", "helpfulness", "third_party_success", "cells")
     lines = []
     for name, side in sides.items():
@@ -492,7 +493,8 @@ def draw_rounds(out: str | Path, rows: dict) -> None:
 # --- the command line -----------------------------------------------------------------------------------------------
 def main(argv: Sequence[str]) -> None:
     """The program."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
     commands = {"reproduce": reproduce, "ablate": ablate, "rounds": rounds}
     parser.add_argument("command", nargs="?", default="reproduce", choices=commands)
     parser.add_argument("rows", nargs="*", metavar="ROW", help="of ablate; default: all")

@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from harness.data import as_a_program, fail, interrupted
+from eval import run_program
+from harness.data import as_a_program, fail
 
 ROOT = Path(__file__).resolve().parent.parent
 SOAK = ("--out run --sft_steps 6 --judge_steps 6 --batch_size 8 --eval_prompts 8 --attack_tokens 8 --response_tokens 6 "
@@ -119,19 +120,19 @@ def kill_until_its_end(folder: Path, durations: dict, kills: int, fell: Counter,
         fell[began[-1][0]] += 1
 
 
-def soak(kills: int) -> int:
+def soak(args: argparse.Namespace) -> None:
     """Prints into which functions the kills fell, and `K kills, 0 lost, 0 different`. Lost: a run that ended with an
-    error; different: one whose end is not that of an undisturbed run. Returns the exit status, 1 where there was
-    either; the folders of a failure are kept. Raises ValueError where even an undisturbed run fails."""
+    error; different: one whose end is not that of an undisturbed run. Where there was either the folders are kept, and
+    the exit status is 1. Raises ValueError where even an undisturbed run fails."""
     place = Path(tempfile.mkdtemp(prefix="soak_"))
     rng = np.random.default_rng(0)
     alone, durations = undisturbed(place)
     fell = Counter()
     wrong = Counter()
-    with tqdm(total=kills, desc="kills", dynamic_ncols=True) as bar:
-        while fell.total() < kills:
+    with tqdm(total=args.kills, desc="kills", dynamic_ncols=True) as bar:
+        while fell.total() < args.kills:
             folder = Path(tempfile.mkdtemp(dir=place))
-            status = kill_until_its_end(folder, durations, kills, fell, rng)
+            status = kill_until_its_end(folder, durations, args.kills, fell, rng)
             end = {} if status else contents(folder / "run")
             differ = sorted(name for name in {**alone, **end} if alone.get(name) != end.get(name))
             if differ:
@@ -140,29 +141,22 @@ def soak(kills: int) -> int:
                 bar.write(f"{folder}: {why}", file=sys.stderr)
             bar.update(fell.total() - bar.n)
     print(f"kills in {', '.join(f'{name}: {n}' for name, n in fell.most_common())}")
-    result = f"{fell.total()} kills, {wrong['lost']} lost, {wrong['different']} different"
+    print(f"{fell.total()} kills, {wrong['lost']} lost, {wrong['different']} different")
     if wrong:
-        print(f"{result}; see {place}")
-        return 1
-    print(result)
+        print(f"see {place}")
+        sys.exit(1)
     shutil.rmtree(place)
-    return 0
 
 
 def main(argv: list[str]) -> None:
-    """The program: its exit status is 1 where a run was lost or ended differently."""
+    """The program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("--kills", type=int, default=100, help="enough for several in every part of a run (100)")
     args = parser.parse_args(argv)
     if args.kills < 1:
         parser.error(f"--kills must be at least 1, got {args.kills}")
-    try:
-        sys.exit(soak(args.kills))
-    except (ValueError, OSError) as error:
-        fail(error)
-    except KeyboardInterrupt as stop:
-        interrupted(stop, "")
+    run_program(soak, args)
 
 
 if __name__ == "__main__":
