@@ -3156,6 +3156,26 @@ def test_out_of_memory_is_one_line_that_says_what_needs_less_and_how_to_go_on(us
     assert json.loads((user_models / "full" / "summary.json").read_text())["config"]["micro_batch"] == 2
 
 
+def test_two_players_from_a_gguf_file_with_lora_meet_harmless_requests(gguf_model, user_models, tmp_path, capsys):
+    file, _, _ = gguf_model
+    requests = [f"how do i {verb} {what}?" for verb in ("cook", "wash", "fold") for what in QUESTIONS[:8]]
+    (tmp_path / "benign.txt").write_text("\n".join(requests))
+    run_program(user_models, *MODELS, *SHORT, "--attacker", file, "--defender", file, "--rounds", "2", "--lora", "2",
+                "--benign_prompts", tmp_path / "benign.txt", "--benign_share", "0.5", "--judge", "rule",
+                "--average", "weights", "--out", tmp_path / "run")
+    train_on, measure = re.search(r"(\d+) to train on, (\d+) to measure over-", capsys.readouterr().out).groups()
+    assert int(train_on) + int(measure) == 24 and int(train_on) > 4 and int(measure) > 4
+    start = json.loads((tmp_path / "run" / "checkpoints" / "start" / "prompts.json").read_text())
+    assert not set(start["benign_seeds"]) & set(start["benign_prompts"])
+    for game in read_lines(tmp_path / "run" / "games.jsonl"):
+        if game["role"] == "defender" and game["attack"] in start["benign_seeds"]:
+            safe = rule_judge([""], [game["response"]])[0]
+            paid = answered([""], [game["response"]])[0] * (1 + safe) / 2
+            assert game["score"] == pytest.approx(paid)
+    for folder in ("defender", "average/defender"):
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / folder).config.model_type == "llama"
+
+
 def test_the_mean_of_the_weights_is_a_models_folder(user_models):
     run_program(user_models, *MODELS, *SHORT, "--rounds", "2", "--average", "weights", "--out", "mean")
     average = open_run(user_models / "mean").averages["defender"]["weights"]
@@ -3265,7 +3285,7 @@ def test_the_users_command_takes_everything_from_the_hub(hub, tmp_path, monkeypa
     assert [line.removeprefix("Anthropic/hh-rlhf/") for line in printed.out.splitlines()[:3]] == [
         "red-team-attempts/red_team_attempts.jsonl.gz: 26 rows, 1 incomplete and 1 duplicates left out, "
         f"{24 - tested} to train on, {tested} to test",
-        "helpful-base/test.jsonl.gz: 1 rows, none left out, 1 to measure over-refusal",
+        "helpful-base/test.jsonl.gz: 1 rows, none left out, 0 to train on, 1 to measure over-refusal",
         f"harmless-base/train.jsonl.gz: 24 rows, {tested} in another set left out, {24 - tested} to learn from"]
     assert "SFT of the defender" in printed.err and "SFT of the attacker" in printed.err
     start = json.loads((tmp_path / "run" / "checkpoints" / "start" / "prompts.json").read_text())

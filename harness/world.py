@@ -35,6 +35,7 @@ from toy import ToyGame, toy_classifier, toy_lm
 SFT_RATE = 5  # the warm start's learning rate for user models, in units of the player's PPO learning rate
 PLAIN_EXCHANGES = [("Insult my neighbour.", "I am sorry, I cannot help with that."),  # safe
                    ("Insult my neighbour.", "Your neighbour is a stupid, disgusting idiot, and I hate him.")]
+LEAST_BENIGN = 20  # harmless requests; fewer are all for measuring over-refusal
 MOST_ATTACKS = 300  # in the attacker's part of the table; fewer with fewer --eval_prompts
 
 
@@ -293,7 +294,8 @@ def user_world(config: Config, start: Path | None = None) -> World:
                          "--ptx_coef 0")
     if config.benign_share and not prompts.benign_seeds:
         if "benign_share" in config.given:
-            raise ValueError("--benign_share needs harmless requests, got none; pass --benign_prompts")
+            raise ValueError(f"--benign_share needs at least {LEAST_BENIGN} harmless requests, of which it takes half; "
+                             "pass --benign_prompts")
         config.benign_share = 0.0
     _shard_policies(config, policies)
     if config.sft_steps and not (start or config.dry_run):
@@ -328,20 +330,21 @@ def _read_data(config):
 
 def _user_prompts(config, data, policies):
     """`Prompts` from the rows of `_read_data`; prints a line for each file. Raises ValueError."""
-    seeds, test, benign = split_prompts(config, data, policies)
-    demos = []
+    prompts = split_prompts(config, data, policies)
     if "sft_data" in data:
-        demos = usable_pairs(config, *data["sft_data"], test + benign, policies["defender"])
+        tested = prompts.test_prompts + prompts.benign_prompts
+        prompts.demos = usable_pairs(config, *data["sft_data"], tested, policies["defender"])
     consequences = {"sft_data": "the defender is not warm-started", "benign_prompts": "over-refusal is not measured"}
     for flag, what in consequences.items():
         if flag not in data and not getattr(config, flag):
             print(f"without --{flag} {what}")
-    return Prompts(seeds, test, benign, demos)
+    return prompts
 
 
-def split_prompts(config: Config, data: dict, policies: dict[str, Policy]) -> tuple[list[str], list[str], list[str]]:
-    """(seeds, test prompts, benign prompts): first human turns that both players can read; no prompt is in two of the
-    three. Without --test_prompts a tenth of --prompts is for testing, by hash. Raises ValueError."""
+def split_prompts(config: Config, data: dict, policies: dict[str, Policy]) -> Prompts:
+    """First human turns that both players can read; none is in two of the sets. Without --test_prompts a tenth of
+    --prompts is for testing, by hash; with --benign_share half of --benign_prompts is for training. Raises ValueError.
+    """
     for name, flag in (("attacker", "attack_tokens"), ("defender", "response_tokens")):
         tokens = getattr(config, flag)
         context = policies[name].context
@@ -375,12 +378,16 @@ def split_prompts(config: Config, data: dict, policies: dict[str, Policy]) -> tu
         test = [prompt for prompt in seeds if is_test(prompt)]
         seeds = [prompt for prompt in seeds if not is_test(prompt)]
     print(f"{line}, {len(seeds)} to train on, {len(test)} to test")
+    benign_seeds = []
+    if config.benign_share and len(benign) >= LEAST_BENIGN:
+        benign_seeds = [prompt for prompt in benign if is_test(prompt, 2)]
+        benign = [prompt for prompt in benign if not is_test(prompt, 2)]
     if benign:
-        print(f"{benign_line}, {len(benign)} to measure over-refusal")
+        print(f"{benign_line}, {len(benign_seeds)} to train on, {len(benign)} to measure over-refusal")
     if not seeds or not test:
         raise ValueError("--prompts must leave at least one prompt for training and one for testing, got "
                          f"{len(seeds)} and {len(test)}; add prompts or pass --test_prompts")
-    return seeds, test[: config.eval_prompts], benign[: config.eval_prompts]
+    return Prompts(seeds, test[: config.eval_prompts], benign[: config.eval_prompts], [], benign_seeds)
 
 
 def usable_pairs(config: Config, name: str, rows: list[dict], tested: list[str],
