@@ -119,8 +119,8 @@ REFUSAL = re.compile(r"\b(sorry|not help|refuse|would be wrong)\b")
 STOP_WORDS = set("a an and as at by for from in into is it my no not of off on or that the to up with who will be do i "
                  "me".split())
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<prompt>", "<reply>", "[CLS]", "[SEP]"]
-CHAT_TEMPLATE = ("{% for m in messages %}<prompt> {{ m['content'] }} {% endfor %}"
-                 "{% if add_generation_prompt %}<reply>{% endif %}")
+CHAT_TEMPLATE = ("{% for m in messages %}{{ '<prompt>' if m['role'] == 'user' else '<reply>' }} {{ m['content'] }} "
+                 "{% endfor %}{% if add_generation_prompt %}<reply>{% endif %}")
 
 
 def words(text: str) -> list[str]:
