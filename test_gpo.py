@@ -111,7 +111,7 @@ from harness.parallel import (
     shard,
     shared_judge,
 )
-from harness.report import calibration, paired_test, wilson_interval, write_page
+from harness.report import calibration, paired_test, wilson_interval
 from harness.run import alarms, begin, open_run
 from harness.world import World, make_players
 from kernel import linear_logprob, linear_logprob_reference
@@ -2806,7 +2806,7 @@ def unfinished(finished, tmp_path):
 
 def test_the_page_of_an_unfinished_run_shows_what_is_there_and_no_text_becomes_html(unfinished):
     folder, games = unfinished
-    write_page([folder], folder / "report.html")
+    run_program(HERE, "report", folder, program=evaluation)
     page = Page(folder / "report.html")
     shown = json.loads(page.scripts["data"])
     assert shown["runs"] == ["<i>run & co"] and shown["games"] == [game | {"run": 0} for game in games]
@@ -2821,30 +2821,21 @@ def test_the_page_of_an_unfinished_run_shows_what_is_there_and_no_text_becomes_h
 
 
 @pytest.mark.skipif(not shutil.which("node"), reason="runs the page's script in node")
-def test_the_page_filters_and_sorts_as_asked(unfinished):
+def test_the_page_filters_and_sorts_the_exchanges_of_several_runs_as_asked(unfinished, finished):
     folder, _ = unfinished
-    write_page([folder, folder], folder / "report.html")
-    page = Page(folder / "report.html")
-    everything = {"q": "", "run": "", "round": "", "role": "", "verdict": "", "sort": ""}
-    wanted = [{"round": "1", "run": "1"}, {"verdict": "unsafe"}, {"role": "defender", "q": "ANSWER 1"},
-              {"sort": "safe", "run": "0"}]
+    run_program(HERE, "report", finished.folder, folder, "--out", folder / "both.html", program=evaluation)
+    page = Page(folder / "both.html")
+    n = len(read_lines(finished.folder / "games.jsonl"))  # what follows are the exchanges of the other
+    everything = {"q": "", "run": "1", "round": "", "role": "", "verdict": "", "sort": ""}
+    wanted = [{"round": "1"}, {"verdict": "unsafe"}, {"role": "defender", "q": "ANSWER 1"}, {"sort": "safe"}]
     asked = json.dumps([everything | change for change in wanted])
     script = (f"{page.scripts['logic']}\nconst {{games}} = {page.scripts['data']};\n"
               f"console.log(JSON.stringify({asked}.map(w => matching(games, w).map(g => games.indexOf(g)))))")
     found = json.loads(subprocess.run(["node", "-"], input=script, capture_output=True, text=True, check=True).stdout)
     # P(safe) is i / 16 for 16 exchanges, four a step; the probe, the 17th, counts as 1/2 where it has no verdict
-    assert found == [[*range(25, 34)], [*range(8), *range(17, 25)], [12, 13, 14, 15, 29, 30, 31, 32],
-                     [*range(15, 8, -1), 8, 16, *range(7, -1, -1)]]
-
-
-def test_eval_report_writes_one_page_for_the_runs_it_is_given(finished, tmp_path, capsys):
-    run_program(HERE, "report", finished.folder, program=evaluation)
-    assert str(finished.folder / "report.html") in capsys.readouterr().out
-    games = read_lines(finished.folder / "games.jsonl")
-    page = Page(finished.folder / "report.html")
-    assert json.loads(page.scripts["data"])["games"] == [game | {"run": 0} for game in games]
-    run_program(HERE, "report", *[finished.folder] * 2, "--out", tmp_path / "both.html", program=evaluation)
-    assert len(json.loads(Page(tmp_path / "both.html").scripts["data"])["games"]) == 2 * len(games)
+    expected = [[*range(8, 17)], [*range(8)], [12, 13, 14, 15], [*range(15, 8, -1), 8, 16, *range(7, -1, -1)]]
+    assert found == [[n + i for i in indices] for indices in expected]
+    assert "finished in" in " ".join(page.words)
 
 
 # --- what is let in, and what is not ---------------------------------------------------------------------------------
