@@ -74,7 +74,7 @@ import model
 import reward
 import train
 from diversity import Diversity, cosine_to_history, load_embedder, self_bleu, set_similarity, word_embedder
-from experiments import bench, probe, reproduce, soak, train_judge
+from experiments import bench, probe, reproduce, train_judge
 from gpo import (
     Player,
     PolicyAverage,
@@ -2743,23 +2743,6 @@ def test_best_responses_bound_the_nash_gap_after_each_round(undisturbed, tmp_pat
     row = json.loads((run / "best_1.json").read_text())
     assert len(row["curve"]) == 2 and 0 <= row["before"] <= 1
     assert f"in {row['after']:.1%}" in capsys.readouterr().out
-
-
-def test_a_soak_kills_as_often_as_asked_and_names_the_run_that_ends_differently(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(soak.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(soak, "SOAK_PROGRAM", """import os, sys, time
-os.makedirs("run", exist_ok=True)
-for name in ("config.json", "metrics.jsonl", "summary.json"):
-    open(f"run/{name}", "w").write("{}")
-print("@first", flush=True)
-time.sleep(0.1)
-open("run/games.jsonl", "w").write(str("--resume" in sys.argv))
-print("@end")""")
-    with pytest.raises(SystemExit) as stopped:
-        soak.main(["--kills", "2"])
-    kills, result, _ = capsys.readouterr().out.splitlines()[-3:]
-    assert stopped.value.code == 1
-    assert (kills, result) == ("kills in first: 2", "2 kills, 0 lost, 1 different")
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
