@@ -59,7 +59,7 @@ def cross_play(attackers: Sequence[Side], defenders: Sequence[Side], seeds: Sequ
 
 @dataclass
 class BestResponseSettings:
-    """How a best response is trained, and measured."""
+    """How a best response is trained, and measured; of a run, as in its game but by the held-out judge."""
 
     seeds: Sequence[str]  # of the attacker, whichever side is trained
     judge: Judge
@@ -117,12 +117,6 @@ def fresh_player(run: FinishedRun, name: str) -> Player:
     torch.nn.init.zeros_(player.policy.value_head.weight)
     torch.nn.init.zeros_(player.policy.value_head.bias)
     return player
-
-
-def best_response_settings(run: FinishedRun, steps: int) -> BestResponseSettings:
-    """As in a run's game, but that the held-out judge trains."""
-    world = run.world
-    return BestResponseSettings(world.seeds, world.held_out_judge, steps, run.config.batch_size, run.config.seed)
 
 
 def after_round(run: FinishedRun, name: str, round: int, kind: str = "last") -> Side:
@@ -280,13 +274,10 @@ def attack(args: argparse.Namespace) -> None:
     folder = Path(args.attacker)
     if folder.name == "attacker":
         folder = folder.parent
-    run = None  # the attacker is a model's folder or a hub id
-    if (folder / "games.jsonl").is_file():
-        run = open_run(folder)
-    elif not (args.prompts and args.judge):
+    run = open_run(folder) if (folder / "games.jsonl").is_file() else None  # else a model's folder or a hub id
+    if not run and not (args.prompts and args.judge):
         raise ValueError(f"an attacker that is not of a run needs --prompts and --judge, got {args.attacker}")
-    home = run.path if run else Path()
-    out = Path(args.out or home / f"attack_{Path(args.target).resolve().name}.jsonl")
+    out = Path(args.out or (run.path if run else Path()) / f"attack_{Path(args.target).resolve().name}.jsonl")
     if out.exists() or not out.parent.is_dir():
         raise ValueError(f"--out must name a new file in a folder that exists, got {out}")
     rows = attack_rows(run, args)
@@ -321,9 +312,8 @@ def attack_rows(run: FinishedRun | None, args: argparse.Namespace) -> list[dict]
                        clip_prompts=True).texts
     responses = generate(target, attacks, args.response_tokens or config.response_tokens, 0, clip_prompts=True).texts
     p_safe = call_judge(judge, attacks, responses)  # (n,)
-    names = ("seed", "attack", "response", "p_safe")
-    rows = [dict(zip(names, row)) for row in zip(seeds, attacks, responses, p_safe.tolist())]
-    return [rows[i] for i in np.argsort(p_safe, kind="stable")]
+    return [{"seed": seeds[i], "attack": attacks[i], "response": responses[i], "p_safe": float(p_safe[i])}
+            for i in np.argsort(p_safe, kind="stable")]
 
 
 def print_attack(rows: list[dict], run: FinishedRun | None) -> None:
@@ -413,7 +403,8 @@ def probe(args: argparse.Namespace) -> None:
     defenders = [world.first["defender"], *(after_round(run, "defender", r) for r in rounds)]
     matrix = cross_play(attackers, defenders, world.attack_seeds, world.held_out_judge)
     fresh = {name: fresh_player(run, name) for name in world.players}
-    settings = best_response_settings(run, args.steps)
+    settings = BestResponseSettings(world.seeds, world.held_out_judge, args.steps, run.config.batch_size,
+                                    run.config.seed)
     gaps = []
     for round in tqdm(sorted({*rounds[:: args.every], rounds[-1]}), desc="rounds", dynamic_ncols=True):
         for kind in ("last", "mixture", "weights"):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import after_round, best_response, best_response_settings, fresh_player, run_program, success
+from eval import BestResponseSettings, after_round, best_response, fresh_player, run_program, success
 from gpo import play
 from harness.data import fail, read_json, sigterm_as_ctrl_c, visible, write_json
 from harness.report import LOOKS, figure
@@ -30,7 +30,8 @@ def probe(args: argparse.Namespace) -> None:
     defender = run.world.players["defender"]
     if args.round:
         defender = after_round(run, "defender", args.round)
-    settings = best_response_settings(run, args.steps)
+    settings = BestResponseSettings(run.world.seeds, run.world.held_out_judge, args.steps, run.config.batch_size,
+                                    run.config.seed)
     fresh = fresh_player(run, "attacker")
     attacker, curve = best_response(fresh, defender, settings)
     before = success(fresh, defender, settings)
