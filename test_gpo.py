@@ -75,6 +75,7 @@ import reward
 import train
 from diversity import Diversity, cosine_to_history, load_embedder, self_bleu, set_similarity, word_embedder
 from experiments import bench, probe, reproduce, train_judge
+from experiments.soak import outcome
 from gpo import (
     Player,
     PolicyAverage,
@@ -2160,21 +2161,6 @@ def ending(capsys, folder, *arguments, program=train):
     error = capsys.readouterr().err
     assert "Traceback" not in error and error.count("error: ") <= 1, error
     return stopped.value.code, error.replace("\r", "\n").splitlines()[-1]
-
-
-def outcome(run):
-    """{file: content} of a finished run: all but times, memory, its own name and the checkpoint before the last."""
-    older = set(sorted((run / "checkpoints").glob("step_*"))[:-1])
-    files = {}
-    for path in run.rglob("*"):
-        if path.is_file() and path.name not in (".lock", "config.json") and not older & set(path.parents):
-            files[str(path.relative_to(run))] = path.read_bytes()
-    files["metrics.jsonl"] = [
-        {name: value for name, value in line.items() if not name.startswith("time/")}
-        for line in read_lines(run / "metrics.jsonl")]
-    summary = json.loads(files["summary.json"])
-    files["summary.json"] = {name: summary[name] for name in summary.keys() - {"seconds", "memory", "config"}}
-    return files
 
 
 def differing(run, expected):
