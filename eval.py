@@ -30,7 +30,7 @@ from diversity import Embedder, word_embedder
 from gpo import Player, PolicyAverage, nash_gap, new_seed, play, ppo_update, sample, solve_matrix_game
 from harness import data
 from harness.config import Config
-from harness.report import LABELS, LOOKS, figure, markdown, mean_and_error, show, wilson_interval, write_page
+from harness.report import LABELS, LOOKS, figure, markdown, mean_and_error, show, write_page
 from harness.run import FinishedRun, open_run
 from harness.world import World, attacker_to_measure, evaluate
 from model import best_dtype, generate, keep_freed_memory, load_policy, logprobs_and_values
@@ -214,7 +214,7 @@ def run_text(run: FinishedRun, rows: dict[str, dict], matrix: np.ndarray) -> str
     lines = []
     for key in measured(list(rows.values())):
         n = number_of_texts(run.world, key)
-        lines.append([LABELS[key], *(cell(row.get(key), n) for row in rows.values())])
+        lines.append([LABELS[key], *(show(row.get(key), n) for row in rows.values())])
     pairs = [["first attacker", *map(show, matrix[0])], ["last attacker", *map(show, matrix[1])]]
     return "\n\n".join([
         f"{run.path}: {run.config.method}, seed {run.config.seed}", markdown(["", *rows], lines),
@@ -235,13 +235,6 @@ def number_of_texts(world: World, key: str) -> int:
     texts = {"attacker_success": world.attack_seeds, "over_refusal": world.benign_prompts,
              "helpfulness": world.benign_prompts, "over_refusal/look-alikes": look_alikes(world)}
     return len(texts.get(key, ()))
-
-
-def cell(value: float | None, n: int) -> str:
-    """A number and, where it is a rate of n > 0 texts, its interval."""
-    if n == 0 or value is None:
-        return show(value)
-    return show(value, wilson_interval(round(value * n), n))
 
 
 def means_table(rows: dict[str, list[dict]]) -> str:
@@ -330,7 +323,7 @@ def print_attack(rows: list[dict], run: FinishedRun | None) -> None:
         groups = leaders(texts, run.world.embedder if run else word_embedder)
     for row, group in zip(broken, groups):
         row[name] = group
-    success_rate = show(len(broken) / max(1, len(decided)), wilson_interval(len(broken), len(decided)))
+    success_rate = show(len(broken) / len(decided) if decided else None, len(decided))
     print(markdown(["", f"{len(rows)} attacks"], [
         ["attack success [95% Wilson interval]", success_rate], ["undecided, in no rate", len(rows) - len(decided)],
         ["different attacks that succeed", len(set(texts))], [f"{name}s broken", len({*groups} - {None})]]))

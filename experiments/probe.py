@@ -63,9 +63,7 @@ def draw_probe(args: argparse.Namespace) -> None:
     gaps.legend(frameon=False, fontsize=8)
     image = heat.imshow(100 * matrix, cmap="Greys", vmin=0, vmax=100, origin="lower", aspect="auto")
     for (i, j), value in np.ndenumerate(matrix):
-        shade = "0.7" if value < 0.005 else "black"
-        if value > 0.5:
-            shade = "white"
+        shade = "white" if value > 0.5 else "black"
         heat.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=shade)
     ticks = range(0, len(matrix), max(1, len(matrix) // 5))
     heat.set(xticks=ticks, yticks=ticks, xlabel="defender after round (0: SFT)",

@@ -24,10 +24,10 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from eval import after_round, cell, greedy, kl, measure, run_program
+from eval import after_round, greedy, kl, measure, run_program
 from harness.config import parse, resolve
 from harness.data import fail, read_config, read_json, read_lines, sigterm_as_ctrl_c, visible, write_json, write_text
-from harness.report import LABELS, LOOKS, band, figure, markdown, mean_and_error, paired_test, standard_error
+from harness.report import LABELS, LOOKS, band, figure, markdown, mean_and_error, paired_test, show, standard_error
 from harness.run import FinishedRun, open_run
 from reward import call_judge, unsafe_rate
 
@@ -361,7 +361,7 @@ def best_responses(out: str | Path, seeds: Iterable[int], names: Iterable[str]) 
         band(axis, range(1, 1 + len(curves[0])), curves, name, {**look, "marker": None})
         for seed, row in found.items():
             most_frequent = [f"{count} of 200: *{visible(prompt)}*" for prompt, count in row["exploits"][:1]] or ["-"]
-            lines.append([name, seed, cell(row["after"], 500), *most_frequent])
+            lines.append([name, seed, show(row["after"], 500), *most_frequent])
     axis.set(xlabel="PPO steps of a fresh attacker", ylabel="its success against the finished defender", ylim=(0, 1))
     axis.legend(frameon=False, fontsize=8)
     canvas.savefig(Path(out) / "best.png", dpi=150)
