@@ -140,13 +140,11 @@ from train import Game, new_game
 
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DATA = HERE.parent / "shared" / "data"
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the other core is the other worker's
 WORDS = "a b c d e f g h i j k l m n o p q r s t u v w x y z safe unsafe sorry yes no Human: AI:".split()
 PROMPTS = ["a b c", "d", "e f g h i j", "k l", "m n o p", "q", "r s t", "u v w x"]
 ARANGE = np.arange(8.0)  # scores of the responses to PROMPTS
-needs_data = pytest.mark.skipif(not DATA.exists(), reason="needs the real data in ../shared/data")
 
 
 # --- what the tests make for themselves -----------------------------------------------------------------------------
@@ -164,10 +162,10 @@ def tiny_tokenizer(words=WORDS, pad=True, bos=False, template=False):
     return tokenizer
 
 
-def tiny_lm(tokenizer, seed=0, dropout=0.0, width=32):
+def tiny_lm(tokenizer, seed=0, dropout=0.0):
     torch.manual_seed(seed)
     lm = GPT2LMHeadModel(GPT2Config(
-        vocab_size=len(tokenizer), n_positions=64, n_embd=width, n_layer=2, n_head=2, eos_token_id=0, bos_token_id=0,
+        vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=2, eos_token_id=0, bos_token_id=0,
         resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout))
     with torch.no_grad():  # GPT-2's initial distribution is nearly uniform; this one is worth looking at
         lm.transformer.wte.weight.mul_(8)
