@@ -30,7 +30,7 @@ from diversity import Embedder, word_embedder
 from gpo import Player, PolicyAverage, nash_gap, new_seed, play, ppo_update, sample, solve_matrix_game
 from harness import data
 from harness.config import Config
-from harness.report import LABELS, LOOKS, figure, markdown, mean_and_error, show, wilson_interval, write_page
+from harness.report import LABELS, LOOKS, figure, markdown, mean_and_error, show, write_page
 from harness.run import FinishedRun, open_run
 from harness.world import World, attacker_to_measure, evaluate
 from model import best_dtype, generate, keep_freed_memory, load_policy, logprobs_and_values
@@ -59,7 +59,7 @@ def cross_play(attackers: Sequence[Side], defenders: Sequence[Side], seeds: Sequ
 
 @dataclass
 class BestResponseSettings:
-    """How a best response is trained, and measured."""
+    """How a best response is trained, and measured; of a run, as in its game but by the held-out judge."""
 
     seeds: Sequence[str]  # of the attacker, whichever side is trained
     judge: Judge
@@ -117,12 +117,6 @@ def fresh_player(run: FinishedRun, name: str) -> Player:
     torch.nn.init.zeros_(player.policy.value_head.weight)
     torch.nn.init.zeros_(player.policy.value_head.bias)
     return player
-
-
-def best_response_settings(run: FinishedRun, steps: int) -> BestResponseSettings:
-    """As in a run's game, but that the held-out judge trains."""
-    world = run.world
-    return BestResponseSettings(world.seeds, world.held_out_judge, steps, run.config.batch_size, run.config.seed)
 
 
 def after_round(run: FinishedRun, name: str, round: int, kind: str = "last") -> Side:
@@ -220,7 +214,7 @@ def run_text(run: FinishedRun, rows: dict[str, dict], matrix: np.ndarray) -> str
     lines = []
     for key in measured(list(rows.values())):
         n = number_of_texts(run.world, key)
-        lines.append([LABELS[key], *(cell(row.get(key), n) for row in rows.values())])
+        lines.append([LABELS[key], *(show(row.get(key), n) for row in rows.values())])
     pairs = [["first attacker", *map(show, matrix[0])], ["last attacker", *map(show, matrix[1])]]
     return "\n\n".join([
         f"{run.path}: {run.config.method}, seed {run.config.seed}", markdown(["", *rows], lines),
@@ -241,13 +235,6 @@ def number_of_texts(world: World, key: str) -> int:
     texts = {"attacker_success": world.attack_seeds, "over_refusal": world.benign_prompts,
              "helpfulness": world.benign_prompts, "over_refusal/look-alikes": look_alikes(world)}
     return len(texts.get(key, ()))
-
-
-def cell(value: float | None, n: int) -> str:
-    """A number and, where it is a rate of n > 0 texts, its interval."""
-    if n == 0 or value is None:
-        return show(value)
-    return show(value, wilson_interval(round(value * n), n))
 
 
 def means_table(rows: dict[str, list[dict]]) -> str:
@@ -280,13 +267,10 @@ def attack(args: argparse.Namespace) -> None:
     folder = Path(args.attacker)
     if folder.name == "attacker":
         folder = folder.parent
-    run = None  # the attacker is a model's folder or a hub id
-    if (folder / "games.jsonl").is_file():
-        run = open_run(folder)
-    elif not (args.prompts and args.judge):
+    run = open_run(folder) if (folder / "games.jsonl").is_file() else None  # else a model's folder or a hub id
+    if not run and not (args.prompts and args.judge):
         raise ValueError(f"an attacker that is not of a run needs --prompts and --judge, got {args.attacker}")
-    home = run.path if run else Path()
-    out = Path(args.out or home / f"attack_{Path(args.target).resolve().name}.jsonl")
+    out = Path(args.out or (run.path if run else Path()) / f"attack_{Path(args.target).resolve().name}.jsonl")
     if out.exists() or not out.parent.is_dir():
         raise ValueError(f"--out must name a new file in a folder that exists, got {out}")
     rows = attack_rows(run, args)
@@ -321,9 +305,8 @@ def attack_rows(run: FinishedRun | None, args: argparse.Namespace) -> list[dict]
                        clip_prompts=True).texts
     responses = generate(target, attacks, args.response_tokens or config.response_tokens, 0, clip_prompts=True).texts
     p_safe = call_judge(judge, attacks, responses)  # (n,)
-    names = ("seed", "attack", "response", "p_safe")
-    rows = [dict(zip(names, row)) for row in zip(seeds, attacks, responses, p_safe.tolist())]
-    return [rows[i] for i in np.argsort(p_safe, kind="stable")]
+    return [{"seed": seeds[i], "attack": attacks[i], "response": responses[i], "p_safe": float(p_safe[i])}
+            for i in np.argsort(p_safe, kind="stable")]
 
 
 def print_attack(rows: list[dict], run: FinishedRun | None) -> None:
@@ -340,7 +323,7 @@ def print_attack(rows: list[dict], run: FinishedRun | None) -> None:
         groups = leaders(texts, run.world.embedder if run else word_embedder)
     for row, group in zip(broken, groups):
         row[name] = group
-    success_rate = show(len(broken) / max(1, len(decided)), wilson_interval(len(broken), len(decided)))
+    success_rate = show(len(broken) / len(decided) if decided else None, len(decided))
     print(markdown(["", f"{len(rows)} attacks"], [
         ["attack success [95% Wilson interval]", success_rate], ["undecided, in no rate", len(rows) - len(decided)],
         ["different attacks that succeed", len(set(texts))], [f"{name}s broken", len({*groups} - {None})]]))
@@ -413,7 +396,8 @@ def probe(args: argparse.Namespace) -> None:
     defenders = [world.first["defender"], *(after_round(run, "defender", r) for r in rounds)]
     matrix = cross_play(attackers, defenders, world.attack_seeds, world.held_out_judge)
     fresh = {name: fresh_player(run, name) for name in world.players}
-    settings = best_response_settings(run, args.steps)
+    settings = BestResponseSettings(world.seeds, world.held_out_judge, args.steps, run.config.batch_size,
+                                    run.config.seed)
     gaps = []
     for round in tqdm(sorted({*rounds[:: args.every], rounds[-1]}), desc="rounds", dynamic_ncols=True):
         for kind in ("last", "mixture", "weights"):

@@ -78,7 +78,8 @@ import model
 import reward
 import train
 from diversity import Diversity, cosine_to_history, load_embedder, self_bleu, set_similarity, word_embedder
-from experiments import bench, probe, reproduce, soak, train_judge
+from experiments import bench, probe, reproduce, train_judge
+from experiments.soak import outcome
 from gpo import (
     Player,
     PolicyAverage,
@@ -116,7 +117,7 @@ from harness.parallel import (
     shard,
     shared_judge,
 )
-from harness.report import calibration, paired_test, wilson_interval, write_page
+from harness.report import calibration, paired_test, wilson_interval
 from harness.run import RunFolder, alarms, open_run
 from harness.world import PLAIN_EXCHANGES, World, make_players, usable_pairs
 from kernel import linear_logprob, linear_logprob_reference
@@ -147,13 +148,11 @@ from train import Game, new_game
 
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DATA = HERE.parent / "shared" / "data"
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the other core is the other worker's
 WORDS = "a b c d e f g h i j k l m n o p q r s t u v w x y z safe unsafe sorry yes no Human: AI:".split()
 PROMPTS = ["a b c", "d", "e f g h i j", "k l", "m n o p", "q", "r s t", "u v w x"]
 ARANGE = np.arange(8.0)  # scores of the responses to PROMPTS
-needs_data = pytest.mark.skipif(not DATA.exists(), reason="needs the real data in ../shared/data")
 
 
 # --- what the tests make for themselves -----------------------------------------------------------------------------
@@ -171,10 +170,10 @@ def tiny_tokenizer(words=WORDS, pad=True, bos=False, template=False):
     return tokenizer
 
 
-def tiny_lm(tokenizer, seed=0, dropout=0.0, width=32):
+def tiny_lm(tokenizer, seed=0, dropout=0.0):
     torch.manual_seed(seed)
     lm = GPT2LMHeadModel(GPT2Config(
-        vocab_size=len(tokenizer), n_positions=64, n_embd=width, n_layer=2, n_head=2, eos_token_id=0, bos_token_id=0,
+        vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=2, eos_token_id=0, bos_token_id=0,
         resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout))
     with torch.no_grad():  # GPT-2's initial distribution is nearly uniform; this one is worth looking at
         lm.transformer.wte.weight.mul_(8)
@@ -445,12 +444,13 @@ def test_masks_come_from_lengths_when_pad_is_eos():
         assert length == start + n
 
 
-def test_nothing_after_the_first_eos_changes_logprobs_updates_or_metrics():
+def test_neither_what_follows_the_first_eos_nor_the_decoded_text_changes_logprobs_updates_or_metrics():
     player = tiny_player()
     rollout = rollout_of(player.policy)
     spoiled = copy.deepcopy(rollout)
     for row, n in zip(spoiled.tokens, spoiled.lengths):
         row[n:] = 7  # other words where padding was
+    spoiled.prompts = spoiled.texts = ["z"] * 4  # a text that is tokenised again need not give the sampled tokens
     assert not torch.equal(spoiled.tokens, rollout.tokens)
     for clean, dirty in zip(logprobs_and_values(player.policy, rollout), logprobs_and_values(player.policy, spoiled)):
         assert torch.equal(clean, dirty)
@@ -555,16 +555,6 @@ def test_the_faster_operations_of_a_policy_compute_the_same_function(dtype):
     exact = tiny_lm(tiny_tokenizer())(tokens).logits
     policy = Policy(tiny_lm(tiny_tokenizer()), tiny_tokenizer(), dtype=dtype)
     assert torch.allclose(policy.lm(tokens).logits, exact, atol=1e-4)
-
-
-def test_sampled_actions_are_never_decoded_and_tokenised_again(monkeypatch):
-    player = tiny_player()
-    rollout = player.generate(PROMPTS, 0)
-    before = rollout.token_ids()
-    for method in ("__call__", "decode"):
-        monkeypatch.setattr(PreTrainedTokenizerFast, method, lambda *args, **kwargs: pytest.fail("in an update"))
-    ppo_update(player, rollout, np.ones(8), 0)
-    assert rollout.token_ids() == before
 
 
 # --- text is not control tokens -------------------------------------------------------------------------------------
@@ -899,7 +889,7 @@ def test_dtype_auto_is_bf16_where_the_processor_has_it_and_the_embedded_game_sta
 
 def gradients_of(**kwargs):
     """{parameter: its gradient} of one optimizer step on PROMPTS."""
-    player = tiny_player(epochs=1, minibatches=1, max_grad_norm=1e9, **kwargs)
+    player = tiny_player(**{"epochs": 1, "minibatches": 1, "max_grad_norm": 1e9, **kwargs})
     named = dict(player.policy.named_parameters())
     found = {}
     player.optimizer.register_step_pre_hook(
@@ -917,6 +907,13 @@ def test_gradient_does_not_depend_on_how_the_batch_is_split_but_on_the_entropy_b
         assert all(torch.allclose(complete[n], other[n], atol=2e-6, rtol=1e-4) for n in complete)
     embedding = "lm.transformer.wte.weight"
     assert (gradients_of(critic=critic)[embedding] - complete[embedding]).abs().max() > 1e-5
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    free, clipped = (gradients_of(max_grad_norm=limit) for limit in (1e9, 0.01))
+    norm = math.sqrt(sum((gradient.double()**2).sum() for gradient in free.values()))
+    assert norm > 0.01
+    assert all(torch.allclose(clipped[name], gradient * 0.01 / norm, atol=1e-7) for name, gradient in free.items())
 
 
 def test_ppo_raises_the_probability_of_the_rewarded_token_and_learns_its_value():
@@ -942,24 +939,6 @@ def test_kl_penalty_holds_the_policy_at_its_reference():
             metrics = ppo_update(player, rollout, rollout.tokens.eq(5).any(1).float(), step)
         drift[kl_coef] = metrics["defender/objective/kl"]
     assert drift[5.0] < 0.2 * drift[0.0]
-
-
-@pytest.mark.parametrize("norm", [0.01, 100.0])
-def test_an_optimizer_step_is_adamw_on_the_gradient_clipped_by_its_global_norm(norm):
-    player = tiny_player(max_grad_norm=1.0)
-    expected = [torch.nn.Parameter(p.detach().double()) for p in player.policy.parameters()]
-    size = sum(p.numel() for p in expected)
-    optimizer = torch.optim.AdamW(expected, lr=player.learning_rate, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
-    for seed in range(3):  # the second and third see moments of the first
-        torch.manual_seed(seed)
-        for p, q in zip(player.policy.parameters(), expected):
-            p.grad = norm * torch.randn_like(p) / math.sqrt(size)
-            q.grad = p.grad.double()
-        torch.nn.utils.clip_grad_norm_(expected, 1.0)
-        optimizer.step()
-        gpo.optimizer_step(player, {"loss/policy": 0.0, "loss/value": 0.0})
-        assert all(torch.allclose(p.double(), q, rtol=1e-5, atol=1e-7)
-                   for p, q in zip(player.policy.parameters(), expected))
 
 
 @pytest.mark.parametrize("micro_batch", [0, 1])
@@ -1132,19 +1111,16 @@ def test_a_player_restored_from_its_state_dict_continues_bit_for_bit(kwargs):
 
 
 def test_an_average_answers_each_prompt_by_one_of_its_members_and_keeps_the_order_of_the_prompts():
-    echo, constant = (tiny_policy(template=True) for _ in range(2))  # greedily the first repeats its prompt's last word
-    with torch.no_grad():
-        constant.lm.transformer.ln_f.weight.zero_()
-        constant.lm.transformer.ln_f.bias.copy_(100 * constant.lm.transformer.wte.weight[5])
+    echo = tiny_policy(template=True)  # greedily it repeats its prompt's last word
     average = PolicyAverage(Player("defender", echo, 1, template="z {}"))
     average.add(echo)
-    average.add(constant)
+    average.add(one_word_player("defender", "b").policy)
     rollout = average.generate(PROMPTS * 2, 0, temperature=0)
     assert rollout.prompts == [f"z {prompt}" for prompt in PROMPTS * 2]
     assert rollout.token_ids()[0] == echo.encode(rollout.prompts)
     is_echo = [text == prompt.split()[-1] for prompt, text in zip(rollout.prompts, rollout.texts)]
     assert 0 < sum(is_echo) < 16
-    assert {text for text, echoed in zip(rollout.texts, is_echo) if not echoed} == {"b"}  # token 5
+    assert {text for text, echoed in zip(rollout.texts, is_echo) if not echoed} == {"b"}
     assert average.generate(PROMPTS * 2, 1, temperature=0).texts != rollout.texts  # by other members
 
 
@@ -2961,21 +2937,6 @@ def ending(capsys, folder, *arguments, program=train):
     return stopped.value.code, error.replace("\r", "\n").splitlines()[-1]
 
 
-def outcome(run):
-    """{file: content} of a finished run: all but times, memory, its own name and the checkpoint before the last."""
-    older = set(sorted((run / "checkpoints").glob("step_*"))[:-1])
-    files = {}
-    for path in run.rglob("*"):
-        if path.is_file() and path.name not in (".lock", "config.json") and not older & set(path.parents):
-            files[str(path.relative_to(run))] = path.read_bytes()
-    files["metrics.jsonl"] = [
-        {name: value for name, value in line.items() if not name.startswith("time/")}
-        for line in read_lines(run / "metrics.jsonl")]
-    summary = json.loads(files["summary.json"])
-    files["summary.json"] = {name: summary[name] for name in summary.keys() - {"seconds", "memory", "config"}}
-    return files
-
-
 def differing(run, expected):
     """The files in which a finished run is not what is `expected`."""
     found = outcome(run)
@@ -3752,23 +3713,6 @@ def test_best_responses_bound_the_nash_gap_after_each_round(undisturbed, tmp_pat
     assert f"in {row['after']:.1%}" in capsys.readouterr().out
 
 
-def test_a_soak_kills_as_often_as_asked_and_names_the_run_that_ends_differently(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(soak.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(soak, "SOAK_PROGRAM", """import os, sys, time
-os.makedirs("run", exist_ok=True)
-for name in ("config.json", "metrics.jsonl", "summary.json"):
-    open(f"run/{name}", "w").write("{}")
-print("@first", flush=True)
-time.sleep(0.1)
-open("run/games.jsonl", "w").write(str("--resume" in sys.argv))
-print("@end")""")
-    with pytest.raises(SystemExit) as stopped:
-        soak.main(["--kills", "2"])
-    kills, result, _ = capsys.readouterr().out.splitlines()[-3:]
-    assert stopped.value.code == 1
-    assert (kills, result) == ("kills in first: 2", "2 kills, 0 lost, 1 different")
-
-
 # --- the page --------------------------------------------------------------------------------------------------------
 class Page(HTMLParser):
     """What a browser would find: the text, tags with their attributes, and scripts by their id."""
@@ -3813,7 +3757,7 @@ def unfinished(finished, tmp_path):
 
 def test_the_page_of_an_unfinished_run_shows_what_is_there_and_no_text_becomes_html(unfinished):
     folder, games = unfinished
-    write_page([folder], folder / "report.html")
+    run_program(HERE, "report", folder, program=evaluation)
     page = Page(folder / "report.html")
     shown = json.loads(page.scripts["data"])
     assert shown["runs"] == ["<i>run & co"] and shown["games"] == [game | {"run": 0} for game in games]
@@ -3828,30 +3772,21 @@ def test_the_page_of_an_unfinished_run_shows_what_is_there_and_no_text_becomes_h
 
 
 @pytest.mark.skipif(not shutil.which("node"), reason="runs the page's script in node")
-def test_the_page_filters_and_sorts_as_asked(unfinished):
+def test_the_page_filters_and_sorts_the_exchanges_of_several_runs_as_asked(unfinished, finished):
     folder, _ = unfinished
-    write_page([folder, folder], folder / "report.html")
-    page = Page(folder / "report.html")
-    everything = {"q": "", "run": "", "round": "", "role": "", "verdict": "", "sort": ""}
-    wanted = [{"round": "1", "run": "1"}, {"verdict": "unsafe"}, {"role": "defender", "q": "ANSWER 1"},
-              {"sort": "safe", "run": "0"}]
+    run_program(HERE, "report", finished.folder, folder, "--out", folder / "both.html", program=evaluation)
+    page = Page(folder / "both.html")
+    n = len(read_lines(finished.folder / "games.jsonl"))  # what follows are the exchanges of the other
+    everything = {"q": "", "run": "1", "round": "", "role": "", "verdict": "", "sort": ""}
+    wanted = [{"round": "1"}, {"verdict": "unsafe"}, {"role": "defender", "q": "ANSWER 1"}, {"sort": "safe"}]
     asked = json.dumps([everything | change for change in wanted])
     script = (f"{page.scripts['logic']}\nconst {{games}} = {page.scripts['data']};\n"
               f"console.log(JSON.stringify({asked}.map(w => matching(games, w).map(g => games.indexOf(g)))))")
     found = json.loads(subprocess.run(["node", "-"], input=script, capture_output=True, text=True, check=True).stdout)
     # P(safe) is i / 16 for 16 exchanges, four a step; the probe, the 17th, counts as 1/2 where it has no verdict
-    assert found == [[*range(25, 34)], [*range(8), *range(17, 25)], [12, 13, 14, 15, 29, 30, 31, 32],
-                     [*range(15, 8, -1), 8, 16, *range(7, -1, -1)]]
-
-
-def test_eval_report_writes_one_page_for_the_runs_it_is_given(finished, tmp_path, capsys):
-    run_program(HERE, "report", finished.folder, program=evaluation)
-    assert str(finished.folder / "report.html") in capsys.readouterr().out
-    games = read_lines(finished.folder / "games.jsonl")
-    page = Page(finished.folder / "report.html")
-    assert json.loads(page.scripts["data"])["games"] == [game | {"run": 0} for game in games]
-    run_program(HERE, "report", *[finished.folder] * 2, "--out", tmp_path / "both.html", program=evaluation)
-    assert len(json.loads(Page(tmp_path / "both.html").scripts["data"])["games"]) == 2 * len(games)
+    expected = [[*range(8, 17)], [*range(8)], [12, 13, 14, 15], [*range(15, 8, -1), 8, 16, *range(7, -1, -1)]]
+    assert found == [[n + i for i in indices] for indices in expected]
+    assert "finished in" in " ".join(page.words)
 
 
 # --- what is let in, and what is not ---------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import after_round, best_response, best_response_settings, fresh_player, run_program, success
+from eval import BestResponseSettings, after_round, best_response, fresh_player, run_program, success
 from gpo import play
 from harness.data import as_a_program, fail, read_json, visible, write_json
 from harness.report import LOOKS, figure
@@ -30,7 +30,8 @@ def probe(args: argparse.Namespace) -> None:
     defender = run.world.players["defender"]
     if args.round:
         defender = after_round(run, "defender", args.round)
-    settings = best_response_settings(run, args.steps)
+    settings = BestResponseSettings(run.world.seeds, run.world.held_out_judge, args.steps, run.config.batch_size,
+                                    run.config.seed)
     fresh = fresh_player(run, "attacker")
     attacker, curve = best_response(fresh, defender, settings)
     before = success(fresh, defender, settings)
@@ -62,9 +63,7 @@ def draw_probe(args: argparse.Namespace) -> None:
     gaps.legend(frameon=False, fontsize=8)
     image = heat.imshow(100 * matrix, cmap="Greys", vmin=0, vmax=100, origin="lower", aspect="auto")
     for (i, j), value in np.ndenumerate(matrix):
-        shade = "0.7" if value < 0.005 else "black"
-        if value > 0.5:
-            shade = "white"
+        shade = "white" if value > 0.5 else "black"
         heat.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=shade)
     ticks = range(0, len(matrix), max(1, len(matrix) // 5))
     heat.set(xticks=ticks, yticks=ticks, xlabel="defender after round (0: SFT)",

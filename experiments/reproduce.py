@@ -24,10 +24,10 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from eval import after_round, cell, greedy, kl, measure, run_program
+from eval import after_round, greedy, kl, measure, run_program
 from harness.config import parse, resolve
 from harness.data import as_a_program, fail, read_config, read_json, read_lines, visible, write_json, write_text
-from harness.report import LABELS, LOOKS, band, figure, markdown, mean_and_error, paired_test, standard_error
+from harness.report import LABELS, LOOKS, band, figure, markdown, mean_and_error, paired_test, show, standard_error
 from harness.run import FinishedRun, open_run
 from reward import call_judge, unsafe_rate
 
@@ -103,7 +103,6 @@ COUNTS = ("updates", "tokens", "cells")  # keys that are shown without decimals
 class Job(NamedTuple):
     """A command that leaves a file; where this file is, it is done."""
 
-    seconds: int  # about, for the bar
     work: Callable
     arguments: tuple
     leaves: Path
@@ -154,11 +153,6 @@ def check_options(folder: Path, flags: str) -> None:
                              "pass another --out")
 
 
-def neighbour_seed(seeds: Sequence[int], i: int) -> int:
-    """The seed whose defenders are the third parties of the i-th: the one before; of the first, the second."""
-    return seeds[i - 1] if i else seeds[1]
-
-
 def run_suite(out: str | Path, rows: dict[str, str], seeds: Sequence[int],
               probes: dict[str, Iterable[int]]) -> dict[str, list[dict]]:
     """Train and evaluate rows {name: flags of train.py} on every seed; returns {name: [row of each seed]}. All rows of
@@ -170,49 +164,45 @@ def run_suite(out: str | Path, rows: dict[str, str], seeds: Sequence[int],
     measurements = []
     for name in rows:
         for i, seed in enumerate(seeds):
+            neighbour = seeds[i - 1] if i else seeds[1]  # whose defenders are the third parties
             folder = run_folder(out, name, seed)
             log = Path(f"{folder}.log")
             flags = f"{rows[name]} --seed {seed}"
             check_options(folder, flags)
             if name == "SFT" or "--template" in flags:  # the attacker is warm-started on its template
-                warm_starts.append(Job(150, finish, (folder, flags, log), folder / "summary.json"))
+                warm_starts.append(Job(finish, (folder, flags, log), folder / "summary.json"))
             else:
                 flags += f" --start {run_folder(out, 'SFT', seed)}"
-                games.append(Job(60, finish, (folder, flags, log), folder / "summary.json"))
-            others = [str(run_folder(out, other, neighbour_seed(seeds, i))) for other in THIRD_PARTIES]
+                games.append(Job(finish, (folder, flags, log), folder / "summary.json"))
+            others = [str(run_folder(out, other, neighbour)) for other in THIRD_PARTIES]
             table = folder / "eval.json"
             if table.is_file() and read_json(table)["third_parties"] != others:  # it was run with other seeds
                 table.unlink()
-            measurements.append(Job(15, command, ("eval", [str(folder), "--third_parties", *others], log), table))
+            measurements.append(Job(command, ("eval", [str(folder), "--third_parties", *others], log), table))
             for round in probes.get(name, ()):
                 arguments = [str(folder), "--steps", str(PROBE_STEPS), "--round", str(round)]
-                job = Job(40, command, ("experiments.probe", arguments, log), folder / f"best_{round}.json")
+                job = Job(command, ("experiments.probe", arguments, log), folder / f"best_{round}.json")
                 measurements.append(job)
-    do_jobs([warm_starts, games, measurements])
+    do_jobs("warm starts", warm_starts)
+    do_jobs("games", games)
+    do_jobs("measurements", measurements)
     return {name: [suite_row(run_folder(out, name, seed)) for seed in seeds] for name in rows}
 
 
-def do_jobs(stages: Sequence[list[Job]]) -> None:
-    """Do the jobs of each stage that are not done, the longest first, as many at once as there are cores (at most 8).
-    Where one fails its error is raised; the rest is not begun, and what is finished stays."""
-    stages = [[job for job in stage if not job.leaves.is_file()] for stage in stages]
-    look = "{desc}{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left"
-    with tqdm(total=sum(job.seconds for job in chain(*stages)), dynamic_ncols=True, bar_format=look) as bar:
-        for stage in stages:
-            with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-                longest_first = sorted(stage, key=lambda job: -job.seconds)
-                jobs = {pool.submit(job.work, *job.arguments): job for job in longest_first}
-                try:
-                    for future in as_completed(jobs):
-                        future.result()
-                        bar.set_description_str(f"{jobs[future].leaves.parent.name}: ")
-                        bar.update(jobs[future].seconds)
-                except BaseException as error:
-                    if isinstance(error, KeyboardInterrupt) and error.args:  # SIGTERM came to this process alone
-                        for process in RUNNING:
-                            process.terminate()
-                    pool.shutdown(wait=True, cancel_futures=True)
-                    raise
+def do_jobs(stage: str, jobs: Sequence[Job]) -> None:
+    """Do the jobs that are not done, as many at once as there are cores (at most 8). Where one fails its error is
+    raised; the rest is not begun, and what is finished stays."""
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        futures = [pool.submit(job.work, *job.arguments) for job in jobs if not job.leaves.is_file()]
+        try:
+            for future in tqdm(as_completed(futures), desc=stage, total=len(futures), dynamic_ncols=True):
+                future.result()
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) and error.args:  # SIGTERM came to this process alone
+                for process in RUNNING:
+                    process.terminate()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 # --- rows of tables, from what the runs have left -------------------------------------------------------------------
@@ -371,7 +361,7 @@ def best_responses(out: str | Path, seeds: Iterable[int], names: Iterable[str]) 
         band(axis, range(1, 1 + len(curves[0])), curves, name, {**look, "marker": None})
         for seed, row in found.items():
             most_frequent = [f"{count} of 200: *{visible(prompt)}*" for prompt, count in row["exploits"][:1]] or ["-"]
-            lines.append([name, seed, cell(row["after"], 500), *most_frequent])
+            lines.append([name, seed, show(row["after"], 500), *most_frequent])
     axis.set(xlabel="PPO steps of a fresh attacker", ylabel="its success against the finished defender", ylim=(0, 1))
     axis.legend(frameon=False, fontsize=8)
     canvas.savefig(Path(out) / "best.png", dpi=150)

@@ -82,19 +82,18 @@ def _without(line, *beginnings):
     return {name: value for name, value in json.loads(line).items() if not name.startswith(beginnings)}
 
 
-def contents(run: Path) -> dict:
-    """{file: what must be the same in two runs}: all but times, memory, how it was started, and older checkpoints."""
+def outcome(run: Path) -> dict:
+    """{file: what must be the same in two runs}: all but times, memory, how it was started, older checkpoints."""
     older = set(sorted((run / "checkpoints").glob("*step_*"))[:-1])
-    paths = [path for path in run.rglob("*") if path.is_file() and path.name != ".lock"]
+    paths = [path for path in run.rglob("*") if path.is_file() and path.name not in (".lock", "config.json")]
     files = {str(path.relative_to(run)): path.read_bytes() for path in paths if not older & set(path.parents)}
     files["metrics.jsonl"] = [_without(line, "time/") for line in files["metrics.jsonl"].splitlines()]
     files["summary.json"] = _without(files["summary.json"], "seconds", "memory", "config")
-    files["config.json"] = _without(files["config.json"], "versions")
     return files
 
 
 def undisturbed(folder: Path) -> tuple[dict, dict[str, list[float]]]:
-    """(`contents`, {function: seconds of each call}) of a run that is left alone. Raises ValueError if it fails."""
+    """(`outcome`, {function: seconds of each call}) of a run that is left alone. Raises ValueError if it fails."""
     status, began = live(folder)
     if status:
         last = (folder / "stderr.txt").read_text().splitlines()[-1]
@@ -102,7 +101,7 @@ def undisturbed(folder: Path) -> tuple[dict, dict[str, list[float]]]:
     durations = defaultdict(list)
     for (name, start), (_, end) in zip(began, began[1:]):
         durations[name].append(end - start)
-    return contents(folder / "run"), durations
+    return outcome(folder / "run"), durations
 
 
 def kill_until_its_end(folder: Path, durations: dict, kills: int, fell: Counter, rng: np.random.Generator) -> int:
@@ -133,7 +132,7 @@ def soak(args: argparse.Namespace) -> None:
         while fell.total() < args.kills:
             folder = Path(tempfile.mkdtemp(dir=place))
             status = kill_until_its_end(folder, durations, args.kills, fell, rng)
-            end = {} if status else contents(folder / "run")
+            end = {} if status else outcome(folder / "run")
             differ = sorted(name for name in {**alone, **end} if alone.get(name) != end.get(name))
             if differ:
                 wrong["lost" if status else "different"] += 1

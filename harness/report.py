@@ -58,13 +58,13 @@ def mean_and_error(values: Sequence[float | None], digits: int = 3) -> str:
     return mean if len(values) == 1 else f"{mean} ± {standard_error(values):.{digits}f}"
 
 
-def show(value: float | None, interval: Sequence[float] = ()) -> str:
-    """A cell: the value, with its interval (low, high) where there is one; "-" for none and NaN."""
+def show(value: float | None, n: int = 0) -> str:
+    """A cell: the value, with its 95% interval where it is a rate of n > 0 texts; "-" for none and NaN."""
     if value is None or math.isnan(value):
         return "-"
-    if not interval:
+    if n == 0:
         return f"{value:.3f}"
-    low, high = interval
+    low, high = wilson_interval(round(value * n), n)
     return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
