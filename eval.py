@@ -291,7 +291,7 @@ def attack_rows(run: FinishedRun | None, args: argparse.Namespace) -> list[dict]
         config = Config(template=data.PAPER_TEMPLATE, attack_tokens=48, response_tokens=64)
         attacker = load_policy(args.attacker, "shared", best_dtype(DEVICE), DEVICE, remote)
     if args.prompts:
-        seeds = [data.first_turn(row["prompt"]) for row in data.read_rows(args.prompts)]
+        seeds = [data.first_turn(row["prompt"]) for row in data.read_rows(args.prompts) if row["prompt"]]
     if args.judge:
         judge = load_judge(args.judge, args.unsafe_label, device=DEVICE, trust_remote_code=remote)
     source = Path(args.target) / "defender"  # of a run

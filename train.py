@@ -23,6 +23,8 @@ starts at zero: exercise 2 of docs/walkthrough.md; row *k = 10* is possible only
 (12) `--min_likelihood`: an attack that the first attacker would hardly write counts as a failed repetition: row *no
 likelihood bound*.
 (13) No test prompt is in an update of the defender, whoever wrote it: else the tables would measure memory.
+(17) `--benign_share`: a fraction of the defender's batch are harmless requests, paid for a helpful answer: without
+them a language model's surest defence is to refuse everything. By default for user-supplied models only; in no row.
 """
 
 import sys
