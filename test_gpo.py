@@ -3868,7 +3868,7 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "a configuration of unknown names": (["bad/names.yaml"], "unrecognized arguments: --runds=3; see"),
     "a configuration that runs code": (["bad/code.yaml"], "could not determine a constructor for the tag"),
     "a warm start of another seed": ([*OUT, "--start", "bad/other", "--seed", "5"], "needs a run of the same seed"),
-    "a resumed run with a seed": (["--resume", "bad/other", "--seed", "0"], "takes the run folder and --device alone"),
+    "a resumed run with a seed": (["--resume", "bad/other", "--seed", "0"], "takes the run folder, --device and --micro_batch alone"),
     "nothing to resume": (["--resume", "bad"], "--resume needs a run folder"),
     "a run of an older version": (["--resume", "bad/older"], "begun by a version with other options (mine)"),
     "a folder that is no model": ([*OWN, "--defender", "bad"], "bad' as a causal language model"),
