@@ -31,27 +31,22 @@ SOAK = ("--out run --sft_steps 6 --judge_steps 6 --batch_size 8 --eval_prompts 8
         "--critic separate --average distill").split()
 SOAK_PROGRAM = """
 import os, sys
-import gpo, train
-from harness import run, world
+import train
 
+PARTS = ("begin make_world sft train_judge save_start load play call_judge ppo_update evaluate save distill "
+         "save_policy draw_curves write_report").split()
 running = ["between"]
 
-def announce(owner, name):  # on stdout, when it begins, and when what is around it goes on
-    def announced(*args, real=getattr(owner, name), **kwargs):
-        running.append(name)
+def announce(frame, event, _):  # on stdout, when a part begins, and when what is around it goes on
+    code = frame.f_code
+    if code.co_name in PARTS and os.path.dirname(train.__file__) in code.co_filename and event in ("call", "return"):
+        if event == "call":
+            running.append(code.co_name)
+        else:
+            running.pop()
         os.write(1, f"\\n@{running[-1]}\\n".encode())
-        result = real(*args, **kwargs)
-        running.pop()
-        os.write(1, f"\\n@{running[-1]}\\n".encode())
-        return result
-    setattr(owner, name, announced)
 
-WHERE = (  # each name where it is looked up
-    (train, "make_world play ppo_update evaluate distill"), (world, "sft train_judge"),
-    (run.RunFolder, "begin load save_start save"), (run, "save_policy draw_curves write_report"), (gpo, "call_judge"))
-for owner, names in WHERE:
-    for name in names.split():
-        announce(owner, name)
+sys.setprofile(announce)
 train.main(sys.argv[1:])
 """
 
