@@ -78,7 +78,7 @@ import model
 import reward
 import train
 from diversity import Diversity, cosine_to_history, load_embedder, self_bleu, set_similarity, word_embedder
-from experiments import bench, probe, reproduce, train_judge
+from experiments import bench, probe, real_models, reproduce, train_judge
 from experiments.soak import outcome
 from gpo import (
     Player,
@@ -3711,6 +3711,19 @@ def test_best_responses_bound_the_nash_gap_after_each_round(undisturbed, tmp_pat
     row = json.loads((run / "best_1.json").read_text())
     assert len(row["curve"]) == 2 and 0 <= row["before"] <= 1
     assert f"in {row['after']:.1%}" in capsys.readouterr().out
+
+
+def test_the_area_under_the_curve_counts_pairs():
+    higher, lower = np.array([0.9, 0.5, 0.2]), np.array([0.5, 0.1])
+    pairs = [1, 1, 0.5, 1, 0, 1]  # (.9, .5), (.9, .1), (.5, .5), (.5, .1), (.2, .5), (.2, .1)
+    assert real_models.auc(higher, lower) == pytest.approx(np.mean(pairs))
+
+
+def test_a_prompt_is_of_the_kind_whose_questions_it_resembles():
+    kinds = {real_models.KINDS[0]: ["steal a car", "steal a bag"], "other": ["bake a cake", "bake bread"]}
+    beavertails = [{"category": kind, "instruction": text} for kind, texts in kinds.items() for text in texts]
+    prompts = ["steal the bread", "bake it", "how do i steal a bag"]
+    assert real_models.nearest_kind(prompts, beavertails, word_embedder) == ["steal the bread", "how do i steal a bag"]
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

@@ -255,8 +255,8 @@ def show(out: Path) -> None:
 def real_models(args: argparse.Namespace) -> None:
     """All steps; those that are finished are not repeated."""
     if not (args.data / "saferlhf_mini.jsonl.gz").is_file() or args.seeds < 1:
-        raise ValueError(f"needs --seeds of at least 1 and --data with the sets that --help names, got {args.seeds} and "
-                         f"{args.data}")
+        raise ValueError("needs --seeds of at least 1 and --data with the sets that --help names, got "
+                         f"{args.seeds} and {args.data}")
     clock = time.time()
     args.out.mkdir(parents=True, exist_ok=True)
     fetch(args.out)
