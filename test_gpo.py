@@ -3281,7 +3281,7 @@ def test_what_is_on_this_machine_is_kept_by_its_absolute_path_and_a_name_of_the_
     monkeypatch.chdir(tmp_path)
     for folder in ("models/a", "rule", "judge.py:old"):
         Path(folder).mkdir(parents=True)
-    for file in ("p.txt", "judge.py", "words"):
+    for file in ("p.txt", "judge.py", "words", "m.gguf"):
         Path(file).write_text("p")
     given = {"attacker": "models/a", "defender": "rule", "embedder": "words", "judge": "judge.py:score",
              "held_out_judge": "guard:models/a", "prompts": "p.txt", "sft_data": "no.jsonl"}
@@ -3290,6 +3290,7 @@ def test_what_is_on_this_machine_is_kept_by_its_absolute_path_and_a_name_of_the_
     assert kept == {"attacker": "HERE/models/a", "defender": "HERE/rule", "embedder": "words",
                     "judge": "HERE/judge.py:score", "held_out_judge": "guard:HERE/models/a", "prompts": "HERE/p.txt",
                     "sft_data": "no.jsonl"}
+    assert resolve(Config(**given | {"defender": "m.gguf"})).defender == f"{tmp_path}/m.gguf"
     for judge in ("rule", "org/judge", "guard:org/judge", "p.txt", "none.py:f"):  # a judge is no file but its code
         assert resolve(Config(**given | {"judge": judge})).judge == judge
     assert resolve(Config(**given | {"judge": "judge.py:old"})).judge == f"{tmp_path}/judge.py:old"

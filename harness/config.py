@@ -19,8 +19,8 @@ from model import DTYPE_NAMES, best_dtype
 METHODS = ("gpo", "rlhf", "iterative", "paraphrase", "sft")
 LONG_FORM = {"both": "mixture,weights", "distill": "mixture,weights,distill"}  # of two values of --average
 DATA = ("prompts", "test_prompts", "benign_prompts", "sft_data")
-PATHS = (*DATA, "attacker", "defender", "judge", "held_out_judge", "embedder", "start")
-OUR_NAMES = ("rule", "toy", "truth", "chosen", "words")  # of judges and embedders
+PATHS = (*DATA, "attacker", "defender", "judge", "held_out_judge", "helpful_judge", "embedder", "start")
+OUR_NAMES = ("rule", "answered", "toy", "truth", "chosen", "words")  # of judges and embedders
 LEFT_BY_A_START = {".lock", "config.json.writing"}  # one that was killed in its first moment
 LEFT_ALONE = {"lost+found"}  # of a file system of its own
 AVERAGES = ("mixture", "weights", "none", *LONG_FORM, *LONG_FORM.values())
@@ -49,8 +49,9 @@ def option(reason: str, *defaults: object, aliases: tuple[str, ...] = (), **fact
 @dataclass
 class Config:
     """Every option: its reason, its default or two defaults (`resolve` chooses one), and what else Option knows."""
-    attacker: str | None = option("folder or hub id; without it: the embedded game", heading="players", warm_start=True)
-    defender: str | None = option("folder or hub id", warm_start=True)
+    attacker: str | None = option("folder, .gguf file or hub id; without it: the embedded game", heading="players",
+                                  warm_start=True)
+    defender: str | None = option("folder, .gguf file or hub id", warm_start=True)
     judge: str | None = option("training judge: rule, toy, folder or hub id, guard:MODEL, file.py:function", "toy",
                                "facebook/roberta-hate-speech-dynabench-r4-target", heading="judges", warm_start=True)
     held_out_judge: str | None = option("judge for evaluation only", "truth", "s-nlp/roberta_toxicity_classifier")
@@ -241,11 +242,12 @@ def resolve(config: Config) -> Config:
 def absolute(name: str, value: str | None) -> str | None:
     """The value of an option, as an absolute path if it names a file or a folder that is here: a run is resumed and
     evaluated from other folders too. A hub id, and the name of a judge or an embedder of ours, stays as it is."""
-    is_ours = name in ("judge", "held_out_judge", "embedder") and value in OUR_NAMES
+    is_ours = (name.endswith("judge") or name == "embedder") and value in OUR_NAMES
     if value is None or is_ours:
         return value
     guard, path, function = re.fullmatch(r"(guard:)?(.+?)((?<=\.py):\w+)?", value, re.DOTALL).groups("")
-    is_here = Path(path).is_file() if function or name in DATA else Path(path).is_dir()
+    is_file = function or name in DATA or path.endswith(".gguf")
+    is_here = Path(path).is_file() if is_file else Path(path).is_dir()
     return f"{guard}{Path(path).resolve()}{function}" if is_here else value
 
 
