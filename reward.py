@@ -473,6 +473,9 @@ def load_judge(spec: str, unsafe_label: str | None = None, known: Mapping[str, J
     except Exception as error:
         names = ", ".join([*known, "file.py:function", "guard:MODEL", "a sequence-classification folder or hub id"])
         raise ValueError(f"cannot load the judge {spec!r}; --{flag} takes {names}: {first_line(error)}") from error
+    if flag == "helpful_judge" and model.config.num_labels > 1:
+        raise ValueError("a classifier as a judge of helpfulness must be a reward model of one output, got the labels "
+                         f"{', '.join(map(str, model.config.id2label.values()))}; pass file.py:function")
     return classifier_judge(model, tokenizer, unsafe_label, label_flag)
 
 

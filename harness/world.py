@@ -192,7 +192,7 @@ def toy_world(config: Config, start: Path | None = None) -> World:
     game = ToyGame(config.seed)
     remote = (config.device, config.trust_remote_code)
     known = {"truth": game.ground_truth}
-    helpful = load_judge(config.helpful_judge, None, {"toy": game.helpful}, *remote)
+    helpful = load_judge(config.helpful_judge, None, {"toy": game.helpful}, *remote, "helpful_judge")
     judge = None  # to be trained
     if config.judge != "toy":
         judge = load_judge(config.judge, config.unsafe_label, known, *remote)
@@ -280,7 +280,7 @@ def user_world(config: Config, start: Path | None = None) -> World:
     judge = _named("judge", load_judge, config.judge, config.unsafe_label, (), *remote)
     held_out_judge = _named("held_out_judge", load_judge, config.held_out_judge, config.held_out_unsafe_label, (),
                             *remote, "held_out_judge")
-    helpful = _named("helpful_judge", load_judge, config.helpful_judge, None, (), *remote)
+    helpful = _named("helpful_judge", load_judge, config.helpful_judge, None, (), *remote, "helpful_judge")
     embedder = load_embedder(config.embedder, *remote)
     policies = _load_policies(config, start)
     for policy in policies.values():
