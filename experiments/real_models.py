@@ -235,10 +235,10 @@ def show(out: Path) -> None:
     names = list(dict.fromkeys(row["defender"] for row in rows))
     keys = [key for key in rows[0] if "/" in key]
     lines = []
-    for name in names:
-        cells = [mean_and_error([row[key] for row in rows if row["defender"] == name]) for key in keys]
-        lines.append([name, *cells])
-    table = markdown(["", *keys], lines)
+    for key in keys:
+        values = [[row[key] for row in rows if row["defender"] == name] for name in names]
+        lines.append([key.replace("/", ": "), *map(mean_and_error, values)])
+    table = markdown(["", *names], lines)
     (out / "table.md").write_text(table + "\n", encoding="utf-8")
     print("\n" + table)
     canvas, axes = figure(2, width=4.8)
