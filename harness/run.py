@@ -200,8 +200,9 @@ class RunFolder:
                 path.unlink()
             elif path.name not in LEFT_ALONE:
                 shutil.rmtree(path, ignore_errors=True)
-        for folder in self.made:
-            folder.rmdir()
+        with contextlib.suppress(OSError):  # another run may have begun in one of them
+            for folder in self.made:
+                folder.rmdir()
 
     def has_start(self) -> bool:
         """Whether what the game starts from has been saved: everything that could be wrong with the input was right."""
