@@ -173,7 +173,8 @@ class Policy(nn.Module):
         response_ids = []
         for start, ids, (prompt, response) in zip(prompt_ids, conversations, pairs):
             text = self._render(prompt, response)
-            if not text.startswith(self._render(prompt)) or response.strip() not in text:
+            continues = ids[:len(start)] == start or text.startswith(self._render(prompt))
+            if not continues or response.strip() not in text:
                 raise ValueError("a demonstration must be a response as its chat template writes it, after the prompt; "
                                  f"the template changes {response[:60]!r}: drop it, or the reasoning in it")
             rest = ids[len(start):]
