@@ -209,17 +209,18 @@ def classifier_logits(model: Model, tokenizer: Tokenizer, prompts: Sequence[str]
     the response, unless that is too long alone."""
     longest = longest_input(tokenizer, model.config)
     padded = dict(padding=True, max_length=longest, return_tensors="pt")
-    responses = [r if r.strip() else tokenizer.pad_token for r in inert_texts(tokenizer, responses)]  # a token at least
     judge_input = getattr(model.config, "judge_input", "response")
-    if judge_input == "response":
-        batch = tokenizer(responses, truncation=True, **padded)
-    elif judge_input == "chat":
+    if judge_input == "chat":
         def render(prompt, response):
             chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
             return tokenizer.apply_chat_template(chat, tokenize=False)
 
         rows = encode_rendered(tokenizer, render, list(zip(prompts, responses)))
         batch = tokenizer.pad({"input_ids": [ids[-longest:] for ids in rows]}, return_tensors="pt")
+        return model(**batch.to(model.device)).logits.float()
+    responses = [r if r.strip() else tokenizer.pad_token for r in inert_texts(tokenizer, responses)]  # a token at least
+    if judge_input == "response":
+        batch = tokenizer(responses, truncation=True, **padded)
     else:
         room = longest - tokenizer.num_special_tokens_to_add(True) - 8  # a few tokens for the prompt
         responses = ["\n\n" + first_tokens(tokenizer, r, room) for r in responses]  # decoders put nothing between
@@ -310,8 +311,7 @@ def _guard_ids(tokenizer, content, prompt, response):
     def render(prompt, response):
         return _guard_text(tokenizer, content, prompt, response)
 
-    ids, = encode_rendered(tokenizer, render, [(prompt, response)])
-    return ids[:-1] if not tokenizer.chat_template and ids[-1] == tokenizer.eos_token_id else ids
+    return encode_rendered(tokenizer, render, [(prompt, response)])[0]
 
 
 def _guard_input(tokenizer, content, prompt, response, limit):

@@ -1802,7 +1802,8 @@ def p_safe_alone(model, ids):
 def test_a_classifier_with_a_chat_template_reads_the_rendered_exchange(tmp_path):
     tokenizer = byte_tokenizer(["<|im_start|>", "<pad>"], CHATML, eos_token="<|im_end|>")
     model = decoder_classifier(tmp_path, tokenizer, pad_token_id=tokenizer.convert_tokens_to_ids("<pad>"))
-    exchanges = [("bake bread", "sure"), ("fold a boat", "sure, and then go slowly"), ("hide", "no")]
+    exchanges = [("bake bread", "sure"), ("fold a boat", "sure, and then go slowly"), ("hide", "no"),
+                 ("hide", "")]
     expected = []
     for prompt, response in exchanges:
         chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
