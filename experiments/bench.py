@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from diversity import ORDERS, Diversity, word_embedder
 from eval import run_program
@@ -43,7 +43,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPT = 16  # tokens of the prompts of `sample` and `ppo`
 NEW = 32  # tokens of their responses
 SIZES = {"4x128": dict(vocab_size=512, n_embd=128, n_layer=4, n_head=4),
-         "gpt2": dict(vocab_size=50257, n_embd=768, n_layer=12, n_head=12)}
+         "gpt2": dict(vocab_size=50257, n_embd=768, n_layer=12, n_head=12),
+         "smollm2": dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                         num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)}
 SHAPES = {  # N, D, V, dtype of `logprob`
     "cpu": [(512, 768, 50257, "fp32"), (2048, 768, 50257, "fp32"), (2048, 768, 50257, "bf16"),
             (8192, 768, 8192, "fp32"), (8192, 768, 50257, "fp32")],
@@ -94,13 +96,15 @@ def _extra_memory(work):
 
 
 # --- logprob ----------------------------------------------------------------------------------------------------
-def _linear_cross_entropy(hidden, weight, targets):
-    """PyTorch's own, in chunks. It ignores autocast, so its inputs are cast."""
-    if torch.is_autocast_enabled(DEVICE):
-        hidden = hidden.to(torch.get_autocast_dtype(DEVICE))
-        weight = weight.to(torch.get_autocast_dtype(DEVICE))
-    options = torch.nn.LinearCrossEntropyOptions()
-    return -F.linear_cross_entropy(hidden, weight, targets, reduction="sum", options=options)
+def _cast(sum_of_losses):
+    """A peer that ignores autocast: its inputs are cast."""
+    def logprob_sum(hidden, weight, targets):
+        if torch.is_autocast_enabled(DEVICE):
+            hidden = hidden.to(torch.get_autocast_dtype(DEVICE))
+            weight = weight.to(torch.get_autocast_dtype(DEVICE))
+        return -sum_of_losses(hidden, weight, targets)
+
+    return logprob_sum
 
 
 def logprob_peers() -> dict[str, Callable]:
@@ -111,7 +115,16 @@ def logprob_peers() -> dict[str, Callable]:
             lambda h, w, y: F.linear(h, w).float().log_softmax(-1).gather(-1, y[:, None]).sum(),
         "cross_entropy": lambda h, w, y: -F.cross_entropy(F.linear(h, w).float(), y, reduction="sum")}
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        peers["linear_cross_entropy"] = _linear_cross_entropy
+        options = torch.nn.LinearCrossEntropyOptions()
+        peers["linear_cross_entropy"] = _cast(
+            lambda h, w, y: F.linear_cross_entropy(h, w, y, reduction="sum", options=options))
+    if DEVICE == "cuda":  # Triton's peers
+        with contextlib.suppress(ImportError):
+            from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+            peers["Liger"] = _cast(lambda h, w, y: liger_fused_linear_cross_entropy(h, w, y, reduction="sum"))
+        with contextlib.suppress(ImportError):
+            from cut_cross_entropy import linear_cross_entropy
+            peers["Cut Cross-Entropy"] = _cast(lambda h, w, y: linear_cross_entropy(h, w, y, reduction="sum"))
     with contextlib.suppress(ImportError):
         import trl
         import trl.trainer.utils  # the backward imports it
@@ -156,15 +169,18 @@ def bench_logprob(repeats: int) -> list[list[str]]:
 
 # --- sample -----------------------------------------------------------------------------------------------------
 def _make_policy(size, critic="shared", dtype=torch.float32):
-    """A GPT-2 of random weights whose EOS is never sampled, so that all rows have the same length."""
+    """A model of random weights. GPT-2's EOS is never sampled, so that all rows have the same length; Llama's ends one
+    row in 1,500 early."""
     V = SIZES[size]["vocab_size"]
     inner = Tokenizer(models.WordLevel({f"w{i}": i for i in range(V)}, unk_token="w0"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token=f"w{V - 1}", chat_template="{{ messages[0]['content'] }}")
+        tokenizer_object=inner, eos_token=f"w{V - 1}", chat_template="{% for turn in messages %}{{ turn.content }} {% endfor %}")
     torch.manual_seed(0)
-    config = GPT2Config(**SIZES[size], n_positions=1024, bos_token_id=V - 1, eos_token_id=V - 1)
-    lm = GPT2LMHeadModel(config).to(DEVICE)
+    kind = GPT2Config if "n_embd" in SIZES[size] else LlamaConfig
+    lm = AutoModelForCausalLM.from_config(kind(**SIZES[size], bos_token_id=V - 1, eos_token_id=V - 1)).to(DEVICE)
+    if kind is LlamaConfig:
+        return Policy(lm, tokenizer, critic, dtype)
     with torch.no_grad():  # the first hidden unit is always 1, and the EOS has weight -50 there: its logit is about -50
         lm.transformer.ln_f.weight[0] = 0
         lm.transformer.ln_f.bias[0] = 1
@@ -190,7 +206,8 @@ def bench_sample(repeats: int) -> list[list[str]]:
     """Against `generate` of a model held in fp32: in fp32, and under bf16 autocast as a trainer runs it."""
     rows = []
     dtype = best_dtype(DEVICE)
-    for size, batch in (("4x128", 64), ("gpt2", 16 if DEVICE == "cpu" else 64)):
+    large = 16 if DEVICE == "cpu" else 64
+    for size, batch in (("4x128", 64), ("gpt2", large), ("smollm2", large)):
         ours = _make_policy(size, dtype=dtype)
         prompts = _make_prompts(batch)
         name = f"sample {batch} x ({PROMPT} + {NEW}), {size}, {DTYPE_NAMES[dtype]}"
@@ -241,7 +258,8 @@ import json, sys, tempfile
 import torch, trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, LlamaConfig
+from transformers import PreTrainedTokenizerFast
 from trl import PPOConfig, PPOTrainer
 
 work = json.loads(sys.argv[1])
@@ -250,8 +268,10 @@ V = work["config"]["vocab_size"]
 batch = work["batch"]
 words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(V)}, unk_token="w0"))
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{V - 1}", pad_token="w0")
-config = GPT2Config(**work["config"], n_positions=1024, bos_token_id=V - 1, eos_token_id=V - 1, pad_token_id=0,
-                    num_labels=1)
+kind = GPT2Config if "n_embd" in work["config"] else LlamaConfig
+config = kind(**work["config"], bos_token_id=V - 1, eos_token_id=V - 1, pad_token_id=0, num_labels=1)
+make_lm = AutoModelForCausalLM.from_config
+make_classifier = AutoModelForSequenceClassification.from_config
 rows = Dataset.from_dict({"input_ids": torch.randint(1, 500, (batch * 4, work["prompt"])).tolist()})
 settings = PPOConfig(
     output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch, num_mini_batches=4, num_ppo_epochs=2,
@@ -259,8 +279,8 @@ settings = PPOConfig(
     total_episodes=batch * 10_000, num_sample_generations=0, gradient_checkpointing=False, save_strategy="no",
     report_to=[], disable_tqdm=True, use_cpu=work["device"] == "cpu")
 trainer = PPOTrainer(
-    args=settings, processing_class=tokenizer, model=GPT2LMHeadModel(config), ref_model=GPT2LMHeadModel(config),
-    reward_model=GPT2ForSequenceClassification(config), value_model=GPT2ForSequenceClassification(config),
+    args=settings, processing_class=tokenizer, model=make_lm(config), ref_model=make_lm(config),
+    reward_model=make_classifier(config), value_model=make_classifier(config),
     train_dataset=rows, eval_dataset=rows,
     data_collator=lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])})
 
@@ -342,7 +362,7 @@ def _bench_ppo_size(size, batch, repeats, trl_python):
 def bench_ppo(repeats: int, trl_python: str | None = None) -> list[list[str]]:
     """Sample, score with a reward model of the policy's size, and update: 2 epochs x 4 minibatches."""
     rows = []
-    for size, batch in (("4x128", 64), ("gpt2", 16)):
+    for size, batch in (("4x128", 64), ("gpt2", 16), ("smollm2", 16)):
         rows += _bench_ppo_size(size, batch, repeats, trl_python)
     return rows
 
@@ -390,6 +410,8 @@ def run_benches(args: argparse.Namespace) -> None:
     for name in BENCHES if args.what == "all" else [args.what]:
         more = {"trl_python": args.trl_python} if name == "ppo" else {}
         rows += BENCHES[name](args.repeats, **more)
+    if DEVICE == "cuda":
+        print(torch.cuda.get_device_name())
     print(markdown(["what", "peer", "ours", "peer's", "times faster", "memory, ours / peer's"], rows))
 
 
