@@ -73,7 +73,9 @@ def compare(name: str, ours: Callable, peer_name: str, peer: Callable, repeats: 
         turns.reverse()  # neither is always the first
     ratios = [theirs / mine for mine, theirs in zip(seconds["ours"], seconds["peer"])]
     ours_s, peer_s = (f"{statistics.median(times):.3f} s" for times in seconds.values())
-    return [name, peer_name, ours_s, peer_s, f"{statistics.median(ratios):.2f}", memory]
+    row = [name, peer_name, ours_s, peer_s, f"{statistics.median(ratios):.2f}", memory]
+    print(" | ".join(row), file=sys.stderr, flush=True)  # so far; the table comes last
+    return row
 
 
 def _resident(what):
@@ -174,8 +176,8 @@ def _make_policy(size, critic="shared", dtype=torch.float32):
     V = SIZES[size]["vocab_size"]
     inner = Tokenizer(models.WordLevel({f"w{i}": i for i in range(V)}, unk_token="w0"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token=f"w{V - 1}", chat_template="{% for turn in messages %}{{ turn.content }} {% endfor %}")
+    template = "{% for turn in messages %}{{ turn.content }} {% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=f"w{V - 1}", chat_template=template)
     torch.manual_seed(0)
     kind = GPT2Config if "n_embd" in SIZES[size] else LlamaConfig
     lm = AutoModelForCausalLM.from_config(kind(**SIZES[size], bos_token_id=V - 1, eos_token_id=V - 1)).to(DEVICE)

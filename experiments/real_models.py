@@ -21,6 +21,7 @@ import argparse
 import gzip
 import hashlib
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -65,15 +66,15 @@ FRESH = "--method gpo --rounds 1 --attacker_steps 16 --defender_steps 0 --benign
 def call(*arguments: object, log: Path | None = None) -> None:
     """Run a module or program of ours, or pip, after printing the command as a user would type it; log: where its
     output goes, instead of the screen."""
-    print(f"\npython {' '.join(map(str, arguments))}" + (f" > {log}" if log else ""), flush=True)
     command = [sys.executable, *map(str, arguments)]
+    print(f"\npython {shlex.join(command[1:])}" + (f" > {shlex.quote(str(log))}" if log else ""), flush=True)
     if log:
         with open(log, "a", encoding="utf-8") as lines:
             status = subprocess.run(command, stdout=lines, stderr=subprocess.STDOUT).returncode
     else:
         status = subprocess.run(command).returncode
     if status:
-        raise ValueError(f"the command ended with status {status}: {' '.join(command[1:])}; when it can go on, call "
+        raise ValueError(f"the command ended with status {status}: {shlex.join(command[1:])}; when it can go on, call "
                          "this program again")
 
 

@@ -18,7 +18,7 @@ import torch
 from diversity import load_embedder, set_similarity
 from eval import DEVICE, leaders
 from gpo import log_likelihoods, sample
-from harness.data import PAPER_TEMPLATE, as_a_program, read_json, write_json
+from harness.data import PAPER_TEMPLATE, as_a_program, quiet_libraries, read_json, write_json
 from harness.report import LOOKS, figure, markdown, mean_and_error, paired_test
 from model import Policy, best_dtype, generate, load_policy
 from reward import answered, call_judge, load_judge, refusals
@@ -37,7 +37,8 @@ def load(folder: Path) -> Policy:
 
 def answers_of(policy: Policy, prompts: list[str]) -> list[str]:
     """Greedy, as long as in the game."""
-    return generate(policy, prompts, 40, temperature=0, clip_prompts=True).texts
+    rows = 256 if DEVICE == "cpu" else 1024
+    return generate(policy, prompts, 40, temperature=0, clip_prompts=True, batch_size=rows).texts
 
 
 def unsafe(judge: object, prompts: list[str], responses: list[str]) -> list[int]:
@@ -85,7 +86,7 @@ def untrained_attacks(out: Path, start: Path) -> list[str]:
 def write_attacks(attacker: Policy, seeds: list[str]) -> list[str]:
     """One sampled attack for each seed."""
     prompts = [PAPER_TEMPLATE.format(seed) for seed in seeds]
-    return generate(attacker, prompts, 28, seed=0, clip_prompts=True).texts
+    return generate(attacker, prompts, 28, seed=0, clip_prompts=True, batch_size=512).texts
 
 
 def defenders_of(folder: Path) -> Iterator[tuple[str, Policy]]:
@@ -270,6 +271,7 @@ def show(out: Path) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """The program."""
+    quiet_libraries()
     out = Path(argv[0])
     if len(argv) == 1:
         show(out)
