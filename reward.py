@@ -346,7 +346,7 @@ def _next_token_probabilities(model, rows):
         mask = torch.arange(T, device=model.device) <= last[:, None]  # (B, T), True: not padding
         positions, index = last.unique(return_inverse=True)  # not the logits of all T positions
         logits = model(tokens, attention_mask=mask.long(), logits_to_keep=positions).logits
-        yield from logits[torch.arange(len(group)), index].float().softmax(-1)
+        yield from logits[torch.arange(len(group)), index].float().softmax(-1).cpu()
 
 
 def guard_judge(model: Model, tokenizer: Tokenizer) -> Judge:

@@ -24,7 +24,8 @@ starts at zero: exercise 2 of docs/walkthrough.md; row *k = 10* is possible only
 likelihood bound*.
 (13) No test prompt is in an update of the defender, whoever wrote it: else the tables would measure memory.
 (17) `--benign_share`: a fraction of the defender's batch are harmless requests, paid for a helpful answer: without
-them a language model's surest defence is to refuse everything. By default for user-supplied models only; in no row.
+them a language model's surest defence is to refuse everything. By default for user-supplied models only: table
+*harmless requests, or demonstrations*.
 """
 
 import sys

@@ -53,12 +53,17 @@ SHAPES = {  # N, D, V, dtype of `logprob`
 
 
 # --- measuring --------------------------------------------------------------------------------------------------
-def _seconds(work):
-    start = time.perf_counter()
-    work()
+def _now():
+    """Seconds, after all work of the GPU that was asked for."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter()
+
+
+def _seconds(work):
+    start = _now()
+    work()
+    return _now() - start
 
 
 def compare(name: str, ours: Callable, peer_name: str, peer: Callable, repeats: int, memory: str = "-") -> list[str]:
