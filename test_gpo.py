@@ -20,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # bytes are compared, of a CPU; CUDA_VISIBLE_DEVICES=0 takes the GPU
 import torch
 import transformers
 

@@ -154,7 +154,8 @@ def defender_rows(out: Path) -> dict[str, dict[int, dict]]:
 
 
 def defender_table(rows: dict[str, dict[int, dict]]) -> str:
-    """markdown: mean ± standard error over seeds; a column for each defender."""
+    """markdown: mean ± standard error over seeds; a column for each defender but those on the way."""
+    rows = {name: of_seed for name, of_seed in rows.items() if not name.endswith("of the way")}
     keys = list(next(iter(rows.values())).popitem()[1])
     lines = []
     for key in keys:
