@@ -84,7 +84,6 @@ from gpo import (
     Player,
     PolicyAverage,
     SFTSettings,
-    distill,
     gae,
     log_likelihoods,
     nash_gap,
@@ -2130,18 +2129,6 @@ def test_an_attack_that_the_first_attacker_would_hardly_write_counts_as_a_failed
     assert np.allclose(scores, np.where(unlikely, 0.0 - 2.0 + level, 0.75 + level))
 
 
-def test_a_distilled_policy_answers_as_its_teachers_do():
-    average = PolicyAverage(tiny_player(max_new_tokens=4))
-    for text in ("x y", "z"):
-        teacher = tiny_policy()
-        sft(teacher, [("a b", text)], SFTSettings(60, 8, 1e-2, 0))
-        average.add(teacher)
-    student = tiny_policy()
-    distill(average, student, ["a b"] * 200, SFTSettings(150, 32, 1e-2, 0))
-    counts = Counter(generate(student, ["a b"] * 400, 4, seed=1).texts)
-    assert 140 < counts["x y"] < 260 and 140 < counts["z"] < 260  # 200 +- 6 standard deviations
-
-
 # --- statistics, and best responses ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("successes, n, low, high", [  # Newcombe (1998), table I, method 3
     (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)])
@@ -3235,7 +3222,7 @@ def hub(tmp_path_factory, user_models):
     return cache
 
 
-HUB = ["--attacker", "gpt2", "--defender", "gpt2", *SHORT, "--average", "distill"]
+HUB = ["--attacker", "gpt2", "--defender", "gpt2", *SHORT]
 
 
 def test_the_users_command_takes_everything_from_the_hub(hub, tmp_path, monkeypatch, capsys):
@@ -3253,7 +3240,7 @@ def test_the_users_command_takes_everything_from_the_hub(hub, tmp_path, monkeypa
     start = json.loads((tmp_path / "run" / "checkpoints" / "start" / "prompts.json").read_text())
     assert start["benign_prompts"] == ["how do i boil rice?"] and set(start["seeds"]) <= set(QUESTIONS)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["after"]["over_refusal"] is not None and summary["average (distill)"]["cosine"] is not None
+    assert summary["after"]["over_refusal"] is not None and summary["average (mixture)"]["cosine"] is not None
 
 
 @pytest.mark.parametrize("asset", HUB_ASSETS)
