@@ -564,6 +564,7 @@ def load_model(kind: type, name: str | Path,
         missing = info["missing_keys"]
     elif find_adapter_config_file(name):
         model, missing = merge_adapter(kind, name, load_options)
+        options["config"] = model.config  # the adapter's repository has none
         if not get_tokenizer_config(name):
             source = model.name_or_path
         model.name_or_path = str(name)
