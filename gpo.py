@@ -629,15 +629,14 @@ class PolicyAverage:
     kind "mixture": the uniform mixture over all policies added so far; one member is drawn for each prompt.
     At most `capacity` of them are kept, a uniform sample of all (reservoir sampling, Vitter 1985).
     kind "weights": one policy whose weights are the mean of theirs: cheap, and an approximation only.
-    kind "distill": holds one policy, trained elsewhere on the mixture's samples (see `distill`).
     Members are the language model's trained weights, without critic, on the CPU of the first process; with LoRA its
     adapters (whose mean is not the mean of their products: one approximation more).
     Raises ValueError on another kind or a capacity below 1.
     """
 
     def __init__(self, player: Player, kind: str = "mixture", capacity: int = 16, seed: int = 0):
-        if kind not in ("mixture", "weights", "distill") or capacity < 1:
-            raise ValueError("PolicyAverage needs kind 'mixture', 'weights' or 'distill' and capacity >= 1, "
+        if kind not in ("mixture", "weights") or capacity < 1:
+            raise ValueError("PolicyAverage needs kind 'mixture' or 'weights' and capacity >= 1, "
                              f"got {kind!r} and {capacity}")
         self.player = player  # whose policies these are: architecture, tokenizer, sampling
         self.kind = kind
@@ -698,16 +697,6 @@ class PolicyAverage:
         for key, tensor in tensors.items():
             member, name = key.split(".", 1)
             self.members[int(member)][name] = tensor
-
-
-def distill(teacher: PolicyAverage, student: Policy, prompts: list[str], settings: SFTSettings) -> float:
-    """Train `student` on the teacher's responses to the prompts: one policy in place of a mixture. The student is a
-    frozen copy; the weights that its player trains are trained here. Returns the last loss."""
-    trained = trained_names(teacher.player.policy.lm)
-    for name, p in student.lm.named_parameters():
-        p.requires_grad_(name in trained)
-    rollout = teacher.generate(prompts, settings.seed)
-    return sft(student, list(zip(rollout.prompts, rollout.texts)), settings)
 
 
 # --- the theory on tables: Algorithms 2 and 3 --------------------------------------------------------------------

@@ -27,7 +27,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.activations import NewGELUActivation
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import find_adapter_config_file
 
 from kernel import linear_logprob
 
@@ -527,17 +529,14 @@ def load_policy(name_or_dir: str | Path, critic: str = "shared", dtype: torch.dt
     computes its logits by more than a linear head on `last_hidden_state`.
     """
     try:
-        load = _load_adapter if Path(name_or_dir, "adapter_config.json").is_file() else _load_lm
-        lm, tokenizer, missing = load(name_or_dir, dict(trust_remote_code=trust_remote_code))
-        check_tokenizer(tokenizer)
+        lm, tokenizer = load_model(AutoModelForCausalLM, name_or_dir, trust_remote_code)
         lm = lm.to(device)
     except Exception as error:  # transformers raises a dozen kinds here
-        where = "no such folder here, and the hub could not give it; pass a local folder"
-        if Path(name_or_dir).exists():
-            where = "is it complete?"
-        raise ValueError(f"cannot load {str(name_or_dir)!r} as a causal language model ({where}): {first_line(error)}"
+        where = ""
+        if isinstance(error, OSError) and not Path(name_or_dir).exists():
+            where = " (no such folder here, and the hub could not give it; pass a local folder)"
+        raise ValueError(f"cannot load {str(name_or_dir)!r} as a causal language model{where}: {first_line(error)}"
                          ) from error
-    _check_model(name_or_dir, lm, tokenizer, missing)
     policy = Policy(lm, tokenizer, critic, dtype)
     _probe_forward(policy)
     critic_file = Path(name_or_dir) / "critic.safetensors"
@@ -549,19 +548,38 @@ def load_policy(name_or_dir: str | Path, critic: str = "shared", dtype: torch.dt
     return policy
 
 
-def _load_lm(name, options):
-    """(model, tokenizer, names of missing weights) of a folder, a .gguf file or a hub id."""
-    is_gguf = str(name).endswith(".gguf")
-    source = name
-    if is_gguf:
-        options = {**options, "gguf_file": Path(name).name}
+def load_model(kind: type, name: str | Path,
+               trust_remote_code: bool = False) -> tuple[PreTrainedModel, Tokenizer]:
+    """(model, tokenizer) of a folder, a .gguf file or a hub id, by a class such as AutoModelForCausalLM: in fp32, an
+    adapter, as peft or TRL wrote it, merged into its base, whose tokenizer it has where it brings none. Raises
+    ValueError where weights are missing, which transformers would fill with random numbers, or embeddings."""
+    options = dict(trust_remote_code=trust_remote_code)
+    load_options = dict(options, dtype=torch.float32, output_loading_info=True)
+    source = name  # of the tokenizer
+    if str(name).endswith(".gguf"):
+        options["gguf_file"] = load_options["gguf_file"] = Path(name).name
         source = Path(name).parent
+        model, info = kind.from_pretrained(source, **load_options)
+        model = _plain_copy(model)
+        missing = info["missing_keys"]
+    elif find_adapter_config_file(name):
+        model, missing = merge_adapter(kind, name, load_options)
+        options["config"] = model.config  # the adapter's repository has none
+        if not get_tokenizer_config(name):
+            source = model.name_or_path
+        model.name_or_path = str(name)
+    else:
+        model, info = kind.from_pretrained(name, **load_options)
+        missing = info["missing_keys"]
+    if missing:  # a classifier or an encoder, say
+        task = kind.__name__.removeprefix("AutoModelFor")
+        raise ValueError(f"it has no weights for {sorted(missing)[0]}, so it is no trained {task} model")
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    lm, info = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
-    if is_gguf:
-        lm = _plain_copy(lm)
+    if str(name).endswith(".gguf"):
         tokenizer.add_tokens(_gguf_control_tokens(name), special_tokens=True)
-    return lm, tokenizer, info["missing_keys"]
+    check_tokenizer(tokenizer)
+    check_embeddings(model, tokenizer)
+    return model, tokenizer
 
 
 def _plain_copy(quantized):
@@ -580,15 +598,6 @@ def _gguf_control_tokens(file):
     words = fields["tokenizer.ggml.tokens"].contents()
     types = fields["tokenizer.ggml.token_type"].contents()
     return [word for word, kind in zip(words, types) if kind == TokenType.CONTROL]
-
-
-def _load_adapter(folder, options):
-    """`_load_lm` of an adapter that peft or TRL wrote. The tokenizer is the base's where the folder has none."""
-    options = dict(options, dtype=torch.float32, output_loading_info=True)
-    lm, missing = merge_adapter(AutoModelForCausalLM, folder, options)
-    source = folder if Path(folder, "tokenizer_config.json").is_file() else lm.name_or_path
-    lm.name_or_path = str(folder)
-    return lm, AutoTokenizer.from_pretrained(source), missing
 
 
 def merge_adapter(kind: type, name: str | Path, options: dict) -> tuple[PreTrainedModel, set[str]]:
@@ -610,17 +619,6 @@ def merge_adapter(kind: type, name: str | Path, options: dict) -> tuple[PreTrain
     model = peft.PeftModel.from_pretrained(model, name).merge_and_unload()
     mismatched = {key for key, *_ in info["mismatched_keys"]}
     return model, (set(info["missing_keys"]) | mismatched) - set(weights)
-
-
-def _check_model(name, lm, tokenizer, missing):
-    """Refuse a model without some of its weights (transformers would make them up) or with too few embeddings."""
-    if missing:  # a classifier or an encoder, say
-        raise ValueError(f"cannot load {str(name)!r} as a causal language model: it has no weights for "
-                         f"{sorted(missing)[0]}")
-    try:
-        check_embeddings(lm, tokenizer)
-    except ValueError as error:
-        raise ValueError(f"cannot load {str(name)!r} as a causal language model: {error}") from None
 
 
 @torch.no_grad()

@@ -25,21 +25,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.utils import find_adapter_config_file
 
-from model import (
-    check_embeddings,
-    check_tokenizer,
-    encode_rendered,
-    first_line,
-    inert_texts,
-    longest_input,
-    merge_adapter,
-    one_cycle,
-)
+from model import encode_rendered, first_line, inert_texts, load_model, longest_input, one_cycle
 
 Judge = Callable[[list[str], list[str]], list[float | None]]  # (prompts, responses) -> P(safe); None: cannot decide
 
@@ -383,24 +373,6 @@ def guard_judge(model: Model, tokenizer: Tokenizer) -> Judge:
 
 
 # --- loading a judge --------------------------------------------------------------------------------------------
-def _load_model(kind, name, device, trust_remote_code):
-    """(model, tokenizer) by a class such as AutoModelForCausalLM, with all of its weights, in fp32, an adapter merged
-    into its base. Raises ValueError where weights are missing: transformers would fill a head with random numbers."""
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    check_tokenizer(tokenizer)
-    options = dict(dtype=torch.float32, output_loading_info=True, trust_remote_code=trust_remote_code)
-    if find_adapter_config_file(name):
-        model, missing = merge_adapter(kind, name, options)
-    else:
-        model, info = kind.from_pretrained(name, **options)
-        missing = info["missing_keys"]
-    if missing:
-        task = kind.__name__.removeprefix("AutoModelFor")
-        raise ValueError(f"it has no weights for {sorted(missing)[0]}, so it is no trained {task} model")
-    check_embeddings(model, tokenizer)
-    return model.to(device).eval(), tokenizer
-
-
 def _file_of(name):
     """The file that `import name` reads, or where else it comes from; None: there is no such module."""
     try:
@@ -468,8 +440,10 @@ def load_judge(spec: str, unsafe_label: str | None = None, known: Mapping[str, J
         raise ValueError(f"a judge from a file is written path/to/file.py:function, got {spec!r}")
     try:
         if spec.startswith("guard:"):
-            return guard_judge(*_load_model(AutoModelForCausalLM, spec[len("guard:"):], device, trust_remote_code))
-        model, tokenizer = _load_model(AutoModelForSequenceClassification, spec, device, trust_remote_code)
+            model, tokenizer = load_model(AutoModelForCausalLM, spec.removeprefix("guard:"), trust_remote_code)
+            return guard_judge(model.to(device).eval(), tokenizer)
+        model, tokenizer = load_model(AutoModelForSequenceClassification, spec, trust_remote_code)
+        model = model.to(device).eval()
     except Exception as error:
         names = ", ".join([*known, "file.py:function", "guard:MODEL", "a sequence-classification folder or hub id"])
         raise ValueError(f"cannot load the judge {spec!r}; --{flag} takes {names}: {first_line(error)}") from error

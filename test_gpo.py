@@ -86,7 +86,6 @@ from gpo import (
     Player,
     PolicyAverage,
     SFTSettings,
-    distill,
     gae,
     log_likelihoods,
     nash_gap,
@@ -2132,18 +2131,6 @@ def test_an_attack_that_the_first_attacker_would_hardly_write_counts_as_a_failed
     assert np.allclose(scores, np.where(unlikely, 0.0 - 2.0 + level, 0.75 + level))
 
 
-def test_a_distilled_policy_answers_as_its_teachers_do():
-    average = PolicyAverage(tiny_player(max_new_tokens=4))
-    for text in ("x y", "z"):
-        teacher = tiny_policy()
-        sft(teacher, [("a b", text)], SFTSettings(60, 8, 1e-2, 0))
-        average.add(teacher)
-    student = tiny_policy()
-    distill(average, student, ["a b"] * 200, SFTSettings(150, 32, 1e-2, 0))
-    counts = Counter(generate(student, ["a b"] * 400, 4, seed=1).texts)
-    assert 140 < counts["x y"] < 260 and 140 < counts["z"] < 260  # 200 +- 6 standard deviations
-
-
 # --- statistics, and best responses ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("successes, n, low, high", [  # Newcombe (1998), table I, method 3
     (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)])
@@ -2582,7 +2569,7 @@ def test_rows_of_the_head_that_stand_for_no_token_are_never_sampled_and_have_no_
 
 
 @pytest.mark.parametrize("has_tokenizer", [True, False])
-def test_an_adapters_folder_is_loaded_as_its_base_with_the_adapter_added(has_tokenizer, tmp_path):
+def test_an_adapters_folder_is_loaded_as_its_base_with_the_adapter_added(has_tokenizer, tmp_path, monkeypatch):
     from peft import LoraConfig, get_peft_model
     tokenizer = tiny_tokenizer()
     tiny_lm(tokenizer).save_pretrained(tmp_path / "base")
@@ -2602,6 +2589,10 @@ def test_an_adapters_folder_is_loaded_as_its_base_with_the_adapter_added(has_tok
         assert torch.allclose(policy.lm(tokens).logits, tuned(tokens).logits, atol=1e-5)
     save_policy(policy, tmp_path / "whole")
     assert bytes_of(load_policy(tmp_path / "whole")) == bytes_of(policy)
+    put_on_hub(tmp_path / "hub", "models--me--adapter", tmp_path / "adapter")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert bytes_of(load_policy("me/adapter").lm) == bytes_of(policy.lm)
 
 
 GGUF_NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -3237,7 +3228,7 @@ def hub(tmp_path_factory, user_models):
     return cache
 
 
-HUB = ["--attacker", "gpt2", "--defender", "gpt2", *SHORT, "--average", "distill"]
+HUB = ["--attacker", "gpt2", "--defender", "gpt2", *SHORT]
 
 
 def test_the_users_command_takes_everything_from_the_hub(hub, tmp_path, monkeypatch, capsys):
@@ -3255,7 +3246,7 @@ def test_the_users_command_takes_everything_from_the_hub(hub, tmp_path, monkeypa
     start = json.loads((tmp_path / "run" / "checkpoints" / "start" / "prompts.json").read_text())
     assert start["benign_prompts"] == ["how do i boil rice?"] and set(start["seeds"]) <= set(QUESTIONS)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["after"]["over_refusal"] is not None and summary["average (distill)"]["cosine"] is not None
+    assert summary["after"]["over_refusal"] is not None and summary["average (mixture)"]["cosine"] is not None
 
 
 @pytest.mark.parametrize("asset", HUB_ASSETS)

@@ -41,8 +41,6 @@ from gpo import (
     Exchanges,
     Player,
     PolicyAverage,
-    SFTSettings,
-    distill,
     log_likelihoods,
     new_seed,
     play,
@@ -53,7 +51,7 @@ from gpo import (
 from harness.config import Config
 from harness.data import as_a_program
 from harness.run import RunFolder, run_folder, start_program
-from harness.world import SFT_RATE, World, attacker_to_measure, evaluate, make_world, show_prompts
+from harness.world import World, attacker_to_measure, evaluate, make_world, show_prompts
 from model import Rollout, demonstrations
 from reward import call_judge
 
@@ -362,30 +360,11 @@ def round_metrics(config: Config, world: World) -> dict[str, float]:
 def final_rows(config: Config, world: World, game: Game) -> dict[str, dict]:
     """Columns of the table after the game: {"after" | "average (kind)": row}."""
     rows = {"after": evaluate(world, attacker_to_measure(config, world.players["attacker"]), world.players["defender"])}
-    if "distill" in config.average and game.averages["defender"]["mixture"].count:
-        distill_averages(config, world, game)
     for kind, average in game.averages["defender"].items():
         if average.count:
             attacker = attacker_to_measure(config, game.averages["attacker"][kind])
             rows[f"average ({kind})"] = evaluate(world, attacker, average)
     return rows
-
-
-def distill_averages(config: Config, world: World, game: Game) -> None:
-    """Add to each player's averages one policy, trained on what its mixture answers to attacks and harmless prompts."""
-    rng = np.random.default_rng([config.seed, 2**21])
-    prompts = {"attacker": sample(world.seeds, 2000, rng),
-               "defender": sample(list(game.replay.last_success) or world.seeds, 1000, rng)}
-    if world.demos:
-        prompts["defender"] += [prompt for prompt, _ in sample(world.demos, 1000, rng)]
-    for name, player in game.players.items():
-        averages = game.averages[name]
-        student = averages["weights"].policy()
-        settings = SFTSettings(config.sft_steps // 2, 64, SFT_RATE * player.learning_rate, config.seed,
-                               name=f"distilling the {name}")
-        distill(averages["mixture"], student, prompts[name], settings)
-        averages["distill"] = PolicyAverage(player, "distill")
-        averages["distill"].add(student)
 
 
 # --- entry point ------------------------------------------------------------------------------------------------------

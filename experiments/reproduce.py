@@ -48,7 +48,7 @@ METHODS = {
     "GPO": f"{PAPER} --diversity 0",
     "GPO+Div": PAPER,
     "Iterative, recommended": "--method iterative --average none",  # as many defender updates as `recommended`
-    "recommended": "--average distill"}
+    "recommended": "--average mixture,weights"}
 FLAGS = {
     "SelfBLEU only": "--diversity_terms bleu", "embedding only": "--diversity_terms embedding",
     "k = 1": "--diversity 1", "k = 5": "--diversity 5", "k = 10": "--diversity 10",

@@ -28,13 +28,13 @@ from harness.data import as_a_program, fail
 ROOT = Path(__file__).resolve().parent.parent
 SOAK = ("--out run --sft_steps 6 --judge_steps 6 --batch_size 8 --eval_prompts 8 --attack_tokens 8 --response_tokens 6 "
         "--save_every 1 --rounds 2 --attacker_steps 1 --defender_steps 2 --mine 8 --restart 1 --kl_anchor previous "
-        "--critic separate --average distill").split()
+        "--critic separate").split()
 SOAK_PROGRAM = """
 import os, sys
 import train
 
-PARTS = ("begin make_world sft train_judge save_start load play call_judge ppo_update evaluate save distill "
-         "save_policy draw_curves write_report").split()
+PARTS = ("begin make_world sft train_judge save_start load play call_judge ppo_update evaluate save save_policy "
+         "draw_curves write_report").split()
 running = ["between"]
 
 def announce(frame, event, _):  # on stdout, when a part begins, and when what is around it goes on

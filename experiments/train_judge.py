@@ -9,8 +9,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from harness.data import as_a_program, check_labels, fail, interrupted, is_test, quiet_libraries, read_rows
 from harness.report import calibration, wilson_interval
-from model import first_line, save_tokenizer
-from reward import Judge, check_embeddings, judge_score, train_judge
+from model import check_embeddings, first_line, save_tokenizer
+from reward import Judge, judge_score, train_judge
 
 
 def _read_samples(path):

@@ -17,13 +17,12 @@ from harness.data import PAPER_TEMPLATE, check_template, fail, read_config, read
 from model import DTYPE_NAMES, best_dtype
 
 METHODS = ("gpo", "rlhf", "iterative", "paraphrase", "sft")
-LONG_FORM = {"both": "mixture,weights", "distill": "mixture,weights,distill"}  # of two values of --average
 DATA = ("prompts", "test_prompts", "benign_prompts", "sft_data")
 PATHS = (*DATA, "attacker", "defender", "judge", "held_out_judge", "helpful_judge", "embedder", "start")
 OUR_NAMES = ("rule", "answered", "toy", "truth", "chosen", "words")  # of judges and embedders
 LEFT_BY_A_START = {".lock", "config.json.writing"}  # one that was killed in its first moment
 LEFT_ALONE = {"lost+found"}  # of a file system of its own
-AVERAGES = ("mixture", "weights", "none", *LONG_FORM, *LONG_FORM.values())
+AVERAGES = ("mixture", "weights", "none", "mixture,weights", "both")
 
 
 @dataclass(frozen=True)
@@ -100,8 +99,8 @@ class Config:
     min_likelihood: float = option("quantile of the initial attacker's own likelihoods; below it an attack scores as a "
                                    "failed repetition; 0: off; alias --guard", 0.01, below=1, aliases=("--guard",))
     embedder: str | None = option("words, toy, folder or hub id", "toy", "sentence-transformers/all-MiniLM-L6-v2")
-    average: str = option("policy averages to keep; both: mixture and weights; distill: also one policy trained on "
-                          "samples of the mixture", "mixture,weights", choices=AVERAGES, heading="averages")
+    average: str = option("policy averages to keep; both: mixture and weights", "mixture,weights", choices=AVERAGES,
+                          heading="averages")
     average_size: int | None = option("policies kept, by reservoir sampling", 32, 8, at_least=1, only="mixture")
     temperature: float = option("of sampling and log-probs", 1.0, above_0=True, heading="models and sampling")
     critic: str = option("body of the value head: the policy's or its own", "shared", choices=("shared", "separate"))
@@ -228,7 +227,8 @@ def resolve(config: Config) -> Config:
         setattr(config, name, absolute(name, getattr(config, name)))
     if config.dtype == "auto":
         config.dtype = DTYPE_NAMES[best_dtype(config.device)]
-    config.average = LONG_FORM.get(config.average, config.average)
+    if config.average == "both":
+        config.average = "mixture,weights"
     check_combinations(config)
     config.shard = config.shard and world_size() > 1  # a resumed run may have fewer processes than it began with
     refuse_unused(config)

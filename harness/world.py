@@ -316,7 +316,7 @@ def _read_data(config):
     """{flag: (name, rows)} of the data that the game needs, from the flag's file or, without --prompts, its default on
     the hub."""
     flags = ["prompts", "test_prompts", "benign_prompts"]
-    if config.ptx_coef > 0 or "distill" in config.average or config.sft_steps > 0:
+    if config.ptx_coef > 0 or config.sft_steps > 0:
         flags.append("sft_data")
     data = {}
     for flag in flags:
