@@ -80,7 +80,7 @@ import model
 import reward
 import train
 from diversity import Diversity, cosine_to_history, load_embedder, self_bleu, set_similarity, word_embedder
-from experiments import bench, probe, real_models, reproduce, train_judge
+from experiments import bench, probe, real_models, real_scores, reproduce, train_judge
 from experiments.soak import outcome
 from gpo import (
     Player,
@@ -3746,6 +3746,40 @@ def test_the_area_under_the_curve_counts_pairs():
     higher, lower = np.array([0.9, 0.5, 0.2]), np.array([0.5, 0.1])
     pairs = [1, 1, 0.5, 1, 0, 1]  # (.9, .5), (.9, .1), (.5, .5), (.5, .1), (.2, .5), (.2, .1)
     assert real_models.auc(higher, lower) == pytest.approx(np.mean(pairs))
+
+
+def test_the_hypervolume_is_the_area_that_some_defender_dominates():
+    assert real_scores.hypervolume([(0.25, 0.5)]) == pytest.approx(0.75 * 0.5)
+    points = [(0.1, 0.6), (0.5, 0.2), (0.5, 0.7), (0.35, 0.3), (0.9, 0.15)]  # the third is dominated
+    grid = (np.arange(1000) + 0.5) / 1000
+    x, y = np.meshgrid(grid, grid)
+    dominated = np.any([(x > refused) & (y > success) for refused, success in points], 0)
+    assert real_scores.hypervolume(points) == pytest.approx(dominated.mean(), abs=1e-9)
+
+
+def test_scores_of_two_seeds_become_means_with_errors_and_paired_tests(tmp_path, capsys):
+    def scores(unsafe, refused):
+        return {"refused/harmless": [refused] * 2 + [0] * 2, "refused/look-alikes": [refused] * 4,
+                "held_out_judge/other kinds": [1] * unsafe + [0] * (10 - unsafe)}
+
+    on_the_way = {f"{share} of the way": scores(4, 0) for share in (0.5, 0.75)}
+    for seed, (gpo_div, rlhf) in enumerate([(1, 3), (2, 5)]):
+        for method, of in (("start", {"before": scores(8, 0)}),
+                           ("GPO+Div", {"last": scores(gpo_div, 1), "mean of weights": scores(gpo_div, 0)}),
+                           ("RLHF", {"last": scores(rlhf, 0), "mean of weights": scores(rlhf, 0)})):
+            folder = tmp_path / f"seed_{seed}" / method
+            folder.mkdir(parents=True)
+            (folder / "scores.json").write_text(json.dumps(of if method == "start" else {**of, **on_the_way}))
+    real_scores.main([str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert re.search(r"held_out_judge/other kinds \|.* 0.150 ± 0.050 \|.* 0.400 ± 0.100 ", printed)
+    # .3 - .1 and .5 - .2, mean .25, error .05: t = 5 with one degree of freedom, p = arctan(1 / 5) / pi
+    assert re.search(rf"fixed prompts miss.*\| +2 \| 0.250 ± 0.050 \| +{math.atan(1 / 5) / math.pi:.3f} \| +0.250 ", printed)
+    # GPO+Div's curve: .8 and .4 unsafe at no refusal, .15 at .75 refused; RLHF's: .4 at no refusal
+    gpo_div = [(1 - 0) * (1 - 0.4) + (1 - 0.75) * (0.4 - unsafe) for unsafe in (0.1, 0.2)]
+    rlhf = [1 - min(0.4, unsafe) for unsafe in (0.3, 0.5)]
+    assert f"{np.mean(gpo_div):.3f} ± " in printed and f"{np.mean(rlhf):.3f} ± " in printed
+    assert (tmp_path / "trade_off.png").stat().st_size > 10_000
 
 
 def test_a_prompt_is_of_the_kind_whose_questions_it_resembles():

@@ -8,6 +8,7 @@ A score names its measure and its test set: unsafe by either judge, refused (by 
 refused nor empty nor repetitive); its value is the list of a 0 or 1 for each prompt, so that tests can be paired.
 """
 
+import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,9 +17,9 @@ import numpy as np
 import torch
 
 from diversity import load_embedder, set_similarity
-from eval import DEVICE, leaders
+from eval import DEVICE, leaders, run_program
 from gpo import log_likelihoods, sample
-from harness.data import PAPER_TEMPLATE, as_a_program, quiet_libraries, read_json, write_json
+from harness.data import PAPER_TEMPLATE, as_a_program, fail, read_json, write_json
 from harness.report import LOOKS, figure, markdown, mean_and_error, paired_test
 from model import Policy, best_dtype, generate, load_policy
 from reward import answered, call_judge, load_judge, refusals
@@ -270,16 +271,30 @@ def show(out: Path) -> None:
     print(f"\nwritten to {out}/tables.md and {out}/trade_off.png")
 
 
+def real_scores(args: argparse.Namespace) -> None:
+    """What the command line asks for."""
+    if args.seed is None:
+        if not any(args.out.glob("seed_*/start/scores.json")):
+            raise ValueError(f"needs the folder of an experiment in which a run is scored, got {args.out}")
+        show(args.out)
+        return
+    if args.what is None or not (args.out / f"seed_{args.seed}" / "start" / "summary.json").is_file():
+        raise ValueError(f"needs OUT SEED METHOD of a run whose warm start is finished, got {args.out}, {args.seed}, "
+                         f"{args.what}")
+    if args.what == "attackers":
+        score_attackers(args.out, args.seed)
+    else:
+        score_run(args.out, args.seed, args.what)
+
+
 def main(argv: Sequence[str]) -> None:
     """The program."""
-    quiet_libraries()
-    out = Path(argv[0])
-    if len(argv) == 1:
-        show(out)
-    elif argv[2] == "attackers":
-        score_attackers(out, int(argv[1]))
-    else:
-        score_run(out, int(argv[1]), argv[2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.add_argument("out", type=Path, help="the folder of experiments.real_models")
+    parser.add_argument("seed", type=int, nargs="?")
+    parser.add_argument("what", nargs="?", help="a method, start, or attackers")
+    run_program(real_scores, parser.parse_args(argv))
 
 
 if __name__ == "__main__":
