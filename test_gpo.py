@@ -35,7 +35,6 @@ import hashlib
 import importlib
 import io
 import multiprocessing
-import os
 import pickle
 import shutil
 import signal
@@ -47,7 +46,6 @@ import unicodedata
 from dataclasses import asdict
 from html.parser import HTMLParser
 
-import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -63,7 +61,6 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
-    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -302,10 +299,7 @@ def test_the_average_converges_where_the_last_iterate_cycles():
     assert nash_gap(R, last_defender, last_attacker, blind=True) > 0.05
 
 
-def test_matching_pennies_is_solved():
-    defender, attacker, *_ = solve_matrix_game(np.eye(2), 4096, blind=True)
-    assert np.allclose(attacker, 0.5, atol=0.02)
-    assert np.allclose(defender, 0.5, atol=0.02)
+def test_a_payoff_that_is_no_game_is_refused():
     for payoff in (np.eye(2) * 2, np.full((2, 2), np.nan), np.eye(1)):
         with pytest.raises(ValueError, match="solve_matrix_game needs"):
             solve_matrix_game(payoff, 4)
@@ -549,14 +543,6 @@ def test_a_filter_keeps_the_smallest_set_of_likeliest_tokens_whose_mass_reaches_
         assert rollout.tokens[b, t] in kept
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_faster_operations_of_a_policy_compute_the_same_function(dtype):
-    tokens = rollout_of(tiny_policy()).tokens
-    exact = tiny_lm(tiny_tokenizer())(tokens).logits
-    policy = Policy(tiny_lm(tiny_tokenizer()), tiny_tokenizer(), dtype=dtype)
-    assert torch.allclose(policy.lm(tokens).logits, exact, atol=1e-4)
-
-
 # --- text is not control tokens -------------------------------------------------------------------------------------
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -574,7 +560,7 @@ def byte_tokenizer(marks, template=None, special=True, **names):
     inner.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     inner.train_from_iterator(["bake bread", "take flour"], trainers.BpeTrainer(
-        special_tokens=list(names.values()), initial_alphabet=alphabet, show_progress=False))
+        special_tokens=[name for name in names.values() if name], initial_alphabet=alphabet, show_progress=False))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **names)
     tokenizer.add_tokens(list(marks), special_tokens=special)
     tokenizer.chat_template = template
@@ -879,14 +865,6 @@ def test_bf16_keeps_fp32_weights_gradients_and_logprobs():
     assert {x.dtype for x in (*policy.parameters(), *gradients)} == {torch.float32}
 
 
-def test_dtype_auto_is_bf16_where_the_processor_has_it_and_the_embedded_game_stays_in_fp32():
-    native = {"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split())
-    assert model.best_dtype("cpu") == (torch.bfloat16 if native else torch.float32)
-    users = resolve(Config(out="nowhere", attacker="a", defender="d", device="cpu", dry_run=True))
-    assert users.dtype == ("bf16" if native else "fp32")  # the default for models of one's own
-    assert a_config().dtype == "fp32"
-
-
 def gradients_of(**kwargs):
     """{parameter: its gradient} of one optimizer step on PROMPTS."""
     player = tiny_player(**{"epochs": 1, "minibatches": 1, "max_grad_norm": 1e9, **kwargs})
@@ -963,6 +941,15 @@ def test_an_undecided_exchange_keeps_its_row_and_has_no_effect_on_an_update(micr
         assert metrics == pytest.approx(ppo_update(other, rollout.select(rest), scores[rest], 0), abs=1e-5)
         metrics = ppo_update(player, rollout, scores, 1)  # the policies have moved alike, and KL is not 0 any more
         assert metrics == pytest.approx(ppo_update(other, rollout.select(rest), scores[rest], 1), abs=1e-4)
+
+
+def test_a_minibatch_without_a_verdict_takes_no_step():
+    player = tiny_player()
+    rollout = player.generate(PROMPTS, 0)
+    ppo_update(player, rollout, np.linspace(0, 1, len(PROMPTS)), 0)  # AdamW has momentum now
+    before = bytes_of(player.policy)
+    ppo_update(player, rollout.without_responses(torch.ones(len(PROMPTS), dtype=torch.bool)), np.zeros(len(PROMPTS)), 1)
+    assert bytes_of(player.policy) == before
 
 
 def spoil(player, where, value):
@@ -1140,7 +1127,6 @@ def test_sft_learns_its_pairs():
     pairs = [("a b", "yes"), ("c d", "no")]
     sft(policy, pairs, SFTSettings(150, 8, 1e-2, seed=0))
     assert generate(policy, ["a b", "c d"], 4, temperature=0).texts == ["yes", "no"]
-    assert math.isfinite(sft(policy, pairs, SFTSettings(10, 8, 1e-2, seed=0)))  # torch divides by 0.1 * steps - 1
 
 
 # --- diversity ------------------------------------------------------------------------------------------------------
@@ -1179,14 +1165,15 @@ def same_scores(one, other, texts):
     return all(a.tobytes() == b.tobytes() for a, b in zip(one.score(texts).values(), other.score(texts).values()))
 
 
+def encoder_folder(folder, tokenizer):
+    tiny_classifier(tokenizer, num_hidden_layers=2).bert.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoder")
-    tokenizer = tiny_tokenizer()
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    transformers.BertModel(transformers.BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    encoder_folder(folder, tiny_tokenizer())
     return str(folder)
 
 
@@ -1283,16 +1270,6 @@ def test_diversity_terms_can_be_chosen_and_wrong_ones_are_named():
     for terms in (("blue",), (), ("embedding",)):
         with pytest.raises(ValueError, match="diversity"):
             Diversity(terms, embedder=None)
-
-
-def test_a_minibatch_without_a_verdict_takes_no_step():
-    player = tiny_player()
-    rollout = player.generate(PROMPTS, 0)
-    ppo_update(player, rollout, np.linspace(0, 1, len(PROMPTS)), 0)  # AdamW has momentum now
-    before = bytes_of(player.policy)
-    ppo_update(player, rollout.without_responses(torch.ones(len(PROMPTS), dtype=torch.bool)), np.zeros(len(PROMPTS)), 1)
-    assert bytes_of(player.policy) == before
-
 
 
 # --- judges ----------------------------------------------------------------------------------------------------------
@@ -1577,15 +1554,6 @@ def test_what_a_judge_cannot_decide_is_reported_and_counts_as_neither(capsys):
     assert unsafe_rate(p_safe) == 1 / 2  # of the two decided
     with pytest.raises(JudgeError, match="a verdict on 1 of 3"):
         decided(p_safe[[0, 1, 3]])
-
-
-@pytest.mark.parametrize("spec", ["mine.py:other", "no.py:half", "mine.py", "nonsense"])
-def test_a_judge_from_a_file_is_called_and_one_that_is_not_there_is_an_error(tmp_path, monkeypatch, spec):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    (tmp_path / "mine.py").write_text("def half(prompts, responses):\n    return [0.5] * len(prompts)\n")
-    assert load_judge(f"{tmp_path}/mine.py:half")(["a"], ["b"]) == [0.5]
-    with pytest.raises(ValueError, match="judge"):
-        load_judge(spec.replace("mine", f"{tmp_path}/mine"))
 
 
 JUDGE_FILES = {
@@ -1937,11 +1905,7 @@ def test_any_text_is_logged_generated_judged_compared_and_learned_from(name, tmp
     text = TEXTS[name].strip()
     append_lines(tmp_path / "rows.jsonl", [{"prompt": text}])
     assert read_lines(tmp_path / "rows.jsonl") == [{"prompt": text}]
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    inner.train_from_iterator([], trainers.BpeTrainer(special_tokens=["<eos>"], initial_alphabet=alphabet))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", clean_up_tokenization_spaces=False)
+    tokenizer = byte_tokenizer([], eos_token="<eos>", clean_up_tokenization_spaces=False)
     policy = Policy(tiny_lm(tokenizer), tokenizer)
     _, (ids,) = policy.encode_pairs([("a", text)])
     assert policy.decode(ids) == text
@@ -2269,7 +2233,10 @@ ONE_TWO = [{"prompt": "one"}, {"prompt": "two"}]
 
 
 @pytest.mark.parametrize("name, text, expected", [
-    ("a.txt", "one\n\ntwo\n", ONE_TWO), ("a.csv", "\ufeffprompt,response\none,\ntwo,\n", ONE_TWO),
+    ("a.txt", "one\n\ntwo\n", ONE_TWO), ("a.txt", "a\u2028b\n", [{"prompt": "a\u2028b"}]),
+    ("a.csv", "\ufeff Prompt , RESPONSE\nq, r\n", [ANSWERED]), ("a.csv", 'goal,target\n"one",\n"two",x', ONE_TWO),
+    ("A.CSV", 'prompt\n"a, b\nc"\n', [{"prompt": "a, b\nc"}]), ("a.json", '[\n"one",\n{"prompt":\n"two"}]', ONE_TWO),
+    ("a.jsonl", '{"prompt": "a\u2028b\x85c"}\r\n"two"\r\n', [{"prompt": "a\u2028b\x85c"}, {"prompt": "two"}]),
     ("a.json", json.dumps([["one"], "two"]), ONE_TWO), ("a.jsonl", '{"prompt": "one"}\n"two"\n', ONE_TWO),
     ("a.jsonl", '["one", {"prompt": "two"}]', ONE_TWO), ("a.jsonl", '["one"]\n["two"]\n', ONE_TWO),
     ("a.jsonl", f"{json.dumps(CHAT)}\n{json.dumps(CHAT)}", [ANSWERED] * 2), ("a.json", json.dumps(CHAT), [ANSWERED]),
@@ -2281,11 +2248,9 @@ ONE_TWO = [{"prompt": "one"}, {"prompt": "two"}]
     ("a.jsonl", '{"prompt": "p", "chosen": "x", "rejected": "y"}', [{"prompt": "p", "chosen": "x", "rejected": "y"}]),
     ("a.jsonl", '[{"prompt": "p", "response": "r", "label": 1}]\n', [{"prompt": "p", "response": "r", "label": 1}])])
 def test_every_form_of_rows_is_read(tmp_path, name, text, expected):
-    (tmp_path / name).write_text(text, encoding="utf-8")
-    with gzip.open(tmp_path / f"{name}.gz", "wt", encoding="utf-8") as file:
-        file.write(text)
+    (tmp_path / name).write_bytes(text.encode())
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
     assert read_rows(tmp_path / name) == read_rows(tmp_path / f"{name}.gz") == expected
-    assert first_turn(expected[0]["prompt"]) in ("one", "q", "p", "a b")
 
 
 def by(role, content):
@@ -2356,16 +2321,6 @@ def test_no_turn_becomes_the_words_of_another_and_the_seed_is_the_first_human_on
         assert not any(f"word{i}" in first_turn(prompt) for i, role in enumerate(roles) if role == "assistant")
 
 
-@pytest.mark.parametrize("name, text, expected", [
-    ("a.csv", "\ufeff Prompt , RESPONSE\nq, r\n", [ANSWERED]), ("a.csv", 'goal,target\n"one",\n"two",x', ONE_TWO),
-    ("A.CSV", 'prompt\n"a, b\nc"\n', [{"prompt": "a, b\nc"}]), ("a.json", '{"prompt": "one"}\n\n"two"', ONE_TWO),
-    ("a.jsonl", '{"prompt": "a\u2028b\x85c"}\r\n"two"\r\n', [{"prompt": "a\u2028b\x85c"}, {"prompt": "two"}]),
-    ("a.txt", "a\u2028b\n", [{"prompt": "a\u2028b"}]), ("a.json", '[\n"one",\n{"prompt":\n"two"}]', ONE_TWO)])
-def test_headers_line_ends_and_layouts_of_files(tmp_path, name, text, expected):
-    (tmp_path / name).write_bytes(text.encode())
-    assert read_rows(tmp_path / name) == expected
-
-
 IMAGE = by("user", [{"type": "text", "text": "q"}, {"type": "image_url", "image_url": "x"}])
 REFUSED_ROWS = [  # a row, and what the line must hold
     ([Q, R, by("tool", "20 degrees"), R], "got role 'tool'"),
@@ -2400,7 +2355,9 @@ def test_a_row_that_is_not_understood_is_refused_by_file_and_line(tmp_path, row,
 
 @pytest.mark.parametrize("name, text, message", [
     ("a.tsv", "prompt\tresponse\nq\tr\n", "must end in .jsonl, .json, .csv or .txt"),
-    ("a.parquet", "PAR1", "must end in"),
+    ("a.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:1", "must hold a prompt a line"),
+    ("a.txt", "\n<!DOCTYPE html>", "must hold a prompt a line"),
+    ("a.txt", "bake bread\0\0", "must hold a prompt a line"),
     ("a.csv", "prompt\none\nhow to a, b and c\n", "line 3 has more cells"),
     ("a.csv", "prompt,prompt\nq,p\n", "one name"),
     ("a.csv", "prompt;response\nq;r\n", "got the keys 'prompt;response'"),
@@ -3069,10 +3026,7 @@ def user_models(tmp_path_factory):
         GPT2LMHeadModel(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     classifier_folder(folder / "judge", ["safe", "unsafe"])
-    tokenizer = tiny_tokenizer(WORDS[:9])
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder / "embedder")
-    tokenizer.save_pretrained(folder / "embedder")
+    encoder_folder(folder / "embedder", tiny_tokenizer(WORDS[:9]))
     (folder / "prompts.txt").write_text("\n".join(QUESTIONS))
     (folder / "pairs.jsonl").write_text('{"prompt": "how are you?", "response": "fine"}\n'
                                         '{"prompt": "hi", "chosen": "hello", "rejected": "go"}\n')
@@ -3091,30 +3045,28 @@ def test_a_users_models_with_different_tokenizers_are_trained_and_what_cannot_be
     assert "0.000" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["version https://git-lfs.github.com/spec/v1\noid sha256:1", "\n<!DOCTYPE html>",
-                                  "bake bread\0\0"])
-def test_a_text_file_that_holds_no_prompts_is_refused(text, tmp_path):
-    (tmp_path / "prompts.txt").write_text(text)
-    with pytest.raises(ValueError, match="must hold a prompt a line"):
-        read_rows(tmp_path / "prompts.txt")
-
-
 def test_a_tilde_that_the_shell_has_left_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     config = parse(["--out=~/run", "--judge", "guard:~/guard", "--template", "a ~ b {}"])
     assert (config.out, config.judge, config.template) == ("/home/me/run", "guard:/home/me/guard", "a ~ b {}")
 
 
-def test_out_of_memory_is_one_line_that_says_what_needs_less_and_how_to_go_on(user_models, monkeypatch, capsys):
+@pytest.mark.parametrize("place, error, message", [
+    ("gpo.policy_loss", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+     "error: out of memory with --micro_batch 0; take a smaller one"),
+    ("harness.run.append_lines", OSError(errno.ENOSPC, "No space left on device"),
+     "error: [Errno 28] No space left on device; the run can go on with --resume full")])
+def test_without_room_in_memory_or_on_the_disk_a_run_ends_with_one_line_and_goes_on_with_more(
+        user_models, place, error, message, monkeypatch, capsys):
     def no_room(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise error
 
+    shutil.rmtree(user_models / "full", ignore_errors=True)
     with monkeypatch.context() as patch:
-        patch.setattr(gpo, "policy_loss", no_room)
+        patch.setattr(place, no_room)
         status, line = ending(capsys, user_models, *MODELS, *SHORT, "--out", "full")
-    assert status == 2
-    assert line.startswith("error: out of memory with --micro_batch 0; ") and "--micro_batch N" in line
-    run_program(user_models, "--resume", "full", "--micro_batch", "2")  # as it says
+    assert status == 2 and line.startswith(message) and "--resume full" in line
+    run_program(user_models, "--resume", "full", "--micro_batch", "2")
     assert json.loads((user_models / "full" / "summary.json").read_text())["config"]["micro_batch"] == 2
 
 
@@ -3471,19 +3423,6 @@ def test_a_file_system_without_locks_is_no_error(number, tmp_path, monkeypatch, 
                                        "let no other process work in it\n")
 
 
-def test_a_start_that_was_killed_in_its_first_moment_can_be_repeated(tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    folder = RunFolder(resolve(Config(out=str(run))))
-    with monkeypatch.context() as context:
-        context.setattr("os.replace", lambda *paths: sys.exit(9))
-        with pytest.raises(SystemExit):
-            folder.begin()
-    os.close(folder.lock)
-    assert {path.name for path in run.iterdir()} == {".lock", "config.json.writing"}
-    RunFolder(resolve(Config(out=str(run)))).begin()
-    assert {path.name for path in run.iterdir()} == {".lock", "config.json"}
-
-
 @pytest.mark.parametrize("variables, message", [
     ({"WORLD_SIZE": ""}, None), ({"WORLD_SIZE": "1", "RANK": "0"}, None),
     ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK is ignored: torchrun starts several processes"),
@@ -3500,32 +3439,6 @@ def test_variables_of_torchrun_that_are_not_torchruns_are_ignored_or_an_error(va
     error = capsys.readouterr().err
     assert error.startswith(message or "") and len(error.splitlines()) == bool(message)
     assert gpo.world_size() == 1
-
-
-def test_on_a_full_disk_a_run_ends_with_one_line_and_with_more_room_goes_on_to_the_same_end(
-        undisturbed, tmp_path, capsys):
-    # a disk in memory that grows after each failure: wherever a write was cut off, the run goes on from there
-    folder, expected = undisturbed
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    size, failures = 128, 0
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("only root may mount a disk of its own")
-    try:
-        while not (disk / "run" / "summary.json").exists():
-            begun = (disk / "run").exists()
-            try:
-                run_program(folder, *(["--resume", disk / "run"] if begun else [*FAULTY, "--out", disk / "run"]))
-            except SystemExit as stopped:
-                failures += 1
-                error = capsys.readouterr().err.splitlines()[-1]
-                assert stopped.code == 2 and error.startswith("error: ") and "No space left on device" in error
-                assert error.endswith(f"--resume {disk}/run") == (disk / "run").exists()  # or nothing is left behind
-            size = math.ceil(size * 1.6)
-            subprocess.run(["mount", "-o", f"remount,size={size}k", "tmpfs", disk], check=True)
-        assert failures >= 4 and begun and not differing(disk / "run", expected)
-    finally:
-        subprocess.run(["umount", disk])
 
 
 def test_a_run_that_collapses_and_hacks_its_judge_says_so_after_the_round_and_in_its_metrics(user_models, capsys):
@@ -3809,13 +3722,6 @@ FILES = [path for path in (*HERE.glob("*.py"), *HERE.glob("*/*.py")) if not path
 SOURCES = {".".join(path.relative_to(HERE).with_suffix("").parts): path.read_text(encoding="utf-8") for path in FILES}
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_no_file_of_ours_reads_a_pickle_or_runs_text_as_code(name):
-    unsafe = (r"\b(c?pickle|dill|joblib|shelve|marshal)\b|torch\.load|np\.load|allow_pickle|weights_only|"
-              r"yaml\.(unsafe_|full_)?load\b|(?<![.\w])(eval|exec)\(")
-    assert not re.search(unsafe, SOURCES[name])
-
-
 class Trap:
     def __reduce__(self):  # unpickled, it makes a folder
         return os.mkdir, ("sprung",)
@@ -4013,28 +3919,10 @@ def test_imports_go_one_way(name):
 PAGES = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
 
 
-def test_each_equation_of_the_paper_leads_to_code_that_cites_it_and_to_a_test():
-    heading = "Paper -> code -> test"
-    page, = [text for text in (page.read_text(encoding="utf-8") for page in PAGES) if f"## {heading}\n" in text]
-    section = page.split(f"## {heading}\n")[1].split("\n## ")[0]
-    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| ")][1:]
-    assert {"3.1", "3.3", "3.4", "3.5", "3.6", "3.7"} <= set(re.findall(r"Eq\. \((3\.\d)\)", section))
-    tests = {name for file in HERE.glob("test*.py") for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)}
-    for paper, code, named in rows:
-        cited = re.search(r"Eq\. \(3\.\d\)|Section [\d.]+|Algorithm \d|Theorem [\d.]+", paper)[0].lower()
-        links = re.findall(r"\[`([\w.]+)`\]\([./]*([\w/]+)\.py\)", code)
-        modules = [importlib.import_module(file.replace("/", ".")) for _, file in links]
-        assert any(cited in SOURCES[module.__name__].lower() for module in modules), paper
-        for (name, _), found in zip(links, modules):
-            for part in name.split("."):
-                found = getattr(found, part)
-        named = re.findall(r"`(test_\w+)`", named)
-        assert named and set(named) <= tests, (paper, set(named) - tests)
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_the_readme_and_the_docs_link_to_is_there(page):
     text = page.read_text(encoding="utf-8")
+    assert set(re.findall(r"`(test_\w+)`", text)) <= globals().keys()
     for name, target in re.findall(r"\[`?([^\]`]*)`?\]\(([^)\s]+)\)", text):
         if re.match(r"https?:", target):
             continue
