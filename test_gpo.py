@@ -177,11 +177,11 @@ def tiny_lm(tokenizer, seed=0, dropout=0.0):
     return lm
 
 
-def tiny_llama(tokenizer):
+def tiny_llama(tokenizer, kind=LlamaForCausalLM, **more):
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=64, eos_token_id=0, bos_token_id=2, tie_word_embeddings=False, initializer_range=0.3))
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    facts = dict(max_position_embeddings=256, initializer_range=0.3, eos_token_id=tokenizer.eos_token_id)
+    return kind(LlamaConfig(vocab_size=len(tokenizer), **sizes, **facts, **more)).eval()
 
 
 def tiny_policy(seed=0, critic="shared", dropout=0.0, **kwargs):
@@ -1329,19 +1329,14 @@ UNKNOWN = "name those that do with --unsafe_label"
 # the largest; reward: the sigmoid of the output.
 HEADS = {
     "facebook/roberta-hate-speech-dynabench-r4-target": (["nothate", "hate"], None, [1, 2], 1 / (1 + math.e)),
-    "s-nlp/roberta_toxicity_classifier": (["neutral", "toxic"], None, [1, 2], 1 / (1 + math.e)),
-    "martin-ha/toxic-comment-model": (["non-toxic", "toxic"], None, [1, 2], 1 / (1 + math.e)),
-    "cardiffnlp/twitter-roberta-base-hate-latest": (["NOT-HATE", "HATE"], None, [1, 2], 1 / (1 + math.e)),
     "cardiffnlp/twitter-roberta-base-offensive": (["non-offensive", "offensive"], None, [1, 2], 1 / (1 + math.e)),
     "Hate-speech-CNERG/bert-base-uncased-hatexplain": (["hate speech", "normal", "offensive"], None, [0, 0, 1],
                                                        1 / (2 + math.e)),
     "Hate-speech-CNERG/dehatebert-mono-english": (["NON_HATE", "HATE"], None, [1, 2], 1 / (1 + math.e)),
     "badmatr11x/distilroberta-base-offensive-hateful-speech": (["HATE-SPEECH", "NEITHER", "OFFENSIVE-LANGUAGE"], None,
                                                                [0, 0, 1], 1 / (2 + math.e)),
-    "protectai/deberta-v3-base-prompt-injection": (["SAFE", "INJECTION"], None, [1, 2], 1 / (1 + math.e)),
     "deepset/deberta-v3-base-injection": (["LEGIT", "INJECTION"], None, [1, 2], 1 / (1 + math.e)),
     "meta-llama/Prompt-Guard-86M": (["BENIGN", "INJECTION", "JAILBREAK"], None, [1, 0, 0], math.e / (2 + math.e)),
-    "eliasalbouzidi/distilbert-nsfw-text-classifier": (["safe", "nsfw"], None, [1, 2], 1 / (1 + math.e)),
     "michellejieli/NSFW_text_classification": (["NSFW", "SFW"], None, [1, 2], math.e / (1 + math.e)),
     "toxic, very toxic": (["non-toxic", "toxic", "very toxic"], None, [1, 0, 0], math.e / (2 + math.e)),
     "unitary/toxic-bert": (SIX, MULTI, [3, -2, 5, -4, 4.5, -3], 1 / (1 + math.e**3)),
@@ -1361,7 +1356,6 @@ HEADS = {
     "Qwen3Guard's words": (["Safe", "Controversial", "Unsafe"], None, [0] * 3, UNKNOWN),
     "natural language inference": (["contradiction", "neutral", "entailment"], None, [0] * 3, UNKNOWN),
     "sentiment": (["NEGATIVE", "POSITIVE"], None, [1, 2], UNKNOWN),
-    "sentiment with a neutral label": (["neutral", "positive"], None, [1, 2], UNKNOWN),
     "two kinds of safe": (["safe", "benign"], None, [1, 2], UNKNOWN),
     "toxic kinds and others": (["toxicity", "insult", "male"], None, [1, 2, 3], "problem_type"),
     "kinds that a config calls exclusive": (SIX, "single_label_classification", [0] * 6, UNKNOWN),
@@ -1751,12 +1745,8 @@ def test_the_command_trains_a_judge_and_prints_what_it_does_on_held_out_prompts(
 
 
 def decoder_classifier(folder, tokenizer, **settings):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=128, initializer_range=0.3, num_labels=2, id2label={0: "safe", 1: "unsafe"},
-        label2id={"safe": 0, "unsafe": 1}, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, **settings)
-    model = transformers.LlamaForSequenceClassification(config).eval()
+    model = tiny_llama(tokenizer, transformers.LlamaForSequenceClassification, bos_token_id=None,
+                       id2label={0: "safe", 1: "unsafe"}, label2id={"safe": 0, "unsafe": 1}, **settings)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model
@@ -2486,39 +2476,34 @@ def test_every_decoder_family_plays_updates_and_comes_back_from_its_folder(famil
     assert torch.equal(generate(again, PROMPTS, 6, seed=1).tokens, player.generate(PROMPTS, 1).tokens)
 
 
-@pytest.mark.parametrize("pad", [None, 0])  # with pad 0 the embedding of EOS is zero
-@pytest.mark.parametrize("family, settings", [
-    ("granite", {"logits_scaling": 8.0}), ("cohere", {"logit_scale": 0.0625}), ("gemma2", {"head_dim": 8}),
-    ("cohere2", {"logit_scale": 0.25})])
-def test_a_model_that_scales_or_caps_its_logits_is_refused_when_it_is_loaded(family, settings, pad, tmp_path):
-    tokenizer = tiny_tokenizer()
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 0, "pad_token_id": pad}
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **settings)).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"neither scaled nor capped.*{family} is different"):
-        load_policy(tmp_path)
+SCALED = "neither scaled nor capped.*{} is different"
+BART = dict(d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=64, decoder_ffn_dim=64,
+            encoder_attention_heads=4, decoder_attention_heads=4, pad_token_id=3)
+LINEAR = dict(layer_types=["linear_attention", "full_attention"], head_dim=8, linear_num_value_heads=4,
+              linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=4,
+              num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16, pad_token_id=3)
 
 
-@pytest.mark.parametrize("family, settings, message", [
-    ("bart", {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
-              "encoder_attention_heads": 4, "decoder_attention_heads": 4}, "with a cache and padding as without"),
-    ("qwen3_next", {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8, "linear_num_value_heads": 4,
-                    "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4,
-                    "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
-                    "num_hidden_layers": 2}, "cannot be run as a policy")])
-def test_a_model_that_padding_changes_or_that_cannot_drop_rows_is_refused(family, settings, message, tmp_path):
+@pytest.mark.parametrize("family, settings, message", [  # with pad 0 the embedding of EOS is zero
+    ("granite", {"logits_scaling": 8.0}, SCALED), ("granite", {"logits_scaling": 8.0, "pad_token_id": 0}, SCALED),
+    ("cohere", {"logit_scale": 0.0625}, SCALED), ("cohere", {"logit_scale": 0.0625, "pad_token_id": 0}, SCALED),
+    ("gemma2", {"head_dim": 8}, SCALED), ("gemma2", {"head_dim": 8, "pad_token_id": 0}, SCALED),
+    ("cohere2", {"logit_scale": 0.25}, SCALED), ("bart", BART, "with a cache and padding as without"),
+    ("qwen3_next", LINEAR, "cannot be run as a policy")])
+def test_a_model_whose_logits_are_scaled_or_changed_by_padding_or_that_cannot_drop_rows_is_refused(
+        family, settings, message, tmp_path):
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 0, "pad_token_id": 3}
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 0,
+             "pad_token_id": None}
     lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**sizes, **settings}))
     with torch.no_grad():
         for weight in lm.parameters():
             weight.mul_(4)
     lm.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message.format(family)):
         load_policy(tmp_path)
 
 
@@ -2559,11 +2544,6 @@ def test_an_adapters_folder_is_loaded_as_its_base_with_the_adapter_added(has_tok
     assert bytes_of(load_policy(tmp_path / "whole")) == bytes_of(policy)
 
 
-GGUF_NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-              "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-              "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-
-
 def write_gguf(path, lm, tokenizer):
     """A Llama with tied embeddings as llama.cpp keeps it: rows of queries and keys in another order, merges as text."""
     import gguf
@@ -2581,16 +2561,13 @@ def write_gguf(path, lm, tokenizer):
     writer.add_token_types([3 if i in tokenizer.added_tokens_decoder else 1 for i in range(len(words))])
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_token_merges([" ".join(pair) for pair in merges])
-    writer.add_tensor("token_embd.weight", lm.model.embed_tokens.weight.detach().numpy())
-    writer.add_tensor("output_norm.weight", lm.model.norm.weight.detach().numpy())
-    for n, layer in enumerate(lm.model.layers):
-        for name, p in layer.named_parameters():
-            weight = p.detach().numpy()
-            if ".q_" in name or ".k_" in name:
-                heads = weight.shape[0] // c.head_dim
-                weight = weight.reshape(heads, 2, c.head_dim // 2, -1).swapaxes(1, 2).reshape(weight.shape)
-            name = GGUF_NAMES[name.removesuffix(".weight")]
-            writer.add_tensor(f"blk.{n}.{name}.weight", np.ascontiguousarray(weight))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
+    for name, p in lm.named_parameters():
+        weight = p.detach().numpy()
+        if ".q_" in name or ".k_" in name:
+            heads = weight.shape[0] // c.head_dim
+            weight = weight.reshape(heads, 2, c.head_dim // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+        writer.add_tensor(names.get_name(name, [".weight"]), np.ascontiguousarray(weight))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -2602,11 +2579,7 @@ def gguf_model(tmp_path_factory):
     """(a .gguf file, the model in it, its tokenizer)."""
     pytest.importorskip("gguf")
     tokenizer = byte_tokenizer(["<|im_start|>", "<|endoftext|>"], CHATML, eos_token="<|im_end|>")
-    torch.manual_seed(0)
-    lm = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-        tie_word_embeddings=True, initializer_range=0.3))
+    lm = tiny_llama(tokenizer, num_key_value_heads=2, bos_token_id=None, tie_word_embeddings=True)
     file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     write_gguf(file, lm, tokenizer)
     return file, lm, tokenizer
