@@ -632,13 +632,9 @@ class PolicyAverage:
     kind "distill": holds one policy, trained elsewhere on the mixture's samples (see `distill`).
     Members are the language model's trained weights, without critic, on the CPU of the first process; with LoRA its
     adapters (whose mean is not the mean of their products: one approximation more).
-    Raises ValueError on another kind or a capacity below 1.
     """
 
     def __init__(self, player: Player, kind: str = "mixture", capacity: int = 16, seed: int = 0):
-        if kind not in ("mixture", "weights", "distill") or capacity < 1:
-            raise ValueError("PolicyAverage needs kind 'mixture', 'weights' or 'distill' and capacity >= 1, "
-                             f"got {kind!r} and {capacity}")
         self.player = player  # whose policies these are: architecture, tokenizer, sampling
         self.kind = kind
         self.capacity = capacity if kind == "mixture" else 1
