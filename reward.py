@@ -495,9 +495,7 @@ def train_judge(model: Model, tokenizer: Tokenizer, samples: list[tuple], steps:
     """Train a two-label sequence classifier into a judge of (prompt, response) pairs, by a score s = logit(safe) -
     logit(unsafe). samples: triples (prompt, response, safe in [0, 1]), trained by cross-entropy; or (prompt, chosen,
     rejected) texts, trained by -log sigmoid(s(chosen) - s(rejected)) (Bradley and Terry, 1952). `judge.model` and
-    `judge.tokenizer` saved to a folder make what `load_judge` takes. Raises ValueError on other numbers of labels."""
-    if model.config.num_labels != 2:
-        raise ValueError(f"train_judge needs a classifier with two labels, got {model.config.num_labels}")
+    `judge.tokenizer` saved to a folder make what `load_judge` takes."""
     model.config.id2label = {0: "unsafe", 1: "safe"}
     model.config.label2id = {"unsafe": 0, "safe": 1}
     model.config.problem_type = "single_label_classification"
