@@ -1308,19 +1308,6 @@ def classifier_folder(folder, labels, **more):
     return classifier, tokenizer
 
 
-@pytest.mark.parametrize("labels, unsafe, flag, more", [
-    (["nothate", "hate"], 1, None, {}), (["toxic", "neutral"], 0, None, {}), (["SAFE", "other"], 1, None, {}),
-    (["non-toxic", "toxic"], 1, None, {}), (["LABEL_0", "LABEL_1"], 0, "LABEL_0", {}),
-    (["insult", "toxic", "rude"], 1, None, {"problem_type": "multi_label_classification"})])
-def test_a_classifier_judge_reads_the_unsafe_label_from_its_config_or_the_flag(tmp_path, labels, unsafe, flag, more):
-    classifier, tokenizer = classifier_folder(tmp_path, labels, **more)
-    p_safe = load_judge(str(tmp_path), flag)(["x"] * 3, ["a b c", "d e f g h i", " "])
-    for i, text in enumerate(["a b c", "d e f g h i", "<pad>"]):  # an empty response is judged too
-        logits = classifier(torch.tensor([tokenizer.encode(text)])).logits[0]
-        p_unsafe = (logits.sigmoid() if more else logits.softmax(-1))[unsafe]
-        assert p_safe[i] == pytest.approx(1 - p_unsafe.item(), abs=1e-5)
-
-
 SIX = ["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"]
 MULTI = "multi_label_classification"
 UNKNOWN = "name those that do with --unsafe_label"
@@ -1613,15 +1600,6 @@ def test_a_judges_file_that_cannot_be_taken_is_refused(tmp_path, modules, code, 
 def test_a_folder_is_a_classifier_whatever_its_name(tmp_path, place):
     classifier_folder(tmp_path / place, ["nothate", "hate"])
     assert load_judge(f"{tmp_path}/{place}").model.config.id2label == {0: "nothate", 1: "hate"}
-
-
-@pytest.mark.parametrize("spec, message", [
-    ("C:\\x\\judge.py:f", r"the judge's file must exist, got 'C:\\\\x\\\\judge.py'"),
-    ("x/judge.py", "is written path/to/file.py:function"), ("x/judge.py:a-b", "is written path/to/file.py:function"),
-    ("rule", "--unsafe_label bad would do nothing: the judge rule has no labels")])
-def test_a_judge_that_is_written_wrong_is_refused(spec, message):
-    with pytest.raises(ValueError, match=message):
-        load_judge(spec, "bad" if spec == "rule" else None)
 
 
 def adapter_folder(folder, base, task, labels=2):
@@ -3063,15 +3041,6 @@ def test_two_players_from_a_gguf_file_with_lora_meet_harmless_requests(gguf_mode
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / folder).config.model_type == "llama"
 
 
-def test_the_mean_of_the_weights_is_a_models_folder(user_models):
-    run_program(user_models, *MODELS, *SHORT, "--rounds", "2", "--average", "weights", "--out", "mean")
-    average = open_run(user_models / "mean").averages["defender"]["weights"]
-    ours = average.policy().lm.state_dict()
-    theirs = AutoModelForCausalLM.from_pretrained(user_models / "mean" / "average" / "defender").state_dict()
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert load_policy(user_models / "mean" / "average" / "attacker").tokenizer.eos_token == "<eos>"
-
-
 def test_exchanges_that_the_judge_leaves_undecided_are_reported_and_in_no_update(user_models, capsys):
     (user_models / "open.py").write_text(
         "def judge(p, r):\n    return [None if i == 1 else len(text) % 7 / 7 for i, text in enumerate(r)]\n")
@@ -3323,24 +3292,21 @@ def test_all_state_of_a_game_survives_a_stop_in_mid_turn(undisturbed, faulty, mo
     assert not differing(folder / "faulty", outcome(folder / "stateful"))
     mixture = load_file(folder / "faulty" / "average" / "defender_mixture.safetensors")
     assert all(("lora_" in name) == bool(more) for name in mixture)
-    defender = open_run(folder / "faulty").world.players["defender"]  # the run's last answers come again
+    run = open_run(folder / "faulty")
+    mean = AutoModelForCausalLM.from_pretrained(folder / "faulty" / "average" / "defender").state_dict()
+    if not more:  # with LoRA the folder has the merged weights
+        ours = run.averages["defender"]["weights"].policy().lm.state_dict()
+        assert ours.keys() == mean.keys() and all(torch.equal(ours[name], mean[name]) for name in ours)
+    defender = run.world.players["defender"]  # the run's last answers come again
     probes = [game for game in read_lines(folder / "faulty" / "games.jsonl") if game["role"] == "probe"][-3:]
     answers = defender.generate([game["attack"] for game in probes], 0, temperature=0).texts
     assert answers == [game["response"] for game in probes]
 
 
-def test_a_program_that_gets_sigterm_in_its_warm_start_and_is_killed_later_ends_with_the_same_bytes(finished, tmp_path):
+def test_a_killed_program_ends_with_the_same_bytes_after_it_is_resumed(finished, tmp_path):
     run = tmp_path / "run"
     log = run / "metrics.jsonl"
     with interpreter("train.py", *TINY, "--out", run) as process:
-        error = ""
-        while "SFT of the defender" not in error and process.poll() is None:  # its bar has been drawn
-            error += process.stderr.read(1)
-        process.send_signal(signal.SIGTERM)
-        error += process.communicate(timeout=10)[1]
-    last_line = f"interrupted before the game began; go on with: python train.py --resume {run}"
-    assert process.returncode == 143 and error.splitlines()[-1] == last_line
-    with interpreter("train.py", "--resume", run) as process:
         while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= 3):
             time.sleep(0.02)
         process.kill()
@@ -3769,18 +3735,16 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "a folder that is no model": ([*OWN, "--defender", "bad"], "bad' as a causal language model"),
     "an unknown judge": ([*OWN, "--judge", "nonsense"], "cannot load the judge 'nonsense'"),
     "a language model as a judge": ([*OWN, "--judge", "attacker"], "it has no weights for"),
-    "labels that do not tell": ([*OWN, "--unsafe_label", "bad"], "cannot tell which label of the judge means unsafe"),
-    "a label of a judge without labels": ([*OWN, "--held_out_unsafe_label", "bad"],
-                                          "--held_out_unsafe_label bad would do nothing: the judge rule has no labels"),
+    "a label of a judge without labels": ([*OWN, "--held_out_unsafe_label", "bad"], "the judge rule has no labels"),
+    "a judge's file without its function": ([*OWN, "--judge", "x/judge.py"], "is written path/to/file.py:function"),
+    "a judge's file that is not there": ([*OWN, "--judge", "x/judge.py:f"], "the judge's file must exist"),
     "a label of the judge that is trained": ([*OUT, "--unsafe_label", "bad"], "--unsafe_label bad would do nothing"),
     "labels of the other judge": ([*OWN, "--held_out_judge", "bad/numbered"], "with --held_out_unsafe_label LABEL"),
     "a classifier of safety as a judge of help": ([*OWN, "--helpful_judge", "judge"], "must be a reward model of one"),
     "harmless requests that nobody learns from": ([*OUT, "--method", "sft", "--benign_share", "0.4"],
                                                   "--benign_share 0.4 would do nothing: --method sft trains nobody"),
-    "a judge of too few scores": ([*OWN, "--judge", "bad/judge.py:short"], "one score per exchange"),
     "a judge that decides nothing": ([*OWN, "--judge", "bad/judge.py:nothing"], "at least half of the exchanges"),
     "an embedder of no model": ([*OWN, "--embedder", "bad"], "cannot load the embedder '/"),
-    "malformed JSON": ([*OWN, "--prompts", "bad/broken.jsonl"], "line 2: malformed JSON"),
     "answers beyond a user's context": ([*OWN, "--response_tokens", "256"], "--response_tokens must leave room for a"),
     "prompts beyond the context": ([*OWN, "--prompts", "bad/long.txt"], "2 longer than 248 tokens left out, and none"),
 }
@@ -3803,8 +3767,8 @@ CASES = {**{name: (train, *case) for name, case in WRONG.items()}, **WRONG_ELSEW
 def bad(user_models):
     """The folder of models with a folder `bad` of what is wrong."""
     folder = user_models / "bad"
-    judges = "def short(p, r): return [0.5]\ndef nothing(p, r): return [None] * len(p)\n"
-    files = {"broken.jsonl": '{"prompt": "a"}\n{"prompt": \n', "long.txt": "ab " * 300 + "\n" + "cd " * 300,
+    judges = "def nothing(p, r): return [None] * len(p)\n"
+    files = {"long.txt": "ab " * 300 + "\n" + "cd " * 300,
              "labels.jsonl": '{"prompt": "a", "response": "b", "label": 1}\n',
              "names.yaml": "runds: 3", "code.yaml": "!!python/object/apply:os.mkdir [never]", "judge.py": judges}
     classifier_folder(folder / "numbered", ["LABEL_0", "LABEL_1"])
