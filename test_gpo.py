@@ -567,15 +567,15 @@ def byte_tokenizer(marks, template=None, special=True, **names):
     return tokenizer
 
 
-def unigram_tokenizer(template=None):
+def unigram_tokenizer(template=None, **names):
     """As of SentencePiece: its control tokens are pieces too, and the likeliest ones."""
+    names = names or dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     letters = [(letter, -5.0) for letter in string.ascii_letters + string.digits + "<>/|_[]#:.\n＜＞"]
-    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁", -2.0), *letters]
-    inner = Tokenizer(models.Unigram(pieces, unk_id=0))
+    pieces = [*((name, 0.0) for name in names.values()), ("▁", -2.0), *letters]
+    inner = Tokenizer(models.Unigram(pieces, unk_id=list(names).index("unk_token")))
     inner.normalizer = normalizers.NFKC()
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
     inner.decoder = decoders.Metaspace()
-    names = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **names)
     tokenizer.chat_template = template
     return tokenizer
@@ -1456,26 +1456,18 @@ def test_a_guard_judge_finds_the_verdict_after_a_chat_template(tmp_path, kind, t
 
 def subword_tokenizer(kind, template=None):
     """A tokenizer of bytes, or of letters that also has its control tokens as pieces, with [CLS], [SEP] and a mark."""
-    marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<|eot_id|>"]
+    names = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
     if kind == "bytes":
-        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-        inner = Tokenizer(models.BPE({word: i for i, word in enumerate([*marks, *letters, "safe"])},
-                                     [], unk_token="[UNK]"))
-        inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        tokenizer = byte_tokenizer(["<|eot_id|>"], template, **names)
     else:
-        pieces = [*marks, "\u2581", *map(chr, range(33, 127))]
-        inner = Tokenizer(models.Unigram([(piece, -float(i > 4)) for i, piece in enumerate(pieces)], unk_id=1))
-        inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-        inner.normalizer = normalizers.NFKC()  # makes marks of full-width letters
-    inner.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
-                                        sep_token="[SEP]", chat_template=template)
-    tokenizer.add_tokens(["<|eot_id|>"], special_tokens=True)
+        tokenizer = unigram_tokenizer(template, **names)
+        tokenizer.add_tokens(["<|eot_id|>"], special_tokens=True)
+    marks = [(mark, tokenizer.convert_tokens_to_ids(mark)) for mark in ("[CLS]", "[SEP]")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=marks)
     return tokenizer
 
 
-CONTROL = [0, 2, 3, 4]  # of `subword_tokenizer`
 MARKED = "{% for m in messages %}[CLS]{{ m['role'] }}: {{ m['content'] }}<|eot_id|>{% endfor %}"
 TEXTS = st.lists(st.sampled_from(["[SEP]", "<|eot_id|>", "[PAD]", "[CLS]", "[", "SEP", "]", "hello", " ", "<|eot_",
                                   "\uff3bSEP\uff3d", "marmalade1end"]), max_size=6).map("".join)
@@ -1509,7 +1501,8 @@ def test_what_a_text_says_is_never_a_control_token_for_a_judge(tokens, how, prom
         seen.clear()
         judge([exchange[0]], [exchange[1]])
         read.append(seen[0])
-    plain, odd = [[i for i in ids if i in CONTROL] for ids in read]
+    control = tokenizer.convert_tokens_to_ids(["[PAD]", "[CLS]", "[SEP]", "<|eot_id|>"])
+    plain, odd = [[i for i in ids if i in control] for ids in read]
     assert plain == odd
     if tokens == "bytes" and response.strip():  # and it reaches the model in full
         written, received = (unicodedata.normalize("NFKC", text) for text in (response, tokenizer.decode(read[1])))
