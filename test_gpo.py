@@ -1298,10 +1298,10 @@ def tiny_classifier(tokenizer, labels=("safe", "unsafe"), **more):
         BertConfig(vocab_size=len(tokenizer), num_labels=len(labels), id2label=dict(enumerate(labels)), **sizes)).eval()
 
 
-def classifier_folder(folder, labels, **more):
+def classifier_folder(folder, labels):
     """(model, tokenizer) of a folder that `load_judge` takes."""
     tokenizer = tiny_tokenizer()
-    classifier = tiny_classifier(tokenizer, labels, **more)
+    classifier = tiny_classifier(tokenizer, labels)
     classifier.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return classifier, tokenizer
@@ -3355,9 +3355,8 @@ def test_a_file_system_without_locks_is_no_error(number, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("variables, message", [
-    ({"WORLD_SIZE": ""}, None), ({"WORLD_SIZE": "1", "RANK": "0"}, None),
+    ({"WORLD_SIZE": ""}, None),
     ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK is ignored: torchrun starts several processes"),
-    ({"WORLD_SIZE": "two", "RANK": "0"}, "error: several processes need what torchrun sets"),
     ({"WORLD_SIZE": "2", "RANK": "0"}, "error: several processes need what torchrun sets")])
 def test_variables_of_torchrun_that_are_not_torchruns_are_ignored_or_an_error(variables, message, monkeypatch, capsys):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
