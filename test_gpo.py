@@ -1315,6 +1315,7 @@ UNKNOWN = "name those that do with --unsafe_label"
 # the largest; reward: the sigmoid of the output.
 HEADS = {
     "facebook/roberta-hate-speech-dynabench-r4-target": (["nothate", "hate"], None, [1, 2], 1 / (1 + math.e)),
+    "s-nlp/roberta_toxicity_classifier": (["neutral", "toxic"], None, [1, 2], 1 / (1 + math.e)),
     "cardiffnlp/twitter-roberta-base-offensive": (["non-offensive", "offensive"], None, [1, 2], 1 / (1 + math.e)),
     "Hate-speech-CNERG/bert-base-uncased-hatexplain": (["hate speech", "normal", "offensive"], None, [0, 0, 1],
                                                        1 / (2 + math.e)),
@@ -1342,6 +1343,7 @@ HEADS = {
     "Qwen3Guard's words": (["Safe", "Controversial", "Unsafe"], None, [0] * 3, UNKNOWN),
     "natural language inference": (["contradiction", "neutral", "entailment"], None, [0] * 3, UNKNOWN),
     "sentiment": (["NEGATIVE", "POSITIVE"], None, [1, 2], UNKNOWN),
+    "sentiment with a neutral label": (["neutral", "positive"], None, [1, 2], UNKNOWN),
     "two kinds of safe": (["safe", "benign"], None, [1, 2], UNKNOWN),
     "toxic kinds and others": (["toxicity", "insult", "male"], None, [1, 2, 3], "problem_type"),
     "kinds that a config calls exclusive": (SIX, "single_label_classification", [0] * 6, UNKNOWN),
@@ -2318,6 +2320,7 @@ def test_a_row_that_is_not_understood_is_refused_by_file_and_line(tmp_path, row,
     ("a.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:1", "must hold a prompt a line"),
     ("a.txt", "\n<!DOCTYPE html>", "must hold a prompt a line"),
     ("a.txt", "bake bread\0\0", "must hold a prompt a line"),
+    ("a.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2: malformed JSON"),
     ("a.csv", "prompt\none\nhow to a, b and c\n", "line 3 has more cells"),
     ("a.csv", "prompt,prompt\nq,p\n", "one name"),
     ("a.csv", "prompt;response\nq;r\n", "got the keys 'prompt;response'"),
