@@ -109,11 +109,6 @@ def _unit(vectors):
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def cosine_to_history(vectors: np.ndarray, history: np.ndarray) -> np.ndarray:
-    """Mean cosine of each row of vectors (B, D) to the rows of history (H, D), all unit vectors: (B,), Eq. (3.5)."""
-    return vectors @ history.mean(0) if len(history) else np.zeros(len(vectors))
-
-
 def set_similarity(texts: Sequence[str], embedder: Embedder) -> dict[str, float]:
     """How alike the texts of a set are: the mean SelfBLEU and the mean cosine of each text to the others, as
     {"self_bleu": ..., "cosine": ...}; NaN for fewer than two texts."""

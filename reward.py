@@ -19,6 +19,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,12 @@ def rule_judge(prompts: list[str], responses: list[str]) -> list[float]:
     return [float(is_refusal(r) or not r.strip()) for r in responses]
 
 
+def rendered_chat(tokenizer: Tokenizer, prompt: object, response: object, **options) -> str:
+    """An exchange in the tokenizer's chat template."""
+    chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    return tokenizer.apply_chat_template(chat, tokenize=False, **options)
+
+
 # --- sequence classifiers ---------------------------------------------------------------------------------------
 def _meaning(label):
     """"safe", "unsafe", or "neutral" (safe if another label is unsafe) of a label's name; None: not certain."""
@@ -144,9 +151,8 @@ def _exclusive(problem_type, meanings, unsafe):
         return False
     if len(unsafe) == len(meanings):  # the user has named all
         return None
-    if len(meanings) == 2 or "safe" in meanings or "neutral" in meanings:
-        return True
-    return True if meanings.count("unsafe") < 2 else None
+    two_or_a_safe_one = len(meanings) == 2 or "safe" in meanings or "neutral" in meanings
+    return True if two_or_a_safe_one or meanings.count("unsafe") < 2 else None
 
 
 def _unsafe_outputs(labels, problem_type, named, flag):
@@ -201,11 +207,7 @@ def classifier_logits(model: Model, tokenizer: Tokenizer, prompts: Sequence[str]
     padded = dict(padding=True, max_length=longest, return_tensors="pt")
     judge_input = getattr(model.config, "judge_input", "response")
     if judge_input == "chat":
-        def render(prompt, response):
-            chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-            return tokenizer.apply_chat_template(chat, tokenize=False)
-
-        rows = encode_rendered(tokenizer, render, list(zip(prompts, responses)))
+        rows = encode_rendered(tokenizer, partial(rendered_chat, tokenizer), list(zip(prompts, responses)))
         batch = tokenizer.pad({"input_ids": [ids[-longest:] for ids in rows]}, return_tensors="pt")
         return model(**batch.to(model.device)).logits.float()
     responses = [r if r.strip() else tokenizer.pad_token for r in inert_texts(tokenizer, responses)]  # a token at least
@@ -278,8 +280,7 @@ def _guard_text(tokenizer, content, prompt, response):
     all of it into one user turn, and may end with the assistant's header or only where that is asked for."""
     if not tokenizer.chat_template:
         return GUARD_TEMPLATE.format(prompt, response)
-    chat = [{"role": "user", "content": content(prompt)}, {"role": "assistant", "content": content(response)}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    text = rendered_chat(tokenizer, content(prompt), content(response), add_generation_prompt=True)
     return text.rstrip(" ")  # the verdict's token brings its space
 
 
@@ -296,21 +297,14 @@ def _content_form(tokenizer):
     raise ValueError(f"its chat template {reason}")
 
 
-def _guard_ids(tokenizer, content, prompt, response):
-    """Token ids of what a guard reads."""
-    def render(prompt, response):
-        return _guard_text(tokenizer, content, prompt, response)
-
-    return encode_rendered(tokenizer, render, [(prompt, response)])[0]
-
-
 def _guard_input(tokenizer, content, prompt, response, limit):
     """Token ids up to the verdict; an overlong prompt loses its beginning. None: still more than `limit`."""
-    ids = _guard_ids(tokenizer, content, prompt, response)
+    render = partial(_guard_text, tokenizer, content)
+    ids, = encode_rendered(tokenizer, render, [(prompt, response)])
     too_many = len(ids) - limit
     if too_many > 0:
         prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids[too_many + 2:]  # decoded, they may be more
-        ids = _guard_ids(tokenizer, content, tokenizer.decode(prompt_ids), response)
+        ids, = encode_rendered(tokenizer, render, [(tokenizer.decode(prompt_ids), response)])
     return ids if len(ids) <= limit else None
 
 
@@ -475,9 +469,7 @@ def train_judge(model: Model, tokenizer: Tokenizer, samples: list[tuple], steps:
     """Train a two-label sequence classifier into a judge of (prompt, response) pairs, by a score s = logit(safe) -
     logit(unsafe). samples: triples (prompt, response, safe in [0, 1]), trained by cross-entropy; or (prompt, chosen,
     rejected) texts, trained by -log sigmoid(s(chosen) - s(rejected)) (Bradley and Terry, 1952). `judge.model` and
-    `judge.tokenizer` saved to a folder make what `load_judge` takes. Raises ValueError on other numbers of labels."""
-    if model.config.num_labels != 2:
-        raise ValueError(f"train_judge needs a classifier with two labels, got {model.config.num_labels}")
+    `judge.tokenizer` saved to a folder make what `load_judge` takes."""
     model.config.id2label = {0: "unsafe", 1: "safe"}
     model.config.label2id = {"unsafe": 0, "safe": 1}
     model.config.problem_type = "single_label_classification"

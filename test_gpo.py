@@ -37,7 +37,6 @@ import hashlib
 import importlib
 import io
 import multiprocessing
-import os
 import pickle
 import shutil
 import signal
@@ -49,7 +48,6 @@ import unicodedata
 from dataclasses import asdict
 from html.parser import HTMLParser
 
-import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -65,7 +63,6 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
-    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -79,7 +76,7 @@ import kernel
 import model
 import reward
 import train
-from diversity import Diversity, cosine_to_history, load_embedder, self_bleu, set_similarity, word_embedder
+from diversity import Diversity, load_embedder, self_bleu, set_similarity, word_embedder
 from experiments import bench, probe, real_models, real_scores, reproduce, train_judge
 from experiments.soak import outcome
 from gpo import (
@@ -181,11 +178,11 @@ def tiny_lm(tokenizer, seed=0, dropout=0.0):
     return lm
 
 
-def tiny_llama(tokenizer):
+def tiny_llama(tokenizer, kind=LlamaForCausalLM, **more):
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=64, eos_token_id=0, bos_token_id=2, tie_word_embeddings=False, initializer_range=0.3))
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    facts = dict(max_position_embeddings=256, initializer_range=0.3, eos_token_id=tokenizer.eos_token_id)
+    return kind(LlamaConfig(vocab_size=len(tokenizer), **sizes, **facts, **more)).eval()
 
 
 def tiny_policy(seed=0, critic="shared", dropout=0.0, **kwargs):
@@ -303,10 +300,7 @@ def test_the_average_converges_where_the_last_iterate_cycles():
     assert nash_gap(R, last_defender, last_attacker, blind=True) > 0.05
 
 
-def test_matching_pennies_is_solved():
-    defender, attacker, *_ = solve_matrix_game(np.eye(2), 4096, blind=True)
-    assert np.allclose(attacker, 0.5, atol=0.02)
-    assert np.allclose(defender, 0.5, atol=0.02)
+def test_a_payoff_that_is_no_game_is_refused():
     for payoff in (np.eye(2) * 2, np.full((2, 2), np.nan), np.eye(1)):
         with pytest.raises(ValueError, match="solve_matrix_game needs"):
             solve_matrix_game(payoff, 4)
@@ -584,14 +578,6 @@ def test_a_filter_keeps_the_smallest_set_of_likeliest_tokens_whose_mass_reaches_
         assert rollout.tokens[b, t] in kept
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_faster_operations_of_a_policy_compute_the_same_function(dtype):
-    tokens = rollout_of(tiny_policy()).tokens
-    exact = tiny_lm(tiny_tokenizer())(tokens).logits
-    policy = Policy(tiny_lm(tiny_tokenizer()), tiny_tokenizer(), dtype=dtype)
-    assert torch.allclose(policy.lm(tokens).logits, exact, atol=1e-4)
-
-
 # --- text is not control tokens -------------------------------------------------------------------------------------
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -609,22 +595,22 @@ def byte_tokenizer(marks, template=None, special=True, **names):
     inner.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     inner.train_from_iterator(["bake bread", "take flour"], trainers.BpeTrainer(
-        special_tokens=list(names.values()), initial_alphabet=alphabet, show_progress=False))
+        special_tokens=[name for name in names.values() if name], initial_alphabet=alphabet, show_progress=False))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **names)
     tokenizer.add_tokens(list(marks), special_tokens=special)
     tokenizer.chat_template = template
     return tokenizer
 
 
-def unigram_tokenizer(template=None):
+def unigram_tokenizer(template=None, **names):
     """As of SentencePiece: its control tokens are pieces too, and the likeliest ones."""
+    names = names or dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     letters = [(letter, -5.0) for letter in string.ascii_letters + string.digits + "<>/|_[]#:.\n＜＞"]
-    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁", -2.0), *letters]
-    inner = Tokenizer(models.Unigram(pieces, unk_id=0))
+    pieces = [*((name, 0.0) for name in names.values()), ("▁", -2.0), *letters]
+    inner = Tokenizer(models.Unigram(pieces, unk_id=list(names).index("unk_token")))
     inner.normalizer = normalizers.NFKC()
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
     inner.decoder = decoders.Metaspace()
-    names = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **names)
     tokenizer.chat_template = template
     return tokenizer
@@ -914,14 +900,6 @@ def test_bf16_keeps_fp32_weights_gradients_and_logprobs():
     assert {x.dtype for x in (*policy.parameters(), *gradients)} == {torch.float32}
 
 
-def test_dtype_auto_is_bf16_where_the_processor_has_it_and_the_embedded_game_stays_in_fp32():
-    native = {"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split())
-    assert model.best_dtype("cpu") == (torch.bfloat16 if native else torch.float32)
-    users = resolve(Config(out="nowhere", attacker="a", defender="d", device="cpu", dry_run=True))
-    assert users.dtype == ("bf16" if native else "fp32")  # the default for models of one's own
-    assert a_config().dtype == "fp32"
-
-
 def gradients_of(**kwargs):
     """{parameter: its gradient} of one optimizer step on PROMPTS."""
     player = tiny_player(**{"epochs": 1, "minibatches": 1, "max_grad_norm": 1e9, **kwargs})
@@ -998,6 +976,15 @@ def test_an_undecided_exchange_keeps_its_row_and_has_no_effect_on_an_update(micr
         assert metrics == pytest.approx(ppo_update(other, rollout.select(rest), scores[rest], 0), abs=1e-5)
         metrics = ppo_update(player, rollout, scores, 1)  # the policies have moved alike, and KL is not 0 any more
         assert metrics == pytest.approx(ppo_update(other, rollout.select(rest), scores[rest], 1), abs=1e-4)
+
+
+def test_a_minibatch_without_a_verdict_takes_no_step():
+    player = tiny_player()
+    rollout = player.generate(PROMPTS, 0)
+    ppo_update(player, rollout, np.linspace(0, 1, len(PROMPTS)), 0)  # AdamW has momentum now
+    before = bytes_of(player.policy)
+    ppo_update(player, rollout.without_responses(torch.ones(len(PROMPTS), dtype=torch.bool)), np.zeros(len(PROMPTS)), 1)
+    assert bytes_of(player.policy) == before
 
 
 def spoil(player, where, value):
@@ -1175,7 +1162,6 @@ def test_sft_learns_its_pairs():
     pairs = [("a b", "yes"), ("c d", "no")]
     sft(policy, pairs, SFTSettings(150, 8, 1e-2, seed=0))
     assert generate(policy, ["a b", "c d"], 4, temperature=0).texts == ["yes", "no"]
-    assert math.isfinite(sft(policy, pairs, SFTSettings(10, 8, 1e-2, seed=0)))  # torch divides by 0.1 * steps - 1
 
 
 # --- diversity ------------------------------------------------------------------------------------------------------
@@ -1204,7 +1190,6 @@ def test_diversity_reward_is_minus_the_mean_of_both_terms_and_a_repetition_score
     score = diversity.score(NEW)
     vectors, history = word_embedder(NEW), word_embedder(HISTORY)
     assert np.allclose(score["embedding"], [np.mean([v @ h for h in history]) for v in vectors], atol=1e-8)
-    assert np.allclose(score["embedding"], cosine_to_history(vectors, history), atol=1e-8)
     assert np.allclose(score["bleu"], [mean_bleu(text, HISTORY) for text in NEW])
     assert np.allclose(score["reward"], -(score["bleu"] + score["embedding"]) / 2)
     assert diversity.score(HISTORY[4:5])["bleu"][0] == pytest.approx(1.0)  # a newcomer, written before
@@ -1214,14 +1199,15 @@ def same_scores(one, other, texts):
     return all(a.tobytes() == b.tobytes() for a, b in zip(one.score(texts).values(), other.score(texts).values()))
 
 
+def encoder_folder(folder, tokenizer):
+    tiny_classifier(tokenizer, num_hidden_layers=2).bert.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoder")
-    tokenizer = tiny_tokenizer()
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    transformers.BertModel(transformers.BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    encoder_folder(folder, tiny_tokenizer())
     return str(folder)
 
 
@@ -1320,16 +1306,6 @@ def test_diversity_terms_can_be_chosen_and_wrong_ones_are_named():
             Diversity(terms, embedder=None)
 
 
-def test_a_minibatch_without_a_verdict_takes_no_step():
-    player = tiny_player()
-    rollout = player.generate(PROMPTS, 0)
-    ppo_update(player, rollout, np.linspace(0, 1, len(PROMPTS)), 0)  # AdamW has momentum now
-    before = bytes_of(player.policy)
-    ppo_update(player, rollout.without_responses(torch.ones(len(PROMPTS), dtype=torch.bool)), np.zeros(len(PROMPTS)), 1)
-    assert bytes_of(player.policy) == before
-
-
-
 # --- judges ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("scores, message", [
     (lambda: [0.5], "one score per exchange: 2 expected"), (lambda: [0.5, 1.5], "got 1.5 for exchange 1"),
@@ -1357,26 +1333,13 @@ def tiny_classifier(tokenizer, labels=("safe", "unsafe"), **more):
         BertConfig(vocab_size=len(tokenizer), num_labels=len(labels), id2label=dict(enumerate(labels)), **sizes)).eval()
 
 
-def classifier_folder(folder, labels, **more):
+def classifier_folder(folder, labels):
     """(model, tokenizer) of a folder that `load_judge` takes."""
     tokenizer = tiny_tokenizer()
-    classifier = tiny_classifier(tokenizer, labels, **more)
+    classifier = tiny_classifier(tokenizer, labels)
     classifier.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return classifier, tokenizer
-
-
-@pytest.mark.parametrize("labels, unsafe, flag, more", [
-    (["nothate", "hate"], 1, None, {}), (["toxic", "neutral"], 0, None, {}), (["SAFE", "other"], 1, None, {}),
-    (["non-toxic", "toxic"], 1, None, {}), (["LABEL_0", "LABEL_1"], 0, "LABEL_0", {}),
-    (["insult", "toxic", "rude"], 1, None, {"problem_type": "multi_label_classification"})])
-def test_a_classifier_judge_reads_the_unsafe_label_from_its_config_or_the_flag(tmp_path, labels, unsafe, flag, more):
-    classifier, tokenizer = classifier_folder(tmp_path, labels, **more)
-    p_safe = load_judge(str(tmp_path), flag)(["x"] * 3, ["a b c", "d e f g h i", " "])
-    for i, text in enumerate(["a b c", "d e f g h i", "<pad>"]):  # an empty response is judged too
-        logits = classifier(torch.tensor([tokenizer.encode(text)])).logits[0]
-        p_unsafe = (logits.sigmoid() if more else logits.softmax(-1))[unsafe]
-        assert p_safe[i] == pytest.approx(1 - p_unsafe.item(), abs=1e-5)
 
 
 SIX = ["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"]
@@ -1388,18 +1351,14 @@ UNKNOWN = "name those that do with --unsafe_label"
 HEADS = {
     "facebook/roberta-hate-speech-dynabench-r4-target": (["nothate", "hate"], None, [1, 2], 1 / (1 + math.e)),
     "s-nlp/roberta_toxicity_classifier": (["neutral", "toxic"], None, [1, 2], 1 / (1 + math.e)),
-    "martin-ha/toxic-comment-model": (["non-toxic", "toxic"], None, [1, 2], 1 / (1 + math.e)),
-    "cardiffnlp/twitter-roberta-base-hate-latest": (["NOT-HATE", "HATE"], None, [1, 2], 1 / (1 + math.e)),
     "cardiffnlp/twitter-roberta-base-offensive": (["non-offensive", "offensive"], None, [1, 2], 1 / (1 + math.e)),
     "Hate-speech-CNERG/bert-base-uncased-hatexplain": (["hate speech", "normal", "offensive"], None, [0, 0, 1],
                                                        1 / (2 + math.e)),
     "Hate-speech-CNERG/dehatebert-mono-english": (["NON_HATE", "HATE"], None, [1, 2], 1 / (1 + math.e)),
     "badmatr11x/distilroberta-base-offensive-hateful-speech": (["HATE-SPEECH", "NEITHER", "OFFENSIVE-LANGUAGE"], None,
                                                                [0, 0, 1], 1 / (2 + math.e)),
-    "protectai/deberta-v3-base-prompt-injection": (["SAFE", "INJECTION"], None, [1, 2], 1 / (1 + math.e)),
     "deepset/deberta-v3-base-injection": (["LEGIT", "INJECTION"], None, [1, 2], 1 / (1 + math.e)),
     "meta-llama/Prompt-Guard-86M": (["BENIGN", "INJECTION", "JAILBREAK"], None, [1, 0, 0], math.e / (2 + math.e)),
-    "eliasalbouzidi/distilbert-nsfw-text-classifier": (["safe", "nsfw"], None, [1, 2], 1 / (1 + math.e)),
     "michellejieli/NSFW_text_classification": (["NSFW", "SFW"], None, [1, 2], math.e / (1 + math.e)),
     "toxic, very toxic": (["non-toxic", "toxic", "very toxic"], None, [1, 0, 0], math.e / (2 + math.e)),
     "unitary/toxic-bert": (SIX, MULTI, [3, -2, 5, -4, 4.5, -3], 1 / (1 + math.e**3)),
@@ -1533,26 +1492,18 @@ def test_a_guard_judge_finds_the_verdict_after_a_chat_template(tmp_path, kind, t
 
 def subword_tokenizer(kind, template=None):
     """A tokenizer of bytes, or of letters that also has its control tokens as pieces, with [CLS], [SEP] and a mark."""
-    marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<|eot_id|>"]
+    names = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
     if kind == "bytes":
-        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-        inner = Tokenizer(models.BPE({word: i for i, word in enumerate([*marks, *letters, "safe"])},
-                                     [], unk_token="[UNK]"))
-        inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        tokenizer = byte_tokenizer(["<|eot_id|>"], template, **names)
     else:
-        pieces = [*marks, "\u2581", *map(chr, range(33, 127))]
-        inner = Tokenizer(models.Unigram([(piece, -float(i > 4)) for i, piece in enumerate(pieces)], unk_id=1))
-        inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-        inner.normalizer = normalizers.NFKC()  # makes marks of full-width letters
-    inner.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
-                                        sep_token="[SEP]", chat_template=template)
-    tokenizer.add_tokens(["<|eot_id|>"], special_tokens=True)
+        tokenizer = unigram_tokenizer(template, **names)
+        tokenizer.add_tokens(["<|eot_id|>"], special_tokens=True)
+    marks = [(mark, tokenizer.convert_tokens_to_ids(mark)) for mark in ("[CLS]", "[SEP]")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=marks)
     return tokenizer
 
 
-CONTROL = [0, 2, 3, 4]  # of `subword_tokenizer`
 MARKED = "{% for m in messages %}[CLS]{{ m['role'] }}: {{ m['content'] }}<|eot_id|>{% endfor %}"
 TEXTS = st.lists(st.sampled_from(["[SEP]", "<|eot_id|>", "[PAD]", "[CLS]", "[", "SEP", "]", "hello", " ", "<|eot_",
                                   "\uff3bSEP\uff3d", "marmalade1end"]), max_size=6).map("".join)
@@ -1586,7 +1537,8 @@ def test_what_a_text_says_is_never_a_control_token_for_a_judge(tokens, how, prom
         seen.clear()
         judge([exchange[0]], [exchange[1]])
         read.append(seen[0])
-    plain, odd = [[i for i in ids if i in CONTROL] for ids in read]
+    control = tokenizer.convert_tokens_to_ids(["[PAD]", "[CLS]", "[SEP]", "<|eot_id|>"])
+    plain, odd = [[i for i in ids if i in control] for ids in read]
     assert plain == odd
     if tokens == "bytes" and response.strip():  # and it reaches the model in full
         written, received = (unicodedata.normalize("NFKC", text) for text in (response, tokenizer.decode(read[1])))
@@ -1612,15 +1564,6 @@ def test_what_a_judge_cannot_decide_is_reported_and_counts_as_neither(capsys):
     assert unsafe_rate(p_safe) == 1 / 2  # of the two decided
     with pytest.raises(JudgeError, match="a verdict on 1 of 3"):
         decided(p_safe[[0, 1, 3]])
-
-
-@pytest.mark.parametrize("spec", ["mine.py:other", "no.py:half", "mine.py", "nonsense"])
-def test_a_judge_from_a_file_is_called_and_one_that_is_not_there_is_an_error(tmp_path, monkeypatch, spec):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    (tmp_path / "mine.py").write_text("def half(prompts, responses):\n    return [0.5] * len(prompts)\n")
-    assert load_judge(f"{tmp_path}/mine.py:half")(["a"], ["b"]) == [0.5]
-    with pytest.raises(ValueError, match="judge"):
-        load_judge(spec.replace("mine", f"{tmp_path}/mine"))
 
 
 JUDGE_FILES = {
@@ -1686,15 +1629,6 @@ def test_a_judges_file_that_cannot_be_taken_is_refused(tmp_path, modules, code, 
 def test_a_folder_is_a_classifier_whatever_its_name(tmp_path, place):
     classifier_folder(tmp_path / place, ["nothate", "hate"])
     assert load_judge(f"{tmp_path}/{place}").model.config.id2label == {0: "nothate", 1: "hate"}
-
-
-@pytest.mark.parametrize("spec, message", [
-    ("C:\\x\\judge.py:f", r"the judge's file must exist, got 'C:\\\\x\\\\judge.py'"),
-    ("x/judge.py", "is written path/to/file.py:function"), ("x/judge.py:a-b", "is written path/to/file.py:function"),
-    ("rule", "--unsafe_label bad would do nothing: the judge rule has no labels")])
-def test_a_judge_that_is_written_wrong_is_refused(spec, message):
-    with pytest.raises(ValueError, match=message):
-        load_judge(spec, "bad" if spec == "rule" else None)
 
 
 def adapter_folder(folder, base, task, labels=2):
@@ -1818,12 +1752,8 @@ def test_the_command_trains_a_judge_and_prints_what_it_does_on_held_out_prompts(
 
 
 def decoder_classifier(folder, tokenizer, **settings):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=128, initializer_range=0.3, num_labels=2, id2label={0: "safe", 1: "unsafe"},
-        label2id={"safe": 0, "unsafe": 1}, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, **settings)
-    model = transformers.LlamaForSequenceClassification(config).eval()
+    model = tiny_llama(tokenizer, transformers.LlamaForSequenceClassification, bos_token_id=None,
+                       id2label={0: "safe", 1: "unsafe"}, label2id={"safe": 0, "unsafe": 1}, **settings)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model
@@ -1972,11 +1902,7 @@ def test_any_text_is_logged_generated_judged_compared_and_learned_from(name, tmp
     text = TEXTS[name].strip()
     append_lines(tmp_path / "rows.jsonl", [{"prompt": text}])
     assert read_lines(tmp_path / "rows.jsonl") == [{"prompt": text}]
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    inner.train_from_iterator([], trainers.BpeTrainer(special_tokens=["<eos>"], initial_alphabet=alphabet))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", clean_up_tokenization_spaces=False)
+    tokenizer = byte_tokenizer([], eos_token="<eos>", clean_up_tokenization_spaces=False)
     policy = Policy(tiny_lm(tokenizer), tokenizer)
     _, (ids,) = policy.encode_pairs([("a", text)])
     assert policy.decode(ids) == text
@@ -2292,7 +2218,10 @@ ONE_TWO = [{"prompt": "one"}, {"prompt": "two"}]
 
 
 @pytest.mark.parametrize("name, text, expected", [
-    ("a.txt", "one\n\ntwo\n", ONE_TWO), ("a.csv", "\ufeffprompt,response\none,\ntwo,\n", ONE_TWO),
+    ("a.txt", "one\n\ntwo\n", ONE_TWO), ("a.txt", "a\u2028b\n", [{"prompt": "a\u2028b"}]),
+    ("a.csv", "\ufeff Prompt , RESPONSE\nq, r\n", [ANSWERED]), ("a.csv", 'goal,target\n"one",\n"two",x', ONE_TWO),
+    ("A.CSV", 'prompt\n"a, b\nc"\n', [{"prompt": "a, b\nc"}]), ("a.json", '[\n"one",\n{"prompt":\n"two"}]', ONE_TWO),
+    ("a.jsonl", '{"prompt": "a\u2028b\x85c"}\r\n"two"\r\n', [{"prompt": "a\u2028b\x85c"}, {"prompt": "two"}]),
     ("a.json", json.dumps([["one"], "two"]), ONE_TWO), ("a.jsonl", '{"prompt": "one"}\n"two"\n', ONE_TWO),
     ("a.jsonl", '["one", {"prompt": "two"}]', ONE_TWO), ("a.jsonl", '["one"]\n["two"]\n', ONE_TWO),
     ("a.jsonl", f"{json.dumps(CHAT)}\n{json.dumps(CHAT)}", [ANSWERED] * 2), ("a.json", json.dumps(CHAT), [ANSWERED]),
@@ -2304,11 +2233,9 @@ ONE_TWO = [{"prompt": "one"}, {"prompt": "two"}]
     ("a.jsonl", '{"prompt": "p", "chosen": "x", "rejected": "y"}', [{"prompt": "p", "chosen": "x", "rejected": "y"}]),
     ("a.jsonl", '[{"prompt": "p", "response": "r", "label": 1}]\n', [{"prompt": "p", "response": "r", "label": 1}])])
 def test_every_form_of_rows_is_read(tmp_path, name, text, expected):
-    (tmp_path / name).write_text(text, encoding="utf-8")
-    with gzip.open(tmp_path / f"{name}.gz", "wt", encoding="utf-8") as file:
-        file.write(text)
+    (tmp_path / name).write_bytes(text.encode())
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
     assert read_rows(tmp_path / name) == read_rows(tmp_path / f"{name}.gz") == expected
-    assert first_turn(expected[0]["prompt"]) in ("one", "q", "p", "a b")
 
 
 def by(role, content):
@@ -2379,16 +2306,6 @@ def test_no_turn_becomes_the_words_of_another_and_the_seed_is_the_first_human_on
         assert not any(f"word{i}" in first_turn(prompt) for i, role in enumerate(roles) if role == "assistant")
 
 
-@pytest.mark.parametrize("name, text, expected", [
-    ("a.csv", "\ufeff Prompt , RESPONSE\nq, r\n", [ANSWERED]), ("a.csv", 'goal,target\n"one",\n"two",x', ONE_TWO),
-    ("A.CSV", 'prompt\n"a, b\nc"\n', [{"prompt": "a, b\nc"}]), ("a.json", '{"prompt": "one"}\n\n"two"', ONE_TWO),
-    ("a.jsonl", '{"prompt": "a\u2028b\x85c"}\r\n"two"\r\n', [{"prompt": "a\u2028b\x85c"}, {"prompt": "two"}]),
-    ("a.txt", "a\u2028b\n", [{"prompt": "a\u2028b"}]), ("a.json", '[\n"one",\n{"prompt":\n"two"}]', ONE_TWO)])
-def test_headers_line_ends_and_layouts_of_files(tmp_path, name, text, expected):
-    (tmp_path / name).write_bytes(text.encode())
-    assert read_rows(tmp_path / name) == expected
-
-
 IMAGE = by("user", [{"type": "text", "text": "q"}, {"type": "image_url", "image_url": "x"}])
 REFUSED_ROWS = [  # a row, and what the line must hold
     ([Q, R, by("tool", "20 degrees"), R], "got role 'tool'"),
@@ -2423,7 +2340,10 @@ def test_a_row_that_is_not_understood_is_refused_by_file_and_line(tmp_path, row,
 
 @pytest.mark.parametrize("name, text, message", [
     ("a.tsv", "prompt\tresponse\nq\tr\n", "must end in .jsonl, .json, .csv or .txt"),
-    ("a.parquet", "PAR1", "must end in"),
+    ("a.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:1", "must hold a prompt a line"),
+    ("a.txt", "\n<!DOCTYPE html>", "must hold a prompt a line"),
+    ("a.txt", "bake bread\0\0", "must hold a prompt a line"),
+    ("a.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2: malformed JSON"),
     ("a.csv", "prompt\none\nhow to a, b and c\n", "line 3 has more cells"),
     ("a.csv", "prompt,prompt\nq,p\n", "one name"),
     ("a.csv", "prompt;response\nq;r\n", "got the keys 'prompt;response'"),
@@ -2552,39 +2472,34 @@ def test_every_decoder_family_plays_updates_and_comes_back_from_its_folder(famil
     assert torch.equal(generate(again, PROMPTS, 6, seed=1).tokens, player.generate(PROMPTS, 1).tokens)
 
 
-@pytest.mark.parametrize("pad", [None, 0])  # with pad 0 the embedding of EOS is zero
-@pytest.mark.parametrize("family, settings", [
-    ("granite", {"logits_scaling": 8.0}), ("cohere", {"logit_scale": 0.0625}), ("gemma2", {"head_dim": 8}),
-    ("cohere2", {"logit_scale": 0.25})])
-def test_a_model_that_scales_or_caps_its_logits_is_refused_when_it_is_loaded(family, settings, pad, tmp_path):
-    tokenizer = tiny_tokenizer()
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 0, "pad_token_id": pad}
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **settings)).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"neither scaled nor capped.*{family} is different"):
-        load_policy(tmp_path)
+SCALED = "neither scaled nor capped.*{} is different"
+BART = dict(d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=64, decoder_ffn_dim=64,
+            encoder_attention_heads=4, decoder_attention_heads=4, pad_token_id=3)
+LINEAR = dict(layer_types=["linear_attention", "full_attention"], head_dim=8, linear_num_value_heads=4,
+              linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=4,
+              num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16, pad_token_id=3)
 
 
-@pytest.mark.parametrize("family, settings, message", [
-    ("bart", {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
-              "encoder_attention_heads": 4, "decoder_attention_heads": 4}, "with a cache and padding as without"),
-    ("qwen3_next", {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8, "linear_num_value_heads": 4,
-                    "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4,
-                    "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
-                    "num_hidden_layers": 2}, "cannot be run as a policy")])
-def test_a_model_that_padding_changes_or_that_cannot_drop_rows_is_refused(family, settings, message, tmp_path):
+@pytest.mark.parametrize("family, settings, message", [  # with pad 0 the embedding of EOS is zero
+    ("granite", {"logits_scaling": 8.0}, SCALED), ("granite", {"logits_scaling": 8.0, "pad_token_id": 0}, SCALED),
+    ("cohere", {"logit_scale": 0.0625}, SCALED), ("cohere", {"logit_scale": 0.0625, "pad_token_id": 0}, SCALED),
+    ("gemma2", {"head_dim": 8}, SCALED), ("gemma2", {"head_dim": 8, "pad_token_id": 0}, SCALED),
+    ("cohere2", {"logit_scale": 0.25}, SCALED), ("bart", BART, "with a cache and padding as without"),
+    ("qwen3_next", LINEAR, "cannot be run as a policy")])
+def test_a_model_whose_logits_are_scaled_or_changed_by_padding_or_that_cannot_drop_rows_is_refused(
+        family, settings, message, tmp_path):
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 0, "pad_token_id": 3}
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 0,
+             "pad_token_id": None}
     lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**sizes, **settings}))
     with torch.no_grad():
         for weight in lm.parameters():
             weight.mul_(4)
     lm.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message.format(family)):
         load_policy(tmp_path)
 
 
@@ -2629,11 +2544,6 @@ def test_an_adapters_folder_is_loaded_as_its_base_with_the_adapter_added(has_tok
     assert bytes_of(load_policy("me/adapter").lm) == bytes_of(policy.lm)
 
 
-GGUF_NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-              "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-              "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-
-
 def write_gguf(path, lm, tokenizer):
     """A Llama with tied embeddings as llama.cpp keeps it: rows of queries and keys in another order, merges as text."""
     import gguf
@@ -2651,16 +2561,13 @@ def write_gguf(path, lm, tokenizer):
     writer.add_token_types([3 if i in tokenizer.added_tokens_decoder else 1 for i in range(len(words))])
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_token_merges([" ".join(pair) for pair in merges])
-    writer.add_tensor("token_embd.weight", lm.model.embed_tokens.weight.detach().numpy())
-    writer.add_tensor("output_norm.weight", lm.model.norm.weight.detach().numpy())
-    for n, layer in enumerate(lm.model.layers):
-        for name, p in layer.named_parameters():
-            weight = p.detach().numpy()
-            if ".q_" in name or ".k_" in name:
-                heads = weight.shape[0] // c.head_dim
-                weight = weight.reshape(heads, 2, c.head_dim // 2, -1).swapaxes(1, 2).reshape(weight.shape)
-            name = GGUF_NAMES[name.removesuffix(".weight")]
-            writer.add_tensor(f"blk.{n}.{name}.weight", np.ascontiguousarray(weight))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
+    for name, p in lm.named_parameters():
+        weight = p.detach().numpy()
+        if ".q_" in name or ".k_" in name:
+            heads = weight.shape[0] // c.head_dim
+            weight = weight.reshape(heads, 2, c.head_dim // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+        writer.add_tensor(names.get_name(name, [".weight"]), np.ascontiguousarray(weight))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -2672,11 +2579,7 @@ def gguf_model(tmp_path_factory):
     """(a .gguf file, the model in it, its tokenizer)."""
     pytest.importorskip("gguf")
     tokenizer = byte_tokenizer(["<|im_start|>", "<|endoftext|>"], CHATML, eos_token="<|im_end|>")
-    torch.manual_seed(0)
-    lm = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-        tie_word_embeddings=True, initializer_range=0.3))
+    lm = tiny_llama(tokenizer, num_key_value_heads=2, bos_token_id=None, tie_word_embeddings=True)
     file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     write_gguf(file, lm, tokenizer)
     return file, lm, tokenizer
@@ -3096,10 +2999,7 @@ def user_models(tmp_path_factory):
         GPT2LMHeadModel(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     classifier_folder(folder / "judge", ["safe", "unsafe"])
-    tokenizer = tiny_tokenizer(WORDS[:9])
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder / "embedder")
-    tokenizer.save_pretrained(folder / "embedder")
+    encoder_folder(folder / "embedder", tiny_tokenizer(WORDS[:9]))
     (folder / "prompts.txt").write_text("\n".join(QUESTIONS))
     (folder / "pairs.jsonl").write_text('{"prompt": "how are you?", "response": "fine"}\n'
                                         '{"prompt": "hi", "chosen": "hello", "rejected": "go"}\n')
@@ -3118,30 +3018,28 @@ def test_a_users_models_with_different_tokenizers_are_trained_and_what_cannot_be
     assert "0.000" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["version https://git-lfs.github.com/spec/v1\noid sha256:1", "\n<!DOCTYPE html>",
-                                  "bake bread\0\0"])
-def test_a_text_file_that_holds_no_prompts_is_refused(text, tmp_path):
-    (tmp_path / "prompts.txt").write_text(text)
-    with pytest.raises(ValueError, match="must hold a prompt a line"):
-        read_rows(tmp_path / "prompts.txt")
-
-
 def test_a_tilde_that_the_shell_has_left_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     config = parse(["--out=~/run", "--judge", "guard:~/guard", "--template", "a ~ b {}"])
     assert (config.out, config.judge, config.template) == ("/home/me/run", "guard:/home/me/guard", "a ~ b {}")
 
 
-def test_out_of_memory_is_one_line_that_says_what_needs_less_and_how_to_go_on(user_models, monkeypatch, capsys):
+@pytest.mark.parametrize("place, error, message", [
+    ("gpo.policy_loss", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+     "error: out of memory with --micro_batch 0; take a smaller one"),
+    ("harness.run.append_lines", OSError(errno.ENOSPC, "No space left on device"),
+     "error: [Errno 28] No space left on device; the run can go on with --resume full")])
+def test_without_room_in_memory_or_on_the_disk_a_run_ends_with_one_line_and_goes_on_with_more(
+        user_models, place, error, message, monkeypatch, capsys):
     def no_room(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise error
 
+    shutil.rmtree(user_models / "full", ignore_errors=True)
     with monkeypatch.context() as patch:
-        patch.setattr(gpo, "policy_loss", no_room)
+        patch.setattr(place, no_room)
         status, line = ending(capsys, user_models, *MODELS, *SHORT, "--out", "full")
-    assert status == 2
-    assert line.startswith("error: out of memory with --micro_batch 0; ") and "--micro_batch N" in line
-    run_program(user_models, "--resume", "full", "--micro_batch", "2")  # as it says
+    assert status == 2 and line.startswith(message) and "--resume full" in line
+    run_program(user_models, "--resume", "full", "--micro_batch", "2")
     assert json.loads((user_models / "full" / "summary.json").read_text())["config"]["micro_batch"] == 2
 
 
@@ -3163,15 +3061,6 @@ def test_two_players_from_a_gguf_file_with_lora_meet_harmless_requests(gguf_mode
             assert game["score"] == pytest.approx(paid)
     for folder in ("defender", "average/defender"):
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / folder).config.model_type == "llama"
-
-
-def test_the_mean_of_the_weights_is_a_models_folder(user_models):
-    run_program(user_models, *MODELS, *SHORT, "--rounds", "2", "--average", "weights", "--out", "mean")
-    average = open_run(user_models / "mean").averages["defender"]["weights"]
-    ours = average.policy().lm.state_dict()
-    theirs = AutoModelForCausalLM.from_pretrained(user_models / "mean" / "average" / "defender").state_dict()
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert load_policy(user_models / "mean" / "average" / "attacker").tokenizer.eos_token == "<eos>"
 
 
 def test_exchanges_that_the_judge_leaves_undecided_are_reported_and_in_no_update(user_models, capsys):
@@ -3425,24 +3314,21 @@ def test_all_state_of_a_game_survives_a_stop_in_mid_turn(undisturbed, faulty, mo
     assert not differing(folder / "faulty", outcome(folder / "stateful"))
     mixture = load_file(folder / "faulty" / "average" / "defender_mixture.safetensors")
     assert all(("lora_" in name) == bool(more) for name in mixture)
-    defender = open_run(folder / "faulty").world.players["defender"]  # the run's last answers come again
+    run = open_run(folder / "faulty")
+    mean = AutoModelForCausalLM.from_pretrained(folder / "faulty" / "average" / "defender").state_dict()
+    if not more:  # with LoRA the folder has the merged weights
+        ours = run.averages["defender"]["weights"].policy().lm.state_dict()
+        assert ours.keys() == mean.keys() and all(torch.equal(ours[name], mean[name]) for name in ours)
+    defender = run.world.players["defender"]  # the run's last answers come again
     probes = [game for game in read_lines(folder / "faulty" / "games.jsonl") if game["role"] == "probe"][-3:]
     answers = defender.generate([game["attack"] for game in probes], 0, temperature=0).texts
     assert answers == [game["response"] for game in probes]
 
 
-def test_a_program_that_gets_sigterm_in_its_warm_start_and_is_killed_later_ends_with_the_same_bytes(finished, tmp_path):
+def test_a_killed_program_ends_with_the_same_bytes_after_it_is_resumed(finished, tmp_path):
     run = tmp_path / "run"
     log = run / "metrics.jsonl"
     with interpreter("train.py", *TINY, "--out", run) as process:
-        error = ""
-        while "SFT of the defender" not in error and process.poll() is None:  # its bar has been drawn
-            error += process.stderr.read(1)
-        process.send_signal(signal.SIGTERM)
-        error += process.communicate(timeout=10)[1]
-    last_line = f"interrupted before the game began; go on with: python train.py --resume {run}"
-    assert process.returncode == 143 and error.splitlines()[-1] == last_line
-    with interpreter("train.py", "--resume", run) as process:
         while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= 3):
             time.sleep(0.02)
         process.kill()
@@ -3498,23 +3384,9 @@ def test_a_file_system_without_locks_is_no_error(number, tmp_path, monkeypatch, 
                                        "let no other process work in it\n")
 
 
-def test_a_start_that_was_killed_in_its_first_moment_can_be_repeated(tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    folder = RunFolder(resolve(Config(out=str(run))))
-    with monkeypatch.context() as context:
-        context.setattr("os.replace", lambda *paths: sys.exit(9))
-        with pytest.raises(SystemExit):
-            folder.begin()
-    os.close(folder.lock)
-    assert {path.name for path in run.iterdir()} == {".lock", "config.json.writing"}
-    RunFolder(resolve(Config(out=str(run)))).begin()
-    assert {path.name for path in run.iterdir()} == {".lock", "config.json"}
-
-
 @pytest.mark.parametrize("variables, message", [
-    ({"WORLD_SIZE": ""}, None), ({"WORLD_SIZE": "1", "RANK": "0"}, None),
+    ({"WORLD_SIZE": ""}, None),
     ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK is ignored: torchrun starts several processes"),
-    ({"WORLD_SIZE": "two", "RANK": "0"}, "error: several processes need what torchrun sets"),
     ({"WORLD_SIZE": "2", "RANK": "0"}, "error: several processes need what torchrun sets")])
 def test_variables_of_torchrun_that_are_not_torchruns_are_ignored_or_an_error(variables, message, monkeypatch, capsys):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -3527,32 +3399,6 @@ def test_variables_of_torchrun_that_are_not_torchruns_are_ignored_or_an_error(va
     error = capsys.readouterr().err
     assert error.startswith(message or "") and len(error.splitlines()) == bool(message)
     assert gpo.world_size() == 1
-
-
-def test_on_a_full_disk_a_run_ends_with_one_line_and_with_more_room_goes_on_to_the_same_end(
-        undisturbed, tmp_path, capsys):
-    # a disk in memory that grows after each failure: wherever a write was cut off, the run goes on from there
-    folder, expected = undisturbed
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    size, failures = 128, 0
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("only root may mount a disk of its own")
-    try:
-        while not (disk / "run" / "summary.json").exists():
-            begun = (disk / "run").exists()
-            try:
-                run_program(folder, *(["--resume", disk / "run"] if begun else [*FAULTY, "--out", disk / "run"]))
-            except SystemExit as stopped:
-                failures += 1
-                error = capsys.readouterr().err.splitlines()[-1]
-                assert stopped.code == 2 and error.startswith("error: ") and "No space left on device" in error
-                assert error.endswith(f"--resume {disk}/run") == (disk / "run").exists()  # or nothing is left behind
-            size = math.ceil(size * 1.6)
-            subprocess.run(["mount", "-o", f"remount,size={size}k", "tmpfs", disk], check=True)
-        assert failures >= 4 and begun and not differing(disk / "run", expected)
-    finally:
-        subprocess.run(["umount", disk])
 
 
 def test_a_run_that_collapses_and_hacks_its_judge_says_so_after_the_round_and_in_its_metrics(user_models, capsys):
@@ -3870,13 +3716,6 @@ FILES = [path for path in (*HERE.glob("*.py"), *HERE.glob("*/*.py")) if not path
 SOURCES = {".".join(path.relative_to(HERE).with_suffix("").parts): path.read_text(encoding="utf-8") for path in FILES}
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_no_file_of_ours_reads_a_pickle_or_runs_text_as_code(name):
-    unsafe = (r"\b(c?pickle|dill|joblib|shelve|marshal)\b|torch\.load|np\.load|allow_pickle|weights_only|"
-              r"yaml\.(unsafe_|full_)?load\b|(?<![.\w])(eval|exec)\(")
-    assert not re.search(unsafe, SOURCES[name])
-
-
 class Trap:
     def __reduce__(self):  # unpickled, it makes a folder
         return os.mkdir, ("sprung",)
@@ -3951,18 +3790,16 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "a folder that is no model": ([*OWN, "--defender", "bad"], "bad' as a causal language model"),
     "an unknown judge": ([*OWN, "--judge", "nonsense"], "cannot load the judge 'nonsense'"),
     "a language model as a judge": ([*OWN, "--judge", "attacker"], "it has no weights for"),
-    "labels that do not tell": ([*OWN, "--unsafe_label", "bad"], "cannot tell which label of the judge means unsafe"),
-    "a label of a judge without labels": ([*OWN, "--held_out_unsafe_label", "bad"],
-                                          "--held_out_unsafe_label bad would do nothing: the judge rule has no labels"),
+    "a label of a judge without labels": ([*OWN, "--held_out_unsafe_label", "bad"], "the judge rule has no labels"),
+    "a judge's file without its function": ([*OWN, "--judge", "x/judge.py"], "is written path/to/file.py:function"),
+    "a judge's file that is not there": ([*OWN, "--judge", "x/judge.py:f"], "the judge's file must exist"),
     "a label of the judge that is trained": ([*OUT, "--unsafe_label", "bad"], "--unsafe_label bad would do nothing"),
     "labels of the other judge": ([*OWN, "--held_out_judge", "bad/numbered"], "with --held_out_unsafe_label LABEL"),
     "a classifier of safety as a judge of help": ([*OWN, "--helpful_judge", "judge"], "must be a reward model of one"),
     "harmless requests that nobody learns from": ([*OUT, "--method", "sft", "--benign_share", "0.4"],
                                                   "--benign_share 0.4 would do nothing: --method sft trains nobody"),
-    "a judge of too few scores": ([*OWN, "--judge", "bad/judge.py:short"], "one score per exchange"),
     "a judge that decides nothing": ([*OWN, "--judge", "bad/judge.py:nothing"], "at least half of the exchanges"),
     "an embedder of no model": ([*OWN, "--embedder", "bad"], "cannot load the embedder '/"),
-    "malformed JSON": ([*OWN, "--prompts", "bad/broken.jsonl"], "line 2: malformed JSON"),
     "answers beyond a user's context": ([*OWN, "--response_tokens", "256"], "--response_tokens must leave room for a"),
     "prompts beyond the context": ([*OWN, "--prompts", "bad/long.txt"], "2 longer than 248 tokens left out, and none"),
 }
@@ -3985,8 +3822,8 @@ CASES = {**{name: (train, *case) for name, case in WRONG.items()}, **WRONG_ELSEW
 def bad(user_models):
     """The folder of models with a folder `bad` of what is wrong."""
     folder = user_models / "bad"
-    judges = "def short(p, r): return [0.5]\ndef nothing(p, r): return [None] * len(p)\n"
-    files = {"broken.jsonl": '{"prompt": "a"}\n{"prompt": \n', "long.txt": "ab " * 300 + "\n" + "cd " * 300,
+    judges = "def nothing(p, r): return [None] * len(p)\n"
+    files = {"long.txt": "ab " * 300 + "\n" + "cd " * 300,
              "labels.jsonl": '{"prompt": "a", "response": "b", "label": 1}\n',
              "names.yaml": "runds: 3", "code.yaml": "!!python/object/apply:os.mkdir [never]", "judge.py": judges}
     classifier_folder(folder / "numbered", ["LABEL_0", "LABEL_1"])
@@ -4074,28 +3911,10 @@ def test_imports_go_one_way(name):
 PAGES = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
 
 
-def test_each_equation_of_the_paper_leads_to_code_that_cites_it_and_to_a_test():
-    heading = "Paper -> code -> test"
-    page, = [text for text in (page.read_text(encoding="utf-8") for page in PAGES) if f"## {heading}\n" in text]
-    section = page.split(f"## {heading}\n")[1].split("\n## ")[0]
-    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| ")][1:]
-    assert {"3.1", "3.3", "3.4", "3.5", "3.6", "3.7"} <= set(re.findall(r"Eq\. \((3\.\d)\)", section))
-    tests = {name for file in HERE.glob("test*.py") for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)}
-    for paper, code, named in rows:
-        cited = re.search(r"Eq\. \(3\.\d\)|Section [\d.]+|Algorithm \d|Theorem [\d.]+", paper)[0].lower()
-        links = re.findall(r"\[`([\w.]+)`\]\([./]*([\w/]+)\.py\)", code)
-        modules = [importlib.import_module(file.replace("/", ".")) for _, file in links]
-        assert any(cited in SOURCES[module.__name__].lower() for module in modules), paper
-        for (name, _), found in zip(links, modules):
-            for part in name.split("."):
-                found = getattr(found, part)
-        named = re.findall(r"`(test_\w+)`", named)
-        assert named and set(named) <= tests, (paper, set(named) - tests)
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_the_readme_and_the_docs_link_to_is_there(page):
     text = page.read_text(encoding="utf-8")
+    assert set(re.findall(r"`(test_\w+)`", text)) <= globals().keys()
     for name, target in re.findall(r"\[`?([^\]`]*)`?\]\(([^)\s]+)\)", text):
         if re.match(r"https?:", target):
             continue

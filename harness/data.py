@@ -404,12 +404,6 @@ def read_rows(path: str | Path) -> list[dict]:
 
 
 # --- which rows may be used ---------------------------------------------------------------------------------------
-def check_template(template: str) -> None:
-    """Raises ValueError unless the attacker's template has at most one {} for the seed, and no other braces."""
-    if template.count("{}") > 1 or any(brace in template.replace("{}", "") for brace in "{}"):
-        raise ValueError(f"--template must hold {{}} once, for the seed, or not at all, got {template!r}")
-
-
 def first_turn(prompt: str) -> str:
     """The first human turn of a prompt from `read_rows`: what the AI said before it is no part of it."""
     before, _, after = prompt.partition("\n\nHuman: ")
