@@ -51,6 +51,7 @@ from harness.parallel import (
     merged,
     peak_memory,
     save_adapter,
+    save_start,
 )
 from harness.report import draw_curves, model_card, summary_table, write_report
 from harness.world import World, attacker_to_measure, evaluate, make_world
@@ -237,8 +238,7 @@ class RunFolder:
     def save_start(self) -> None:
         """What the game starts from."""
         with complete_folder(self.path / "checkpoints" / "start", not rank()) as temporary:
-            for name, player in self.world.players.items():
-                save_policy(merged(player.policy, "cpu"), temporary / name)
+            save_start({name: player.policy for name, player in self.world.players.items()}, temporary)
             if rank():
                 return
             judge = self.world.judge_to_save
@@ -401,7 +401,7 @@ class RunFolder:
         for name, player in world.players.items():
             with complete_folder(self.path / name, not rank()) as temporary:
                 save_policy(merged(player.policy, "cpu"), temporary, model_card(name, self.config))
-                save_adapter(player.policy, temporary)
+                save_adapter(player.policy, temporary / "adapter")
         self.save_averages(averages)
         if rank():
             return
