@@ -398,6 +398,7 @@ class RunFolder:
         the columns after the game; clock: when the program began."""
         rows = {"before": self.before, **rows}
         examples = changed_answers(world)
+        held_in_game = self.held_mib()
         for name, player in world.players.items():
             with complete_folder(self.path / name, not rank()) as temporary:
                 save_policy(merged(player.policy, "cpu"), temporary, model_card(name, self.config))
@@ -405,8 +406,10 @@ class RunFolder:
         self.save_averages(averages)
         if rank():
             return
-        held = (peak_memory(self.config.device) - self.idle_memory) / 2**20
+        held = self.held_mib()
         print(f"memory: at most {held:.0f} MiB held, beside Python and its libraries")
+        if self.config.lora:
+            print(f"{held_in_game:.0f} MiB before adapters were merged, each into a copy of its base, to be saved")
         draw_curves(self.path, self.metrics, self.before)
         write_report(self.path, self.games, rows, examples)
         seconds = time.time() - clock
@@ -419,6 +422,10 @@ class RunFolder:
               f"the models are in {self.path}/attacker and {self.path}/defender, every exchange of a PPO step in "
               f"{self.path}/games.jsonl.")
 
+    def held_mib(self) -> float:
+        """Most memory held so far since before the models were made, in MiB."""
+        return (peak_memory(self.config.device) - self.idle_memory) / 2**20
+
     def save_averages(self, averages: dict[str, dict[str, PolicyAverage]]) -> None:
         """average/: two files for each average, and of the mean weights also a model's folder, to be deployed."""
         states = {f"{name}_{kind}": average.state_dict()
@@ -428,8 +435,8 @@ class RunFolder:
         with complete_folder(self.path / "average", not rank()) as temporary:
             for name, kinds in averages.items():
                 if "weights" in kinds:
-                    policy = merged(kinds["weights"].policy(), "cpu")
-                    save_policy(policy, temporary / name, model_card(name, self.config, "the mean of its weights"))
+                    card = model_card(name, self.config, "the mean of its weights")
+                    save_policy(merged(kinds["weights"].policy(), "cpu"), temporary / name, card)  # one at a time
             if rank():
                 return
             save_states(states, temporary)
