@@ -638,6 +638,8 @@ def merge_adapter(kind: type, name: str | Path, options: dict) -> tuple[PreTrain
     except ImportError as error:
         raise ValueError("it is an adapter, which needs the package peft: pip install peft") from error
     base = peft.PeftConfig.from_pretrained(name).base_model_name_or_path
+    if base and Path(name, base).is_dir():  # the start of a run names its base from where the adapter is
+        base = str(Path(name, base).resolve())
     weights = {key.removeprefix("base_model.model."): w for key, w in peft.load_peft_weights(name, "cpu").items()}
     heads = [w for key, w in weights.items() if key.endswith(("score.weight", "classifier.weight", "out_proj.weight"))]
     if heads:
@@ -646,7 +648,7 @@ def merge_adapter(kind: type, name: str | Path, options: dict) -> tuple[PreTrain
         model, info = kind.from_pretrained(base, **options)
     except Exception as error:
         raise ValueError(f"it is an adapter, and its base {base!r} cannot be had: {first_line(error)}") from error
-    model = peft.PeftModel.from_pretrained(model, name).merge_and_unload()
+    model = peft.PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)  # peft froze it
     mismatched = {key for key, *_ in info["mismatched_keys"]}
     return model, (set(info["missing_keys"]) | mismatched) - set(weights)
 

@@ -107,7 +107,6 @@ from harness.data import (
 from harness.parallel import (
     add_lora,
     checkpoint_blocks,
-    fold_lora,
     gather_results,
     join_processes,
     merged,
@@ -117,7 +116,7 @@ from harness.parallel import (
 )
 from harness.report import calibration, paired_test, wilson_interval
 from harness.run import RunFolder, alarms, open_run
-from harness.world import PLAIN_EXCHANGES, World, make_players, usable_pairs
+from harness.world import PLAIN_EXCHANGES, World, make_players, make_world, usable_pairs
 from kernel import linear_logprob, linear_logprob_reference
 from model import (
     Policy,
@@ -581,6 +580,7 @@ def test_a_filter_keeps_the_smallest_set_of_likeliest_tokens_whose_mass_reaches_
 # --- text is not control tokens -------------------------------------------------------------------------------------
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+SMOL = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}" + CHATML
 INSTRUCTION = ("{% for m in messages %}{% if m['role'] == 'user' %}<s>[INST] {{ m['content'] | trim }} [/INST]"
                "{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}")
 GEMMA = ("<bos>{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
@@ -2536,6 +2536,7 @@ def test_an_adapters_folder_is_loaded_as_its_base_with_the_adapter_added(has_tok
     tokens = torch.tensor([[3, 5, 7, 9]])
     with torch.no_grad():
         assert torch.allclose(policy.lm(tokens).logits, tuned(tokens).logits, atol=1e-5)
+    assert all(p.requires_grad for p in policy.parameters())
     save_policy(policy, tmp_path / "whole")
     assert bytes_of(load_policy(tmp_path / "whole")) == bytes_of(policy)
     put_on_hub(tmp_path / "hub", "models--me--adapter", tmp_path / "adapter")
@@ -2637,23 +2638,20 @@ def test_what_requires_grad_is_what_is_trained_saved_averaged_and_copied(critic,
         assert torch.equal(logprobs_and_values(policy, rollout)[0], logprobs_and_values(player.policy, rollout)[0])
 
 
-def test_an_adapter_that_is_saved_merged_or_folded_is_the_same_function(tmp_path):
+def test_an_adapter_that_is_saved_or_merged_is_the_same_function(tmp_path):
     from peft import PeftModel
     player = lora_player("separate")
     rollout = rollout_of(player.policy)
     for step in range(2):
         ppo_update(player, player.generate(PROMPTS, step), np.arange(8.0), step)
     save_policy(merged(player.policy), tmp_path)
-    save_adapter(player.policy, tmp_path)
+    save_adapter(player.policy, tmp_path / "adapter")
     learned = logprobs_and_values(player.policy, rollout)
     for ours, theirs in zip(learned, logprobs_and_values(load_policy(tmp_path, "separate"), rollout)):
         assert torch.allclose(ours, theirs, atol=1e-4)
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["lora_alpha"] == 2 * 4  # W + 2 B A
     theirs = PeftModel.from_pretrained(tiny_policy().lm, tmp_path / "adapter")  # as anybody else would
     assert torch.allclose(theirs(rollout.tokens).logits, player.policy.lm(rollout.tokens).logits, atol=1e-4)
-    fold_lora(player.policy)
-    assert all((p == 0).all() for name, p in player.policy.lm.named_parameters() if "lora_B" in name)
-    assert torch.allclose(logprobs_and_values(player.policy, rollout)[0], learned[0], atol=1e-4)
 
 
 def one_backward(policy):
@@ -3043,16 +3041,25 @@ def test_without_room_in_memory_or_on_the_disk_a_run_ends_with_one_line_and_goes
     assert json.loads((user_models / "full" / "summary.json").read_text())["config"]["micro_batch"] == 2
 
 
-def test_two_players_from_a_gguf_file_with_lora_meet_harmless_requests(gguf_model, user_models, tmp_path, capsys):
-    file, _, _ = gguf_model
+@pytest.mark.parametrize("kind", ["gguf", "folder"])
+def test_two_players_of_one_base_with_lora_meet_harmless_requests(kind, gguf_model, user_models, tmp_path, capsys):
+    source, lm, tokenizer = gguf_model
+    if kind == "folder":
+        source = tmp_path / "smol"
+        lm.save_pretrained(source)
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = SMOL
+        tokenizer.save_pretrained(source)
     requests = [f"how do i {verb} {what}?" for verb in ("cook", "wash", "fold") for what in QUESTIONS[:8]]
     (tmp_path / "benign.txt").write_text("\n".join(requests))
-    run_program(user_models, *MODELS, *SHORT, "--attacker", file, "--defender", file, "--rounds", "2", "--lora", "2",
+    run_program(user_models, *MODELS, *SHORT, "--attacker", source, "--defender", source, "--rounds", 2, "--lora", 2,
                 "--benign_prompts", tmp_path / "benign.txt", "--benign_share", "0.5", "--judge", "rule",
                 "--average", "weights", "--out", tmp_path / "run")
     train_on, measure = re.search(r"(\d+) to train on, (\d+) to measure over-", capsys.readouterr().out).groups()
     assert int(train_on) + int(measure) == 24 and int(train_on) > 4 and int(measure) > 4
-    start = json.loads((tmp_path / "run" / "checkpoints" / "start" / "prompts.json").read_text())
+    start = tmp_path / "run" / "checkpoints" / "start"
+    assert (start / "attacker_base").exists() and not (start / "defender_base").exists()
+    start = json.loads((start / "prompts.json").read_text())
     assert not set(start["benign_seeds"]) & set(start["benign_prompts"])
     for game in read_lines(tmp_path / "run" / "games.jsonl"):
         if game["role"] == "defender" and game["attack"] in start["benign_seeds"]:
@@ -3061,6 +3068,71 @@ def test_two_players_from_a_gguf_file_with_lora_meet_harmless_requests(gguf_mode
             assert game["score"] == pytest.approx(paid)
     for folder in ("defender", "average/defender"):
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / folder).config.model_type == "llama"
+
+
+ONE_BASE = [*MODELS, *SHORT, *"--attacker defender --lora 2 --average weights --minibatches 1 --rounds 2".split()]
+
+
+def world_of(folder, *arguments):
+    """The world that train.py makes of these arguments, started from inside `folder`."""
+    with contextlib.chdir(folder):
+        return make_world(resolve(parse([*arguments, "--out", "nowhere"])))
+
+
+@pytest.fixture(scope="session")
+def one_base(user_models):
+    run_program(user_models, *ONE_BASE, "--save_every", 1, "--out", "one_base")
+    return user_models / "one_base"
+
+
+@pytest.mark.parametrize("more", [["--dtype", "bf16"], ["--critic", "separate"], []], ids=["bf16", "critic", "read"])
+def test_two_players_of_one_model_with_lora_share_its_weights_and_train_their_own(more, one_base):
+    if more:
+        world = world_of(one_base.parent, *ONE_BASE, "--kl_anchor", "previous", *more)
+    else:
+        world = open_run(one_base).world
+    places = []
+    trained = []
+    for player in world.players.values():
+        trained += [p.data_ptr() for p in player.policy.parameters() if p.requires_grad]
+        for policy in (player.policy, player.initial, player.reference):
+            places.append({name: p.data_ptr() for name, p in policy.lm.named_parameters() if "lora_" not in name})
+    assert places == places[:1] * 6 and len(set(trained)) == len(trained)
+    attacker, defender = world.players.values()
+    rollout = defender.generate(QUESTIONS[:4], 0)
+    before = logprobs_and_values(defender.policy, rollout)
+    ppo_update(attacker, attacker.generate(QUESTIONS[:4], 0), np.arange(4.0), 0)
+    assert attacker.optimizer.state
+    for ours, theirs in zip(before, logprobs_and_values(defender.policy, rollout)):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_warm_started_adapter_is_the_anchor_of_its_player(one_base):
+    start = one_base / "checkpoints" / "start"
+    steps = read_lines(one_base / "metrics.jsonl")
+    for name, step in zip(("attacker", "defender"), steps[:2]):
+        assert step[f"{name}/objective/kl"] == 0 and steps[-1].get(f"{name}/objective/kl") != 0
+        adapter = load_file(start / name / "adapter_model.safetensors")
+        assert any(tensor.any() for key, tensor in adapter.items() if "lora_B" in key)  # of the warm start
+        player = open_run(one_base).world.first[name]
+        rollout = player.generate(QUESTIONS[:4], 0)
+        policies = (player.policy, load_policy(start / name))
+        ours, theirs = (logprobs_and_values(policy, rollout)[0] for policy in policies)
+        assert torch.allclose(ours, theirs, atol=1e-5)  # as anybody else loads it
+
+
+def test_a_run_on_one_base_goes_on_elsewhere_to_the_same_bytes_and_others_start_from_it(one_base, tmp_path):
+    again = shutil.copytree(one_base, tmp_path / "again")
+    (again / "summary.json").unlink()
+    shutil.rmtree(again / "checkpoints" / "step_000004")
+    run_program(tmp_path, "--resume", again)
+    assert not differing(again, outcome(one_base))
+    rows = [json.loads((one_base / "summary.json").read_text())["before"]]
+    for n, lora in enumerate(("2", "3", "0")):
+        folder = tmp_path / str(n)
+        run_program(one_base.parent, *ONE_BASE, "--lora", lora, "--rounds", 1, "--start", one_base, "--out", folder)
+        rows.append(json.loads((folder / "summary.json").read_text())["before"])
+    assert rows == rows[:1] * 4
 
 
 def test_exchanges_that_the_judge_leaves_undecided_are_reported_and_in_no_update(user_models, capsys):
@@ -3620,7 +3692,8 @@ def test_scores_of_two_seeds_become_means_with_errors_and_paired_tests(tmp_path,
     printed = capsys.readouterr().out
     assert re.search(r"held_out_judge/other kinds \|.* 0.150 ± 0.050 \|.* 0.400 ± 0.100 ", printed)
     # .3 - .1 and .5 - .2, mean .25, error .05: t = 5 with one degree of freedom, p = arctan(1 / 5) / pi
-    assert re.search(rf"fixed prompts miss.*\| +2 \| 0.250 ± 0.050 \| +{math.atan(1 / 5) / math.pi:.3f} \| +0.250 ", printed)
+    p_value = f"{math.atan(1 / 5) / math.pi:.3f}"
+    assert re.search(rf"fixed prompts miss.*\| +2 \| 0.250 ± 0.050 \| +{p_value} \| +0.250 ", printed)
     # GPO+Div's curve: .8 and .4 unsafe at no refusal, .15 at .75 refused; RLHF's: .4 at no refusal
     gpo_div = [(1 - 0) * (1 - 0.4) + (1 - 0.75) * (0.4 - unsafe) for unsafe in (0.1, 0.2)]
     rlhf = [1 - min(0.4, unsafe) for unsafe in (0.3, 0.5)]

@@ -30,8 +30,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from gpo import load_weights, my_rows, rank, trained_weights, world_size
-from harness.data import fail
-from model import Policy, first_line, load_policy
+from harness.data import fail, read_json
+from model import Policy, first_line, load_policy, save_policy
 from reward import Judge
 
 PEFT_PREFIX = "base_model.model."  # before every name in peft's files
@@ -121,7 +121,7 @@ def shard(policy: Policy) -> None:
 # --- LoRA -----------------------------------------------------------------------------------------------------
 def add_lora(policy: Policy, lora_rank: int, seed: int = 0) -> None:
     """Freeze the language model; beside each of its matrices W but the head, train B A of the given rank (LoRA, Hu et
-    al., 2022): W + 2 B A, from B = 0, so that the policy is the base until the first step.
+    al., 2022): W + 2 B A, from B = 0, so that the policy is the base until it is trained.
 
     In bf16 the frozen matrices are kept in bf16: autocast would round them the same way at every forward. A separate
     critic is reset to an adapter of its own on the same base. Raises ValueError without the package peft.
@@ -155,44 +155,74 @@ def _lora_layers(module):
     return {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A")}
 
 
+def sharing_base(policy: Policy) -> Policy:
+    """A second player's policy: a copy of all that is trained, on the same base."""
+    return copy.deepcopy(policy, {id(p): p for p in policy.parameters() if not p.requires_grad})
+
+
 @torch.no_grad()
-def merged(module: nn.Module, device: str | None = None) -> nn.Module:
-    """The same function without adapters: each is added, in fp32, to its matrix. All other weights are shared."""
+def merged(module: nn.Module, device: str | None = None, with_adapters: bool = True) -> nn.Module:
+    """The same function without adapters: each is added, in fp32, to its matrix. All other weights are shared. Not
+    with_adapters: the base alone."""
     if not _lora_layers(module):
         return module
     plain = copy.deepcopy(module, {id(p): p for p in module.parameters()})
     for name, layer in _lora_layers(plain).items():
         base = layer.get_base_layer()
-        weight = base.weight.to(device, torch.float32) + layer.get_delta_weight("default").to(device)
+        weight = base.weight.to(device, torch.float32)
+        if with_adapters:
+            weight = weight + layer.get_delta_weight("default").to(device)
         base.weight = nn.Parameter(weight)
         plain.set_submodule(name, base)
     return plain
 
 
-def fold_lora(policy: Policy, seed: int = 0) -> None:
-    """Merge the adapter into the base and add a new one: the base is the KL penalty's anchor."""
-    if _lora_layers(policy.lm):
-        lora_rank = policy.lm.peft_config["default"].r
-        policy.lm = merged(policy.lm)
-        del policy.lm.peft_config  # else peft would take the new one for a second adapter
-        add_lora(policy, lora_rank, seed)
-
-
-def save_adapter(policy: Policy, folder: Path) -> None:
-    """The adapter of a policy with LoRA, in peft's format, as folder/adapter; nothing without LoRA."""
+def save_adapter(policy: Policy, folder: Path, base: str | None = None) -> None:
+    """The adapter of a policy with LoRA, in peft's format; nothing without LoRA. base: its base's folder, as seen from
+    this one."""
     if _lora_layers(policy.lm) and not rank():
-        policy.lm.peft_config["default"].save_pretrained(folder / "adapter")
+        settings = policy.lm.peft_config["default"]
+        settings.base_model_name_or_path = base
+        settings.save_pretrained(folder)
         tensors = {PEFT_PREFIX + name.replace(".default", ""): tensor.contiguous()
                    for name, tensor in trained_weights(policy.lm).items()}
-        save_file(tensors, folder / "adapter" / "adapter_model.safetensors")
+        save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def load_adapter(policy: Policy, folder: Path) -> None:
+    """What `save_adapter` wrote."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    load_weights(policy.lm, {name.removeprefix(PEFT_PREFIX).replace(".weight", ".default.weight"): tensor
+                             for name, tensor in tensors.items()})
+
+
+def save_start(policies: dict[str, Policy], folder: Path) -> None:
+    """Policies as a game begins with them, each in a folder of its name. With LoRA that holds its adapter, and a base
+    is saved once, beside the adapters on it."""
+    bases = {}  # {identity of a base: its folder's name}
+    for name, policy in policies.items():
+        if not _lora_layers(policy.lm):
+            save_policy(policy, folder / name)
+            continue
+        base = bases.setdefault(id(policy.head.weight), f"{name}_base")
+        if base == f"{name}_base":
+            save_policy(merged(policy, "cpu", with_adapters=False), folder / base)
+        save_adapter(policy, folder / name, f"../{base}")
+
+
+def base_in_start(folder: Path, lora_rank: int) -> Path:
+    """The folder of the base to which `save_start` saved an adapter of this rank in `folder`; else `folder` itself."""
+    file = folder / "adapter_config.json"
+    settings = read_json(file) if file.is_file() else {}
+    if lora_rank and settings.get("r") == lora_rank:
+        return (folder / settings["base_model_name_or_path"]).resolve()
+    return folder
 
 
 def load_trained(policy: Policy, folder: Path) -> None:
     """Load what a run has trained: the adapter in folder/adapter or, without LoRA, the model in `folder`."""
     if _lora_layers(policy.lm):
-        tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
-        load_weights(policy.lm, {name.removeprefix(PEFT_PREFIX).replace(".weight", ".default.weight"): tensor
-                                 for name, tensor in tensors.items()})
+        load_adapter(policy, folder / "adapter")
     else:
         critic = "shared" if policy.critic_body is None else "separate"
         source = load_policy(folder, critic, policy.compute_dtype, str(policy.device), trust_remote_code=False)

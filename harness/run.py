@@ -51,6 +51,7 @@ from harness.parallel import (
     merged,
     peak_memory,
     save_adapter,
+    save_start,
 )
 from harness.report import draw_curves, model_card, summary_table, write_report
 from harness.world import World, attacker_to_measure, evaluate, make_world
@@ -237,8 +238,7 @@ class RunFolder:
     def save_start(self) -> None:
         """What the game starts from."""
         with complete_folder(self.path / "checkpoints" / "start", not rank()) as temporary:
-            for name, player in self.world.players.items():
-                save_policy(merged(player.policy, "cpu"), temporary / name)
+            save_start({name: player.policy for name, player in self.world.players.items()}, temporary)
             if rank():
                 return
             judge = self.world.judge_to_save
@@ -398,15 +398,18 @@ class RunFolder:
         the columns after the game; clock: when the program began."""
         rows = {"before": self.before, **rows}
         examples = changed_answers(world)
+        held_in_game = self.held_mib()
         for name, player in world.players.items():
             with complete_folder(self.path / name, not rank()) as temporary:
                 save_policy(merged(player.policy, "cpu"), temporary, model_card(name, self.config))
-                save_adapter(player.policy, temporary)
+                save_adapter(player.policy, temporary / "adapter")
         self.save_averages(averages)
         if rank():
             return
-        held = (peak_memory(self.config.device) - self.idle_memory) / 2**20
+        held = self.held_mib()
         print(f"memory: at most {held:.0f} MiB held, beside Python and its libraries")
+        if self.config.lora:
+            print(f"{held_in_game:.0f} MiB before adapters were merged, each into a copy of its base, to be saved")
         draw_curves(self.path, self.metrics, self.before)
         write_report(self.path, self.games, rows, examples)
         seconds = time.time() - clock
@@ -419,6 +422,10 @@ class RunFolder:
               f"the models are in {self.path}/attacker and {self.path}/defender, every exchange of a PPO step in "
               f"{self.path}/games.jsonl.")
 
+    def held_mib(self) -> float:
+        """Most memory held so far since before the models were made, in MiB."""
+        return (peak_memory(self.config.device) - self.idle_memory) / 2**20
+
     def save_averages(self, averages: dict[str, dict[str, PolicyAverage]]) -> None:
         """average/: two files for each average, and of the mean weights also a model's folder, to be deployed."""
         states = {f"{name}_{kind}": average.state_dict()
@@ -428,8 +435,8 @@ class RunFolder:
         with complete_folder(self.path / "average", not rank()) as temporary:
             for name, kinds in averages.items():
                 if "weights" in kinds:
-                    policy = merged(kinds["weights"].policy(), "cpu")
-                    save_policy(policy, temporary / name, model_card(name, self.config, "the mean of its weights"))
+                    card = model_card(name, self.config, "the mean of its weights")
+                    save_policy(merged(kinds["weights"].policy(), "cpu"), temporary / name, card)  # one at a time
             if rank():
                 return
             save_states(states, temporary)

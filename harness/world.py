@@ -27,7 +27,16 @@ from harness.data import (
     usable,
     visible,
 )
-from harness.parallel import add_lora, broadcast_weights, checkpoint_blocks, fold_lora, shard, shared_judge
+from harness.parallel import (
+    add_lora,
+    base_in_start,
+    broadcast_weights,
+    checkpoint_blocks,
+    load_adapter,
+    shard,
+    shared_judge,
+    sharing_base,
+)
 from model import DTYPES, Policy, first_line, load_policy
 from reward import Judge, call_judge, load_judge, refusals, train_judge, unsafe_rate
 from toy import ToyGame, toy_classifier, toy_lm
@@ -144,12 +153,20 @@ def make_players(config: Config, policies: dict[str, Policy]) -> dict[str, Playe
 
 
 def _load_policies(config, start):
-    """Both policies: of the options, or as a run began."""
+    """Both policies: of the options, or as a run began. With LoRA two that have the same base share it."""
     policies = {}
+    of_base = {}  # {a base's name or folder: the policy that was loaded from it}
     for name in ("attacker", "defender"):
         source = start / name if start else getattr(config, name)
-        policies[name] = _named(name, load_policy, source, config.critic, DTYPES[config.dtype], config.device,
-                                config.trust_remote_code)
+        base = base_in_start(source, config.lora) if start else source
+        if config.lora and base in of_base:
+            policies[name] = sharing_base(of_base[base])
+        else:
+            policies[name] = of_base[base] = _named(name, load_policy, base, config.critic, DTYPES[config.dtype],
+                                                    config.device, config.trust_remote_code)
+            _save_memory(policies[name], config)
+        if base != source:
+            load_adapter(policies[name], source)
     return policies
 
 
@@ -213,8 +230,8 @@ def toy_world(config: Config, start: Path | None = None) -> World:
         _shard_policies(config, policies)
         pairs = _toy_warm_start(config, game, policies, rng)
         prompts = _toy_prompts(config, game, pairs)
-    for policy in policies.values():  # only now: fresh models learn with all weights
-        _save_memory(policy, config)
+        for policy in policies.values():  # only now: fresh models learn with all weights
+            _save_memory(policy, config)
     if judge is None:
         judge = _toy_judge(config, game, policies["attacker"], rng)
     return _finish_world(
@@ -283,8 +300,6 @@ def user_world(config: Config, start: Path | None = None) -> World:
     helpful = _named("helpful_judge", load_judge, config.helpful_judge, None, (), *remote, "helpful_judge")
     embedder = load_embedder(config.embedder, *remote)
     policies = _load_policies(config, start)
-    for policy in policies.values():
-        _save_memory(policy, config)
     if start:  # a resumed run goes on with its own prompts, whatever has become of the files
         prompts = read_prompts(start)
     else:
@@ -420,7 +435,6 @@ def _warm_start(config, policies, prompts, embedder):
             settings = SFTSettings(config.sft_steps, config.batch_size, SFT_RATE * rates[name], [config.seed, i],
                                    config.micro_batch, f"SFT of the {name}")
             sft(policies[name], pairs[name], settings)
-            fold_lora(policies[name], config.seed)
 
 
 def neighbour_pairs(seeds: list[str], embedder: Embedder, template: str, rng: np.random.Generator,
