@@ -35,7 +35,6 @@ from kernel import linear_logprob
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-LEAST_PREFIX = 8  # tokens that all prompts begin with; fewer are not worth a forward of their own
 PLAIN_TEMPLATE = "Human: {} AI:"  # for tokenizers without a chat template, as in the authors' code
 
 
@@ -115,7 +114,6 @@ class Policy(nn.Module):
         rows = lm.get_output_embeddings().weight.shape[0]
         self.tokens = min(last_token + 1, rows)  # V: further rows of the head pad it and stand for no token
         self.skeleton = None  # of a sharded policy: its language model's modules without weights, to copy from
-        self.reuses_prefix = False  # whether what all prompts begin with is read once: see `_can_reuse_prefix`
         self.eval()
 
     def train(self, mode: bool = True) -> "Policy":
@@ -135,27 +133,20 @@ class Policy(nn.Module):
         """fp32 master weights; matrix products in the compute dtype."""
         return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
 
-    def hidden(self, tokens: torch.Tensor, body: nn.Module | None = None, prefix: int = 0) -> torch.Tensor:
-        """Last hidden states (B, T - prefix, D) of right-padded tokens (B, T), from column `prefix` on. The columns
-        before it, the same in all rows, are read once for all."""
+    def hidden(self, tokens: torch.Tensor, body: nn.Module | None = None) -> torch.Tensor:
+        """Last hidden states (B, T, D) of right-padded tokens (B, T)."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         body = self.lm.base_model if body is None else body
-        cache = None
-        if prefix:
-            cache = body(input_ids=tokens[:1, :prefix], position_ids=positions[:1, :prefix]).past_key_values
-            cache.batch_repeat_interleave(len(tokens))
-        return body(input_ids=tokens[:, prefix:], position_ids=positions[:, prefix:], past_key_values=cache,
-                    use_cache=prefix > 0).last_hidden_state
+        return body(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
 
     def forward(self, rollout: Rollout, entropy_grad: bool, with_values: bool) -> tuple[torch.Tensor | None, ...]:
         """What `logprobs_and_values` returns, (B, T) each."""
         mask = rollout.response_mask  # (B, T)
-        prefix = _shared_prefix(self, rollout.token_ids()[0])
-        acts = mask[:, 1 + prefix :]  # (B, T - 1 - prefix): True where the state at t - 1 chooses tokens[t]
+        acts = mask[:, 1:]  # (B, T - 1): True where the state at t - 1 chooses tokens[t]
         inputs = rollout.tokens[:, :-1]  # (B, T - 1): nothing is predicted from the last token
         targets = rollout.tokens[mask]  # (N,)
         with self.autocast():
-            states = self.hidden(inputs, prefix=prefix)[acts]  # (N, D)
+            states = self.hidden(inputs)[acts]  # (N, D)
             weight = self.head.weight
             bias = self.head.bias
             if self.tokens < len(weight):
@@ -165,7 +156,7 @@ class Policy(nn.Module):
             values = None
             if with_values:
                 if self.critic_body is not None:
-                    states = self.hidden(inputs, self.critic_body, prefix)[acts]  # (N, D)
+                    states = self.hidden(inputs, self.critic_body)[acts]  # (N, D)
                 with torch.autocast(self.device.type, enabled=False):
                     values = _scatter(self.value_head(states.float())[:, 0], mask)
         return _scatter(logprobs, mask), values, _scatter(entropy, mask)  # (B, T) each
@@ -396,30 +387,13 @@ def generate(policy: Policy, prompts: list[str], max_new_tokens: int, temperatur
     return pack(policy, prompts, texts, prompt_ids, response_ids, temperature or 1.0)
 
 
-def _shared_prefix(policy, prompt_ids):
-    """How many tokens all prompts begin with (system turn, template), fewer than the shortest prompt has; 0 where to
-    read them once for all does not pay."""
-    n = 0
-    for column in zip(*prompt_ids):
-        if len(set(column)) > 1:
-            break
-        n += 1
-    n = min(n, min(map(len, prompt_ids)) - 1)
-    return n if policy.reuses_prefix and n >= LEAST_PREFIX and len(prompt_ids) > 1 else 0
-
-
 def _decode(policy, lm, prompt_ids, max_new_tokens, pick):
     """Token ids of each row's response. Sampling goes on until every row has ended; ended rows are dropped."""
-    prefix = _shared_prefix(policy, prompt_ids)
-    inputs, mask, positions = _left_padded(policy, prompt_ids, prefix)  # (B, P - prefix), (B, P), (B, P - prefix)
+    inputs, mask, positions = _left_padded(policy, prompt_ids)  # (B, P) each
     B = len(inputs)
     eos = torch.tensor(policy.eos_ids, device=policy.device)
     alive = torch.arange(B, device=policy.device)  # the rows that have not ended
     cache = None
-    if prefix:
-        first = torch.tensor([prompt_ids[0][:prefix]], device=policy.device)
-        cache = lm.base_model(input_ids=first, use_cache=True).past_key_values
-        cache.batch_repeat_interleave(B)
     sampled = []
     for _ in range(max_new_tokens):
         out = lm.base_model(input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache,
@@ -443,15 +417,13 @@ def _decode(policy, lm, prompt_ids, max_new_tokens, pick):
     return [[i for i in row if i >= 0] for row in torch.stack(sampled, 1).tolist()]
 
 
-def _left_padded(policy, prompt_ids, prefix=0):
-    """Prompts without the `prefix` tokens that they share, padded on the *left*, so that one column is one step:
-    (tokens (B, P - prefix), mask (B, P) with 1 = real, positions of the tokens, which count real ones only)."""
+def _left_padded(policy, prompt_ids):
+    """Prompts padded on the *left*, so that one column is one step: (tokens, mask with 1 = real, positions), (B, P)
+    each. Positions count real tokens only."""
     P = max(map(len, prompt_ids))
-    padding = [P - len(ids) for ids in prompt_ids]
-    tokens = torch.tensor([[policy.eos_ids[0]] * n + ids[prefix:] for n, ids in zip(padding, prompt_ids)])
-    mask = torch.tensor([[1] * prefix + [0] * n + [1] * (P - n - prefix) for n in padding])
-    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, prefix:]
-    return tokens.to(policy.device), mask.to(policy.device), positions.to(policy.device)
+    tokens = torch.tensor([[policy.eos_ids[0]] * (P - len(ids)) + ids for ids in prompt_ids], device=policy.device)
+    mask = torch.tensor([[0] * (P - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=policy.device)
+    return tokens, mask, (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def pick_token(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
@@ -545,9 +517,7 @@ def decoding_copy(policy: Policy) -> nn.Module:
 def frozen_copy(policy: Policy) -> Policy:
     """A copy without critic that no gradient reaches: the reference policy of the KL penalty. Only weights that are
     trained are copied, so that the copy of a policy with LoRA is an adapter on the same base."""
-    copied = Policy(_copy_lm(policy), policy.tokenizer, "shared", policy.compute_dtype).requires_grad_(False)
-    copied.reuses_prefix = policy.reuses_prefix
-    return copied
+    return Policy(_copy_lm(policy), policy.tokenizer, "shared", policy.compute_dtype).requires_grad_(False)
 
 
 # --- loading and saving -----------------------------------------------------------------------------------------
@@ -678,30 +648,6 @@ def _probe_forward(policy):
     if not _all_close(hidden[0, [5, 3, 4]], sampled):
         raise ValueError("a policy must give the same states with a cache and padding as without; a model of type "
                          f"{name} does not: take one of another type")
-    policy.reuses_prefix = _can_reuse_prefix(policy, probe[0].tolist())
-
-
-def _can_reuse_prefix(policy, ids):
-    """Whether tokens that all rows begin with can be read once, with the same states and the same samples: not where
-    attention has a window, which would count the padding after them."""
-    config = policy.lm.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or (getattr(config, "sliding_window", None) and not hasattr(config, "layer_types")):
-        return False
-    prompts = [ids[:10] + ids[12:], ids[:11]]
-    try:
-        tokens = torch.tensor([ids[:14], ids[:10] + ids[12:]], device=policy.device)
-        states = policy.hidden(tokens, prefix=9)  # (2, 5, D)
-        inputs, mask, positions = _left_padded(policy, prompts, 9)
-        cache = policy.lm.base_model(input_ids=tokens[:1, :9], use_cache=True).past_key_values
-        cache.batch_repeat_interleave(2)
-        out = policy.lm.base_model(input_ids=inputs, attention_mask=mask, position_ids=positions,
-                                   past_key_values=cache, use_cache=True)
-        alone = [policy.hidden(torch.tensor([prompt], device=policy.device))[0, -1] for prompt in prompts]
-    except Exception:  # a cache of another kind: every row is read as a whole
-        return False
-    return _all_close(states, policy.hidden(tokens)[:, 9:]) and _all_close(out.last_hidden_state[:, -1],
-                                                                          torch.stack(alone))
 
 
 def _probe_sampler(policy, ids):

@@ -501,40 +501,6 @@ def test_the_greedy_sampler_agrees_with_transformers_generate(family, dtype):
         assert response == expected.tolist()[ids.shape[1]:]
 
 
-@pytest.mark.parametrize("family, settings, reuses", [
-    ("llama", {}, True), ("qwen3", {"head_dim": 16, "num_key_value_heads": 1}, True), ("gpt_neox", {}, True),
-    ("gpt2", {}, True), ("bloom", {}, True), ("mistral", {"sliding_window": 12, "num_key_value_heads": 1}, False)])
-def test_what_all_prompts_begin_with_is_read_once_and_nothing_differs(family, settings, reuses, tmp_path):
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "a b c d e f g h i j k {% for m in messages %}{{ m['content'] }} {% endfor %}"
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-             "num_attention_heads": 2, "eos_token_id": 0, "bos_token_id": 2, "initializer_range": 0.3, **settings}
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    policy = load_policy(tmp_path, "separate")
-    torch.nn.init.normal_(policy.value_head.weight)
-    assert policy.reuses_prefix == frozen_copy(policy).reuses_prefix == reuses
-    read = []  # tokens of each forward
-    policy.lm.get_input_embeddings().register_forward_pre_hook(lambda module, args: read.append(args[0].numel()))
-    rollout = generate(policy, PROMPTS, 6, temperature=0)
-    for prompt, response in zip(rollout.token_ids()[0], rollout.token_ids()[1]):
-        expected, = policy.lm.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=int),
-                                       do_sample=False, max_new_tokens=6, pad_token_id=0)
-        assert response == expected.tolist()[len(prompt):]
-    results = {}
-    for policy.reuses_prefix in (reuses, False):
-        read.clear()
-        outputs = logprobs_and_values(policy, rollout, entropy_grad=True)
-        sum((x * rollout.response_mask).sum() for x in outputs).backward()
-        results[sum(read)] = [*outputs, *(p.grad for p in policy.parameters() if p.grad is not None)]
-        policy.zero_grad()
-    first, whole = results.values() if reuses else [*results.values()] * 2
-    assert all(torch.allclose(x, y, atol=1e-4) for x, y in zip(first, whole, strict=True))
-    B, T = rollout.tokens.shape
-    assert list(results) == ([11 + B * (T - 1 - 11), B * (T - 1)] if reuses else [B * (T - 1)])
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_sampling_follows_the_full_softmax_at_the_stated_temperature(temperature):
     policy = tiny_policy()

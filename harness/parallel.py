@@ -109,7 +109,6 @@ def shard(policy: Policy) -> None:
     block is gathered, in fp32, while it runs. What is not cut is the policy's `skeleton`: modules without weights."""
     blank = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in policy.lm.parameters()}
     object.__setattr__(policy, "skeleton", copy.deepcopy(policy.lm, blank))  # not as a submodule
-    policy.reuses_prefix = False  # each process has other rows, but all must gather each block as often
     mesh = dist.init_device_mesh(policy.device.type, (world_size(),))
     blocks = [m for m in policy.modules() if type(m).__name__ in (policy.lm._no_split_modules or ())]
     for module in (*blocks, policy):  # the last: embeddings, head, critic
@@ -237,7 +236,6 @@ def checkpoint_blocks(policy: Policy) -> None:
     if not blocks:
         raise ValueError("--gradient_checkpointing needs a model of transformers' own blocks, got "
                          f"{policy.lm.config.model_type}; leave it out")
-    policy.reuses_prefix = False  # a block that is computed again would add to the cache again
     for block in blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
