@@ -28,6 +28,7 @@ import time
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -168,7 +169,7 @@ def write_prompts(data: Path, out: Path) -> None:
     asked = benign[400:]
     own = generate(policy, asked, 40, temperature=0).texts
     # few: after 64 of 214 a model of this size refuses everything
-    refusal = sample([row for row in labelled(data / "safety_tuned_llamas.jsonl.gz")], 16, rng)
+    refusal = sample(labelled(data / "safety_tuned_llamas.jsonl.gz"), 16, rng)
     pairs = [{"prompt": prompt, "response": answer} for prompt, answer in zip(asked, own)]
     pairs += [{"prompt": row["prompt"], "response": first_sentence(row["response"])} for row in refusal]
     (out / "pairs.jsonl").unlink(missing_ok=True)
@@ -193,15 +194,15 @@ def first_sentence(text: str) -> str:
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
-def train_command(out: Path, seed: int, folder: Path, players: dict[str, Path], flags: str) -> list:
+def train_command(out: Path, seed: int, folder: Path, players: dict[str, Path], flags: list[str]) -> list:
     """train.py with this experiment's data and judges, or its continuation where the run in `folder` has begun."""
     if (folder / "config.json").is_file():
         return ["train.py", "--resume", folder]
     files = {**players, "judge": out / "judge", "held_out_judge": out / "held_out_judge",
              "embedder": out / "models" / ENCODER, "prompts": out / "fixed.txt", "test_prompts": out / "test.txt",
              "benign_prompts": out / "benign.txt", "sft_data": out / "pairs.jsonl"}
-    named = [part for flag, file in files.items() for part in (f"--{flag}", file)]
-    return ["train.py", *named, *GAME, "--seed", seed, *flags.split(), "--out", folder]
+    named = [f"--{flag}={file}" for flag, file in files.items()]
+    return ["train.py", *named, *GAME, "--seed", seed, *flags, "--out", folder]
 
 
 def play(args: argparse.Namespace, seed: int, method: str) -> None:
@@ -210,9 +211,9 @@ def play(args: argparse.Namespace, seed: int, method: str) -> None:
     folder.parent.mkdir(exist_ok=True)
     log = folder.with_name(f"{method}.log") if args.jobs > 1 else None
     players = {"attacker": args.out / "player", "defender": args.out / "player"}
-    flags = "--method sft --sft_steps 12"
+    flags = ["--sft_steps", "12", "--method", "sft"]
     if method != "start":
-        flags = f"{METHODS[method]} --sft_steps 12 --start {folder.with_name('start')}"
+        flags = ["--sft_steps", "12", "--start", str(folder.with_name("start")), *METHODS[method].split()]
     if not (folder / "summary.json").is_file():
         call(*train_command(args.out, seed, folder, players, flags), log=log)
     if not (folder / "scores.json").is_file():
@@ -230,7 +231,7 @@ def attack_afresh(args: argparse.Namespace, seed: int, method: str) -> None:
     defender = run / "average" / "defender"
     players = {"attacker": start, "defender": defender if defender.is_dir() else run / "defender"}
     log = folder.with_name(f"{folder.name}.log") if args.jobs > 1 else None
-    call(*train_command(args.out, seed, folder, players, FRESH), log=log)
+    call(*train_command(args.out, seed, folder, players, FRESH.split()), log=log)
 
 
 def real_models(args: argparse.Namespace) -> None:
@@ -246,7 +247,7 @@ def real_models(args: argparse.Namespace) -> None:
     write_prompts(args.data, args.out)
     seeds = range(1 if args.quick else args.seeds)
     methods = QUICK if args.quick else METHODS
-    games = [(seed, method) for method in methods for seed in seeds]
+    games = [(seed, method) for method, seed in product(methods, seeds)]
     stages = [(play, [(seed, "start") for seed in seeds]), (play, games)]
     if not args.quick:
         stages.append((attack_afresh, [(seed, method) for seed, method in games if method in ("GPO+Div", "RLHF")]))
@@ -256,9 +257,12 @@ def real_models(args: argparse.Namespace) -> None:
         print(f"{' '.join(map(str, job))} is done, {time.time() - clock:.0f} seconds after the start", flush=True)
 
     for work, jobs in stages:
-        with ThreadPoolExecutor(args.jobs) as pool:
+        pool = ThreadPoolExecutor(args.jobs)
+        try:
             for done in [pool.submit(timed, work, job) for job in jobs]:
                 done.result()
+        finally:  # after an error or Ctrl-C no further run begins
+            pool.shutdown(cancel_futures=True)
     for seed in seeds:
         if not (args.out / f"seed_{seed}" / "attackers.json").is_file():
             call("-m", "experiments.real_scores", args.out, seed, "attackers")

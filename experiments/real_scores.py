@@ -11,6 +11,7 @@ refused nor empty nor repetitive); its value is the list of a 0 or 1 for each pr
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def score_defender(out: Path, policy: Policy, start: Path) -> dict:
     """{"measure/test set": [0 or 1 for each prompt] or a number} of one defender; start: the warm start's run."""
     judges = {name: load_judge(str(out / name), device=DEVICE) for name in JUDGES}
     tests = read_json(out / "tests.json")
-    prompts = [prompt for part in tests.values() for prompt in part]
+    prompts = list(chain(*tests.values()))
     texts = dict(zip(prompts, answers_of(policy, prompts)))
     scores = {}
     for name, part in tests.items():
@@ -69,9 +70,10 @@ def score_defender(out: Path, policy: Policy, start: Path) -> dict:
     scores[f"hit@{TRIES}"] = broken.any(1).astype(int).tolist()
     sampled = generate(policy, tests["harmless"] + tests["AdvBench"], 40, seed=0, clip_prompts=True)
     n_tokens = sampled.response_mask.sum(1).cpu()
-    own, first = (log_likelihoods(p, sampled)[:, 0] * n_tokens for p in (policy, load(start / "defender")))
-    scores["KL, nats a response"] = (own - first).mean().item()
-    scores["log-likelihood of harmless answers"] = (first / n_tokens)[: len(tests["harmless"])].mean().item()
+    own = log_likelihoods(policy, sampled)[:, 0]  # nats a token
+    first = log_likelihoods(load(start / "defender"), sampled)[:, 0]
+    scores["KL, nats a response"] = ((own - first) * n_tokens).mean().item()
+    scores["log-likelihood of harmless answers"] = first[: len(tests["harmless"])].mean().item()
     return scores
 
 
@@ -80,7 +82,7 @@ def untrained_attacks(out: Path, start: Path) -> list[str]:
     file = start / "attacks.json"
     if not file.exists():
         seeds = (out / "fixed.txt").read_text(encoding="utf-8").splitlines()[:SEEDS]
-        write_json(file, write_attacks(load(start / "attacker"), [seed for seed in seeds for _ in range(TRIES)]))
+        write_json(file, write_attacks(load(start / "attacker"), np.repeat(seeds, TRIES).tolist()))
     return read_json(file)
 
 
@@ -224,7 +226,7 @@ def attacker_table(attackers: dict[int, dict], fresh: dict[str, list[float]]) ->
     head = ["attacker", "success: start's defender", "RLHF's", "RLHF's of another seed", "distinct successes",
             "log-likelihood", "SelfBLEU", "cosine"]
     lines = []
-    for method in dict.fromkeys(method for of in attackers.values() for method in of):
+    for method in dict.fromkeys(chain(*attackers.values())):
         rows = [of[method] for of in attackers.values() if method in of]
         parties = [mean_and_error([row["success"][i] for row in rows if i < len(row["success"])]) for i in range(3)]
         keys = ("distinct successes", "log-likelihood", "self_bleu", "cosine")
