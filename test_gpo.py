@@ -866,6 +866,14 @@ def test_bf16_keeps_fp32_weights_gradients_and_logprobs():
     assert {x.dtype for x in (*policy.parameters(), *gradients)} == {torch.float32}
 
 
+def test_dtype_auto_is_bf16_where_the_processor_has_it_and_the_embedded_game_stays_in_fp32():
+    native = {"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split())
+    assert model.best_dtype("cpu") == (torch.bfloat16 if native else torch.float32)
+    users = resolve(Config(out="nowhere", attacker="a", defender="d", device="cpu", dry_run=True))
+    assert users.dtype == ("bf16" if native else "fp32")  # the default for models of one's own
+    assert a_config().dtype == "fp32"
+
+
 def gradients_of(**kwargs):
     """{parameter: its gradient} of one optimizer step on PROMPTS."""
     player = tiny_player(**{"epochs": 1, "minibatches": 1, "max_grad_norm": 1e9, **kwargs})
@@ -3420,6 +3428,19 @@ def test_a_file_system_without_locks_is_no_error(number, tmp_path, monkeypatch, 
     assert (tmp_path / "run" / "config.json").exists()
     assert capsys.readouterr().err == (f"{tmp_path}/run cannot be locked ([Errno {number}] {os.strerror(number)}): "
                                        "let no other process work in it\n")
+
+
+def test_a_start_that_was_killed_in_its_first_moment_can_be_repeated(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    folder = RunFolder(resolve(Config(out=str(run))))
+    with monkeypatch.context() as context:
+        context.setattr("os.replace", lambda *paths: sys.exit(9))
+        with pytest.raises(SystemExit):
+            folder.begin()
+    os.close(folder.lock)
+    assert {path.name for path in run.iterdir()} == {".lock", "config.json.writing"}
+    RunFolder(resolve(Config(out=str(run)))).begin()
+    assert {path.name for path in run.iterdir()} == {".lock", "config.json"}
 
 
 @pytest.mark.parametrize("variables, message", [
