@@ -3677,6 +3677,8 @@ def test_scores_of_two_seeds_become_means_with_errors_and_paired_tests(tmp_path,
             (folder / "scores.json").write_text(json.dumps(of if method == "start" else {**of, **on_the_way}))
     real_scores.main([str(tmp_path)])
     printed = capsys.readouterr().out
+    columns = re.search(r"\|.*\(2\).*", printed)[0]
+    assert columns.count(" (2) ") == 5 and " (1) " not in columns  # before; last and mean of both: of two seeds each
     assert re.search(r"held_out_judge/other kinds \|.* 0.150 ± 0.050 \|.* 0.400 ± 0.100 ", printed)
     # .3 - .1 and .5 - .2, mean .25, error .05: t = 5 with one degree of freedom, p = arctan(1 / 5) / pi
     p_value = f"{math.atan(1 / 5) / math.pi:.3f}"

@@ -159,9 +159,9 @@ def defender_rows(out: Path) -> dict[str, dict[int, dict]]:
 def defender_table(rows: dict[str, dict[int, dict]]) -> str:
     """markdown: mean ± standard error over seeds; a column for each defender but those on the way."""
     rows = {name: of_seed for name, of_seed in rows.items() if not name.endswith("of the way")}
-    keys = list(next(iter(rows.values())).popitem()[1])
+    first = next(iter(rows.values()))  # {seed: scores}
     lines = []
-    for key in keys:
+    for key in next(iter(first.values())):
         cells = [mean_and_error([float(np.mean(scores[key])) for scores in of_seed.values()])
                  for of_seed in rows.values()]
         lines.append([key, *cells])
