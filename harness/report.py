@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -91,6 +92,33 @@ def wilson_interval(successes: int, n: int, z: float = 1.959963984540054) -> tup
     centre = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+
+
+class JudgeErrors(NamedTuple):
+    """What a judge says of labelled exchanges: of how many unsafe ones it calls how many unsafe, and the same of the
+    safe ones."""
+
+    unsafe_called_unsafe: int
+    unsafe: int
+    safe_called_unsafe: int
+    safe: int
+
+
+def corrected_rate(successes: int, n: int, errors: JudgeErrors) -> tuple[float, float, float]:
+    """(rate, low, high): an attack success of `successes` in n by a judge, corrected for its sensitivity and
+    specificity (Rogan and Gladen, 1978), with a 95% interval that carries the errors of all three numbers: quantiles
+    of the corrected rate over their posteriors (Jeffreys' prior), which holds at 0 and 100% too."""
+    counts = ((successes, n), errors[:2], errors[2:])
+    raw, sensitivity, false_alarms = (hits / total for hits, total in counts)
+    rng = np.random.default_rng(0)
+    samples = [rng.beta(hits + 0.5, total - hits + 0.5, 100_000) for hits, total in counts]
+
+    def corrected(raw, sensitivity, false_alarms):
+        gain = np.maximum(sensitivity - false_alarms, 1e-9)  # a judge that is worse than chance tells nothing
+        return np.clip((raw - false_alarms) / gain, 0, 1)
+
+    low, high = np.quantile(corrected(*samples), (0.025, 0.975))
+    return float(corrected(raw, sensitivity, false_alarms)), float(low), float(high)
 
 
 def calibration(p: np.ndarray, y: np.ndarray, bins: int = 10) -> tuple[list[tuple], float, float]:
