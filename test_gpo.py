@@ -1024,7 +1024,7 @@ def test_a_warm_start_whose_gradient_is_not_finite_stops_before_it_spoils_the_we
 # the worst of each in a round of `python train.py --rounds 6`
 HEALTHY = {"diversity/different": 0.42, "attacker/objective/entropy": 0.24, "attacker/response_length": 19.4,
            "defender/objective/entropy": 0.2, "defender/response_length": 9.3, "game/over_refusal": 0.08,
-           "game/asr_train_judge": 0.15, "game/asr_held_out_judge": 0.14}
+           "game/asr_train_judge": 0.15, "game/asr_held_out_judge": 0.14, "attacker/success_of_turn": 0.2}
 
 
 @pytest.mark.parametrize("changed, name, said", [
@@ -1035,6 +1035,7 @@ HEALTHY = {"diversity/different": 0.42, "attacker/objective/entropy": 0.24, "att
     ({"defender/response_length": 1.0}, "collapse", "the defender writes 1.0"),
     ({"game/over_refusal": 0.9}, "collapse", "refuses 90% of the harmless prompts; raise --ptx_coef"),
     ({"game/asr_train_judge": 0.1, "game/asr_held_out_judge": 0.3}, "reward_hacking", "-0.75 for the training judge"),
+    ({"attacker/success_of_turn": 0.035}, "no_signal", "3.5% of the attacker's attempts succeeded"),
     ({"game/asr_train_judge": 0.92, "game/asr_held_out_judge": 0.79}, None, None)])
 def test_a_sick_round_raises_an_alarm_that_says_what_to_do_and_a_healthy_one_none(changed, name, said):
     before = {"asr_train_judge": 0.85, "asr_held_out_judge": 0.86}
@@ -3485,10 +3486,11 @@ def test_a_run_that_collapses_and_hacks_its_judge_says_so_after_the_round_and_in
     bribed = "--judge bribed.py:judge --template anything --temperature 1e-3 --rounds 2 --batch_size 8 --out bribed"
     run_program(user_models, *FAULTY, *bribed.split())
     lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
-    for alarm in ("collapse alarm after round 2: only 12% of the attacks differ",
-                  "collapse alarm after round 2: the attacker is nearly deterministic",
-                  "reward_hacking alarm after round 2: since the start attack success has changed by -1.00 for"):
+    for alarm in ("collapse alarm after round 1: only 12% of the attacks differ",
+                  "collapse alarm after round 1: the attacker is nearly deterministic",
+                  "reward_hacking alarm after round 1: since the start attack success has changed by -1.00 for"):
         assert sum(alarm in line for line in lines) == 1, alarm
+    assert not any("after round 2" in line for line in lines)  # an alarm that goes on is printed when it begins
     alarms = [(m.get("alarm/collapse"), m.get("alarm/reward_hacking"))
               for m in read_lines(user_models / "bribed" / "metrics.jsonl")]
     assert alarms == [(None, None), (None, None), (None, None), (1, 1)] * 2

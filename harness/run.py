@@ -300,16 +300,27 @@ class RunFolder:
                 for attack, response, p in zip(prompts, answers, p_safe)]
 
     def raise_alarms(self, round: int, metrics: dict[str, float]) -> dict[str, float]:
-        """Print what is wrong with the round, whose last metrics these are; returns {"alarm/...": 0 or 1}."""
+        """Print what is wrong with the round, whose last metrics these are, and was not in the one before; returns
+        {"alarm/...": 0 or 1}."""
         newest = {}
+        previous = {}
+        successes = []  # in the attacker's steps
         for line in self.metrics:
+            if line["round"] == round - 1:
+                previous |= line
             if line["round"] == round:
                 newest |= line
+                if line["role"] == "attacker":
+                    successes.append(line["game/attack_success"])
+        if successes and self.config.method == "gpo":
+            newest["attacker/success_of_turn"] = float(np.mean(successes))
         limits = {name: player.max_new_tokens for name, player in self.world.players.items()}
         raised = alarms(newest | metrics, self.before, limits)
         for name, message in raised:
+            if previous.get(f"alarm/{name}"):
+                continue
             tqdm.write(f"{name} alarm after round {round + 1}: {message}", file=sys.stderr)
-        return {f"alarm/{name}": float(name in dict(raised)) for name in ("collapse", "reward_hacking")}
+        return {f"alarm/{name}": float(name in dict(raised)) for name in ALARMS}
 
     # --- checkpoints -------------------------------------------------------------------------------------------
     def save(self, step: int, game: object) -> None:
@@ -500,11 +511,15 @@ LEAST_ENTROPY = 0.05  # nats per token: 19 of 20 tokens are nearly certain
 SHORTEST = 1.5  # mean response in tokens, EOS included
 LONGEST = 0.95  # mean response, as a fraction of the longest that is allowed
 MOST_REFUSED = 0.5  # fraction of the harmless prompts
+LEAST_SUCCESS = 0.05  # of the attacks of a turn; a defender that answers all safely has .035, by the toy judge's doubts
 MOST_APART = 0.15  # how far the judges' verdicts may diverge since before the game
 
 
+ALARMS = ("collapse", "reward_hacking", "no_signal")
+
+
 def alarms(metrics: dict[str, float], before: dict[str, float], limits: dict[str, int]) -> list[tuple[str, str]]:
-    """What is wrong with a round: [("collapse" | "reward_hacking", message with a remedy)], empty for a healthy one.
+    """What is wrong with a round: [(one of ALARMS, message with a remedy)], empty for a healthy one.
 
     metrics: the newest of the round, by their names in metrics.jsonl; one that is missing raises no alarm. before: the
     row of `evaluate` before the game. limits: {player: its max_new_tokens}.
@@ -535,6 +550,11 @@ def alarms(metrics: dict[str, float], before: dict[str, float], limits: dict[str
             f"since the start attack success has changed by {trained:+.2f} for the training judge, by {held_out:+.2f} "
             "for the held-out one; read the exchanges (eval.py report), train the judge on them "
             "(experiments.train_judge), or raise --kl_coef")))
+    success = metrics.get("attacker/success_of_turn", 1)
+    if success < LEAST_SUCCESS:
+        found.append(("no_signal", (
+            f"{success:.1%} of the attacker's attempts succeeded: its turn taught it little; the game is over, or the "
+            "attacker too weak (experiments.probe tells): raise --attacker_steps, or end after fewer --rounds")))
     return found
 
 
