@@ -114,7 +114,7 @@ from harness.parallel import (
     shard,
     shared_judge,
 )
-from harness.report import JudgeErrors, calibration, corrected_rate, paired_test, wilson_interval
+from harness.report import JudgeErrors, calibration, corrected_rate, holm, paired_test, wilson_interval
 from harness.run import RunFolder, alarms, open_run
 from harness.world import PLAIN_EXCHANGES, World, make_players, make_world, usable_pairs
 from kernel import linear_logprob, linear_logprob_reference
@@ -2067,6 +2067,12 @@ def test_an_attack_that_the_first_attacker_would_hardly_write_counts_as_a_failed
 
 
 # --- statistics, and best responses ----------------------------------------------------------------------------------
+def test_holm_multiplies_the_smallest_p_by_the_number_of_claims():
+    # sorted .005 x 4, .01 x 3, .03 x 2, .04 x 1, where none is below the one before
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([]) == []
+
+
 @pytest.mark.parametrize("successes, n, low, high", [  # Newcombe (1998), table I, method 3
     (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)])
 def test_wilson_interval_equals_published_values(successes, n, low, high):

@@ -27,7 +27,18 @@ from tqdm import tqdm
 from eval import after_round, greedy, kl, measure, run_program
 from harness.config import parse, resolve
 from harness.data import as_a_program, fail, read_config, read_json, read_lines, visible, write_json, write_text
-from harness.report import LABELS, LOOKS, band, figure, markdown, mean_and_error, paired_test, show, standard_error
+from harness.report import (
+    LABELS,
+    LOOKS,
+    band,
+    figure,
+    holm,
+    markdown,
+    mean_and_error,
+    paired_test,
+    show,
+    standard_error,
+)
 from harness.run import FinishedRun, open_run
 from reward import call_judge, unsafe_rate
 
@@ -320,7 +331,8 @@ def attacker_rows(rows: dict[str, list[dict]]) -> dict[str, list[dict]]:
 
 
 def orderings(rows: dict[str, list[dict]]) -> list[dict]:
-    """ORDERINGS of which there are rows: differences over seeds, margin included, and p of the two paired tests."""
+    """ORDERINGS of which there are rows: differences over seeds, margin included, p of the two paired tests, and the
+    t-test's p corrected for the number of claims."""
     found = []
     for key, larger, smaller, *margin in ORDERINGS:
         if all(name in rows and key in rows[name][0] for name in (larger, smaller)):
@@ -328,6 +340,8 @@ def orderings(rows: dict[str, list[dict]]) -> list[dict]:
             larger = " + ".join([larger, *map(str, margin)])
             found.append({"measure": key, "larger": larger, "smaller": smaller, "differences": differences,
                           "p": paired_test(differences)})
+    for test, p in zip(found, holm([test["p"][0] for test in found])):
+        test["holm"] = p
     return found
 
 
@@ -339,7 +353,10 @@ def paper_tables(rows: dict, attackers: dict, tests: list[dict]) -> list[str]:
         differences = test["differences"]
         agree = f"{sum(d > 0 for d in differences)} of {len(differences)}"
         claim = f"{LABELS[test['measure']]}: {test['larger']} > {test['smaller']}"
-        lines.append([claim, mean_and_error(differences), agree, *(f"{p:.3f}" for p in test["p"])])
+        spread = float(np.std(differences, ddof=1))
+        size = f"{np.mean(differences) / spread:.1f}" if spread else "-"
+        lines.append([claim, mean_and_error(differences), size, agree,
+                      *(f"{p:.3f}" for p in (*test["p"], test["holm"]))])
     return [
         "## Table 1: the defender",
         "Attack success on held-out prompts, by the held-out and by the training judge; 1,000 prompts in each set.",
@@ -347,8 +364,9 @@ def paper_tables(rows: dict, attackers: dict, tests: list[dict]) -> list[str]:
         "## Table 2: the attacker",
         "Against the finished SFT, RLHF and GPO+Div defenders of another seed, 300 attacks.",
         suite_table(attackers, ATTACKER), "## Table 4: quality", suite_table(rows, QUALITY, defenders),
-        "## Orderings", "Paired over seeds, one-sided.",
-        markdown(["", "difference", "seeds that agree", "p, t-test", "p, sign flips"], lines)]
+        "## Orderings", "Paired over seeds, one-sided; effect size: mean over standard deviation of the differences; "
+        "the last column is the t-test's p corrected for the number of claims (Holm).",
+        markdown(["", "difference", "effect size", "seeds that agree", "p, t-test", "p, sign flips", "p, Holm"], lines)]
 
 
 def best_responses(out: str | Path, seeds: Iterable[int], names: Iterable[str]) -> str:

@@ -145,6 +145,17 @@ def paired_test(differences: Sequence[float]) -> tuple[float, float]:
     return student_tail(t, len(d) - 1), flips
 
 
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values (n,) corrected for n claims (Holm, 1979): the i-th smallest times n - i + 1, and none below a smaller
+    one's; at most 1."""
+    corrected = np.zeros(len(p))
+    largest = 0.0
+    for i, claim in enumerate(np.argsort(p)):
+        largest = max(largest, min(1.0, (len(p) - i) * p[claim]))
+        corrected[claim] = largest
+    return corrected.tolist()
+
+
 def student_tail(t: float, df: int) -> float:
     """P(T > t) of Student's t with df degrees of freedom: a half less the integral of its density from 0 to t."""
     x = np.linspace(0, min(abs(t), 1e3), 200_001)
