@@ -3987,8 +3987,9 @@ class Rounded(doctest.OutputChecker):
         return all(near) and self.number.sub("#", want).split() == self.number.sub("#", got).split()
 
 
-def test_every_number_of_the_walkthrough_is_what_its_snippet_prints():
-    text = (HERE / "docs" / "walkthrough.md").read_text(encoding="utf-8")
+def test_every_number_of_the_walkthrough_and_its_exercises_is_what_its_snippet_prints():
+    pages = ("walkthrough.md", "exercises.md")  # one session: the second goes on where the first ends
+    text = "\n".join((HERE / "docs" / page).read_text(encoding="utf-8") for page in pages)
     text = re.sub("^```.*", "", text, flags=re.MULTILINE)  # the closing fence would be taken for output
     examples = doctest.DocTestParser().get_doctest(text, {}, "walkthrough", "docs/walkthrough.md", 0)
     threads = torch.get_num_threads()
