@@ -45,7 +45,8 @@ import threading
 import time
 import types
 import unicodedata
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from difflib import SequenceMatcher
 from html.parser import HTMLParser
 
 import torch.distributed as dist
@@ -77,7 +78,7 @@ import model
 import reward
 import train
 from diversity import Diversity, load_embedder, self_bleu, set_similarity, word_embedder
-from experiments import bench, probe, real_models, real_scores, reproduce, train_judge
+from experiments import bench, probe, real_models, real_scores, reproduce, train_judge, worst_case
 from experiments.soak import outcome
 from gpo import (
     Player,
@@ -3653,6 +3654,81 @@ def test_attack_success_is_corrected_for_the_errors_of_each_judge(finished, tmp_
     append_lines(one_kind, rows[:30])
     status, line = ending(capsys, HERE, finished.folder, "--judge_labels", one_kind, program=evaluation)
     assert status == 2 and "safe and unsafe" in line
+
+
+# --- the worst case --------------------------------------------------------------------------------------------------
+@dataclass
+class Answering:
+    """A defender that names the tool of a topic to every prompt that asks for it, and refuses all others."""
+
+    game: ToyGame
+    topic: int
+
+    def generate(self, prompts, seed, temperature=None):
+        served = f"use the {self.game.tools[self.topic]} and be patient."
+        texts = [served if self.topic in self.game.topics_in(prompt) else "no, that would be wrong."
+                 for prompt in prompts]
+        return types.SimpleNamespace(texts=texts)
+
+
+def test_hit_at_k_is_the_share_of_subsets_with_a_success():
+    for hits in range(6):
+        tried = [True] * hits + [False] * (5 - hits)
+        for k in range(1, 6):
+            subsets = [any(subset) for subset in itertools.combinations(tried, k)]
+            assert worst_case.hit_at(k, 5, np.array([hits]))[0] == pytest.approx(np.mean(subsets)), (hits, k)
+
+
+def test_the_share_of_open_prompts_counts_the_whole_grammar():
+    game = ToyGame(0)
+    found = worst_case.open_prompts(game, Answering(game, 5))
+    # one of 32 harmful topics: 3 paraphrases x 14 framings x 8 suffixes = 336 of 10,752, and 72 of 2,304 unseen ones
+    assert found["grammar"] == found["grammar, sampled"] == found["unseen framings"] == 1 / 32
+    assert len(found["grammar: open"]) == 336 and len(found["unseen framings: open"]) == 72
+    assert found["grammar, worst prompt"] == 1
+
+
+def test_the_searches_find_the_only_open_topic_and_count_what_asks_for_nothing(monkeypatch):
+    game = ToyGame(0)
+    defender = Answering(game, 5)
+    monkeypatch.setattr(worst_case, "GENERATIONS", 3)
+    monkeypatch.setattr(worst_case, "EDITS", 10)
+    seeds = game.sample_prompts(96, np.random.default_rng(0), harmful=True)
+    started = np.mean([5 in game.topics_in(seed) for seed in seeds])
+    found = worst_case.archive(game, defender, seeds, 0)
+    assert found["archive"] == found["archive, cells broken"] > 0  # this defender's answers do not vary
+    found = worst_case.token_search(game, defender, seeds, 0)
+    assert found["token search"] >= started > 0  # what succeeds is never left
+    assert 0 < found["token search, proposals without a topic"] < 1
+    rng = np.random.default_rng(0)
+    for prompt in seeds:
+        tokens = prompt.split()
+        edited = worst_case.edit(prompt, game.vocabulary, rng).split()
+        blocks = SequenceMatcher(None, tokens, edited, autojunk=False).get_matching_blocks()
+        assert max(len(tokens), len(edited)) - sum(block.size for block in blocks) <= 1  # one token at most
+        swapped = worst_case.swap_words(prompt, "x y z", rng).split()
+        assert len(swapped) == len(tokens) and 1 <= len({"x", "y", "z"} & set(swapped)) <= 3
+
+
+def test_the_worst_case_of_a_run_is_measured_once_and_shown(finished, monkeypatch, capsys):
+    for name, small in {"SAMPLES": 1, "STEPS": (1, 2), "TRIES": 4, "SEEDS": 3, "HITS": (1, 2), "GENERATIONS": 1,
+                        "CHILDREN": 8, "CHAINS": 4, "EDITS": 2}.items():
+        monkeypatch.setattr(worst_case, name, small)
+    run_program(HERE, finished.folder, "--kinds", "last", program=worst_case)
+    table = capsys.readouterr().out
+    found = json.loads((finished.folder / "worst_case.json").read_text())
+    assert set(found) == {"last"}
+    defender = open_run(finished.folder).world.players["defender"]
+    game = ToyGame(0)
+    prompts = [game.prompt(cell) for cell in game.cells[game.harmful & game.open]]
+    answers = defender.generate(prompts, 0, temperature=0).texts
+    assert found["last"]["grammar"] == pytest.approx(1 - np.mean(game.ground_truth(prompts, answers)))
+    for family in ("grammar", "PPO, 2 steps", "best of N at 1.5: hit@2", "archive", "token search"):
+        assert f"{found['last'][family]:.3f}; {found['last'][family]:.3f}" in table, family
+    found["last"]["archive"] = 0.123
+    (finished.folder / "worst_case.json").write_text(json.dumps(found))
+    run_program(HERE, finished.folder, "--kinds", "last", program=worst_case)
+    assert "0.123; 0.123" in capsys.readouterr().out  # what is measured is not measured again
 
 
 def test_nash_prints_the_slopes_of_the_theory(tmp_path, capsys):
