@@ -1256,6 +1256,30 @@ def test_a_window_compares_with_the_last_attacks_only(terms):
         assert same_scores(diversity, last, texts)
 
 
+@bounded(30)
+@given(texts=st.lists(SENTENCE, min_size=4, max_size=12), new=SENTENCE, batch=st.integers(1, 5))
+def test_a_window_scores_by_the_definition_on_its_own_texts(texts, new, batch):
+    windowed = Diversity(("bleu",), window=3)
+    for i in range(0, len(texts), batch):
+        windowed.add(texts[i:i + batch])
+    expected = mean_bleu(new, texts[-3:]) if new else 0
+    assert windowed.score([new])["bleu"][0] == pytest.approx(expected, abs=1e-9)
+
+
+def test_adding_to_a_window_takes_the_time_of_the_batch():
+    def calls_of_an_add(window):  # of functions, as a clock depends on what else runs
+        texts = ToyGame().sample_prompts(window + 8, np.random.default_rng(0))
+        diversity = Diversity(embedder=word_embedder, window=window)
+        diversity.add(texts[8:])
+        calls = Counter()
+        sys.setprofile(lambda frame, event, function: calls.update([event]))
+        diversity.add(texts[:8])
+        sys.setprofile(None)
+        return calls.total()
+
+    assert calls_of_an_add(1000) < 1.2 * calls_of_an_add(50)
+
+
 def test_an_embedding_that_is_not_finite_does_not_stay_in_the_history():
     vectors = {"a b": [3.0, 4], "c": [1.0, 0], "d": [math.nan, 0]}
     diversity = Diversity(("embedding",), lambda texts: np.array([vectors[text] for text in texts]))
