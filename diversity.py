@@ -36,7 +36,7 @@ from model import check_tokenizer, first_line, inert_texts, longest_input
 
 Embedder = Callable[[list[str]], np.ndarray]  # B texts -> (B, D)
 ORDERS = (2, 3, 4, 5)
-GROUP = 8  # texts in a batch of an embedder
+BATCH_TOKENS = 64  # in a batch of an embedder, about
 FIXED_POINT = 2.0**32  # vectors are summed as integers in units of 2^-32
 
 
@@ -162,14 +162,15 @@ def word_embedder(texts: Sequence[str], width: int = 256) -> np.ndarray:
 
 
 def _equal_groups(lengths):
-    """Row numbers in groups of GROUP texts of one length, the last ones filled up by repetition: in batches of another
-    shape a vector's last bits would depend on the texts beside it."""
+    """Row numbers in groups of texts of one length, the last ones filled up by repetition. The length alone sets a
+    batch's shape: in batches of another shape a vector's last bits would depend on the texts beside it."""
     by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
-    for _, same in itertools.groupby(by_length, key=lengths.__getitem__):
+    for length, same in itertools.groupby(by_length, key=lengths.__getitem__):
         rows = list(same)
-        for start in range(0, len(rows), GROUP):
-            group = rows[start : start + GROUP]
-            yield group + group[-1:] * (GROUP - len(group))
+        size = max(1, BATCH_TOKENS // length)
+        for start in range(0, len(rows), size):
+            group = rows[start : start + size]
+            yield group + group[-1:] * (size - len(group))
 
 
 def _pool(name):
@@ -221,8 +222,8 @@ def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool
         ids = tokenizer(texts, truncation=True, max_length=longest).input_ids
         vectors = [None] * len(ids)
         for rows in _equal_groups([len(row) for row in ids]):
-            batch = torch.tensor([ids[i] for i in rows], device=device)  # (GROUP, T)
-            states = model(input_ids=batch).last_hidden_state.double()  # (GROUP, T, D)
+            batch = torch.tensor([ids[i] for i in rows], device=device)  # (B, T)
+            states = model(input_ids=batch).last_hidden_state.double()  # (B, T, D)
             pooled = states.mean(1) if pool == "mean" else states[:, 0]
             for i, vector in zip(rows, pooled.cpu().numpy()):
                 vectors[i] = vector
@@ -250,6 +251,7 @@ class Diversity:
         self.table = NgramTable()  # of the same texts
         self.vectors = []  # their unit vectors in fixed point, (D,) int64 each; without a window none is needed
         self.vector_sum = 0  # (D,) int64
+        self.scored = {}  # text -> its unit vector, of the last batch: what was scored is what is added next
 
     def score(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """{"bleu": (B,), "embedding": (B,), "reward": (B,)}: similarity by each term, and R_div from both."""
@@ -258,7 +260,9 @@ class Diversity:
             scores["bleu"] = np.array([self.table.bleu(text) for text in texts])
         if "embedding" in self.terms:  # - Eq. (3.5)
             mean = self.vector_sum / (FIXED_POINT * max(1, len(self.history)))  # (D,), or 0 for an empty X
-            scores["embedding"] = (_unit(self.embedder(texts)) * mean).sum(1)
+            vectors = _unit(self.embedder(texts))  # (B, D)
+            self.scored = dict(zip(texts, vectors))
+            scores["embedding"] = (vectors * mean).sum(1)
         scores["reward"] = -sum(scores[term] for term in self.terms) / len(self.terms)  # R_div
         return scores
 
@@ -293,4 +297,8 @@ class Diversity:
         """Unit vectors in fixed point, (D,) int64 each; what is not finite is 0, or it would stay in the sum."""
         if "embedding" not in self.terms or not len(texts):
             return []
-        return list(np.rint(np.nan_to_num(_unit(self.embedder(texts))) * FIXED_POINT).astype(np.int64))
+        if set(texts) <= self.scored.keys():
+            vectors = np.stack([self.scored[text] for text in texts])
+        else:
+            vectors = _unit(self.embedder(texts))
+        return list(np.rint(np.nan_to_num(vectors) * FIXED_POINT).astype(np.int64))

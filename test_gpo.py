@@ -1222,6 +1222,12 @@ def test_a_sentence_transformers_folder_is_pooled_as_it_says_or_refused(pooling,
     assert np.allclose(vector, (pooled / pooled.norm()).numpy(), atol=1e-5)
 
 
+def test_the_bits_of_an_embedding_do_not_depend_on_the_other_texts(encoder):
+    texts = [" ".join(WORDS[i % 25:][:1 + i % 9]) for i in range(90)]  # up to ten of one length, of several lengths
+    embedder = load_embedder(encoder)
+    assert np.array_equal(embedder(texts), np.concatenate([embedder([text]) for text in texts]))
+
+
 def test_an_encoder_reads_a_written_control_token_as_letters(encoder):
     written, letters = load_embedder(encoder)(["a <eos> b", "a < e o s > b"])
     assert np.array_equal(written, letters)
@@ -1278,6 +1284,22 @@ def test_adding_to_a_window_takes_the_time_of_the_batch():
         return calls.total()
 
     assert calls_of_an_add(1000) < 1.2 * calls_of_an_add(50)
+
+
+def test_attacks_that_are_scored_and_then_added_are_embedded_once():
+    embedded = []
+
+    def embedder(texts):
+        embedded.extend(texts)
+        return word_embedder(texts)
+
+    once = Diversity(embedder=embedder)
+    apart = Diversity(embedder=word_embedder)
+    once.score(NEW)
+    once.add(NEW[1:3])  # as `novel_prompts` does
+    apart.add(NEW[1:3])
+    assert embedded == NEW
+    assert same_scores(once, apart, HISTORY)
 
 
 def test_an_embedding_that_is_not_finite_does_not_stay_in_the_history():
