@@ -45,7 +45,7 @@ import threading
 import time
 import types
 import unicodedata
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 
 import torch.distributed as dist
@@ -1740,7 +1740,8 @@ def judge_rows(kind):
 def test_supervised_training_takes_any_number_of_steps(steps):
     assert math.isfinite(sft(tiny_policy(), [("a b", "x")], SFTSettings(steps, 2, 1e-3, 0)))
     tokenizer = tiny_tokenizer()
-    judge = reward.train_judge(tiny_classifier(tokenizer), tokenizer, [("a", "b", 1.0), ("c", "d", 0.0)], steps, 2)
+    samples = [("a", "b", 1.0), ("c", "d", 0.0)]
+    judge = reward.train_judge(tiny_classifier(tokenizer), tokenizer, samples, reward.JudgeTraining(steps, 2))
     assert np.isfinite(call_judge(judge, ["a"], ["b"])).all()
 
 
@@ -1769,6 +1770,54 @@ def test_the_command_trains_a_judge_and_prints_what_it_does_on_held_out_prompts(
     counts = [int(line.split("|")[2]) for line in printed.splitlines() if line.startswith("| 0.")]
     assert sum(counts) == len(held_out) and "expected calibration error" in printed
     assert AutoTokenizer.from_pretrained(tmp_path / "judge").model_max_length == 60
+
+
+def test_a_judge_whose_training_was_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch, capsys):
+    encoder_folder(tmp_path / "base", tiny_tokenizer())
+    append_lines(tmp_path / "data.jsonl", judge_rows("labels"))
+    monkeypatch.setattr(reward, "SAVE_SECONDS", 0)
+    score = reward.judge_score
+
+    def train(name, stop_after=math.inf, learning_rate=0.01):
+        calls = itertools.count()
+
+        def score_of_a_step(*args):
+            if next(calls) == stop_after:
+                raise KeyboardInterrupt
+            return score(*args)
+
+        monkeypatch.setattr(reward, "judge_score", score_of_a_step)
+        files = [str(tmp_path / "data.jsonl"), "--model", str(tmp_path / "base"), "--out", str(tmp_path / name)]
+        train_judge.main([*files, *f"--steps 8 --learning_rate {learning_rate} --max_length 60".split()])
+        return next(calls)
+
+    assert train("whole") == 8
+    with pytest.raises(SystemExit) as stopped:
+        train("stopped", stop_after=5)
+    assert stopped.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as refused:
+        train("stopped", learning_rate=0.02)
+    assert refused.value.code == 2 and "of another learning_rate" in capsys.readouterr().err
+    assert train("stopped") == 8 - 5
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "stopped").iterdir()) and "training.pt" not in names
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "stopped")]
+    assert weights[0] == weights[1]
+
+
+def test_batches_by_length_take_every_sample_as_often_and_pad_less():
+    rng = np.random.default_rng(0)
+    samples = [("p" * int(rng.integers(1, 50)), "r" * int(rng.integers(1, 200)), 1.0) for _ in range(300)]
+    settings = reward.JudgeTraining(steps=70, batch_size=8)  # two groups of 32 steps, and one of 6
+    mixed = reward.judge_batches(samples, settings)
+    sorted_ = reward.judge_batches(samples, replace(settings, by_length=True))
+    assert mixed.shape == sorted_.shape == (70, 8)
+    assert Counter(mixed.ravel()) == Counter(sorted_.ravel())
+    lengths = np.array([len(prompt + response) for prompt, response, _ in samples])
+    padding = [(lengths[batches].max(1, keepdims=True) - lengths[batches]).sum() for batches in (mixed, sorted_)]
+    assert padding[1] < padding[0] / 3
+    longest = lengths[sorted_].max(1)
+    assert abs(np.corrcoef(longest[:32], np.arange(32))[0, 1]) < 0.5  # in no order
 
 
 def decoder_classifier(folder, tokenizer, **settings):
