@@ -3041,6 +3041,14 @@ def test_what_a_terminal_cannot_show_is_escaped(monkeypatch):
     assert process.returncode == 0 and r"mean \xb1 standard error" in printed, error
 
 
+@pytest.mark.parametrize("program", ["train.py", "eval.py"])
+def test_help_comes_before_the_imports_that_take_seconds(program):
+    with interpreter("-X", "importtime", program, "--help") as process:
+        printed, imported = process.communicate()
+    assert process.returncode == 0 and f"python {program}" in printed
+    assert "numpy" not in imported and "torch" not in imported and "transformers" not in imported
+
+
 # --- models of the user's own ----------------------------------------------------------------------------------------
 MODELS = ("--attacker attacker --defender defender --judge judge --held_out_judge rule --embedder embedder "
           "--prompts prompts.txt --sft_data pairs.jsonl --benign_prompts benign.txt").split()
@@ -4043,11 +4051,12 @@ def test_every_number_of_the_walkthrough_is_what_its_snippet_prints():
 
 # --- the code as a text to read --------------------------------------------------------------------------------------
 CORE = {"kernel", "model", "diversity", "reward", "toy", "gpo"}
-HARNESS = {f"harness.{name}" for name in ("data", "config", "parallel", "world", "report", "run")}
+HARNESS = {f"harness.{name}" for name in ("options", "data", "config", "parallel", "world", "report", "run")}
 MAY_IMPORT = {
     "kernel": set(), "toy": set(), "model": {"kernel"}, "diversity": {"model"}, "reward": {"model"},
     "gpo": {"kernel", "model", "reward"}, "harness.data": CORE, "harness.report": {"harness.data"},
-    "harness.parallel": CORE | {"harness.data"}, "harness.config": CORE | {"harness.data", "harness.parallel"},
+    "harness.parallel": CORE | {"harness.data"}, "harness.options": set(),
+    "harness.config": CORE | {"harness.data", "harness.options", "harness.parallel"},
     "harness.world": CORE | {"harness.config", "harness.data", "harness.parallel"},
     "harness.run": CORE | HARNESS - {"harness.run"}, "train": CORE | HARNESS, "eval": CORE | HARNESS}
 
