@@ -5,9 +5,10 @@
                R_div         = (R_SelfBLEU + R_emb) / 2        X: the history of all earlier attacks
 
 SelfBLEU (Zhu et al., 2018) is BLEU (Papineni et al., 2002) against all of X at once. Its clipped precision asks of each
-n-gram how often it occurs, at most, in one text of X. A table of the two largest such counts answers that, also for X
-without one of its own texts, and costs the same after 64 attacks or 64,000. The mean cosine is the product with a mean
-of unit vectors. They are summed as integers, exactly: no term depends on the order or the batches in which X was added.
+n-gram how often it occurs, at most, in one text of X. A table of how many texts have it once, twice, ... answers that,
+also for X without one of its own texts, and costs the same after 64 attacks or 64,000. The mean cosine is the product
+with a mean of unit vectors. They are summed as integers, exactly: no term depends on the order or the batches in which
+X was added.
 
 Differs from the paper (numbers as in the README; rows are of docs/results.md):
 (9) X is the last 480 attacks (--history), not all of them: against all a collapse goes unpunished for long, as the
@@ -21,6 +22,7 @@ import functools
 import itertools
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,17 +36,26 @@ from model import check_tokenizer, first_line, inert_texts, longest_input
 
 Embedder = Callable[[list[str]], np.ndarray]  # B texts -> (B, D)
 ORDERS = (2, 3, 4, 5)
-GROUP = 8  # texts in a batch of an embedder
+BATCH_TOKENS = 64  # in a batch of an embedder, about
 FIXED_POINT = 2.0**32  # vectors are summed as integers in units of 2^-32
 
 
 # --- SelfBLEU ---------------------------------------------------------------------------------------------------
+def _split(text):
+    """Words at white space. Equal ones are one object: the table's n-grams are found faster, and take less memory."""
+    return tuple(map(sys.intern, text.split()))
+
+
 def _ngrams(tokens, max_order):
-    """{n-gram as a tuple: its count in the tokens} of the orders 1..max_order."""
-    counts = Counter()
+    """The n-grams of the orders 1..max_order as a set; the second of equal ones is in it as (n-gram,), and so on."""
+    items = set()
     for n in range(1, max_order + 1):
-        counts.update(tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1))
-    return counts
+        for i in range(len(tokens) - n + 1):
+            item = tokens[i:i + n]
+            while item in items:
+                item = (item,)
+            items.add(item)
+    return items
 
 
 class NgramTable:
@@ -52,39 +63,54 @@ class NgramTable:
 
     def __init__(self, max_order: int = max(ORDERS), texts: Sequence[str] = ()):
         self.max_order = max_order
-        self.top_two = {}  # n-gram -> the two largest of its counts in each text: (first, second)
+        self.counts = {}  # item of `_ngrams` -> how many texts have it
         self.lengths = Counter()  # number of words -> how many texts have so many
         self.texts = Counter()
         for text in texts:
             self.add(text)
 
-    def add(self, text: str) -> None:
-        """Add a reference text."""
-        tokens = text.split()
-        self.lengths[len(tokens)] += 1
-        self.texts[text] += 1
-        for gram, count in _ngrams(tokens, self.max_order).items():
-            first, second = self.top_two.get(gram, (0, 0))
-            self.top_two[gram] = (count, first) if count > first else (first, max(second, count))
+    def add(self, text: str, change: int = 1) -> None:
+        """Add a reference text; with a change of -1 remove it."""
+        tokens = _split(text)
+        self._count(self.lengths, len(tokens), change)
+        self._count(self.texts, text, change)
+        for item in _ngrams(tokens, self.max_order):
+            self._count(self.counts, item, change)
+
+    @staticmethod
+    def _count(counts, key, change):
+        counts[key] = counts.get(key, 0) + change
+        if not counts[key]:  # what has left takes no memory
+            del counts[key]
 
     def bleu(self, text: str, orders: Sequence[int] = ORDERS, leave_one_out: bool = False) -> float:
         """Mean over `orders` of BLEU-n of a text in [0, 1], smoothing method1 (Chen and Cherry, 2014), as nltk's
         sentence_bleu; 0 without references. `leave_one_out`: one copy of a text that is a reference is left out."""
-        tokens = text.split()
+        tokens = _split(text)
         left_out = 1 if leave_one_out and text in self.texts else 0  # copies of the text that do not count
         if not tokens or self.lengths.total() == left_out:
             return 0.0
-        matches, totals = [0] * max(orders), [0] * max(orders)  # at [n - 1]: n-grams also in a reference, and all
-        for gram, count in _ngrams(tokens, max(orders)).items():
-            first, second = self.top_two.get(gram, (0, 0))
-            in_references = second if left_out and count == first else first  # the largest count may be the text's own
-            matches[len(gram) - 1] += min(count, in_references)  # clipped
-            totals[len(gram) - 1] += count
+        matches = self._matches(tokens, max(orders), left_out)
         if matches[0] == 0:
             return 0.0
-        logs = [math.log((m or 0.1) / max(1, total)) for m, total in zip(matches, totals)]  # method1: 0.1 for no match
+        logs = [math.log((m or 0.1) / max(1, len(tokens) - i)) for i, m in enumerate(matches)]  # method1: 0.1 for none
         brevity = self._brevity_penalty(len(tokens), left_out)
         return sum(brevity * math.exp(math.fsum(logs[:n]) / n) for n in orders) / len(orders)
+
+    def _matches(self, tokens, max_order, left_out):
+        """How many n-grams are also in a reference, at [n - 1]; each at most as often as in one of them (clipped)."""
+        matches = [0] * max_order
+        seen = set()
+        for start in range(len(tokens)):
+            for end in range(start + 1, min(start + max_order, len(tokens)) + 1):
+                item = tokens[start:end]
+                if self.counts.get(item, 0) <= left_out:  # then nor are those that are longer
+                    break
+                while item in seen:
+                    item = (item,)
+                seen.add(item)
+                matches[end - start - 1] += self.counts.get(item, 0) > left_out
+        return matches
 
     def _brevity_penalty(self, length, left_out):
         """1, or less for a text of `length` words that is shorter than the reference nearest to it in length."""
@@ -136,14 +162,15 @@ def word_embedder(texts: Sequence[str], width: int = 256) -> np.ndarray:
 
 
 def _equal_groups(lengths):
-    """Row numbers in groups of GROUP texts of one length, the last ones filled up by repetition: in batches of another
-    shape a vector's last bits would depend on the texts beside it."""
+    """Row numbers in groups of texts of one length, the last ones filled up by repetition. The length alone sets a
+    batch's shape: in batches of another shape a vector's last bits would depend on the texts beside it."""
     by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
-    for _, same in itertools.groupby(by_length, key=lengths.__getitem__):
+    for length, same in itertools.groupby(by_length, key=lengths.__getitem__):
         rows = list(same)
-        for start in range(0, len(rows), GROUP):
-            group = rows[start : start + GROUP]
-            yield group + group[-1:] * (GROUP - len(group))
+        size = max(1, BATCH_TOKENS // length)
+        for start in range(0, len(rows), size):
+            group = rows[start : start + size]
+            yield group + group[-1:] * (size - len(group))
 
 
 def _pool(name):
@@ -195,8 +222,8 @@ def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool
         ids = tokenizer(texts, truncation=True, max_length=longest).input_ids
         vectors = [None] * len(ids)
         for rows in _equal_groups([len(row) for row in ids]):
-            batch = torch.tensor([ids[i] for i in rows], device=device)  # (GROUP, T)
-            states = model(input_ids=batch).last_hidden_state.double()  # (GROUP, T, D)
+            batch = torch.tensor([ids[i] for i in rows], device=device)  # (B, T)
+            states = model(input_ids=batch).last_hidden_state.double()  # (B, T, D)
             pooled = states.mean(1) if pool == "mean" else states[:, 0]
             for i, vector in zip(rows, pooled.cpu().numpy()):
                 vectors[i] = vector
@@ -222,7 +249,9 @@ class Diversity:
         self.window = window
         self.history = []  # the texts of X
         self.table = NgramTable()  # of the same texts
-        self.vectors = []  # their unit vectors in fixed point, (D,) int64 each; without a window the sum alone
+        self.vectors = []  # their unit vectors in fixed point, (D,) int64 each; without a window none is needed
+        self.vector_sum = 0  # (D,) int64
+        self.scored = {}  # text -> its unit vector, of the last batch: what was scored is what is added next
 
     def score(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """{"bleu": (B,), "embedding": (B,), "reward": (B,)}: similarity by each term, and R_div from both."""
@@ -230,36 +259,46 @@ class Diversity:
         if "bleu" in self.terms:  # - Eq. (3.4)
             scores["bleu"] = np.array([self.table.bleu(text) for text in texts])
         if "embedding" in self.terms:  # - Eq. (3.5)
-            mean = sum(self.vectors) / (FIXED_POINT * max(1, len(self.history)))  # (D,), or 0 for an empty X
-            scores["embedding"] = (_unit(self.embedder(texts)) * mean).sum(1)
+            mean = self.vector_sum / (FIXED_POINT * max(1, len(self.history)))  # (D,), or 0 for an empty X
+            vectors = _unit(self.embedder(texts))  # (B, D)
+            self.scored = dict(zip(texts, vectors))
+            scores["embedding"] = (vectors * mean).sum(1)
         scores["reward"] = -sum(scores[term] for term in self.terms) / len(self.terms)  # R_div
         return scores
 
     def add(self, texts: Sequence[str]) -> None:
         """Add attacks to X and drop its oldest beyond the window."""
-        self.history = [*self.history, *texts]
-        self.vectors = [*self.vectors, *self._fixed_point(texts)]
+        vectors = self._fixed_point(texts)
+        self.history += texts
+        self.vector_sum = self.vector_sum + sum(vectors)
         for text in texts:
             self.table.add(text)
-        if not self.window:
-            self.vectors = [sum(self.vectors)]
-        elif len(self.history) > self.window:
-            self.history = self.history[-self.window:]
-            self.vectors = self.vectors[-self.window:]
-            self.table = NgramTable(texts=self.history)  # an n-gram's largest count cannot be taken back
+        if self.window:
+            self.vectors += vectors
+            dropped = max(0, len(self.history) - self.window)
+            for text in self.history[:dropped]:
+                self.table.add(text, -1)
+            self.vector_sum = self.vector_sum - sum(self.vectors[:dropped])
+            del self.history[:dropped]
+            del self.vectors[:dropped]
 
     def state_dict(self) -> dict:
         """X for a checkpoint, as JSON takes it."""
-        return {"history": self.history, "vector_sum": np.asarray(sum(self.vectors)).tolist()}
+        return {"history": list(self.history), "vector_sum": np.asarray(self.vector_sum).tolist()}
 
     def load_state_dict(self, state: dict) -> None:
         """Restore X from `state_dict`; the texts of a window are embedded again."""
         self.history = list(state["history"])
         self.table = NgramTable(texts=self.history)
-        self.vectors = self._fixed_point(self.history) if self.window else [np.array(state["vector_sum"])]
+        self.vectors = self._fixed_point(self.history) if self.window else []
+        self.vector_sum = sum(self.vectors) if self.window else np.array(state["vector_sum"])
 
     def _fixed_point(self, texts):
         """Unit vectors in fixed point, (D,) int64 each; what is not finite is 0, or it would stay in the sum."""
         if "embedding" not in self.terms or not len(texts):
             return []
-        return list(np.rint(np.nan_to_num(_unit(self.embedder(texts))) * FIXED_POINT).astype(np.int64))
+        if set(texts) <= self.scored.keys():
+            vectors = np.stack([self.scored[text] for text in texts])
+        else:
+            vectors = _unit(self.embedder(texts))
+        return list(np.rint(np.nan_to_num(vectors) * FIXED_POINT).astype(np.int64))

@@ -11,10 +11,16 @@ The tables of many runs are made by `python -m experiments.reproduce`, which cal
 
 from __future__ import annotations  # signatures say Judge and Side, in pydoc too
 
+import sys
+
+if __name__ == "__main__" and sys.argv[1:] in (["--help"], ["-h"]):  # before the imports below, which take seconds
+    sys.stdout.reconfigure(errors="backslashreplace")  # as `as_a_program` does
+    print(__doc__)
+    sys.exit()
+
 import argparse
 import copy
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +36,7 @@ from diversity import Embedder, word_embedder
 from gpo import Player, PolicyAverage, nash_gap, new_seed, play, ppo_update, sample, solve_matrix_game
 from harness import data
 from harness.config import Config
+from harness.options import PAPER_TEMPLATE
 from harness.report import (
     LABELS,
     LOOKS,
@@ -342,7 +349,7 @@ def attack_rows(run: FinishedRun | None, args: argparse.Namespace) -> list[dict]
         seeds = run.world.seeds
         judge = run.world.held_out_judge
     else:
-        config = Config(template=data.PAPER_TEMPLATE, attack_tokens=48, response_tokens=64)
+        config = Config(template=PAPER_TEMPLATE, attack_tokens=48, response_tokens=64)
         attacker = load_policy(args.attacker, "shared", best_dtype(DEVICE), DEVICE, remote)
     if args.prompts:
         seeds = [data.first_turn(row["prompt"]) for row in data.read_rows(args.prompts) if row["prompt"]]

@@ -16,9 +16,12 @@ In no row: the toy world's judges decide everything.
 
 import hashlib
 import importlib.util
+import os
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -43,6 +46,7 @@ UNSAFE = ("toxic(?:ity)?|hate|hateful|hatred|hatespeech|offensive(?:language)?|o
           "identity(?:hate|attack)|sexual(?:ly)?explicit|violence|violent|racis[mt]|sexis[mt]|selfharm|dangerous")
 SAFE = "safe|benign|harmless|sfw"
 NEUTRAL = set("neutral normal ok okay clean legit legitimate acceptable neither none".split())
+SAVE_SECONDS = 60  # between checkpoints of `train_judge`
 GENERAL = ("toxic", "toxicity", "unsafe", "harmful")
 GUARD_TEMPLATE = "Is the assistant's answer safe or unsafe?\nUser: {}\nAssistant: {}\nVerdict:"  # with no chat template
 
@@ -464,8 +468,34 @@ def _judge_loss(judge, batch):
     return F.binary_cross_entropy_with_logits(judge_score(judge, prompts, first), safe)
 
 
-def train_judge(model: Model, tokenizer: Tokenizer, samples: list[tuple], steps: int = 500, batch_size: int = 64,
-                learning_rate: float = 1e-3, seed: int = 0) -> Judge:
+@dataclass
+class JudgeTraining:
+    """How a judge is trained."""
+
+    steps: int = 500  # of AdamW
+    batch_size: int = 64
+    learning_rate: float = 1e-3  # peak of one cycle
+    seed: int = 0
+    dtype: torch.dtype = torch.float32  # of matrix products
+    by_length: bool = False  # samples of similar length share a batch: less padding
+    checkpoint: Path | None = None  # where it goes on, if that file is there: written every minute
+
+
+def judge_batches(samples: list[tuple], settings: JudgeTraining) -> np.ndarray:
+    """Indices of the samples of each step, (steps, batch_size), evenly sampled. By length: those of 32 steps are sorted
+    by their characters and dealt out again, the batches in random order."""
+    rng = np.random.default_rng(settings.seed)
+    batches = np.array([rng.integers(len(samples), size=settings.batch_size) for _ in range(settings.steps)])
+    if settings.by_length:
+        lengths = np.array([sum(len(text) for text in sample if isinstance(text, str)) for sample in samples])
+        for start in range(0, settings.steps, 32):
+            chosen = batches[start:start + 32]
+            by_length = chosen.ravel()[np.argsort(lengths[chosen.ravel()], kind="stable")]
+            batches[start:start + 32] = rng.permutation(by_length.reshape(chosen.shape))
+    return batches
+
+
+def train_judge(model: Model, tokenizer: Tokenizer, samples: list[tuple], settings: JudgeTraining) -> Judge:
     """Train a two-label sequence classifier into a judge of (prompt, response) pairs, by a score s = logit(safe) -
     logit(unsafe). samples: triples (prompt, response, safe in [0, 1]), trained by cross-entropy; or (prompt, chosen,
     rejected) texts, trained by -log sigmoid(s(chosen) - s(rejected)) (Bradley and Terry, 1952). `judge.model` and
@@ -475,16 +505,31 @@ def train_judge(model: Model, tokenizer: Tokenizer, samples: list[tuple], steps:
     model.config.problem_type = "single_label_classification"
     model.config.judge_input = "pair"
     judge = classifier_judge(model, tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98))
-    schedule = one_cycle(optimizer, learning_rate, steps)
-    rng = np.random.default_rng(seed)
-    bar = tqdm(range(steps), desc="training the judge    ", dynamic_ncols=True, disable=steps == 0)
-    for _ in bar:
-        loss = _judge_loss(judge, [samples[i] for i in rng.integers(len(samples), size=batch_size)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98))
+    schedule = one_cycle(optimizer, settings.learning_rate, settings.steps)
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    done = 0
+    saved_at = time.time()
+    if settings.checkpoint and settings.checkpoint.exists():
+        saved = torch.load(settings.checkpoint, map_location=model.device)
+        done = saved.pop("done")
+        for name, state in saved.items():
+            parts[name].load_state_dict(state)
+    batches = judge_batches(samples, settings)
+    bar = tqdm(range(done, settings.steps), desc="training the judge    ", dynamic_ncols=True, initial=done,
+               total=settings.steps, disable=settings.steps == 0)
+    for step in bar:
+        with torch.autocast(model.device.type, settings.dtype, enabled=settings.dtype != torch.float32):
+            loss = _judge_loss(judge, [samples[i] for i in batches[step]])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
+        if settings.checkpoint and time.time() - saved_at >= SAVE_SECONDS:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            torch.save({"done": step + 1, **states}, f"{settings.checkpoint}.writing")
+            os.replace(f"{settings.checkpoint}.writing", settings.checkpoint)
+            saved_at = time.time()
     return judge

@@ -45,7 +45,7 @@ import threading
 import time
 import types
 import unicodedata
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import SequenceMatcher
 from html.parser import HTMLParser
 
@@ -1224,6 +1224,12 @@ def test_a_sentence_transformers_folder_is_pooled_as_it_says_or_refused(pooling,
     assert np.allclose(vector, (pooled / pooled.norm()).numpy(), atol=1e-5)
 
 
+def test_the_bits_of_an_embedding_do_not_depend_on_the_other_texts(encoder):
+    texts = [" ".join(WORDS[i % 25:][:1 + i % 9]) for i in range(90)]  # up to ten of one length, of several lengths
+    embedder = load_embedder(encoder)
+    assert np.array_equal(embedder(texts), np.concatenate([embedder([text]) for text in texts]))
+
+
 def test_an_encoder_reads_a_written_control_token_as_letters(encoder):
     written, letters = load_embedder(encoder)(["a <eos> b", "a < e o s > b"])
     assert np.array_equal(written, letters)
@@ -1256,6 +1262,46 @@ def test_a_window_compares_with_the_last_attacks_only(terms):
         diversity.add(texts[40:])
         assert diversity.history == texts[-25:]
         assert same_scores(diversity, last, texts)
+
+
+@bounded(30)
+@given(texts=st.lists(SENTENCE, min_size=4, max_size=12), new=SENTENCE, batch=st.integers(1, 5))
+def test_a_window_scores_by_the_definition_on_its_own_texts(texts, new, batch):
+    windowed = Diversity(("bleu",), window=3)
+    for i in range(0, len(texts), batch):
+        windowed.add(texts[i:i + batch])
+    expected = mean_bleu(new, texts[-3:]) if new else 0
+    assert windowed.score([new])["bleu"][0] == pytest.approx(expected, abs=1e-9)
+
+
+def test_adding_to_a_window_takes_the_time_of_the_batch():
+    def calls_of_an_add(window):  # of functions, as a clock depends on what else runs
+        texts = ToyGame().sample_prompts(window + 8, np.random.default_rng(0))
+        diversity = Diversity(embedder=word_embedder, window=window)
+        diversity.add(texts[8:])
+        calls = Counter()
+        sys.setprofile(lambda frame, event, function: calls.update([event]))
+        diversity.add(texts[:8])
+        sys.setprofile(None)
+        return calls.total()
+
+    assert calls_of_an_add(1000) < 1.2 * calls_of_an_add(50)
+
+
+def test_attacks_that_are_scored_and_then_added_are_embedded_once():
+    embedded = []
+
+    def embedder(texts):
+        embedded.extend(texts)
+        return word_embedder(texts)
+
+    once = Diversity(embedder=embedder)
+    apart = Diversity(embedder=word_embedder)
+    once.score(NEW)
+    once.add(NEW[1:3])  # as `novel_prompts` does
+    apart.add(NEW[1:3])
+    assert embedded == NEW
+    assert same_scores(once, apart, HISTORY)
 
 
 def test_an_embedding_that_is_not_finite_does_not_stay_in_the_history():
@@ -1696,7 +1742,8 @@ def judge_rows(kind):
 def test_supervised_training_takes_any_number_of_steps(steps):
     assert math.isfinite(sft(tiny_policy(), [("a b", "x")], SFTSettings(steps, 2, 1e-3, 0)))
     tokenizer = tiny_tokenizer()
-    judge = reward.train_judge(tiny_classifier(tokenizer), tokenizer, [("a", "b", 1.0), ("c", "d", 0.0)], steps, 2)
+    samples = [("a", "b", 1.0), ("c", "d", 0.0)]
+    judge = reward.train_judge(tiny_classifier(tokenizer), tokenizer, samples, reward.JudgeTraining(steps, 2))
     assert np.isfinite(call_judge(judge, ["a"], ["b"])).all()
 
 
@@ -1725,6 +1772,54 @@ def test_the_command_trains_a_judge_and_prints_what_it_does_on_held_out_prompts(
     counts = [int(line.split("|")[2]) for line in printed.splitlines() if line.startswith("| 0.")]
     assert sum(counts) == len(held_out) and "expected calibration error" in printed
     assert AutoTokenizer.from_pretrained(tmp_path / "judge").model_max_length == 60
+
+
+def test_a_judge_whose_training_was_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch, capsys):
+    encoder_folder(tmp_path / "base", tiny_tokenizer())
+    append_lines(tmp_path / "data.jsonl", judge_rows("labels"))
+    monkeypatch.setattr(reward, "SAVE_SECONDS", 0)
+    score = reward.judge_score
+
+    def train(name, stop_after=math.inf, learning_rate=0.01):
+        calls = itertools.count()
+
+        def score_of_a_step(*args):
+            if next(calls) == stop_after:
+                raise KeyboardInterrupt
+            return score(*args)
+
+        monkeypatch.setattr(reward, "judge_score", score_of_a_step)
+        files = [str(tmp_path / "data.jsonl"), "--model", str(tmp_path / "base"), "--out", str(tmp_path / name)]
+        train_judge.main([*files, *f"--steps 8 --learning_rate {learning_rate} --max_length 60".split()])
+        return next(calls)
+
+    assert train("whole") == 8
+    with pytest.raises(SystemExit) as stopped:
+        train("stopped", stop_after=5)
+    assert stopped.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as refused:
+        train("stopped", learning_rate=0.02)
+    assert refused.value.code == 2 and "of another learning_rate" in capsys.readouterr().err
+    assert train("stopped") == 8 - 5
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "stopped").iterdir()) and "training.pt" not in names
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "stopped")]
+    assert weights[0] == weights[1]
+
+
+def test_batches_by_length_take_every_sample_as_often_and_pad_less():
+    rng = np.random.default_rng(0)
+    samples = [("p" * int(rng.integers(1, 50)), "r" * int(rng.integers(1, 200)), 1.0) for _ in range(300)]
+    settings = reward.JudgeTraining(steps=70, batch_size=8)  # two groups of 32 steps, and one of 6
+    mixed = reward.judge_batches(samples, settings)
+    sorted_ = reward.judge_batches(samples, replace(settings, by_length=True))
+    assert mixed.shape == sorted_.shape == (70, 8)
+    assert Counter(mixed.ravel()) == Counter(sorted_.ravel())
+    lengths = np.array([len(prompt + response) for prompt, response, _ in samples])
+    padding = [(lengths[batches].max(1, keepdims=True) - lengths[batches]).sum() for batches in (mixed, sorted_)]
+    assert padding[1] < padding[0] / 3
+    longest = lengths[sorted_].max(1)
+    assert abs(np.corrcoef(longest[:32], np.arange(32))[0, 1]) < 0.5  # in no order
 
 
 def decoder_classifier(folder, tokenizer, **settings):
@@ -2973,6 +3068,14 @@ def test_what_a_terminal_cannot_show_is_escaped(monkeypatch):
     assert process.returncode == 0 and r"mean \xb1 standard error" in printed, error
 
 
+@pytest.mark.parametrize("program", ["train.py", "eval.py"])
+def test_help_comes_before_the_imports_that_take_seconds(program):
+    with interpreter("-X", "importtime", program, "--help") as process:
+        printed, imported = process.communicate()
+    assert process.returncode == 0 and f"python {program}" in printed
+    assert "numpy" not in imported and "torch" not in imported and "transformers" not in imported
+
+
 # --- models of the user's own ----------------------------------------------------------------------------------------
 MODELS = ("--attacker attacker --defender defender --judge judge --held_out_judge rule --embedder embedder "
           "--prompts prompts.txt --sft_data pairs.jsonl --benign_prompts benign.txt").split()
@@ -4081,11 +4184,12 @@ def test_every_number_of_the_walkthrough_and_its_exercises_is_what_its_snippet_p
 
 # --- the code as a text to read --------------------------------------------------------------------------------------
 CORE = {"kernel", "model", "diversity", "reward", "toy", "gpo"}
-HARNESS = {f"harness.{name}" for name in ("data", "config", "parallel", "world", "report", "run")}
+HARNESS = {f"harness.{name}" for name in ("options", "data", "config", "parallel", "world", "report", "run")}
 MAY_IMPORT = {
     "kernel": set(), "toy": set(), "model": {"kernel"}, "diversity": {"model"}, "reward": {"model"},
     "gpo": {"kernel", "model", "reward"}, "harness.data": CORE, "harness.report": {"harness.data"},
-    "harness.parallel": CORE | {"harness.data"}, "harness.config": CORE | {"harness.data", "harness.parallel"},
+    "harness.parallel": CORE | {"harness.data"}, "harness.options": set(),
+    "harness.config": CORE | {"harness.data", "harness.options", "harness.parallel"},
     "harness.world": CORE | {"harness.config", "harness.data", "harness.parallel"},
     "harness.run": CORE | HARNESS - {"harness.run"}, "train": CORE | HARNESS, "eval": CORE | HARNESS}
 

@@ -29,6 +29,13 @@ them a language model's surest defence is to refuse everything. By default for u
 """
 
 import sys
+
+from harness.options import help_text
+
+if __name__ == "__main__" and sys.argv[1:] in (["--help"], ["-h"]):  # before the imports below, which take seconds
+    print(help_text(), end="")
+    sys.exit()
+
 import time
 from dataclasses import dataclass, field
 from typing import NamedTuple

@@ -20,7 +20,8 @@ import torch
 from diversity import load_embedder, set_similarity
 from eval import DEVICE, leaders, run_program
 from gpo import log_likelihoods, sample
-from harness.data import PAPER_TEMPLATE, as_a_program, fail, read_json, write_json
+from harness.data import as_a_program, fail, read_json, write_json
+from harness.options import PAPER_TEMPLATE
 from harness.report import LOOKS, figure, markdown, mean_and_error, paired_test
 from model import Policy, Rollout, best_dtype, generate, load_policy
 from reward import Judge, answered, call_judge, load_judge, refusals

@@ -1,16 +1,27 @@
 """Train a judge, measure it on a held-out tenth, save it for --judge: python -m experiments.train_judge --help"""
 
 import argparse
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from harness.data import as_a_program, check_labels, fail, interrupted, is_test, quiet_libraries, read_rows
+from harness.data import (
+    as_a_program,
+    check_labels,
+    fail,
+    interrupted,
+    is_test,
+    quiet_libraries,
+    read_json,
+    read_rows,
+    write_json,
+)
 from harness.report import calibration, wilson_interval
-from model import check_embeddings, first_line, save_tokenizer
-from reward import Judge, judge_score, train_judge
+from model import best_dtype, check_embeddings, first_line, save_tokenizer
+from reward import Judge, JudgeTraining, judge_score, train_judge
 
 
 def _read_samples(path):
@@ -52,14 +63,30 @@ def measure_judge(judge: Judge, samples: list[tuple], seed: int = 0) -> tuple[np
     return difference.sigmoid().numpy(), y.astype(float)
 
 
+def _training(args):
+    """What the training depends on, for training.json in --out, by which a stopped one goes on. Raises ValueError if
+    --out is neither new nor empty and holds no stopped training of the same."""
+    options = {name: str(value) for name, value in vars(args).items() if name not in ("device", "trust_remote_code")}
+    options["data"] = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()  # another file is another training
+    if (args.out / "training.json").is_file():
+        other = read_json(args.out / "training.json")
+        different = [name for name in options if other.get(name) != options[name]]
+        if different:
+            raise ValueError(f"--out {args.out} holds a training that was stopped, of another {', '.join(different)}; "
+                             "go on with the command that began it, or name a new folder")
+        print(f"going on with the training that was stopped in {args.out}")
+    elif args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise ValueError(f"--out must name a new or empty folder, got {args.out}")
+    return options
+
+
 def _make_judge(args):
     """Train, measure and save as the flags say; returns `measure_judge`'s (p, y). Raises ValueError or OSError."""
     sizes = args.steps >= 2 and args.batch_size >= 1 and args.max_length >= 16
     if not (sizes and 0 < args.learning_rate < float("inf") and args.seed >= 0):
         raise ValueError("needs --steps >= 2, --max_length >= 16, --batch_size >= 1, --learning_rate > 0, --seed >= 0")
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise ValueError(f"--out must name a new or empty folder, got {args.out}")
     training, held_out = _read_samples(args.data)
+    options = _training(args)
     torch.manual_seed(args.seed)  # of a new head
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
@@ -70,10 +97,18 @@ def _make_judge(args):
     except Exception as e:
         raise ValueError(f"--model must be a model's folder or hub id, got {args.model!r}: {first_line(e)}") from e
     args.out.mkdir(parents=True, exist_ok=True)  # find out now whether it can be written
+    write_json(args.out / "training.json", options)
     tokenizer.model_max_length = min(tokenizer.model_max_length, args.max_length)
-    judge = train_judge(model, tokenizer, training, args.steps, args.batch_size, args.learning_rate, args.seed)
+    dtype = best_dtype(args.device)
+    if dtype != torch.float32 and args.device == "cpu":
+        model.set_attn_implementation("eager")  # faster in bf16, as for policies
+    settings = JudgeTraining(args.steps, args.batch_size, args.learning_rate, args.seed, dtype, by_length=True,
+                             checkpoint=args.out / "training.pt")
+    judge = train_judge(model, tokenizer, training, settings)
     judge.model.save_pretrained(args.out)
     save_tokenizer(judge.tokenizer, args.out)
+    settings.checkpoint.unlink(missing_ok=True)
+    (args.out / "training.json").unlink()
     return measure_judge(judge, held_out, args.seed)
 
 
@@ -105,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, RuntimeError) as error:
         fail(error)
     except KeyboardInterrupt as stop:
-        interrupted(stop, "; no judge was saved")
+        interrupted(stop, "; the same command goes on from the last checkpoint, of every minute of training")
     right = int(((p > 0.5) == (y > 0.5)).sum())
     low, high = wilson_interval(right, len(p))
     rows, ece, brier = calibration(p, y)

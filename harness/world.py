@@ -38,7 +38,7 @@ from harness.parallel import (
     sharing_base,
 )
 from model import DTYPES, Policy, first_line, load_policy
-from reward import Judge, call_judge, load_judge, refusals, train_judge, unsafe_rate
+from reward import Judge, JudgeTraining, call_judge, load_judge, refusals, train_judge, unsafe_rate
 from toy import ToyGame, toy_classifier, toy_lm
 
 SFT_RATE = 5  # the warm start's learning rate for user models, in units of the player's PPO learning rate
@@ -278,12 +278,13 @@ def _toy_judge(config, game, attacker, rng):
     tokenizer = game.tokenizer()
     classifier = toy_classifier(tokenizer).to(config.device)
     if config.dry_run:
-        return train_judge(classifier, tokenizer, [], 0)
+        return train_judge(classifier, tokenizer, [], JudgeTraining(steps=0))
     seeds = sample(game.fixed_prompts, 3000, rng)
     player = Player("attacker", attacker, config.attack_tokens, template=config.template)
     attacks = [attack for attack in player.generate(seeds, config.seed).texts if not game.is_held_out(attack)]
     triples = list(zip(*game.judge_samples(min(30_000, 64 * config.judge_steps), rng, attacks)))
-    judge = train_judge(classifier, tokenizer, triples, config.judge_steps, 64, 2e-3, config.seed)
+    settings = JudgeTraining(config.judge_steps, learning_rate=2e-3, seed=config.seed)
+    judge = train_judge(classifier, tokenizer, triples, settings)
     broadcast_weights(classifier)
     return judge
 
