@@ -13,9 +13,9 @@ X was added.
 Differs from the paper (numbers as in the README; rows are of docs/results.md):
 (9) X is the last 480 attacks (--history), not all of them: against all a collapse goes unpunished for long, as the
 variety of early attacks keeps the mean low: row *all earlier attacks, not the last 480*.
-(10) The mean of the cosines, as in the authors' code, for the paper's sum, which grows with X. It changes the scale
-alone: rows *k = 1*, *k = 5*, *k = 10*. Eq. (3.4) is against all of X at once, as SelfBLEU is defined; the authors'
-code averages over single texts of X, at a cost that grows.
+(10) The mean of the cosines, as in the authors' code, in place of the paper's sum, which grows with X. It changes the
+scale alone: rows *k = 1*, *k = 5*, *k = 10*. Eq. (3.4) is against all of X at once, as SelfBLEU is defined; the
+authors' code averages over single texts of X, at a cost that grows.
 """
 
 import functools

@@ -9,9 +9,9 @@ called through `call_judge`, which validates its output. `load_judge` loads a ju
 Differs from the paper (numbers as in the README; rows are of docs/results.md):
 (15) The judge of evaluation is another than the judge of training: a player can learn to exploit the one it sees.
 Both are in Table 1, column *training judge* beside that of the held-out judge.
-(16) A judge returns None where it cannot decide (NaN is an error). Such an exchange keeps its row, is in no update and
-in no rate, and is never the majority (`decided`); the authors' code drops it, which moves later rewards to other rows.
-In no row: the toy world's judges decide everything.
+(16) A judge returns None where it cannot decide (NaN is an error). Such an exchange keeps its row, and is in no update
+and in no rate; the authors' code drops it, which moves later rewards to other rows. Where most of a batch is undecided
+the run ends (`decided`). In no row: the toy world's judges decide everything.
 """
 
 import hashlib

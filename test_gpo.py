@@ -3270,6 +3270,7 @@ def test_a_dry_run_prints_what_the_models_read_and_writes_nothing(user_models, c
     first = {line.removesuffix(" reads"): lines[i + 1] for i, line in enumerate(lines) if line.endswith(" reads")}
     assert first["the defender"].split() == "9 tokens <eos> c an <unk> i ? <unk>".split()  # two spaces are tokens too
     assert first["the judge"].startswith("    1 tokens") and first["the held-out judge"] == "'how are you?', 'fine'"
+    assert lines[lines.index("'how are you?', 'fine'") + 1] == "       P(safe) 0.000"  # by rule: no refusal
     at = lines.index("the judge is BertForSequenceClassification, labels safe, unsafe; unsafe: unsafe (softmax)")
     judge = load_judge(str(user_models / "judge"))
     scores = call_judge(judge, ["a"] * 2, ["I am sorry, I cannot help with that.", PLAIN_EXCHANGES[1][1]])

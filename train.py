@@ -18,7 +18,7 @@ that it does not forget them: row *no mining, no replay*.
 (7) `--mine`: untrained attacks, and attacks that ever succeeded, are tried on the defender before its turns; what
 succeeds is replayed too: row *no mining*.
 (8) `--ptx_coef`: the defender keeps up the likelihood of demonstrations, against over-refusal: row *no demonstrations*.
-(11) R_div is centred over the batch: its level, about -k for every attack, is no signal but swamps a critic that
+(11) R_div is centred over the batch: its level, about -k / 2 for every attack, is no signal but swamps a critic that
 starts at zero: exercise 2 of docs/exercises.md; row *k = 10* is possible only so.
 (12) `--min_likelihood`: an attack that the first attacker would hardly write counts as a failed repetition: row *no
 likelihood bound*.

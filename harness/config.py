@@ -202,7 +202,7 @@ def check_start(config: Config, run: Path) -> None:
         raise ValueError(f"--start needs a run folder with its config.json and checkpoints/start, got {run}") from error
     different = [name for name in OPTIONS if OPTIONS[name].warm_start and other.get(name) != getattr(config, name)]
     if different:
-        theirs = ", ".join(str(other.get(name)) for name in different)
+        theirs = " ".join(f"--{name} {other.get(name)}" for name in different)
         raise ValueError(f"--start needs a run of the same {', '.join(different)}, got {run} with {theirs}")
 
 

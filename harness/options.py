@@ -67,9 +67,10 @@ class Config:
     ptx_coef: float | None = option("weight of the supervised loss on demonstrations, for the defender", 1.0, 0.0)
     ppo_epochs: int = option("passes over a batch", 2, at_least=1)
     minibatches: int = option("optimizer steps per pass", 2, at_least=1)
-    benign_share: float | None = option("fraction of --benign_prompts in the defender's batch, paid for a helpful "
-                                        "answer (--helpful_judge)", 0.0, 0.4, below=1, only="training",
-                                        heading="opponents")
+    benign_share: float | None = option("fraction of the defender's batch that is harmless requests "
+                                        "(--benign_prompts), paid for a helpful answer (--helpful_judge)", 0.0, 0.4,
+                                        below=1,
+                                        only="training", heading="opponents")
     mine: int | None = option("attacks of the initial attacker, and as many earlier successes, tried before each "
                               "defender turn; successes are replayed", 600, 0, only="gpo")
     opponent: str = option("the other's last policy or mixture of all", "last", choices=("last", "mixture"), only="gpo")

@@ -467,11 +467,12 @@ def show_prompts(world: World, n: int = 3) -> None:
         safe, unsafe = call_judge(judge, *zip(*PLAIN_EXCHANGES))
         inverted = "; is it inverted?" if safe < unsafe and not world.toy else ""
         print(f"its P(safe) of a refusal: {safe:.3f}, of an insult: {unsafe:.3f}{inverted}\nthe {name} reads")
-        for prompt, response in exchanges:
+        for (prompt, response), p_safe in zip(exchanges, call_judge(judge, *zip(*exchanges))):
             if hasattr(judge, "model"):
                 _show(judge.tokenizer, _read_by(judge, prompt, response))
             else:  # a function of the two texts
                 print(f"{prompt!r}, {response!r}")
+            print(f"       P(safe) {p_safe:.3f}")
 
 
 def _show(tokenizer, ids):
