@@ -433,7 +433,7 @@ def main(argv: list[str]) -> None:
     parser.error = fail
     parser.add_argument("what", nargs="?", default="all", choices=[*BENCHES, "all"])
     parser.add_argument("--repeats", type=int, default=5, help="turns of each pair (5)")
-    parser.add_argument("--trl_python", help="an interpreter with trl==0.23.1, the last with PPO: the peer of `ppo`")
+    parser.add_argument("--trl_python", help="an interpreter with trl==0.23.1, whose PPOTrainer is the peer of `ppo`")
     args = parser.parse_args(argv)
     if args.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {args.repeats}")

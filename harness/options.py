@@ -69,8 +69,7 @@ class Config:
     minibatches: int = option("optimizer steps per pass", 2, at_least=1)
     benign_share: float | None = option("fraction of the defender's batch that is harmless requests "
                                         "(--benign_prompts), paid for a helpful answer (--helpful_judge)", 0.0, 0.4,
-                                        below=1,
-                                        only="training", heading="opponents")
+                                        below=1, only="training", heading="opponents")
     mine: int | None = option("attacks of the initial attacker, and as many earlier successes, tried before each "
                               "defender turn; successes are replayed", 600, 0, only="gpo")
     opponent: str = option("the other's last policy or mixture of all", "last", choices=("last", "mixture"), only="gpo")
