@@ -3926,6 +3926,13 @@ def test_scores_of_two_seeds_become_means_with_errors_and_paired_tests(tmp_path,
     assert (tmp_path / "trade_off.png").stat().st_size > 10_000
 
 
+def test_an_experiment_that_was_begun_quickly_goes_on_so(tmp_path, capsys):
+    (tmp_path / "saferlhf_mini.jsonl.gz").touch()
+    (tmp_path / "experiment.json").write_text('{"quick": true}')
+    status, line = ending(capsys, tmp_path, ".", "--data", ".", program=real_models)
+    assert status == 2 and "must go on as it was begun, with --quick" in line
+
+
 def test_a_prompt_is_of_the_kind_whose_questions_it_resembles():
     kinds = {real_models.KINDS[0]: ["steal a car", "steal a bag"], "other": ["bake a cake", "bake bread"]}
     beavertails = [{"category": kind, "instruction": text} for kind, texts in kinds.items() for text in texts]

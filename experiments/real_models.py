@@ -36,7 +36,7 @@ import numpy as np
 from diversity import Embedder, load_embedder
 from eval import DEVICE, run_program
 from gpo import sample
-from harness.data import append_lines, as_a_program, fail, first_turn, is_test, read_json, read_rows
+from harness.data import append_lines, as_a_program, fail, first_turn, is_test, read_json, read_rows, write_json
 from harness.report import markdown
 from model import best_dtype, generate, load_policy, save_policy
 from reward import call_judge, load_judge
@@ -249,6 +249,11 @@ def real_models(args: argparse.Namespace) -> None:
                          f"{args.seeds}, {args.jobs} and {args.data}")
     clock = time.time()
     args.out.mkdir(parents=True, exist_ok=True)
+    begun = args.out / "experiment.json"
+    if begun.is_file() and read_json(begun)["quick"] != args.quick:
+        raise ValueError(f"{args.out} must go on as it was begun, {'without' if args.quick else 'with'} --quick; name "
+                         "another folder for this")
+    write_json(begun, {"quick": args.quick})
     fetch(args.out)
     train_judges(args.data, args.out, args.quick)
     measure_judges(args.data, args.out)
