@@ -47,15 +47,20 @@ def _split(text):
 
 
 def _ngrams(tokens, max_order):
-    """The n-grams of the orders 1..max_order as a set; the second of equal ones is in it as (n-gram,), and so on."""
-    items = set()
+    """The n-grams of the orders 1..max_order as keys of their own: see `_numbered`."""
+    seen = {}
+    items = []
     for n in range(1, max_order + 1):
         for i in range(len(tokens) - n + 1):
-            item = tokens[i:i + n]
-            while item in items:
-                item = (item,)
-            items.add(item)
+            items.append(_numbered(tokens[i:i + n], seen))
     return items
+
+
+def _numbered(gram, seen):
+    """The n-gram itself the first time, then (n-gram, 1), (n-gram, 2), ...: seen counts them."""
+    earlier = seen.get(gram, 0)
+    seen[gram] = earlier + 1
+    return (gram, earlier) if earlier else gram
 
 
 class NgramTable:
@@ -100,16 +105,13 @@ class NgramTable:
     def _matches(self, tokens, max_order, left_out):
         """How many n-grams are also in a reference, at [n - 1]; each at most as often as in one of them (clipped)."""
         matches = [0] * max_order
-        seen = set()
+        seen = {}
         for start in range(len(tokens)):
             for end in range(start + 1, min(start + max_order, len(tokens)) + 1):
-                item = tokens[start:end]
-                if self.counts.get(item, 0) <= left_out:  # then nor are those that are longer
+                gram = tokens[start:end]
+                if self.counts.get(gram, 0) <= left_out:  # then nor are those that are longer
                     break
-                while item in seen:
-                    item = (item,)
-                seen.add(item)
-                matches[end - start - 1] += self.counts.get(item, 0) > left_out
+                matches[end - start - 1] += self.counts.get(_numbered(gram, seen), 0) > left_out
         return matches
 
     def _brevity_penalty(self, length, left_out):
