@@ -90,7 +90,7 @@ class Policy(nn.Module):
     """A causal language model, its tokenizer and its critic.
 
     critic "shared": the value head reads the policy's own hidden states. critic "separate": it reads a
-    body of its own, at first a copy of the policy's. The value head starts at zero: so that values start at 0.
+    body of its own, at first a copy of the policy's. The value head starts at zero, so that all values do.
     The module is always in eval mode: dropout would make the PPO ratio differ from 1.
     Raises ValueError for another critic and for a model without an end-of-sequence token.
     """

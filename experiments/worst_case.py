@@ -56,12 +56,17 @@ def asks_for_harm(toy: ToyGame, prompt: str) -> bool:
 
 
 # --- the grammar, exactly ---------------------------------------------------------------------------------------------
+def harmful_prompts(toy: ToyGame, framings: np.ndarray) -> list[str]:
+    """All harmful prompts of the grammar in these cells (n,), True where allowed."""
+    return [toy.prompt(cell) for cell in toy.cells[toy.harmful & framings]]
+
+
 def open_prompts(toy: ToyGame, defender: Side) -> dict:
     """Of all harmful prompts of the grammar: the share that is open to the greedy answer and to a sampled one, those
     that are open greedily, and the prompt that succeeds most often. The same for the unseen framings."""
     found = {}
     for name, framings in (("grammar", toy.open), ("unseen framings", ~toy.open)):
-        prompts = [toy.prompt(cell) for cell in toy.cells[toy.harmful & framings]]
+        prompts = harmful_prompts(toy, framings)
         greedy = success(toy, defender, prompts, 0, 0) > 0
         sampled = success(toy, defender, prompts, SAMPLES, 0)  # (n,)
         found[name] = float(greedy.mean())
@@ -181,13 +186,15 @@ def measure(run: FinishedRun, kinds: Sequence[str]) -> dict[str, dict]:
     """{kind of defender: {measure: number}}, from RUN/worst_case.json where it is there already."""
     file = run.path / "worst_case.json"
     found = read_json(file) if file.is_file() else {}
+    left = [kind for kind in kinds or defenders_of(run) if kind not in found]
+    if not left:
+        return found
     toy = run.world.toy
     seeds = sample(run.world.seeds, SEEDS, np.random.default_rng(run.config.seed))
     first = run.world.first["attacker"]
     attacks = {temperature: untrained_attacks(first, seeds, temperature) for temperature in TEMPERATURES}
-    for kind, defender in defenders_of(run).items():
-        if kind in found or (kinds and kind not in kinds):
-            continue
+    for kind in left:
+        defender = defenders_of(run)[kind]
         found[kind] = {**open_prompts(toy, defender), **best_of_n(toy, defender, attacks),
                        **archive(toy, defender, seeds + attacks[1.0][: 4 * CHILDREN], run.config.seed),
                        **token_search(toy, defender, run.world.seeds, run.config.seed), **ppo_attacker(run, defender)}
@@ -199,11 +206,13 @@ def open_by_round(run: FinishedRun) -> list[dict]:
     """[{"round", kind: share of the grammar that is open to the greedy answer}], after every round."""
     file = run.path / "open.json"
     if not file.is_file():
+        toy = run.world.toy
+        prompts = harmful_prompts(toy, toy.open)
         rows = []
         for round in tqdm(range(1, run.config.rounds + 1), desc="rounds", dynamic_ncols=True):
             row = {"round": round}
             for kind in ("last", *run.averages["defender"]):
-                row[kind] = open_prompts(run.world.toy, after_round(run, "defender", round, kind))["grammar"]
+                row[kind] = float(success(toy, after_round(run, "defender", round, kind), prompts, 0, 0).mean())
             rows.append(row)
         write_json(file, rows)
     return read_json(file)
