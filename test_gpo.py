@@ -3833,6 +3833,8 @@ def test_the_worst_case_of_a_run_is_measured_once_and_shown(finished, monkeypatc
     (finished.folder / "worst_case.json").write_text(json.dumps(found))
     run_program(HERE, finished.folder, "--kinds", "last", program=worst_case)
     assert "0.123; 0.123" in capsys.readouterr().out  # what is measured is not measured again
+    status, line = ending(capsys, HERE, finished.folder, "--kinds", "lsat", program=worst_case)
+    assert status == 2 and "are last, mixture, weights, got lsat" in line
 
 
 def test_nash_prints_the_slopes_of_the_theory(tmp_path, capsys):

@@ -236,6 +236,9 @@ def worst_case(args: argparse.Namespace) -> None:
     others = [str(run.path) for run in runs if not run.world.toy]
     if others:
         raise ValueError(f"only runs of the embedded game have a grammar, got {', '.join(others)}")
+    for run in runs:
+        if not set(args.kinds) <= set(defenders_of(run)):
+            raise ValueError(f"--kinds of {run.path} are {', '.join(defenders_of(run))}, got {' '.join(args.kinds)}")
     if args.rounds:
         for run in runs:
             rows = open_by_round(run)
