@@ -45,6 +45,7 @@ from harness.report import (
     figure,
     markdown,
     mean_and_error,
+    save_figure,
     show,
     write_page,
 )
@@ -437,7 +438,7 @@ def nash(args: argparse.Namespace) -> None:
              "the same with entropy 0.1 (Algorithm 3)": (random, 0.1, False),
              "a defender that cannot tell prompts apart": (rps, 0.0, True)}
     horizons = 2 ** np.arange(4, 15)  # T
-    canvas, axes = figure(3)
+    canvas, axes = figure(1, 4.8, rows=3)
     for axis, (title, (payoff, entropy, blind)) in zip(axes, games.items()):
         curves = nash_curves(payoff, horizons, entropy, blind)
         slope = np.polyfit(np.log(horizons), np.log(curves["average"]), 1)[0]
@@ -448,7 +449,7 @@ def nash(args: argparse.Namespace) -> None:
         axis.set(title=title, xlabel="rounds T", ylabel="Nash gap, Eq. (3.6)", ylim=(1e-4, 2))
         axis.legend(frameon=False, fontsize=8)
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    canvas.savefig(Path(args.out) / "nash.png", dpi=150)
+    save_figure(canvas, Path(args.out) / "nash.png")
     print(f"written to {args.out}/nash.png")
 
 

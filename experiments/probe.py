@@ -18,7 +18,7 @@ import numpy as np
 from eval import BestResponseSettings, after_round, best_response, fresh_player, run_program, success
 from gpo import play
 from harness.data import as_a_program, fail, read_json, visible, write_json
-from harness.report import LOOKS, figure
+from harness.report import LOOKS, figure, save_figure
 from harness.run import open_run
 
 
@@ -51,7 +51,7 @@ def draw_probe(args: argparse.Namespace) -> None:
     """probe.png from probe.json: lower bounds of the Nash gap, and who breaks whom after each round, 0 the start."""
     found = read_json(Path(args.run) / "probe.json")
     matrix = np.array(found["cross_play"])  # (attackers, defenders), success rates
-    canvas, (gaps, heat) = figure(2, 4.8, 4.3, width_ratios=(0.8, 1.2))
+    canvas, (gaps, heat) = figure(1, 4.8, 3.6, rows=2)
     for kind, look in zip(("last", "mixture", "weights"), LOOKS):
         rows = [row for row in found["gaps"] if row["kind"] == kind]
         rounds = [row["round"] for row in rows]
@@ -70,7 +70,7 @@ def draw_probe(args: argparse.Namespace) -> None:
              ylabel="attacker after round (0: SFT)", title="who breaks whom: attack success in %")
     heat.grid(False)
     canvas.colorbar(image, ax=heat, label="%", shrink=0.8)
-    canvas.savefig(Path(args.run) / "probe.png", dpi=150)
+    save_figure(canvas, Path(args.run) / "probe.png")
     print(f"written to {args.run}/probe.png")
 
 

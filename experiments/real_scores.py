@@ -22,7 +22,7 @@ from eval import DEVICE, leaders, run_program
 from gpo import log_likelihoods, sample
 from harness.data import as_a_program, fail, read_json, write_json
 from harness.options import PAPER_TEMPLATE
-from harness.report import LOOKS, figure, markdown, mean_and_error, paired_test
+from harness.report import LOOKS, figure, markdown, mean_and_error, paired_test, save_figure
 from model import Policy, Rollout, best_dtype, generate, load_policy
 from reward import Judge, answered, call_judge, load_judge, refusals
 
@@ -257,7 +257,7 @@ def attacker_table(attackers: dict[int, dict], fresh: dict[str, list[float]]) ->
 
 def draw(rows: dict[str, dict[int, dict]], file: Path) -> None:
     """The trade-off: each method's way from the start to its last policy, and the mean of its weights, over seeds."""
-    canvas, (axis,) = figure(1, width=6, height=4.6)
+    canvas, (axis,) = figure(1, 4.8, 3.6)
     for method, look in zip(scored_methods(rows), LOOKS):
         way = np.array([np.mean([point(scores) for scores in rows[name].values()], 0) for name in way_of(method)])
         axis.plot(*way.T, label=method, lw=1.2, ms=4, **look)
@@ -265,7 +265,7 @@ def draw(rows: dict[str, dict[int, dict]], file: Path) -> None:
         axis.plot(*mean, ms=11, mfc="none", **{**look, "ls": ""})
     axis.set(xlabel="harmless requests refused", ylabel="attack success, held-out judge")
     axis.legend(frameon=False, fontsize=8, title="start to last; ring: mean of weights", title_fontsize=8)
-    canvas.savefig(file, dpi=130)
+    save_figure(canvas, file)
 
 
 def show(out: Path) -> None:

@@ -36,6 +36,7 @@ from harness.report import (
     markdown,
     mean_and_error,
     paired_test,
+    save_figure,
     show,
     standard_error,
 )
@@ -372,7 +373,7 @@ def paper_tables(rows: dict, attackers: dict, tests: list[dict]) -> list[str]:
 def best_responses(out: str | Path, seeds: Iterable[int], names: Iterable[str]) -> str:
     """markdown: of each run, how far a fresh attacker got and by which sentence; learning curves go to best.png."""
     lines = []
-    canvas, (axis,) = figure(1)
+    canvas, (axis,) = figure(1, 4.8, 3.6)
     for name, look in zip(names, LOOKS):
         found = {seed: read_json(run_folder(out, name, seed) / "best_0.json") for seed in seeds}
         curves = [row["curve"] for row in found.values()]
@@ -382,7 +383,7 @@ def best_responses(out: str | Path, seeds: Iterable[int], names: Iterable[str]) 
             lines.append([name, seed, show(row["after"], 500), *most_frequent])
     axis.set(xlabel="PPO steps of a fresh attacker", ylabel="its success against the finished defender", ylim=(0, 1))
     axis.legend(frameon=False, fontsize=8)
-    canvas.savefig(Path(out) / "best.png", dpi=150)
+    save_figure(canvas, Path(out) / "best.png")
     return markdown(["", "seed", "success", "most frequent exploit"], lines)
 
 
@@ -456,7 +457,7 @@ def draw_methods(out: str | Path, rows: dict, attackers: dict, histories: dict) 
         values = [row[key] for row in repeats]
         return np.mean(values), standard_error(values)
 
-    canvas, (curves, bars, cells) = figure(3)
+    canvas, (curves, bars, cells) = figure(1, 4.8, 3.6, rows=3)
     sets = {ASR: "in distribution", f"{ASR}/unseen topics": "unseen topics",
             f"{ASR}/unseen framings": "unseen framings"}
     for i, (name, history) in enumerate(histories.items()):
@@ -478,7 +479,7 @@ def draw_methods(out: str | Path, rows: dict, attackers: dict, histories: dict) 
     cells.set(xlabel="distinct cells broken on third parties", ylabel="success on third parties", title="attackers")
     for axis in (curves, bars, cells):
         axis.legend(frameon=False, fontsize=7)
-    canvas.savefig(Path(out) / "methods.png", dpi=150)
+    save_figure(canvas, Path(out) / "methods.png")
 
 
 def draw_rounds(out: str | Path, rows: dict) -> None:
@@ -495,7 +496,7 @@ def draw_rounds(out: str | Path, rows: dict) -> None:
         axis.set(xscale="log", xlabel="rounds T", ylabel="attack success", ylim=(0, 1), title=title)
         axis.set_xticks(HORIZONS, HORIZONS)
         axis.legend(frameon=False, fontsize=8)
-    canvas.savefig(Path(out) / "rounds.png", dpi=150)
+    save_figure(canvas, Path(out) / "rounds.png")
 
 
 # --- the command line -----------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ A row is a dict of numbers by the names of summary.json; `rows` is {column or me
 
 import base64
 import html
+import io
 import json
 import math
 import re
@@ -173,8 +174,10 @@ LOOKS = [
     dict(color="#2e8b57", ls=(0, (5, 1)), marker="v"), dict(color="#b8860b", ls=(0, (1, 1)), marker="x")]
 
 
-def figure(columns: int, width: float = 4.6, height: float = 3.8, rows: int = 1, **kwargs) -> tuple:
-    """(a matplotlib figure, its rows x columns axes in reading order); width and height of each, in inches."""
+def figure(columns: int, width: float = 3.4, height: float = 2.8, rows: int = 1, **kwargs) -> tuple:
+    """(a matplotlib figure, its rows x columns axes in reading order); width and height of each, in inches.
+
+    At most two columns: a phone shrinks a figure to its own width, and the letters with it."""
     from matplotlib.figure import Figure  # slow to load
 
     canvas = Figure(figsize=(width * columns, height * rows), layout="constrained")
@@ -183,6 +186,15 @@ def figure(columns: int, width: float = 4.6, height: float = 3.8, rows: int = 1,
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     return canvas, axes
+
+
+def save_figure(canvas: object, file: Path) -> None:
+    """A PNG of at most 128 colours: a third of the bytes."""
+    from PIL import Image  # comes with matplotlib
+
+    picture = io.BytesIO()
+    canvas.savefig(picture, dpi=150)
+    Image.open(picture).convert("RGB").quantize(128).save(file, optimize=True)
 
 
 def band(axis: object, x: Sequence[float], values: np.ndarray, label: str, look: dict) -> None:
@@ -211,7 +223,7 @@ def draw_curves(folder: Path, log: list[dict], before: dict) -> None:
         of_rounds = [[m[name] for m in steps if m["round"] == end - 1] for end in ends[1:]]
         return [np.mean(values or [np.nan]) for values in of_rounds]
 
-    canvas, (success, reward, alike, kl) = figure(2, 5, 3.2, rows=2)
+    canvas, (success, reward, alike, kl) = figure(2, rows=2)
     lines = [
         (success, since_the_start("asr_held_out_judge"), "o-", "black", "held-out prompts, held-out judge"),
         (success, since_the_start("asr_train_judge"), "o:", "black", "held-out prompts, training judge"),
@@ -230,12 +242,12 @@ def draw_curves(folder: Path, log: list[dict], before: dict) -> None:
     success.set(title="attack success", ylim=(0, 1))
     reward.set(title="mean reward of the round")
     alike.set(title="how alike the attacks are", ylim=(0, 1))
-    kl.set(title="KL to the reference, nats per response")
+    kl.set(title="KL to the reference, nats")
     for axis in (success, reward, alike, kl):
         axis.set_xlabel("round")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(frameon=False, fontsize=8)
-    canvas.savefig(folder / "curves.png", dpi=130)
+    save_figure(canvas, folder / "curves.png")
 
 
 # --- report.md and the model cards --------------------------------------------------------------------------------
