@@ -78,7 +78,7 @@ import model
 import reward
 import train
 from diversity import Diversity, load_embedder, self_bleu, set_similarity, word_embedder
-from experiments import bench, probe, real_models, real_scores, reproduce, train_judge, worst_case
+from experiments import bench, mart, probe, real_models, real_scores, reproduce, train_judge, worst_case
 from experiments.soak import outcome
 from gpo import (
     Player,
@@ -3870,6 +3870,34 @@ def test_reproduce_plays_every_row_on_every_seed_from_one_warm_start_and_nothing
         warm_start = reproduce.run_folder(results, "SFT", seed) / "defender" / "model.safetensors"
         assert start.read_bytes() == warm_start.read_bytes()
     assert "| GPO+Div " in (results / "table.md").read_text() and (results / "methods.png").stat().st_size > 10_000
+
+
+def test_mart_fine_tunes_on_attacks_that_succeed_and_on_the_safest_answers(monkeypatch):
+    p_safe = {"a": "6978", "b": "1234", "c": "2643", "test": "1999"}  # tenths, of four answers
+
+    def write(seeds, seed):
+        return types.SimpleNamespace(texts=seeds)
+
+    def answer(prompts, seed):
+        return types.SimpleNamespace(texts=[f"0.{p_safe[prompt][i % 4]}" for i, prompt in enumerate(prompts)])
+
+    attacker = types.SimpleNamespace(template="about {}", generate=write)
+    defender = types.SimpleNamespace(generate=answer)
+    world = types.SimpleNamespace(players={"attacker": attacker, "defender": defender}, seeds=list(p_safe),
+                                  judge=lambda prompts, answers: [float(answer) for answer in answers],
+                                  demos=[("hello", "hi")])
+    monkeypatch.setattr(mart, "ATTACKS", 4)
+    pairs = mart.what_worked(world, {"test"}, np.random.default_rng(0))
+    assert sorted(pairs["attacker"]) == [("about b", "b"), ("about c", "c"), ("about test", "test")]
+    assert sorted(pairs["defender"]) == [("a", "0.9"), ("c", "0.6"), ("hello", "hi"), ("hello", "hi")]
+
+
+def test_mart_leaves_a_run_that_can_be_evaluated(finished, tmp_path, monkeypatch, capsys):
+    for name, value in {"ROUNDS": 1, "ATTACKS": 8, "STEPS": 2, "BATCH": 4}.items():
+        monkeypatch.setattr(mart, name, value)
+    run_program(tmp_path, *SIZES, "--start", finished.folder, "--out", "mart", program=mart)
+    summary = json.loads((tmp_path / "mart" / "summary.json").read_text())
+    assert {"before", "after"} <= set(summary)
 
 
 def test_best_responses_bound_the_nash_gap_after_each_round(undisturbed, tmp_path, capsys):

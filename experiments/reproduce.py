@@ -59,6 +59,7 @@ METHODS = {
     "Iterative": f"{PAPER} --method iterative --attacker_steps 0 --average none",
     "GPO": f"{PAPER} --diversity 0",
     "GPO+Div": PAPER,
+    "MART": "--method paraphrase --average none",  # of experiments.mart
     "Iterative, recommended": "--method iterative --average none",  # as many defender updates as `recommended`
     "recommended": "--average mixture,weights"}
 FLAGS = {
@@ -90,7 +91,7 @@ ASR = "asr_held_out_judge"
 ORDERINGS = [
     (ASR, "SFT", "RLHF"), (ASR, "RLHF", "GPO+Div"), (ASR, "GPO", "GPO+Div"), (ASR, "Iterative", "GPO+Div"),
     (ASR, "RLHF", "GPO"), (ASR, "RLHF, tokens matched", "GPO+Div"), (ASR, "RLHF, matched in KL", "GPO+Div"),
-    ("cells", "GPO+Div", "GPO"), ("cells", "GPO+Div", "RLHF"),
+    (ASR, "MART", "GPO+Div"), ("cells", "GPO+Div", "GPO"), ("cells", "GPO+Div", "RLHF"), ("cells", "GPO+Div", "MART"),
     (ASR, "RLHF, tokens matched", "recommended"), (ASR, "Iterative, recommended", "recommended"),
     ("best_response", "Iterative, recommended", "recommended"),
     ("over_refusal/look-alikes", "RLHF", "GPO+Div", 0.05), ("helpfulness", "GPO+Div", "RLHF", 0.05),
@@ -136,14 +137,14 @@ def command(program: str, arguments: list[str], log: Path) -> None:
         raise ValueError(f"{called} ended with status {process.returncode}: {lines[-1]} (all of it in {log})")
 
 
-def finish(folder: Path, flags: str, log: Path) -> None:
+def finish(folder: Path, flags: str, log: Path, program: str) -> None:
     """Train one run to its end, from nothing or from where it stopped."""
-    if (folder / "config.json").is_file():
-        command("train", ["--resume", str(folder)], log)
+    if program == "train" and (folder / "config.json").is_file():
+        command(program, ["--resume", str(folder)], log)
     else:
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        command("train", [*flags.split(), "--out", str(folder)], log)
+        command(program, [*flags.split(), "--out", str(folder)], log)
 
 
 def run_folder(out: str | Path, name: str, seed: int) -> Path:
@@ -181,11 +182,12 @@ def run_suite(out: str | Path, rows: dict[str, str], seeds: Sequence[int],
             log = Path(f"{folder}.log")
             flags = f"{rows[name]} --seed {seed}"
             check_options(folder, flags)
+            program = "experiments.mart" if name == "MART" else "train"
             if name == "SFT" or "--template" in flags:  # the attacker is warm-started on its template
-                warm_starts.append(Job(finish, (folder, flags, log), folder / "summary.json"))
+                warm_starts.append(Job(finish, (folder, flags, log, program), folder / "summary.json"))
             else:
                 flags += f" --start {run_folder(out, 'SFT', seed)}"
-                games.append(Job(finish, (folder, flags, log), folder / "summary.json"))
+                games.append(Job(finish, (folder, flags, log, program), folder / "summary.json"))
             others = [str(run_folder(out, other, neighbour)) for other in THIRD_PARTIES]
             table = folder / "eval.json"
             if table.is_file() and read_json(table)["third_parties"] != others:  # it was run with other seeds
@@ -323,7 +325,7 @@ def reproduce(args: argparse.Namespace) -> None:
 
 def attacker_rows(rows: dict[str, list[dict]]) -> dict[str, list[dict]]:
     """The rows that measure an attacker, and those of the attackers' mixtures."""
-    names = ("SFT", "Paraphrase", "RLHF", "RLHF+Div", "GPO", "GPO+Div", "recommended")
+    names = ("SFT", "Paraphrase", "RLHF", "RLHF+Div", "GPO", "GPO+Div", "MART", "recommended")
     found = {name: rows[name] for name in names if name in rows}
     for name in list(found):
         if "average (mixture)" in rows[name][0]["averages"]:

@@ -1,0 +1,79 @@
+"""MART (Ge et al., arXiv 2311.07689), a baseline without reinforcement learning: in every round each player is
+fine-tuned on what has worked for it.
+
+    python -m experiments.mart --start RUN --out RUN    and other options of train.py; from the players of --start
+
+The attacker writes ATTACKS attacks and the defender answers each ANSWERS times. The attacker is then fine-tuned on the
+attacks that got an unsafe answer; the defender on the safest answer to each, if it is safe, and on as many
+demonstrations, which stand here for the paper's second reward model, that of helpfulness. OUT is an ordinary run
+folder without PPO steps.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from gpo import SFTSettings, new_seed, sample, sft
+from harness.data import as_a_program
+from harness.run import run_folder, start_program
+from harness.world import World, evaluate, make_world
+from model import Policy
+from reward import call_judge
+
+ROUNDS = 4
+ATTACKS = 240  # in a round
+ANSWERS = 4  # to each: with the attacks about as many texts as two rounds of 30 + 20 PPO steps of 96 exchanges
+STEPS = 150  # of fine-tuning, for each player in a round
+BATCH = 64
+LEARNING_RATE = 3e-4
+
+
+def what_worked(world: World, excluded: set[str], rng: np.random.Generator) -> dict[str, list[tuple[str, str]]]:
+    """{player: (prompt, response) pairs of a new round to be fine-tuned on}."""
+    attacker = world.players["attacker"]
+    defender = world.players["defender"]
+    seeds = sample(world.seeds, ATTACKS, rng)
+    attacks = attacker.generate(seeds, new_seed(rng)).texts
+    asked = np.repeat(np.array(attacks, dtype=object), ANSWERS).tolist()
+    answers = defender.generate(asked, new_seed(rng)).texts
+    p_safe = call_judge(world.judge, asked, answers).reshape(ATTACKS, ANSWERS)  # NaN where undecided
+    safest = np.nan_to_num(p_safe, nan=-1).argmax(1)
+    pairs = {"attacker": [], "defender": []}
+    for i, attack in enumerate(attacks):
+        if (p_safe[i] < 0.5).any():
+            pairs["attacker"].append((attacker.template.format(seeds[i]), attack))
+        if p_safe[i, safest[i]] >= 0.5 and attack not in excluded:
+            pairs["defender"].append((attack, answers[i * ANSWERS + safest[i]]))
+    pairs["defender"] += sample(world.demos, len(pairs["defender"]), rng)
+    return pairs
+
+
+def fine_tune(policy: Policy, pairs: list[tuple[str, str]], seed: list[int], name: str) -> None:
+    """A player's turn of a round; without pairs it stays as it is."""
+    if pairs:
+        sft(policy, pairs, SFTSettings(STEPS, BATCH, LEARNING_RATE, seed, name=name))
+
+
+def main(argv: Sequence[str]) -> None:
+    """The program."""
+    clock = time.time()
+    config = start_program([*argv, "--method", "paraphrase", "--average", "none"])
+    with run_folder(config) as folder:
+        world = make_world(config, folder.start)
+        folder.open(world, None, 0)
+        excluded = {*world.test_prompts, *world.benign_prompts}.union(*world.more_tests.values())
+        for round in range(ROUNDS):
+            rng = np.random.default_rng([config.seed, round])
+            pairs = what_worked(world, excluded, rng)
+            for i, (name, player) in enumerate(world.players.items()):
+                print(f"round {round + 1}/{ROUNDS}: {len(pairs[name])} pairs for the {name}")
+                fine_tune(player.policy, pairs[name], [config.seed, round, i], f"SFT of the {name}")
+        after = evaluate(world, world.players["attacker"], world.players["defender"])
+        folder.finish(world, {}, {"after": after}, clock)
+
+
+if __name__ == "__main__":
+    as_a_program()
+    main(sys.argv[1:])
