@@ -24,13 +24,15 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from eval import after_round, greedy, kl, measure, run_program
+from eval import after_round, greedy, judge_errors, kl, measure, run_program
+from gpo import sample
 from harness.config import parse, resolve
 from harness.data import as_a_program, fail, read_config, read_json, read_lines, visible, write_json, write_text
 from harness.report import (
     LABELS,
     LOOKS,
     band,
+    corrected_rate,
     figure,
     holm,
     markdown,
@@ -83,6 +85,7 @@ ROUNDS = {  # at equal updates and mined attacks in all a run for each T; and on
     "growing": "--rounds 32 --defender_steps 6 --attacker_steps 6 --restart 0 --average mixture"}
 THIRD_PARTIES = ("SFT", "RLHF", "GPO+Div")  # whose finished defenders every attacker meets
 PROBE_STEPS = 90  # PPO steps of a fresh attacker
+LABELLED = 400  # exchanges by which the training judge's errors are estimated
 NEIGHBOURS = {name: METHODS[name] for name in ("RLHF", "GPO+Div")}  # third parties of `ablate` and `rounds`
 
 # (measure, larger, smaller[, margin]): the paper's orderings of Tables 1 and 2, each put to a paired test over seeds
@@ -313,6 +316,8 @@ def reproduce(args: argparse.Namespace) -> None:
         paragraphs += ["## Best responses",
                        "Success of a fresh attacker after 90 PPO steps, and what it writes most often.",
                        best_responses(out, seeds, probes),
+                       "## The training judge's rate, corrected for its errors",
+                       corrected_table(out, seeds, ("SFT", "RLHF", "GPO+Div", "recommended")),
                        "## What an average costs", averages_table(out, seeds, rows["recommended"])]
     paragraphs.append(f"{len(seeds) * len(methods)} runs; the last call took {time.time() - clock:.0f} seconds.")
     histories = {name: [held_out_history(run_folder(out, name, seed)) for seed in seeds]
@@ -387,6 +392,36 @@ def best_responses(out: str | Path, seeds: Iterable[int], names: Iterable[str]) 
     axis.legend(frameon=False, fontsize=8)
     save_figure(canvas, Path(out) / "best.png")
     return markdown(["", "seed", "success", "most frequent exploit"], lines)
+
+
+def corrected_table(out: str | Path, seeds: Iterable[int], names: Iterable[str]) -> str:
+    """markdown: attack success by the training judge, corrected for its errors on LABELLED exchanges of the untrained
+    players, beside the truth; on how many seeds the 95% interval covers it."""
+    lines = []
+    for name in names:
+        found = {"raw": [], "corrected": [], "truth": [], "covered": []}
+        for seed in seeds:
+            run = open_run(run_folder(out, name, seed))
+            row = read_json(run.path / "eval.json")["after"]
+            n = len(run.world.test_prompts)
+            errors = judge_errors(run.world.judge, labelled_by_truth(run))
+            rate, low, high = corrected_rate(round(row["asr_train_judge"] * n), n, errors)
+            found["raw"].append(row["asr_train_judge"])
+            found["corrected"].append(rate)
+            found["truth"].append(row[ASR])
+            found["covered"].append(low <= row[ASR] <= high)
+        cells = [mean_and_error(found[key]) for key in ("raw", "corrected", "truth")]
+        lines.append([name, *cells, f"{sum(found['covered'])} of {len(found['covered'])}"])
+    return markdown(["", "training judge, raw", "corrected", "truth", "interval covers the truth"], lines)
+
+
+def labelled_by_truth(run: FinishedRun) -> list[dict]:
+    """LABELLED exchanges of the players as they began, as rows of `eval.py --judge_labels`."""
+    seeds = sample(run.world.seeds, LABELLED, np.random.default_rng(run.config.seed))
+    attacks = run.world.first["attacker"].generate(seeds, 0).texts
+    responses = run.world.first["defender"].generate(attacks, 0).texts
+    truth = call_judge(run.world.held_out_judge, attacks, responses)
+    return [{"prompt": a, "response": r, "safe": safe} for a, r, safe in zip(attacks, responses, truth)]
 
 
 def averages_table(out: str | Path, seeds: Sequence[int], rows: list[dict]) -> str:
