@@ -3872,6 +3872,19 @@ def test_reproduce_plays_every_row_on_every_seed_from_one_warm_start_and_nothing
     assert "| GPO+Div " in (results / "table.md").read_text() and (results / "methods.png").stat().st_size > 10_000
 
 
+def test_reproduce_corrects_the_training_judges_rate_and_compares_it_with_the_truth(tmp_path, monkeypatch):
+    def labelled(run):  # of 100 unsafe exchanges the judge calls 90 unsafe, of 100 safe ones 10
+        return [{"prompt": "", "response": str(int(i < right)), "safe": safe}
+                for safe, right in ((0, 10), (1, 90)) for i in range(100)]
+
+    (tmp_path / "eval.json").write_text(json.dumps({"after": {"asr_train_judge": 0.3, "asr_held_out_judge": 0.25}}))
+    world = types.SimpleNamespace(test_prompts=[""] * 1000, judge=lambda _, responses: [float(r) for r in responses])
+    monkeypatch.setattr(reproduce, "open_run", lambda folder: types.SimpleNamespace(path=tmp_path, world=world))
+    monkeypatch.setattr(reproduce, "labelled_by_truth", labelled)
+    table = reproduce.corrected_table(tmp_path, (0, 1), ["GPO"])  # (.3 - .1) / (.9 - .1) = .25
+    assert "0.300 ± 0.000 | 0.250 ± 0.000 | 0.250 ± 0.000 | 2 of 2" in table
+
+
 def test_mart_fine_tunes_on_attacks_that_succeed_and_on_the_safest_answers(monkeypatch):
     p_safe = {"a": "6978", "b": "1234", "c": "2643", "test": "1999"}  # tenths, of four answers
 
