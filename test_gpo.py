@@ -3882,7 +3882,8 @@ def test_reproduce_corrects_the_training_judges_rate_and_compares_it_with_the_tr
     monkeypatch.setattr(reproduce, "open_run", lambda folder: types.SimpleNamespace(path=tmp_path, world=world))
     monkeypatch.setattr(reproduce, "labelled_by_truth", labelled)
     table = reproduce.corrected_table(tmp_path, (0, 1), ["GPO"])  # (.3 - .1) / (.9 - .1) = .25
-    assert "0.300 ± 0.000 | 0.250 ± 0.000 | 0.250 ± 0.000 | 2 of 2" in table
+    assert re.findall("[0-9.]+ ± [0-9.]+|[0-9] of [0-9]", table) == [
+        "0.300 ± 0.000", "0.250 ± 0.000", "0.250 ± 0.000", "2 of 2"]
 
 
 def test_mart_fine_tunes_on_attacks_that_succeed_and_on_the_safest_answers(monkeypatch):
