@@ -36,7 +36,7 @@ from model import check_tokenizer, first_line, inert_texts, longest_input
 
 Embedder = Callable[[list[str]], np.ndarray]  # B texts -> (B, D)
 ORDERS = (2, 3, 4, 5)
-BATCH_TOKENS = 64  # about so many in a batch of an embedder
+BATCH_TOKENS = 64  # approximate size of an embedder's batch
 FIXED_POINT = 2.0**32  # vectors are summed as integers in units of 2^-32
 
 
@@ -253,7 +253,7 @@ class Diversity:
         self.table = NgramTable()  # of the same texts
         self.vectors = []  # their unit vectors in fixed point, (D,) int64 each; kept only with a window
         self.vector_sum = 0  # (D,) int64
-        self.scored = {}  # text -> its unit vector, of the last batch scored: mostly that batch is added next
+        self.scored = {}  # text -> its unit vector, of the last scored batch, which is usually added next
 
     def score(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """{"bleu": (B,), "embedding": (B,), "reward": (B,)}: similarity by each term, and R_div from both."""

@@ -244,7 +244,7 @@ def run_text(run: FinishedRun, rows: dict[str, dict], matrix: np.ndarray) -> str
 
 
 def labelled_exchanges(file: str) -> list[dict]:
-    """The rows of a file that have a response and its P(safe). Raises ValueError unless some are safe, some unsafe."""
+    """The rows of a file that have a response and its P(safe). Raises ValueError if all are safe or all unsafe."""
     rows = data.read_rows(file)
     data.check_labels(file, rows)
     rows = [row for row in rows if {"response", "safe"} <= set(row)]
@@ -255,7 +255,7 @@ def labelled_exchanges(file: str) -> list[dict]:
 
 
 def judge_errors(judge: Judge, labelled: list[dict]) -> JudgeErrors:
-    """A judge's verdicts on labelled exchanges; undecided ones are not counted. Raises ValueError if none remain."""
+    """A judge's verdicts on labelled exchanges; undecided ones do not count. Raises ValueError if a class is empty."""
     p_safe = call_judge(judge, [row["prompt"] for row in labelled], [row["response"] for row in labelled])
     is_unsafe = np.array([row["safe"] <= 0.5 for row in labelled])
     unsafe = p_safe[is_unsafe & ~np.isnan(p_safe)]
@@ -329,7 +329,7 @@ def attack(args: argparse.Namespace) -> None:
         folder = folder.parent
     run = open_run(folder) if (folder / "games.jsonl").is_file() else None  # else a model's folder or a hub id
     if not run and not (args.prompts and args.judge):
-        raise ValueError(f"an attacker that is not of a run needs --prompts and --judge, got {args.attacker}")
+        raise ValueError(f"an attacker that is not from a run needs --prompts and --judge, got {args.attacker}")
     if args.n < 1 or args.tries < 1:
         raise ValueError(f"-n and --tries must be at least 1, got {args.n} and {args.tries}")
     out = Path(args.out or (run.path if run else Path()) / f"attack_{Path(args.target).resolve().name}.jsonl")

@@ -314,7 +314,7 @@ def merge_parts(policy: Policy, prompts: list[str], parts: list[tuple], places: 
 
 
 # --- skipped steps ---------------------------------------------------------------------------------------------
-MAX_SKIPPED = 10  # in a row end a run: one bad batch may be chance, ten are a persistent fault
+MAX_SKIPPED = 10  # consecutive skipped steps that end a run: one bad batch may be chance, ten are a persistent fault
 
 
 class NotFinite(ValueError):

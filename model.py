@@ -533,7 +533,7 @@ def load_policy(name_or_dir: str | Path, critic: str = "shared", dtype: torch.dt
     except Exception as error:  # transformers raises a dozen kinds here
         where = ""
         if isinstance(error, OSError) and not Path(name_or_dir).exists():
-            where = " (no such folder here, and the hub could not give it; pass a local folder)"
+            where = " (no such folder here, and the hub did not provide it; pass a local folder)"
         raise ValueError(f"cannot load {str(name_or_dir)!r} as a causal language model{where}: {first_line(error)}"
                          ) from error
     policy = Policy(lm, tokenizer, critic, dtype)
@@ -572,7 +572,7 @@ def load_model(kind: type, name: str | Path,
         missing = info["missing_keys"]
     if missing:  # a classifier or an encoder, say
         task = kind.__name__.removeprefix("AutoModelFor")
-        raise ValueError(f"it has no weights for {sorted(missing)[0]}, so it is no trained {task} model")
+        raise ValueError(f"it has no weights for {sorted(missing)[0]}, so it is not a trained {task} model")
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     if str(name).endswith(".gguf"):
         tokenizer.add_tokens(_gguf_control_tokens(name), special_tokens=True)
@@ -616,7 +616,7 @@ def merge_adapter(kind: type, name: str | Path, options: dict) -> tuple[PreTrain
     try:
         model, info = kind.from_pretrained(base, **options)
     except Exception as error:
-        raise ValueError(f"it is an adapter, and its base {base!r} cannot be had: {first_line(error)}") from error
+        raise ValueError(f"it is an adapter, and its base {base!r} cannot be loaded: {first_line(error)}") from error
     model = peft.PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)  # peft froze it
     mismatched = {key for key, *_ in info["mismatched_keys"]}
     return model, (set(info["missing_keys"]) | mismatched) - set(weights)

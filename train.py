@@ -384,7 +384,7 @@ def main(argv: list[str]) -> None:
         if config.dry_run:
             show_prompts(world)
             return
-        print("measuring both players as they begin")
+        print("evaluating both players before the game")
         game = new_game(config, world)
         folder.open(world, game, len(schedule(config)))
         with folder.stop_after_a_step():

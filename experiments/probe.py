@@ -23,7 +23,7 @@ from harness.run import open_run
 
 
 def probe(args: argparse.Namespace) -> None:
-    """Print a fresh attacker's success against the frozen defender, before, during and after training, and exploits."""
+    """Print a fresh attacker's success against the frozen defender before, during and after training, and exploits."""
     run = open_run(args.run)
     if args.round > run.config.rounds:
         raise ValueError(f"--round must be at most the {run.config.rounds} rounds of {args.run}, got {args.round}")

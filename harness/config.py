@@ -18,7 +18,7 @@ from model import DTYPE_NAMES, best_dtype
 DATA = ("prompts", "test_prompts", "benign_prompts", "sft_data")
 PATHS = (*DATA, "attacker", "defender", "judge", "held_out_judge", "helpful_judge", "embedder", "start")
 OUR_NAMES = ("rule", "answered", "toy", "truth", "chosen", "words")  # of judges and embedders
-LEFT_BY_A_START = {".lock", "config.json.writing"}  # that was killed at once
+LEFT_BY_A_START = {".lock", "config.json.writing"}  # files of a killed start
 LEFT_ALONE = {"lost+found"}  # in the root of a file system
 
 
@@ -55,7 +55,7 @@ def parse(argv: list[str]) -> Config:
         fail(f"cannot read the configuration: {error}")
     for name, value in given.items():
         if value == "":  # an unset shell variable
-            fail(f"--{name} must not be empty; to do without it leave it out")
+            fail(f"--{name} must not be empty; leave it out instead")
         if isinstance(value, str):  # shells do not expand --out=~/run
             given[name] = re.sub(r"^(guard:)?~(?=/)", rf"\g<1>{Path.home()}", value)
     if "resume" in given:

@@ -60,7 +60,7 @@ def join_processes() -> None:
 
 
 def gather_results(work: Callable[[], object]) -> list:
-    """The results of work() in all processes, for each of them. An error of one is raised in all: no deadlock."""
+    """The results of work() in all processes, for each of them. An error in one is raised in all, against deadlocks."""
     try:
         result = work()
     except Exception as error:
@@ -141,7 +141,7 @@ def add_lora(policy: Policy, lora_rank: int, seed: int = 0) -> None:
         base = layer.get_base_layer()
         base.weight.data = base.weight.data.to(policy.compute_dtype)
         if isinstance(base, Conv1D):
-            base.weight.data = base.weight.data.T.contiguous().T  # the layout of `decoding_copy`, which keeps it
+            base.weight.data = base.weight.data.T.contiguous().T  # the layout that `decoding_copy` prefers
     if policy.critic_body is not None:
         shared = {id(p): p for p in policy.lm.parameters() if not p.requires_grad}
         policy.critic_body = copy.deepcopy(policy.lm.base_model, shared)

@@ -64,7 +64,7 @@ LOGS = ("metrics.jsonl", "games.jsonl")
 # --- starting a program -----------------------------------------------------------------------------------------
 def start_program(argv: list[str]) -> Config:
     """Join the other processes and read the options. Ends the process with one line if they are wrong, or if the run
-    that they resume is finished."""
+    to resume is finished."""
     keep_freed_memory()
     join_processes()
     quiet_libraries()

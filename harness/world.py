@@ -455,7 +455,7 @@ def neighbour_pairs(seeds: list[str], embedder: Embedder, template: str, rng: np
 def show_prompts(world: World, n: int = 3) -> None:
     """Print the first prompts of both players and the first exchanges of both judges as their models will read them:
     the tokens decoded again, special ones and chat template included, control characters escaped. For each judge also
-    print its unsafe labels and its verdicts on two obvious exchanges, to reveal an inverted judge before the game."""
+    print its description and its verdicts on two obvious exchanges, to reveal an inverted judge before the game."""
     seeds = world.seeds[:n]
     for name, player in world.players.items():
         print(f"\nthe {name} reads")
