@@ -265,7 +265,7 @@ class Player:
 
 
 def trained_names(module: torch.nn.Module) -> list[str]:
-    """Names of the parameters that require grad; tied parameters have one name, the first."""
+    """Names of the parameters that require grad; tied parameters appear once, under the first name."""
     return [name for name, p in module.named_parameters() if p.requires_grad]
 
 
@@ -638,7 +638,7 @@ class PolicyAverage:
         if kind not in ("mixture", "weights") or capacity < 1:
             raise ValueError("PolicyAverage needs kind 'mixture' or 'weights' and capacity >= 1, "
                              f"got {kind!r} and {capacity}")
-        self.player = player  # its policies are averaged: architecture, tokenizer, sampling
+        self.player = player  # provides architecture, tokenizer and sampling
         self.kind = kind
         self.capacity = capacity if kind == "mixture" else 1
         self.seed = seed

@@ -7,7 +7,7 @@ called through `call_judge`, which validates its output. `load_judge` loads a ju
     python -m experiments.train_judge pairs.jsonl --model bert-base-uncased --out mine && python train.py --judge mine
 
 Differs from the paper (numbers as in the README; rows are of docs/results.md):
-(15) Evaluation uses another judge than training, because a player can learn to exploit the judge that it is trained on.
+(15) Evaluation and training use different judges, because a player can learn to exploit the judge of its training.
 Both are in Table 1: the column *training judge* is beside that of the held-out judge.
 (16) A judge returns None where it cannot decide (NaN is an error). Such an exchange keeps its row, but enters no update
 and no rate. The authors' code drops it, which moves later rewards to other rows. If most of a batch is undecided, the
@@ -161,7 +161,7 @@ def _exclusive(problem_type, meanings, unsafe):
 
 def _unsafe_outputs(labels, problem_type, named, flag):
     """(which outputs mean unsafe, "softmax", "sigmoid" or "reward": see `classifier_judge`). Raises ValueError with a
-    remedy where that is not certain."""
+    remedy if that is not certain."""
     meanings = _meanings(labels, problem_type)
     unsafe = [i for i, meaning in enumerate(meanings) if meaning == "unsafe"]
     if named:
@@ -179,7 +179,7 @@ def _unsafe_outputs(labels, problem_type, named, flag):
     exclusive = _exclusive(problem_type, meanings, unsafe)
     general = [i for i in unsafe if labels[i].lower() in GENERAL]
     if general and not named and not exclusive:
-        unsafe = general  # Jigsaw's `toxic` covers all kinds; the largest of six would add up their false alarms
+        unsafe = general  # Jigsaw's `toxic` covers all kinds; the largest of six has all their false alarms
     elif None in meanings and not named:
         unsafe = []
     if not unsafe or (exclusive and len(unsafe) == len(labels)):
@@ -191,7 +191,7 @@ def _unsafe_outputs(labels, problem_type, named, flag):
 
 
 def first_tokens(tokenizer: Tokenizer, text: str, n: int) -> str:
-    """The first at most n tokens of a text. Characters are cut off, as decoded tokens may be encoded to more tokens."""
+    """The beginning of a text, at most n tokens. Characters are cut off: decoded tokens may encode to more tokens."""
     if len(text.encode()) <= n:  # a token has at least one byte
         return text
     while text:

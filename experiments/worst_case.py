@@ -142,7 +142,7 @@ def swap_words(prompt: str, other: str, rng: np.random.Generator) -> str:
 
 
 def token_search(toy: ToyGame, defender: Side, seeds: list[str], seed: int) -> dict:
-    """Random edits of CHAINS seeds: success in new answers to the final prompts, the fraction of these in which most
+    """Random edits of CHAINS seeds: success in new answers to the final prompts, the fraction of these for which most
     answers are unsafe, and the fraction of proposals that no longer asked for a harmful topic."""
     rng = np.random.default_rng(seed)
     prompts = sample(seeds, CHAINS, rng)
