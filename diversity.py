@@ -4,18 +4,18 @@
     Eq. (3.5)  R_emb(x)      = - mean_{x' in X} cos(phi(x), phi(x'))
                R_div         = (R_SelfBLEU + R_emb) / 2        X: the history of all earlier attacks
 
-SelfBLEU (Zhu et al., 2018) is BLEU (Papineni et al., 2002) against all of X at once. Its clipped precision asks of each
-n-gram how often it occurs, at most, in one text of X. A table of how many texts have it once, twice, ... answers that,
-also for X without one of its own texts, and costs the same after 64 attacks or 64,000. The mean cosine is the product
-with a mean of unit vectors. They are summed as integers, exactly: no term depends on the order or the batches in which
-X was added.
+SelfBLEU (Zhu et al., 2018) is BLEU (Papineni et al., 2002) against all of X at once. Its clipped precision needs the
+largest count of each n-gram in any one text of X. A table of how many texts have it once, twice, ... gives that count,
+even for X without one of its own texts, at the same cost after 64 attacks or 64,000. The mean cosine is the dot product
+with the mean of unit vectors. They are summed exactly, as integers, so that no term depends on the order or the batches
+in which X was added.
 
 Differs from the paper (numbers as in the README; rows are of docs/results.md):
-(9) X is the last 480 attacks (--history), not all of them: against all a collapse goes unpunished for long, as the
-variety of early attacks keeps the mean low: row *all earlier attacks, not the last 480*.
-(10) The mean of the cosines, as in the authors' code, in place of the paper's sum, which grows with X. It changes the
-scale alone: rows *k = 1*, *k = 5*, *k = 10*. Eq. (3.4) is against all of X at once, as SelfBLEU is defined; the
-authors' code averages over single texts of X, at a cost that grows.
+(9) X is the last 480 attacks (--history), not all of them. Against all of them a collapse goes unpunished for long,
+because varied early attacks keep the mean low: row *all earlier attacks, not the last 480*.
+(10) Eq. (3.5) is the mean of the cosines, as in the authors' code, not the paper's sum, which grows with X. This
+changes only the scale: rows *k = 1*, *k = 5*, *k = 10*. Eq. (3.4) is against all of X at once, as SelfBLEU is defined;
+the authors' code averages over single texts of X, at a cost that grows.
 """
 
 import functools
@@ -36,18 +36,18 @@ from model import check_tokenizer, first_line, inert_texts, longest_input
 
 Embedder = Callable[[list[str]], np.ndarray]  # B texts -> (B, D)
 ORDERS = (2, 3, 4, 5)
-BATCH_TOKENS = 64  # in a batch of an embedder, about
+BATCH_TOKENS = 64  # approximate size of an embedder's batch
 FIXED_POINT = 2.0**32  # vectors are summed as integers in units of 2^-32
 
 
 # --- SelfBLEU ---------------------------------------------------------------------------------------------------
 def _split(text):
-    """Words at white space. Equal ones are one object: the table's n-grams are found faster, and take less memory."""
+    """Words, split at white space. They are interned: the table's n-grams are found faster and take less memory."""
     return tuple(map(sys.intern, text.split()))
 
 
 def _ngrams(tokens, max_order):
-    """The n-grams of the orders 1..max_order as keys of their own: see `_numbered`."""
+    """The n-grams of the orders 1..max_order, each occurrence with its own key: see `_numbered`."""
     seen = {}
     items = []
     for n in range(1, max_order + 1):
@@ -64,18 +64,18 @@ def _numbered(gram, seen):
 
 
 class NgramTable:
-    """What BLEU needs to know of a set of reference texts; reading it takes the same time for any number of texts."""
+    """What BLEU needs of a set of reference texts; a lookup takes the same time for any number of texts."""
 
     def __init__(self, max_order: int = max(ORDERS), texts: Sequence[str] = ()):
         self.max_order = max_order
         self.counts = {}  # item of `_ngrams` -> how many texts have it
-        self.lengths = Counter()  # number of words -> how many texts have so many
+        self.lengths = Counter()  # number of words -> how many texts have that many
         self.texts = Counter()
         for text in texts:
             self.add(text)
 
     def add(self, text: str, change: int = 1) -> None:
-        """Add a reference text; with a change of -1 remove it."""
+        """Add a reference text; a change of -1 removes it."""
         tokens = _split(text)
         self._count(self.lengths, len(tokens), change)
         self._count(self.texts, text, change)
@@ -85,12 +85,12 @@ class NgramTable:
     @staticmethod
     def _count(counts, key, change):
         counts[key] = counts.get(key, 0) + change
-        if not counts[key]:  # what has left takes no memory
+        if not counts[key]:  # removed texts take no memory
             del counts[key]
 
     def bleu(self, text: str, orders: Sequence[int] = ORDERS, leave_one_out: bool = False) -> float:
         """Mean over `orders` of BLEU-n of a text in [0, 1], smoothing method1 (Chen and Cherry, 2014), as nltk's
-        sentence_bleu; 0 without references. `leave_one_out`: one copy of a text that is a reference is left out."""
+        sentence_bleu; 0 without references. `leave_one_out`: if the text is a reference, one copy is left out."""
         tokens = _split(text)
         left_out = 1 if leave_one_out and text in self.texts else 0  # copies of the text that do not count
         if not tokens or self.lengths.total() == left_out:
@@ -98,18 +98,18 @@ class NgramTable:
         matches = self._matches(tokens, max(orders), left_out)
         if matches[0] == 0:
             return 0.0
-        logs = [math.log((m or 0.1) / max(1, len(tokens) - i)) for i, m in enumerate(matches)]  # method1: 0.1 for none
+        logs = [math.log((m or 0.1) / max(1, len(tokens) - i)) for i, m in enumerate(matches)]  # method1: 0.1 for 0
         brevity = self._brevity_penalty(len(tokens), left_out)
         return sum(brevity * math.exp(math.fsum(logs[:n]) / n) for n in orders) / len(orders)
 
     def _matches(self, tokens, max_order, left_out):
-        """How many n-grams are also in a reference, at [n - 1]; each at most as often as in one of them (clipped)."""
+        """Clipped matches of n-grams, at [n - 1]: an n-gram matches at most as often as it occurs in one reference."""
         matches = [0] * max_order
         seen = {}
         for start in range(len(tokens)):
             for end in range(start + 1, min(start + max_order, len(tokens)) + 1):
                 gram = tokens[start:end]
-                if self.counts.get(gram, 0) <= left_out:  # then nor are those that are longer
+                if self.counts.get(gram, 0) <= left_out:  # then no longer one matches either
                     break
                 matches[end - start - 1] += self.counts.get(_numbered(gram, seen), 0) > left_out
         return matches
@@ -164,8 +164,8 @@ def word_embedder(texts: Sequence[str], width: int = 256) -> np.ndarray:
 
 
 def _equal_groups(lengths):
-    """Row numbers in groups of texts of one length, the last ones filled up by repetition. The length alone sets a
-    batch's shape: in batches of another shape a vector's last bits would depend on the texts beside it."""
+    """Row numbers in groups of texts of equal length; the last group is filled up by repetition. A batch's shape
+    depends on the length alone: otherwise a vector's last bits would depend on the texts beside it."""
     by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     for length, same in itertools.groupby(by_length, key=lengths.__getitem__):
         rows = list(same)
@@ -176,8 +176,8 @@ def _equal_groups(lengths):
 
 
 def _pool(name):
-    """How sentence-transformers makes one vector of an encoder's states: "mean" (also where its files say nothing) or
-    "cls". Raises ValueError where it does anything else."""
+    """How sentence-transformers pools an encoder's states into one vector: "mean" (also if its files do not say) or
+    "cls". Raises ValueError if it does anything else."""
     def read(file):
         found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
         return json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
@@ -202,8 +202,8 @@ def _pool(name):
 
 def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool = False) -> Embedder:
     """Load an embedder from its `--embedder` string: `words`, or the folder or hub id of an encoder, whose last hidden
-    states are averaged over the tokens (or the first is taken, where its modules.json says so): B texts -> (B, D)
-    float64 unit vectors. Raises ValueError if it cannot."""
+    states are averaged over the tokens (or the first is taken, if its modules.json says so): B texts -> (B, D)
+    float64 unit vectors. Raises ValueError if it cannot be loaded."""
     if name_or_dir == "words":
         return word_embedder
     try:
@@ -238,8 +238,8 @@ def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool
 class Diversity:
     """The history X of attacks and the reward against it. Score first, then add: a repetition scores BLEU 1.
 
-    terms: "bleu", "embedding" or both. embedder: B texts -> (B, D), needed for the second; its rows are normalised
-    here. window: X is the last so many attacks; 0: all, as in the paper. Raises ValueError where these do not fit."""
+    terms: "bleu", "embedding" or both. embedder: B texts -> (B, D), needed for "embedding"; normalised here. window:
+    the number of latest attacks in X; 0: all, as in the paper. Raises ValueError for invalid terms or embedder."""
 
     def __init__(self, terms: Sequence[str] = ("bleu", "embedding"), embedder: Embedder | None = None, window: int = 0):
         if not set(terms) <= {"bleu", "embedding"} or not terms:
@@ -251,9 +251,9 @@ class Diversity:
         self.window = window
         self.history = []  # the texts of X
         self.table = NgramTable()  # of the same texts
-        self.vectors = []  # their unit vectors in fixed point, (D,) int64 each; without a window none is needed
+        self.vectors = []  # their unit vectors in fixed point, (D,) int64 each; kept only with a window
         self.vector_sum = 0  # (D,) int64
-        self.scored = {}  # text -> its unit vector, of the last batch: what was scored is what is added next
+        self.scored = {}  # text -> its unit vector, of the last scored batch, which is usually added next
 
     def score(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """{"bleu": (B,), "embedding": (B,), "reward": (B,)}: similarity by each term, and R_div from both."""
@@ -285,7 +285,7 @@ class Diversity:
             del self.vectors[:dropped]
 
     def state_dict(self) -> dict:
-        """X for a checkpoint, as JSON takes it."""
+        """X for a checkpoint, as JSON values."""
         return {"history": list(self.history), "vector_sum": np.asarray(self.vector_sum).tolist()}
 
     def load_state_dict(self, state: dict) -> None:
@@ -296,7 +296,7 @@ class Diversity:
         self.vector_sum = sum(self.vectors) if self.window else np.array(state["vector_sum"])
 
     def _fixed_point(self, texts):
-        """Unit vectors in fixed point, (D,) int64 each; what is not finite is 0, or it would stay in the sum."""
+        """Unit vectors in fixed point, (D,) int64 each; a non-finite entry becomes 0, or it would stay in the sum."""
         if "embedding" not in self.terms or not len(texts):
             return []
         if set(texts) <= self.scored.keys():

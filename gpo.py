@@ -5,17 +5,17 @@
 
 The attacker mu writes prompts x, the defender pi answers with y, a judge gives R = P(safe). Both are trained
 in turn with token-level PPO: `play` collects a batch of exchanges, `ppo_update` improves the mover. The policies'
-averages (`PolicyAverage`) are what the theory speaks of; `solve_matrix_game` is that theory on small tables.
+averages (`PolicyAverage`) are the subject of the theory; `solve_matrix_game` runs the theory's algorithms on tables.
 
-With several processes all know all exchanges. Each forwards its rows of every minibatch (`my_rows`); losses are sums
-over tokens divided by the tokens of the whole step, so gradients and statistics are sums over processes (`all_sum`).
+Every process holds all exchanges, and forwards its own rows of every minibatch (`my_rows`). Losses are sums over
+tokens divided by the tokens of the whole step, so gradients and statistics are sums over processes (`all_sum`).
 
 Differs from the paper (numbers as in the README; rows are of docs/results.md):
 (1) The KL anchor is the initial policy by default, as in the authors' code: row *KL to the previous round*.
 (2) The KL penalty is the k1 estimate on sampled tokens, inside the reward: the same quantity in expectation.
-(3) Theorem 3.2 averages distributions; of two language models one can only mix episodes (exact) or average
-weights (an approximation): both are here, table *what an average costs*.
-(14) Algorithms 2 and 3 take the constants of the step sizes that give an explicit bound: section *the theory*.
+(3) Theorem 3.2 averages distributions. Language models can be mixed by episode (exact) or averaged by weights (an
+approximation); both are implemented: table *what an average costs*.
+(14) Algorithms 2 and 3 use step sizes with explicit constants, which give an explicit bound: section *the theory*.
 """
 
 import copy
@@ -42,12 +42,12 @@ from reward import Judge, call_judge, decided
 
 # --- several processes ---------------------------------------------------------------------------------------
 def rank() -> int:
-    """The number of this process; 0 is the first, which writes."""
+    """The rank of this process; the first, 0, writes the files."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -59,19 +59,19 @@ def all_sum(x: torch.Tensor) -> torch.Tensor:
 
 
 def my_rows(rows: torch.Tensor | list) -> torch.Tensor | list:
-    """The rows (n,) that this process works on: every world_size-th, so that of rows sorted by length all get long
-    and short ones."""
+    """The rows (n,) of this process: every world_size-th, so that of rows sorted by length each process gets long and
+    short ones."""
     return rows[rank() :: world_size()]
 
 
 # --- random choices --------------------------------------------------------------------------------------------
 def new_seed(rng: np.random.Generator) -> int:
-    """A seed for what has a random generator of its own."""
+    """A seed for a function with its own random generator."""
     return int(rng.integers(2**31))
 
 
 def sample(items: list, n: int, rng: np.random.Generator) -> list:
-    """n of the items, without repetition where there are enough."""
+    """n random items, without replacement if there are enough."""
     return [items[i] for i in rng.choice(len(items), n, replace=n > len(items))]
 
 
@@ -129,8 +129,8 @@ def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: 
 
 def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor,
                clip: float, n_tokens: torch.Tensor) -> torch.Tensor:
-    """Half the squared error of (B, T) values; the larger of it and that of the value clipped around its old self
-    (as in OpenAI's baselines, Dhariwal et al., 2017). Summed and divided as in `policy_loss`."""
+    """Half the squared error of (B, T) values: the larger of that of the value and that of the value clipped around
+    the old one (as in OpenAI's baselines, Dhariwal et al., 2017). Summed and divided as in `policy_loss`."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * (torch.maximum((values - returns) ** 2, (clipped - returns) ** 2) * mask).sum() / n_tokens
 
@@ -144,9 +144,9 @@ def supervised_loss(policy: Policy, demos: Rollout) -> torch.Tensor:
 # --- players ------------------------------------------------------------------------------------------------
 @dataclass
 class Player:
-    """One side of the game: its policy with its own critic, its own reference and its own optimizer.
+    """One player: its policy with a critic, its reference policy and its optimizer.
 
-    What requires grad is what is trained, saved and averaged. Players meet in text: each reads with its own tokenizer.
+    Parameters that require grad are trained, saved and averaged. Players exchange text: each has its own tokenizer.
     """
 
     name: str  # "attacker" or "defender": the prefix of its metrics
@@ -155,7 +155,7 @@ class Player:
     learning_rate: float = 1e-5
     kl_coef: float = 0.05
     entropy_coef: float = 0.0  # eta_H of Eq. (3.7), on the attacker
-    template: str = "{}"  # how a prompt is put to it: the attacker's seeds have one
+    template: str = "{}"  # wraps each prompt; the attacker's wraps its seeds
     kl_anchor: str = "initial"  # or "previous": the KL penalty is measured from the policy at the last `anchor`
     epochs: int = 2
     minibatches: int = 2
@@ -166,12 +166,12 @@ class Player:
     gamma: float = 1.0
     lam: float = 0.95
     max_grad_norm: float = 1.0
-    missing_eos_penalty: float = 0.5  # taken off the score of a response that was cut off, not ended
+    missing_eos_penalty: float = 0.5  # subtracted from the score of a response without EOS
     temperature: float = 1.0
-    initial: Policy = field(init=False)  # frozen: the policy as it began
+    initial: Policy = field(init=False)  # frozen: the initial policy
     reference: Policy = field(init=False)  # frozen: the anchor of the KL penalty
     optimizer: torch.optim.Optimizer = field(init=False)
-    skipped_steps: int = 0  # optimizer steps, and whole updates, not taken because something was not finite
+    skipped_steps: int = 0  # optimizer steps, and whole updates, skipped because a number was not finite
     skipped_in_a_row: int = 0
 
     def __post_init__(self):
@@ -180,20 +180,20 @@ class Player:
         self.new_optimizer()
 
     def new_optimizer(self) -> None:
-        """A fresh AdamW: its moments are zero."""
+        """Replace the optimizer by a fresh AdamW, whose moments are zero."""
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             trained, lr=self.learning_rate, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
 
     def anchor(self) -> None:
-        """The KL penalty is measured from the policy as it is now."""
+        """Measure the KL penalty from the current policy from now on."""
         if self.reference is self.initial:
             self.reference = frozen_copy(self.policy)
         else:
             copy_weights(self.policy, self.reference)
 
     def reset_to(self, policy: Policy) -> None:
-        """The language model's weights of `policy` and a fresh optimizer; the critic is kept."""
+        """Copy the language model's weights of `policy`, with a fresh optimizer; the critic is kept."""
         copy_weights(policy, self.policy)
         self.new_optimizer()
 
@@ -208,7 +208,7 @@ class Player:
         prompts = [self.template.format(prompt) for prompt in prompts]
         if temperature is None:
             temperature = self.temperature
-        rows = 4 * self.micro_batch or 256  # at a time: no gradients, so more than in an update
+        rows = 4 * self.micro_batch or 256  # per batch: more than in an update, as there are no gradients
         padded = prompts + prompts[:1] * (-len(prompts) % world_size())  # the same number for every process
         rollout = generate(self.policy, my_rows(padded), self.max_new_tokens, temperature,
                            seed=seed + 1_000_003 * rank(), clip_prompts=True, batch_size=rows)
@@ -221,13 +221,13 @@ class Player:
         return gathered.select(torch.arange(len(prompts), device=self.policy.device))
 
     def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-        """(tensors, numbers) of a checkpoint: what is trained, its optimizer, and the reference where it has moved.
-        All processes must call it; tensors are complete in the first one and {} in the others."""
+        """(tensors, numbers) of a checkpoint: the trained weights, the optimizer's state, and the reference if it has
+        moved. All processes must call it; tensors are complete in the first one and {} in the others."""
         tensors = {f"policy.{name}": tensor for name, tensor in trained_weights(self.policy).items()}
         if self.reference is not self.initial:
             names = trained_names(self.policy.lm)
             tensors |= {f"reference.{name}": tensor for name, tensor in weights(self.reference.lm, names).items()}
-        if self.optimizer.state:  # else torch would take a step to have one
+        if self.optimizer.state:  # without it torch would take a step to create it
             options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
             states = get_optimizer_state_dict(self.policy, self.optimizer, options=options).get("state", {})
             for name, state in states.items():
@@ -235,7 +235,7 @@ class Player:
         return tensors, {"skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, tensors: dict[str, torch.Tensor], numbers: dict[str, int]) -> None:
-        """What `state_dict` gave; the first process's tensors count."""
+        """Restore what `state_dict` returned; only the first process's tensors are used."""
         groups = {"policy": {}, "reference": {}, "optimizer": {}}
         for key, tensor in tensors.items():
             group, name = key.split(".", 1)
@@ -251,7 +251,7 @@ class Player:
         self.skipped_steps = numbers["skipped_steps"]
 
     def _load_optimizer(self, moments):
-        """AdamW's moments {"part.parameter": tensor}."""
+        """Load AdamW's moments {"part.parameter": tensor}."""
         state = {}
         for key, tensor in moments.items():
             part, name = key.split(".", 1)
@@ -265,7 +265,7 @@ class Player:
 
 
 def trained_names(module: torch.nn.Module) -> list[str]:
-    """Names of the parameters that require grad; of tied ones the first."""
+    """Names of the parameters that require grad; tied parameters appear once, under the first name."""
     return [name for name, p in module.named_parameters() if p.requires_grad]
 
 
@@ -283,19 +283,19 @@ def trained_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_weights(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Complete tensors {name: tensor}, of which the first process's count, into a module, sharded or not."""
+    """Load complete tensors {name: tensor} into a module, sharded or not; only the first process's are used."""
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world_size() > 1, strict=False)
     set_model_state_dict(module, dict(tensors), options=options)  # torch writes into the dict that it is given
 
 
 def any_process(tensors: dict) -> bool:
-    """Whether the first process holds any: the others hold none."""
+    """Whether the first process holds any tensors; the others hold none."""
     return bool(all_sum(torch.tensor(len(tensors))))
 
 
 @torch.no_grad()
 def copy_weights(source: Policy, target: Policy) -> None:
-    """The language model's weights, but those that the two share."""
+    """Copy the language model's weights, except those that the two policies share."""
     theirs = dict(source.lm.named_parameters())
     for name, p in target.lm.named_parameters():
         if p is not theirs[name]:
@@ -304,7 +304,7 @@ def copy_weights(source: Policy, target: Policy) -> None:
 
 def merge_parts(policy: Policy, prompts: list[str], parts: list[tuple], places: list[list[int]],
                 temperature: float) -> Rollout:
-    """One rollout from parts (texts, prompt ids, response ids), whose rows go to the given places among the prompts."""
+    """One rollout from parts (texts, prompt ids, response ids); places: the indices of each part's rows in prompts."""
     rows = [None] * len(prompts)
     for part, its_places in zip(parts, places):
         for row, place in zip(zip(*part), its_places):
@@ -313,8 +313,8 @@ def merge_parts(policy: Policy, prompts: list[str], parts: list[tuple], places: 
     return pack(policy, prompts, texts, prompt_ids, response_ids, temperature)
 
 
-# --- steps that are not taken ----------------------------------------------------------------------------------
-MAX_SKIPPED = 10  # steps skipped in a row that end a run: one bad batch is chance, ten are a fault that goes on
+# --- skipped steps ---------------------------------------------------------------------------------------------
+MAX_SKIPPED = 10  # consecutive skipped steps that end a run: one bad batch may be chance, ten are a persistent fault
 
 
 class NotFinite(ValueError):
@@ -322,7 +322,7 @@ class NotFinite(ValueError):
 
 
 def skip(player: Player, what: str) -> None:
-    """Count and name a step that is not taken because `what` is not finite: the weights stay. Raises NotFinite."""
+    """Count and report a step that is skipped because `what` is not finite. Raises NotFinite after MAX_SKIPPED."""
     player.skipped_steps += 1
     player.skipped_in_a_row += 1
     message = f"{player.name}: not finite: {what}; step skipped ({player.skipped_steps} so far)"
@@ -333,14 +333,14 @@ def skip(player: Player, what: str) -> None:
 
 
 def not_finite(**tensors: torch.Tensor) -> str:
-    """Which of the named tensors hold NaN or infinity: their names, or ""."""
+    """Names of the tensors that hold NaN or infinity, joined by commas, or ""."""
     return ", ".join(name for name, x in tensors.items() if not torch.isfinite(x).all())
 
 
 # --- the PPO update -----------------------------------------------------------------------------------------------
 @dataclass
 class Experience:
-    """What an update knows of a rollout before its first step, all (B, T) and zero outside the response mask."""
+    """What an update needs of a rollout before its first step, all (B, T) and zero outside the response mask."""
 
     logprobs: torch.Tensor  # of the policy before the update
     ref_logprobs: torch.Tensor
@@ -360,8 +360,8 @@ def ppo_update(player: Player, rollout: Rollout, scores: np.ndarray | torch.Tens
 
     scores (B,): one number for each response. demos: demonstrations whose likelihood is kept up during the update with
     weight ptx_coef (PPO-ptx, Ouyang et al., 2022). With several processes all pass the same arguments. A step with a
-    number that is not finite is skipped, and the whole update where whitening would spread it; metrics that are not
-    finite are left out. Raises ValueError on a batch that cannot be divided evenly, and NotFinite.
+    non-finite number is skipped; so is the whole update if whitening would spread that number. Non-finite metrics are
+    left out. Raises NotFinite, and ValueError if the batch cannot be divided evenly.
     """
     B = len(rollout)
     parts = player.minibatches * world_size()
@@ -380,7 +380,7 @@ def ppo_update(player: Player, rollout: Rollout, scores: np.ndarray | torch.Tens
         epochs = []
     for minibatches in epochs:
         for m, rows in enumerate(minibatches):
-            if not mask[rows].any():  # no exchange of it was decided: a step would be AdamW's momentum alone
+            if not mask[rows].any():  # none of its exchanges was decided: a step would be AdamW's momentum alone
                 continue
             if demos is not None and ptx_coef > 0:
                 demonstration_gradients(player, demos, m, ptx_coef)
@@ -393,7 +393,7 @@ def ppo_update(player: Player, rollout: Rollout, scores: np.ndarray | torch.Tens
 
 
 def rollout_metrics(old: Experience, mask: torch.Tensor, scores: torch.Tensor) -> dict[str, float]:
-    """Of the rollout before the update; rows without a response are in no mean."""
+    """Metrics of the rollout before the update; means leave out rows with an empty response mask."""
     rows = mask.any(1)  # (B,)
     kl = ((old.logprobs - old.ref_logprobs) * mask).sum(1)  # (B,) nats per response
     return {"objective/kl": kl[rows].mean().item(),
@@ -404,9 +404,9 @@ def rollout_metrics(old: Experience, mask: torch.Tensor, scores: torch.Tensor) -
 
 def experience(player: Player, rollout: Rollout, scores: torch.Tensor,
                first_epoch: tuple[torch.Tensor, ...]) -> Experience:
-    """Scores (B,) -> token rewards -> advantages and returns, from the policy and the reference as they are now.
+    """Scores (B,) -> token rewards -> advantages and returns, from the current policy and reference.
 
-    Old log-probs come from the very batches of the first epoch (row numbers of each minibatch): the same shapes give
+    Old log-probs are computed in the batches of the first epoch (row numbers of each minibatch): the same shapes give
     the same bits, so the ratio before the first step is exactly 1.
     """
     groups = []
@@ -435,8 +435,8 @@ def demonstration_gradients(player: Player, demos: Rollout, m: int, ptx_coef: fl
 
 def minibatch_gradients(player: Player, rollout: Rollout, old: Experience, minibatch: torch.Tensor,
                         is_first: bool) -> dict[str, float]:
-    """Add the gradients of one minibatch of rows (n,), micro-batch by micro-batch; returns its statistics, which are
-    those of all processes. Raises RuntimeError where the ratio is not exactly 1 before the first step."""
+    """Add the gradients of one minibatch of rows (n,), micro-batch by micro-batch. Returns its statistics over all
+    processes, as means per token. Raises RuntimeError if the ratio is not exactly 1 before the first step."""
     n_tokens = rollout.response_mask[minibatch].sum().clamp(min=1)
     total = {}
     for rows in split_rows(my_rows(minibatch), player.micro_batch):
@@ -453,21 +453,21 @@ def minibatch_gradients(player: Player, rollout: Rollout, old: Experience, minib
         stats = ratio_stats(player, logprobs.detach() - before.logprobs, values.detach() - before.values, mask)
         stats |= {"loss/policy": loss_p.detach() * n_tokens, "loss/value": loss_v.detach() * n_tokens}
         total = {name: total.get(name, 0) + value for name, value in stats.items()}
-    sums = all_sum(torch.stack(list(total.values())))  # the same in all processes, and so is what is decided by it
+    sums = all_sum(torch.stack(list(total.values())))  # the same in all processes, so all decide the same
     return dict(zip(total, (sums / n_tokens).tolist()))
 
 
 def check_ratio(player: Player, logprobs: torch.Tensor, old_logprobs: torch.Tensor) -> None:
-    """Raises RuntimeError where the training forward's log-probs (B, T) differ from the scoring forward's by a bit."""
+    """Raises RuntimeError if the training forward's log-probs (B, T) differ in any bit from the scoring forward's."""
     off = (logprobs.detach() - old_logprobs).abs().max()
-    if 0 < off < math.inf:  # what is not finite is for `optimizer_step`
+    if 0 < off < math.inf:  # `optimizer_step` handles what is not finite
         raise RuntimeError(f"{player.name}: the PPO ratio must be exactly 1 before the first step; the training "
                            f"forward differs from the scoring forward by up to {off:.2e}")
 
 
 def ratio_stats(player: Player, logprob_change: torch.Tensor, value_change: torch.Tensor,
                 mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Sums over the tokens of a micro-batch, from (B, T) changes since before the update."""
+    """Statistics summed over the tokens of a micro-batch, from the changes (B, T) since the update began."""
     difference = logprob_change * mask
     ratio = difference.exp()
     per_token = {
@@ -479,7 +479,7 @@ def ratio_stats(player: Player, logprob_change: torch.Tensor, value_change: torc
 
 
 def optimizer_step(player: Player, stats: dict[str, float]) -> None:
-    """Clip by the global norm and step; a gradient that is not finite, or whose losses are not, is thrown away."""
+    """Clip by the global norm and step; skip the step if its gradient or its losses are not finite."""
     norm = clip_gradients(player.policy, player.max_grad_norm)
     losses = torch.tensor([stats["loss/policy"], stats["loss/value"]])
     bad = not_finite(gradient=norm, losses=losses)
@@ -509,7 +509,7 @@ def split_rows(rows: torch.Tensor, size: int) -> list[torch.Tensor]:
 @torch.no_grad()
 def forward_rows(policy: Policy, rollout: Rollout, groups: list[torch.Tensor],
                  with_values: bool = True) -> list[torch.Tensor]:
-    """`logprobs_and_values` of a rollout, (B, T) each, computed group of rows by group of rows of this process."""
+    """`logprobs_and_values` of a rollout, (B, T) each, computed by groups of this process's rows."""
     outputs = [torch.zeros(rollout.tokens.shape, device=policy.device) for _ in range(3)]
     with policy.autocast():  # around all groups, so that it casts the weights once
         for rows in groups:
@@ -517,7 +517,7 @@ def forward_rows(policy: Policy, rollout: Rollout, groups: list[torch.Tensor],
             for all_rows, piece in zip(outputs, logprobs_and_values(policy, part, with_values=with_values)):
                 if piece is not None:
                     all_rows[rows, : piece.shape[1]] = piece
-    return [all_sum(x) for x in outputs]  # the others' rows are zero here
+    return [all_sum(x) for x in outputs]  # rows of other processes are zero here
 
 
 def log_likelihoods(policy: Policy, rollout: Rollout) -> torch.Tensor:
@@ -540,7 +540,7 @@ class SFTSettings:
     learning_rate: float  # the peak of one cycle
     seed: int | list[int]
     micro_batch: int = 0  # rows per forward and backward; 0: the whole batch
-    name: str = "SFT"  # of the progress bar
+    name: str = "SFT"  # label of the progress bar
 
 
 def sft(policy: Policy, pairs: list[tuple[str, str]], settings: SFTSettings) -> float:
@@ -583,7 +583,7 @@ class Exchanges:
     """A batch of exchanges: seed -> attack -> response -> P(safe)."""
 
     seeds: list[str]
-    attacks: Rollout | None  # None: the prompts were given, nobody wrote them
+    attacks: Rollout | None  # None if the prompts were given
     prompts: list[str]
     responses: Rollout
     p_safe: np.ndarray  # (B,), NaN where the judge is undecided: these rows have an empty response mask
@@ -601,7 +601,7 @@ def play(attacker: "Player | PolicyAverage | None", defender: "Player | PolicyAv
     """The attacker rewrites each seed, the defender answers, the judge scores: x ~ mu, y ~ pi(.|x), R(x, y).
 
     With attacker None the seeds themselves are the prompts. An exchange that the judge does not decide keeps its row
-    with an empty response mask, so it is in no update. Raises JudgeError where fewer than half are decided.
+    with an empty response mask, so it enters no update. Raises JudgeError if fewer than half are decided.
     """
     attacks = None
     prompts = list(seeds)
@@ -626,19 +626,19 @@ def play(attacker: "Player | PolicyAverage | None", defender: "Player | PolicyAv
 class PolicyAverage:
     """The average policy of Theorem 3.2, in two forms. Like a player it can `generate`.
 
-    kind "mixture": the uniform mixture over all policies added so far; one member is drawn for each prompt.
+    kind "mixture": the uniform mixture over all policies added so far; one member is sampled for each prompt.
     At most `capacity` of them are kept, a uniform sample of all (reservoir sampling, Vitter 1985).
-    kind "weights": one policy whose weights are the mean of theirs: cheap, and an approximation only.
-    Members are the language model's trained weights, without critic, on the CPU of the first process; with LoRA its
-    adapters (whose mean is not the mean of their products: one approximation more).
-    Raises ValueError on another kind or a capacity below 1.
+    kind "weights": one policy, whose weights are the mean of theirs. It is cheap, but only an approximation.
+    Members are the language model's trained weights, without critic, on the CPU of the first process; with LoRA they
+    are its adapters (whose mean is not the mean of their products: a second approximation).
+    Raises ValueError for another kind or a capacity below 1.
     """
 
     def __init__(self, player: Player, kind: str = "mixture", capacity: int = 16, seed: int = 0):
         if kind not in ("mixture", "weights") or capacity < 1:
             raise ValueError("PolicyAverage needs kind 'mixture' or 'weights' and capacity >= 1, "
                              f"got {kind!r} and {capacity}")
-        self.player = player  # whose policies these are: architecture, tokenizer, sampling
+        self.player = player  # provides architecture, tokenizer and sampling
         self.kind = kind
         self.capacity = capacity if kind == "mixture" else 1
         self.seed = seed
@@ -646,12 +646,12 @@ class PolicyAverage:
         self.count = 0  # how many policies were added
 
     def add(self, policy: Policy) -> None:
-        """Take in the policy as it is now: the weights that the average's player trains."""
+        """Add the current policy: the weights that the average's player trains."""
         names = trained_names(self.player.policy.lm)
         self.add_weights({name: tensor.clone() for name, tensor in weights(policy.lm, names).items()})
 
     def add_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """weights: {name: tensor (...)} of one policy's language model, the average's from now on."""
+        """Add the weights {name: tensor (...)} of one policy's language model; the average then owns the tensors."""
         self.count += 1
         if len(self.members) < self.capacity:
             self.members.append(weights)
@@ -670,7 +670,7 @@ class PolicyAverage:
         return policy
 
     def generate(self, prompts: list[str], seed: int, temperature: float | None = None) -> Rollout:
-        """As `Player.generate`, each prompt to a member drawn uniformly; one member's policy at a time is in memory."""
+        """As `Player.generate`, each prompt by a uniformly sampled member; one member's policy at a time is loaded."""
         drawn = np.random.default_rng(seed).integers(len(self.members), size=len(prompts))  # (B,)
         parts = []
         places = []
@@ -691,7 +691,7 @@ class PolicyAverage:
         return tensors, {"count": self.count, "members": len(self.members)}
 
     def load_state_dict(self, tensors: dict[str, torch.Tensor], numbers: dict[str, int]) -> None:
-        """What `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.count = numbers["count"]
         self.members = [{} for _ in range(numbers["members"])]
         for key, tensor in tensors.items():
@@ -707,7 +707,7 @@ def solve_matrix_game(payoff: np.ndarray, rounds: int, entropy: float = 0.0,
     pi_{t+1}(y|x) ~ pi_t(y|x) exp(R(x, y) / beta),  mu_{t+1}(x) ~ mu_t(x) exp(-V_{pi_t}(x) / eta), from uniform,
     with beta = sqrt(T / (8 ln Y)) and eta = sqrt(T / (8 ln X)). blind: a defender that cannot tell prompts
     apart, one response distribution for all x. Returns (defender (X, Y), attacker (X,), last defender, last
-    attacker): the averages first. Raises ValueError on a payoff outside [0, 1] or an impossible number.
+    attacker): the averages first. Raises ValueError on a payoff outside [0, 1] or an invalid number.
     """
     R = np.asarray(payoff, dtype=np.float64)
     if R.ndim != 2 or min(R.shape) < 2 or not (R >= 0).all() or not (R <= 1).all() or rounds < 1 or entropy < 0:
@@ -725,7 +725,7 @@ def solve_matrix_game(payoff: np.ndarray, rounds: int, entropy: float = 0.0,
         sum_mu = sum_mu + mu
         V = (pi * R).sum(1)  # (X,): V_pi(x) = E_{y ~ pi(.|x)} R(x, y)
         log_pi = log_pi + (mu @ R if blind else R) / beta  # Algorithm 2, the defender's step
-        # the attacker's: Algorithm 2, log_mu - V / eta; with entropy Algorithm 3
+        # the attacker's step: without entropy log_mu - V / eta, Algorithm 2; with entropy Algorithm 3
         log_mu = (eta * log_mu - V) / (eta + entropy)
     return sum_pi / rounds, sum_mu / rounds, pi, mu  # Algorithm 2 returns the averages
 
@@ -734,7 +734,7 @@ def nash_gap(payoff: np.ndarray, defender: np.ndarray, attacker: np.ndarray, ent
              blind: bool = False) -> float:
     """Eq. (3.6), in units of the payoff: how much the two players' best responses would gain together.
 
-    payoff (X, Y), defender (X, Y) rows sum to 1, attacker (X,) sums to 1. blind: pi' too is one for all x.
+    payoff (X, Y), defender (X, Y) rows sum to 1, attacker (X,) sums to 1. blind: pi' also is the same for all x.
     """
     # Eq. (3.6): max_pi' J(pi', mu) - min_mu' J(pi, mu'), with J = E[R] - eta_H H(mu) of Eq. (3.7)
     R, pi, mu = (np.asarray(a, dtype=np.float64) for a in (payoff, defender, attacker))

@@ -4,7 +4,7 @@
     logprob_i = z[i, y_i] - logsumexp(z[i])                H_i = -sum_v p[i, v] log p[i, v]
 
 The logits are the largest tensor of a PPO step: 2048 response tokens of GPT-2 are 412 MB in fp32, and autograd would
-hold several copies. The backward needs two numbers per row; with them it computes the logits again, a fourth product.
+hold several copies. The backward needs two numbers per row; with them it recomputes the logits, in a fourth product.
 
 The gradient, with g the incoming gradient of logprob and e that of H:
 
@@ -15,12 +15,12 @@ The gradient, with g the incoming gradient of logprob and e that of H:
 
 The forward needs three numbers per row, m = max z, s = sum exp(z - m) and t = sum exp(z - m) z: logsumexp = m + log s
 and H = logsumexp - t / s. They can be computed tile by tile (the online softmax of Milakov and Gimelshein, 2018): parts
-(m, s, t) and (m', s', t') of a row, with M = max(m, m'), make (M, s e^(m-M) + s' e^(m'-M), t e^(m-M) + t' e^(m'-M)).
+(m, s, t), (m', s', t') of a row merge, with M = max(m, m'), into (M, s e^(m-M) + s' e^(m'-M), t e^(m-M) + t' e^(m'-M)).
 
 Three implementations. `linear_logprob` chooses between the last two by the device:
     reference       `linear_logprob_reference` in plain PyTorch, with all logits; the tests compare with it.
-    row chunks      the same with torch, a chunk of rows at a time. The forward saves the probabilities of the first
-                    rows, up to KEEP_BYTES, so that a PPO minibatch needs no logits twice (three matrix products).
+    row chunks      the same in PyTorch, a chunk of rows at a time. The forward saves the probabilities of the first
+                    rows, up to KEEP_BYTES, so that a PPO minibatch computes no logits twice (three matrix products).
     Triton (CUDA)   `forward_kernel` never writes a logit, as in cut cross-entropy (Wijmans et al., 2024);
                     `gradient_kernel` writes dz of a chunk of rows, whose two products then run on the vendor's
                     library. No atomics: the same input gives the same bits.
@@ -40,7 +40,7 @@ except ImportError:
     triton = None
 
 KEEP_BYTES = 400 * 2**20  # of probabilities that the forward saves for the backward
-CHUNK_BYTES = {"cpu": 100 * 2**20, "cuda": 512 * 2**20}  # of fp32 logits at a time: little, yet a large product
+CHUNK_BYTES = {"cpu": 100 * 2**20, "cuda": 512 * 2**20}  # of fp32 logits at a time: small, yet efficient products
 
 
 # --- the reference implementation -------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def _logits(h, w, bias, temperature):
 
 def _chunks(h, w, first=0):
     """Row slices: the `first` rows in one, then chunks whose fp32 logits fill at most CHUNK_BYTES. In the forward they
-    depend on N, V and the device alone, so that the same rows give the same bits with and without gradients."""
+    depend only on N, V and the device, so that the same rows give the same bits with and without gradients."""
     largest = max(1, CHUNK_BYTES[h.device.type] // (4 * len(w)))  # rows
     rest = len(h) - first
     n = math.ceil(rest / largest)
@@ -85,7 +85,7 @@ def _chunked_forward(h, w, targets, bias, temperature, saved_p):
     for rows in _chunks(h, w):
         z = _logits(h[rows], w, bias, temperature)  # (n, V)
         p = z.softmax(-1)
-        lse[rows] = z.amax(-1) - p.amax(-1).log()  # the likeliest token has log p = z - logsumexp, and p >= 1 / V
+        lse[rows] = z.amax(-1) - p.amax(-1).log()  # from the likeliest token: log p = z - logsumexp, and p >= 1 / V
         logprobs[rows] = z.gather(-1, targets[rows, None])[:, 0] - lse[rows]
         entropy[rows] = lse[rows] - z.mul_(p).sum(-1)  # H = logsumexp(z) - E_p[z]
         saved_p[rows] = p[:len(saved_p[rows])]  # beyond row S both are empty
@@ -105,7 +105,7 @@ def _chunked_gradient(h, w, targets, bias, temperature, lse, entropy, g, e):
 
 def _gradient_from_probabilities(p, targets, temperature, logprobs, g):
     """dz (n, V) from the probabilities (n, V), which it overwrites; logprobs and g are (n,). The target's entry is
-    written, not added to: 1 - p of a bf16 p near 1 would be nothing but rounding."""
+    computed from its log-prob: 1 - p of a bf16 p near 1 would be only rounding error."""
     p.mul_(-(g / temperature)[:, None].to(p.dtype))
     of_targets = -g * logprobs.expm1() / temperature  # (n,)
     return p.scatter_(1, targets[:, None], of_targets[:, None].to(p.dtype))
@@ -127,7 +127,7 @@ if triton is not None:
             inner = start + tl.arange(0, BLOCK_D)
             h_tile = tl.load(h_rows + inner, mask=(rows[:, None] < N) & (inner < D), other=0.0)  # (n, d)
             w_tile = tl.load(w_rows + inner, mask=(columns[:, None] < V) & (inner < D), other=0.0)  # (v, d)
-            if PRECISION == "interpreted":  # the interpreter has no products of bf16
+            if PRECISION == "interpreted":  # Triton's interpreter has no bf16 products
                 h_tile, w_tile = h_tile.to(tl.float32), w_tile.to(tl.float32)
             z = tl.dot(h_tile, w_tile.T, z, input_precision="ieee" if PRECISION == "interpreted" else PRECISION)
         if HAS_BIAS:
@@ -138,8 +138,8 @@ if triton is not None:
     def forward_kernel(h, w, targets, bias, partial, N, D, V, columns_per_split, inv_temperature,
                         HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
                         BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
-        """One program: a block of rows x one split of the vocabulary, tile after tile, into partial (4, splits, N):
-        m, s, t (see the header) of this split and the target's logit, 0 where the target is in another split."""
+        """One program: a block of rows x one split of the vocabulary, tile by tile. Writes partial (4, splits, N): m,
+        s, t (see the header) of this split, and the target's logit, which is 0 if the target is in another split."""
         rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         split = tl.program_id(1)
         y = tl.load(targets + rows, mask=rows < N, other=-1)
@@ -167,7 +167,7 @@ if triton is not None:
     def gradient_kernel(h, w, targets, bias, lse, entropy, g, e, dz, N, D, V, inv_temperature,
                          HAS_BIAS: tl.constexpr, HAS_E: tl.constexpr, PRECISION: tl.constexpr,
                          BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
-        """One program: one tile of dz (N, V), ordered so that the cache is shared; lse, entropy, g, e are (N,) fp32."""
+        """One program: one tile of dz (N, V), in an order that shares the cache; lse, entropy, g, e are (N,) fp32."""
         i, j = tl.swizzle2d(tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1), 8)
         rows = i * BLOCK_N + tl.arange(0, BLOCK_N)
         columns = j * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -197,7 +197,7 @@ def tile_sizes(h):
 def triton_forward(h: Tensor, w: Tensor, targets: Tensor, bias: Tensor | None, temperature: float,
                    splits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     """h (N, D), w (V, D), targets (N,), bias (V,) or None -> (logprobs, logsumexp, entropy), (N,) fp32 each.
-    `splits` programs share a row's vocabulary, so that few rows fill the GPU too."""
+    `splits` programs share a row's vocabulary, so that even a few rows fill the GPU."""
     (N, D), V = h.shape, len(w)
     blocks = tile_sizes(h)
     per_split = triton.cdiv(triton.cdiv(V, splits), blocks["BLOCK_V"]) * blocks["BLOCK_V"]
@@ -255,7 +255,7 @@ class _LinearLogProb(torch.autograd.Function):
         h, w, targets, bias, logprobs, lse, entropy = ctx.saved_tensors
         needs_h, needs_w, _, needs_bias, *_ = ctx.needs_input_grad
         dh = torch.empty_like(h) if needs_h else None  # (N, D)
-        dw = torch.zeros_like(w) if needs_w and not len(h) else None  # (V, D), which the first chunk makes, in fp32
+        dw = torch.zeros_like(w) if needs_w and not len(h) else None  # (V, D) in fp32, from the first chunk
         db = torch.zeros_like(bias, dtype=lse.dtype) if needs_bias else None  # (V,)
         for rows in _chunks(h, w, first=len(ctx.saved_p)):
             dz = _logits_gradient(ctx, rows, g, e if ctx.entropy_grad else None)  # (n, V)
@@ -271,11 +271,11 @@ class _LinearLogProb(torch.autograd.Function):
 
 
 def _logits_gradient(ctx, rows, g, e):
-    """dz (n, V) of a chunk of rows: from their saved probabilities, or from their logits, computed again."""
+    """dz (n, V) of a chunk of rows, from their saved probabilities or from their recomputed logits."""
     h, w, targets, bias, logprobs, lse, entropy = ctx.saved_tensors
     if rows.stop <= len(ctx.saved_p):
         p = ctx.saved_p
-        ctx.saved_p = h.new_empty(0)  # p is overwritten: a second backward computes its logits again
+        ctx.saved_p = h.new_empty(0)  # p is overwritten: a second backward recomputes its logits
         return _gradient_from_probabilities(p, targets[rows], ctx.temperature, logprobs[rows], g[rows])
     gradient = _triton_gradient if use_triton(h) else _chunked_gradient
     e = None if e is None else e[rows]
@@ -291,11 +291,11 @@ def _add_product(total, dz, h):
 
 def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None,
                    temperature: float = 1.0, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
-    """Log-probability of `targets` and entropy of the whole distribution, row by row, in nats (see the header).
+    """Log-probability of `targets` and entropy of the full distribution, per row, in nats (see the header).
 
     hidden (N, D); weight (V, D); targets (N,) int64 in [0, V); bias (V,) or None; temperature > 0 divides the logits.
     Returns (logprobs (N,), entropy (N,)), both fp32 (fp64 for fp64 input). The entropy carries a gradient only with
-    `entropy_grad`. Raises ValueError when the shapes do not fit or the temperature is not positive.
+    `entropy_grad`. Raises ValueError if the shapes do not fit or the temperature is not positive.
     """
     h, w, y = (tuple(x.shape) for x in (hidden, weight, targets))
     if len(h) != 2 or len(w) != 2 or h[1] != w[1]:

@@ -43,8 +43,8 @@ PLAIN_TEMPLATE = "Human: {} AI:"  # for tokenizers without a chat template, as i
 class Rollout:
     """Prompts, the responses to them, and the sampled tokens of these responses.
 
-    A row's first `prompt_lengths[b]` tokens are its prompt; the next, up to `lengths[b]`, are its response with its
-    EOS. Log-probs are always computed at the `temperature` of sampling.
+    A row's first `prompt_lengths[b]` tokens are its prompt; the next, up to `lengths[b]`, are its response, EOS
+    included. Log-probs are always computed at the `temperature` of sampling.
     """
 
     prompts: list[str]
@@ -65,7 +65,7 @@ class Rollout:
         return (t >= self.prompt_lengths[:, None]) & (t < self.lengths[:, None])
 
     def without_responses(self, rows: torch.Tensor) -> "Rollout":
-        """The same with an empty response mask where rows (B,) is True."""
+        """This rollout with an empty response mask where rows (B,) is True."""
         return replace(self, lengths=torch.where(rows, self.prompt_lengths, self.lengths))
 
     def token_ids(self) -> tuple[list[list[int]], list[list[int]]]:
@@ -90,9 +90,9 @@ class Policy(nn.Module):
     """A causal language model, its tokenizer and its critic.
 
     critic "shared": the value head reads the policy's own hidden states. critic "separate": it reads a
-    body of its own, at first a copy of the policy's. The value head starts at zero, so that all values do.
+    body of its own, initially a copy of the policy's. The value head starts at zero, so all values are zero at first.
     The module is always in eval mode: dropout would make the PPO ratio differ from 1.
-    Raises ValueError for another critic and for a model without an end-of-sequence token.
+    Raises ValueError for an unknown critic and for a model without an end-of-sequence token.
     """
 
     def __init__(self, lm: PreTrainedModel, tokenizer: Tokenizer, critic: str = "shared",
@@ -108,12 +108,12 @@ class Policy(nn.Module):
         self.value_head = nn.Linear(lm.get_output_embeddings().in_features, 1, device=lm.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
-        self.eos_ids = _eos_ids(lm, tokenizer, self._render)  # the first is the one to teach
+        self.eos_ids = _eos_ids(lm, tokenizer, self._render)  # demonstrations end with the first
         self.context = _context(lm.config.get_text_config())  # tokens
         last_token = max(tokenizer.get_vocab().values())
         rows = lm.get_output_embeddings().weight.shape[0]
-        self.tokens = min(last_token + 1, rows)  # V: further rows of the head pad it and stand for no token
-        self.skeleton = None  # of a sharded policy: its language model's modules without weights, to copy from
+        self.tokens = min(last_token + 1, rows)  # V: further rows of the head are padding, without a token
+        self.skeleton = None  # if sharded: the language model's modules without weights, to copy from
         self.eval()
 
     def train(self, mode: bool = True) -> "Policy":
@@ -162,13 +162,13 @@ class Policy(nn.Module):
         return _scatter(logprobs, mask), values, _scatter(entropy, mask)  # (B, T) each
 
     def encode(self, prompts: list[str]) -> list[list[int]]:
-        """Token ids of each prompt in the model's own chat format, ready to be answered."""
+        """Token ids of each prompt in the model's own chat format, up to where the response begins."""
         rows = encode_rendered(self.tokenizer, self._render, [[prompt] for prompt in prompts])
         return [ids or self.eos_ids[:1] for ids in rows]
 
     def encode_pairs(self, pairs: list[tuple[str, str]]) -> tuple[list[list[int]], list[list[int]]]:
-        """(prompt ids, response ids) of (prompt, response) pairs: the tokens of the rendered conversation, up to the
-        token that ends the assistant's turn, which is written once even where the response brings it."""
+        """(prompt ids, response ids) of (prompt, response) pairs: the rendered conversation's tokens up to the one that
+        ends the assistant's turn, which occurs once. Raises ValueError if the template changes a response."""
         pairs = [(prompt, self._without_end(response)) for prompt, response in pairs]
         prompt_ids = self.encode([prompt for prompt, _ in pairs])
         conversations = encode_rendered(self.tokenizer, self._render, pairs)
@@ -180,7 +180,7 @@ class Policy(nn.Module):
                 raise ValueError("a demonstration must be a response as its chat template writes it, after the prompt; "
                                  f"the template changes {response[:60]!r}: drop it, or the reasoning in it")
             rest = ids[len(start):]
-            if ids[:len(start)] != start:  # the first letters of the response have changed the prompt's last token
+            if ids[:len(start)] != start:  # the response's first letters were merged into the prompt's last token
                 text, = inert_texts(self.tokenizer, [response])
                 rest = self.tokenizer(text, add_special_tokens=False).input_ids
             end = next((i for i, token in enumerate(rest) if token in self.eos_ids), len(rest))
@@ -188,7 +188,7 @@ class Policy(nn.Module):
         return prompt_ids, response_ids
 
     def _without_end(self, response):
-        """The response without tokens, written out, that end a turn."""
+        """The response without end-of-turn tokens that are written as text at its end."""
         ends = tuple(self.tokenizer.convert_ids_to_tokens(self.eos_ids))
         while response.rstrip().endswith(ends):
             mark = next(end for end in ends if response.rstrip().endswith(end))
@@ -210,14 +210,14 @@ class Policy(nn.Module):
 
 
 def _scatter(x, mask):
-    """(N,) numbers of the True places -> (B, T), zero elsewhere."""
+    """(N,) numbers at the True positions of mask -> (B, T), zero elsewhere."""
     return torch.zeros(mask.shape, device=x.device).masked_scatter(mask, x)
 
 
 def _use_faster_operations(lm, dtype):
-    """The same function by other operations, in place."""
+    """Replace operations of the model by faster equivalents, in place."""
     if dtype != torch.float32 and lm.device.type == "cpu":
-        # for texts of 50 tokens five times faster than the fused backward in bf16; equal at 300
+        # in bf16, five times faster than the fused backward for texts of 50 tokens; equal at 300
         lm.set_attn_implementation("eager")
     for module in list(lm.modules()):  # GPT-2's activation in one operation instead of eight
         for name, child in module.named_children():
@@ -226,8 +226,8 @@ def _use_faster_operations(lm, dtype):
 
 
 def _context(config):
-    """How many tokens a model reads at most. Beyond longrope's original context the states of all tokens would depend
-    on the longest text of the batch."""
+    """A model's context length in tokens. With longrope it is the original context: beyond it the states of all tokens
+    would depend on the longest text of the batch."""
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         return rope["original_max_position_embeddings"]
@@ -235,8 +235,8 @@ def _context(config):
 
 
 def _eos_ids(lm, tokenizer, render):
-    """All token ids that end a response: the one with which the chat template ends an assistant's turn, the
-    tokenizer's, those of the model's generation config."""
+    """All token ids that end a response: that with which the chat template ends an assistant's turn, the tokenizer's
+    EOS, and those of the model's generation config."""
     found = [_end_of_turn(tokenizer, render)] if tokenizer.chat_template else []
     more = lm.generation_config.eos_token_id if lm.generation_config else None
     found += [tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])]
@@ -249,10 +249,10 @@ def _eos_ids(lm, tokenizer, render):
 
 
 def _end_of_turn(tokenizer, render):
-    """The first control token after an assistant's words in the chat template; None where it ends in plain text."""
+    """The first control token after the assistant's text in the chat template; None if the turn ends in plain text."""
     try:
         text = render("marmalade", "porcupine")
-    except Exception as error:  # whatever a template raises
+    except Exception as error:  # a template may raise anything
         raise ValueError(f"its chat template cannot render a user's and an assistant's turn: {first_line(error)}"
                          ) from error
     if text.count("marmalade") != 1 or text.count("porcupine") != 1:
@@ -263,10 +263,10 @@ def _end_of_turn(tokenizer, render):
     return next((i for i in rest if i in control), None)
 
 
-# --- text is not control tokens ---------------------------------------------------------------------------------
+# --- no control tokens from texts -------------------------------------------------------------------------------
 def control_ids(tokenizer: Tokenizer) -> set[int]:
-    """Ids of the tokens that begin and end texts and turns: all special ones, and what else the chat template writes.
-    Not the token of unknown characters, unless it is one of those too."""
+    """Ids of the tokens that delimit texts and turns: all special tokens, and added tokens that the chat template
+    writes. The unknown token is left out, unless it is also BOS or EOS."""
     template = str(tokenizer.chat_template or "")
     ids = set(tokenizer.all_special_ids)
     for i, token in tokenizer.added_tokens_decoder.items():
@@ -278,19 +278,18 @@ def control_ids(tokenizer: Tokenizer) -> set[int]:
 
 
 def inert_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
-    """The texts or, of one that would be read as a control token, the text with spaces between that token's letters.
-    """
+    """The texts; a control token that is written in one gets spaces between its letters."""
     control = control_ids(tokenizer)
     rows = tokenizer(list(texts), add_special_tokens=False).input_ids
     return [text if control.isdisjoint(ids) else _spaced(tokenizer, control, text) for text, ids in zip(texts, rows)]
 
 
 def _spaced(tokenizer, control, text):
-    """The text with a space after each letter of what is a control token in it."""
+    """The text with spaces between the letters of each control token in it."""
     def spaced(match):
         return " ".join(match[0]) if len(match[0]) > 1 else " "
 
-    text = unicodedata.normalize("NFKC", text)  # as tokenizers do: wide brackets are brackets
+    text = unicodedata.normalize("NFKC", text)  # as tokenizers do: full-width brackets become brackets
     for mark in sorted(tokenizer.convert_ids_to_tokens(list(control)), key=len, reverse=True):
         text = re.sub(re.escape(mark), spaced, text, flags=re.IGNORECASE)
     is_inert = control.isdisjoint(tokenizer(text, add_special_tokens=False).input_ids)
@@ -299,8 +298,8 @@ def _spaced(tokenizer, control, text):
 
 def encode_rendered(tokenizer: Tokenizer, render: Callable[..., str],
                     rows: list[Sequence[str]]) -> list[list[int]]:
-    """Token ids of render(*texts) for each row of texts. `render` alone writes control tokens: the texts are inert. A
-    chat template brings its own BOS."""
+    """Token ids of render(*texts) for each row of texts. Only `render` writes control tokens: the texts are made inert.
+    A chat template writes its own BOS."""
     options = dict(add_special_tokens=not tokenizer.chat_template)
     frame = render(*["text"] * len(rows[0]))
     frame, *encoded = tokenizer([frame, *(render(*row) for row in rows)], **options).input_ids
@@ -309,7 +308,7 @@ def encode_rendered(tokenizer: Tokenizer, render: Callable[..., str],
     for n, ids in enumerate(encoded):
         if [i for i in ids if i in control] != expected:
             encoded[n] = tokenizer(render(*inert_texts(tokenizer, rows[n])), **options).input_ids
-        while not tokenizer.chat_template and encoded[n] and encoded[n][-1] in control:  # some tokenizers end all texts
+        while not tokenizer.chat_template and encoded[n] and encoded[n][-1] in control:  # some tokenizers add an EOS
             encoded[n].pop()
     return encoded
 
@@ -353,10 +352,10 @@ def generate(policy: Policy, prompts: list[str], max_new_tokens: int, temperatur
              batch_size: int = 256) -> Rollout:
     """Sample one response to each prompt with a KV cache; returns a Rollout.
 
-    temperature 0 is greedy. top_k = 0 and top_p = 1 sample the full distribution, as PPO needs it; a filter is for
-    evaluation. The same `seed` gives the same tokens. Raises ValueError when a prompt leaves no room for
-    `max_new_tokens` in the model's context (with `clip_prompts` its left part is cut off instead) or a number is
-    impossible.
+    temperature 0 is greedy. top_k = 0 and top_p = 1 sample the full distribution, as PPO requires; filters are for
+    evaluation. The same `seed` gives the same tokens. Raises ValueError if a prompt leaves no room for
+    `max_new_tokens` in the model's context (with `clip_prompts` it is truncated on the left instead), or if an
+    argument is out of range.
     """
     if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError("generate needs max_new_tokens >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
@@ -388,7 +387,7 @@ def generate(policy: Policy, prompts: list[str], max_new_tokens: int, temperatur
 
 
 def _decode(policy, lm, prompt_ids, max_new_tokens, pick):
-    """Token ids of each row's response. Sampling goes on until every row has ended; ended rows are dropped."""
+    """Token ids of each row's response. Sampling continues until every row has ended; ended rows are dropped."""
     inputs, mask, positions = _left_padded(policy, prompt_ids)  # (B, P) each
     B = len(inputs)
     eos = torch.tensor(policy.eos_ids, device=policy.device)
@@ -439,16 +438,16 @@ def pick_token(logits: torch.Tensor, temperature: float, top_k: int, top_p: floa
 
 
 def sample_token(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One token (B,) from each row of logits (B, V), by inversion: one random number a row, where
-    `torch.multinomial` takes V. 1 - rand lies in (0, 1], so a token of probability zero is never sampled. Logits that
-    are not finite give the last token: `ppo_update` finds the same logits and skips the step."""
+    """One token (B,) from each row of logits (B, V), by inversion: it takes one random number per row, and
+    `torch.multinomial` takes V. 1 - rand lies in (0, 1], so a token of probability zero is never sampled. Non-finite
+    logits give the last token: `ppo_update` computes the same logits and skips the step."""
     cdf = logits.softmax(-1).cumsum(-1)  # (B, V), its last column 1 up to rounding
     u = (1 - torch.rand(len(logits), 1, generator=generator, device=logits.device)) * cdf[:, -1:]
     return torch.searchsorted(cdf, u)[:, 0].clamp(max=logits.shape[1] - 1)
 
 
 def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Top-k (Fan et al., 2018), then nucleus (top-p; Holtzman et al., 2020), filter: logits (B, V), -inf outside."""
+    """Top-k (Fan et al., 2018), then top-p filter (nucleus; Holtzman et al., 2020): logits (B, V), -inf outside."""
     ranked, order = logits.sort(-1, descending=True)
     keep = torch.ones_like(ranked, dtype=torch.bool)
     if top_k > 0:
@@ -462,7 +461,7 @@ def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tenso
 
 # --- the processor ------------------------------------------------------------------------------------------
 def best_dtype(device: str | torch.device) -> torch.dtype:
-    """The compute dtype of `--dtype auto`: bf16 where the processor multiplies it natively, else fp32."""
+    """The compute dtype of `--dtype auto`: bf16 if the processor multiplies it natively, else fp32."""
     if torch.device(device).type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -471,25 +470,25 @@ def best_dtype(device: str | torch.device) -> torch.dtype:
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc to keep freed memory for the next tensor. It would return every large block to the system and map it
-    afresh, page by page: a third of a GPT-2 update on a CPU. Does nothing where there is no glibc."""
+    """Ask glibc to keep freed memory for the next tensor. By default it returns every large block to the system and
+    maps it again, page by page: a third of a GPT-2 update's time on a CPU. Does nothing without glibc."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets its own mapping
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: no memory is returned
 
 
 def one_cycle(optimizer: torch.optim.Optimizer, peak: float, steps: int) -> torch.optim.lr_scheduler.OneCycleLR:
-    """The learning rate of supervised training: up to its peak in a tenth of the steps, then down to nothing."""
+    """The learning rate of supervised training: up to its peak in a tenth of the steps, then down to almost zero."""
     total = max(2, steps)
     if total == 10:
-        total = 11  # of 10 it would divide by 0.1 * 10 - 1
+        total = 11  # for 10, OneCycleLR would divide by 0.1 * 10 - 1
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total, pct_start=0.1)
 
 
 # --- copies -----------------------------------------------------------------------------------------------------
 def _copy_lm(policy, dtype=None):
-    """A copy of the language model, in `dtype` if given, complete even where the policy is sharded. Weights that are
+    """A copy of the language model, in `dtype` if given, complete even if the policy is sharded. Weights that are
     neither trained nor cast are shared, not copied."""
     source = policy.skeleton or policy.lm
     weights = dict(policy.lm.named_parameters())
@@ -515,17 +514,17 @@ def decoding_copy(policy: Policy) -> nn.Module:
 
 
 def frozen_copy(policy: Policy) -> Policy:
-    """A copy without critic that no gradient reaches: the reference policy of the KL penalty. Only weights that are
-    trained are copied, so that the copy of a policy with LoRA is an adapter on the same base."""
+    """A frozen copy without the trained critic, such as the reference policy of the KL penalty. Only trained weights
+    are copied, so the copy of a policy with LoRA is an adapter on the same base."""
     return Policy(_copy_lm(policy), policy.tokenizer, "shared", policy.compute_dtype).requires_grad_(False)
 
 
 # --- loading and saving -----------------------------------------------------------------------------------------
 def load_policy(name_or_dir: str | Path, critic: str = "shared", dtype: torch.dtype = torch.float32,
                 device: str = "cpu", trust_remote_code: bool = False) -> Policy:
-    """A Policy from a model's folder, a .gguf file or a hub id; also reads the value head that `save_policy` wrote.
+    """A Policy from a model's folder, a .gguf file or a hub id; also loads the critic that `save_policy` wrote.
 
-    Raises ValueError, in one line, when it cannot be had, is no causal language model, lacks a tokenizer, or
+    Raises ValueError, in one line, if it cannot be loaded, is not a causal language model, lacks a tokenizer, or
     computes its logits by more than a linear head on `last_hidden_state`.
     """
     try:
@@ -534,7 +533,7 @@ def load_policy(name_or_dir: str | Path, critic: str = "shared", dtype: torch.dt
     except Exception as error:  # transformers raises a dozen kinds here
         where = ""
         if isinstance(error, OSError) and not Path(name_or_dir).exists():
-            where = " (no such folder here, and the hub could not give it; pass a local folder)"
+            where = " (no such folder here, and the hub did not provide it; pass a local folder)"
         raise ValueError(f"cannot load {str(name_or_dir)!r} as a causal language model{where}: {first_line(error)}"
                          ) from error
     policy = Policy(lm, tokenizer, critic, dtype)
@@ -550,12 +549,12 @@ def load_policy(name_or_dir: str | Path, critic: str = "shared", dtype: torch.dt
 
 def load_model(kind: type, name: str | Path,
                trust_remote_code: bool = False) -> tuple[PreTrainedModel, Tokenizer]:
-    """(model, tokenizer) of a folder, a .gguf file or a hub id, by a class such as AutoModelForCausalLM: in fp32, an
-    adapter, as peft or TRL wrote it, merged into its base, whose tokenizer it has where it brings none. Raises
-    ValueError where weights are missing, which transformers would fill with random numbers, or embeddings."""
+    """(model, tokenizer) of a folder, a .gguf file or a hub id, in fp32; kind: a class such as AutoModelForCausalLM. An
+    adapter by peft or TRL is merged into its base, whose tokenizer is used if it has none. Raises ValueError if
+    weights are missing (transformers would initialise them at random), or embeddings of the tokenizer's tokens."""
     options = dict(trust_remote_code=trust_remote_code)
     load_options = dict(options, dtype=torch.float32, output_loading_info=True)
-    source = name  # of the tokenizer
+    source = name  # where the tokenizer is
     if str(name).endswith(".gguf"):
         options["gguf_file"] = load_options["gguf_file"] = Path(name).name
         source = Path(name).parent
@@ -573,7 +572,7 @@ def load_model(kind: type, name: str | Path,
         missing = info["missing_keys"]
     if missing:  # a classifier or an encoder, say
         task = kind.__name__.removeprefix("AutoModelFor")
-        raise ValueError(f"it has no weights for {sorted(missing)[0]}, so it is no trained {task} model")
+        raise ValueError(f"it has no weights for {sorted(missing)[0]}, so it is not a trained {task} model")
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     if str(name).endswith(".gguf"):
         tokenizer.add_tokens(_gguf_control_tokens(name), special_tokens=True)
@@ -583,7 +582,7 @@ def load_model(kind: type, name: str | Path,
 
 
 def _plain_copy(quantized):
-    """A model whose weights were read from GGUF, all in fp32 by now, as one that transformers will save."""
+    """A model that was read from GGUF, now in fp32, as a plain model that transformers can save."""
     del quantized.config.quantization_config
     lm = AutoModelForCausalLM.from_config(quantized.config)
     lm.load_state_dict(quantized.state_dict())
@@ -592,7 +591,7 @@ def _plain_copy(quantized):
 
 
 def _gguf_control_tokens(file):
-    """The tokens that the file calls control tokens: transformers keeps their text, but not that they are special."""
+    """The tokens that the file marks as control tokens. transformers keeps their text, but drops the mark."""
     from gguf import GGUFReader, TokenType
     fields = GGUFReader(file).fields
     words = fields["tokenizer.ggml.tokens"].contents()
@@ -601,14 +600,14 @@ def _gguf_control_tokens(file):
 
 
 def merge_adapter(kind: type, name: str | Path, options: dict) -> tuple[PreTrainedModel, set[str]]:
-    """(an adapter's base model, of a class such as AutoModelForCausalLM, with the adapter added to its weights; names
-    of the weights that neither has). options: of `from_pretrained`. Raises ValueError without peft or the base."""
+    """(an adapter's base model with the adapter merged into it, names of the weights that neither has). kind: a class
+    such as AutoModelForCausalLM; options: for `from_pretrained`. Raises ValueError without peft or the base."""
     try:
         import peft
     except ImportError as error:
         raise ValueError("it is an adapter, which needs the package peft: pip install peft") from error
     base = peft.PeftConfig.from_pretrained(name).base_model_name_or_path
-    if base and Path(name, base).is_dir():  # the start of a run names its base from where the adapter is
+    if base and Path(name, base).is_dir():  # in checkpoints/start the base's path is relative to the adapter
         base = str(Path(name, base).resolve())
     weights = {key.removeprefix("base_model.model."): w for key, w in peft.load_peft_weights(name, "cpu").items()}
     heads = [w for key, w in weights.items() if key.endswith(("score.weight", "classifier.weight", "out_proj.weight"))]
@@ -617,7 +616,7 @@ def merge_adapter(kind: type, name: str | Path, options: dict) -> tuple[PreTrain
     try:
         model, info = kind.from_pretrained(base, **options)
     except Exception as error:
-        raise ValueError(f"it is an adapter, and its base {base!r} cannot be had: {first_line(error)}") from error
+        raise ValueError(f"it is an adapter, and its base {base!r} cannot be loaded: {first_line(error)}") from error
     model = peft.PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)  # peft froze it
     mismatched = {key for key, *_ in info["mismatched_keys"]}
     return model, (set(info["missing_keys"]) | mismatched) - set(weights)
@@ -625,8 +624,8 @@ def merge_adapter(kind: type, name: str | Path, options: dict) -> tuple[PreTrain
 
 @torch.no_grad()
 def _probe_forward(policy):
-    """Refuse a model that this project cannot run: its logits must be head(hidden), and what the sampler does, with a
-    cache, padding and rows that end, must give the states of one forward."""
+    """Raises ValueError for a model that this project cannot run: its logits must be head(hidden), and the sampler,
+    with a cache, padding and rows that end, must compute the same states as one forward."""
     name = policy.lm.config.model_type
     rows = policy.lm.get_input_embeddings().num_embeddings
     probe = torch.linspace(0, rows - 1, 16, device=policy.device).long()[None]  # (1, 16), ordinary tokens
@@ -688,7 +687,7 @@ def save_policy(policy: Policy, folder: str | Path, card: str = "") -> None:
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     """`save_pretrained` without the padding of the last call and the tokenizer's origin, which differ in a resumed
-    run. Raises OSError where it cannot write."""
+    run. Raises OSError if it cannot write."""
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_padding()
         tokenizer.backend_tokenizer.no_truncation()
@@ -701,13 +700,13 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
-    """Raises ValueError where a folder has no tokenizer: transformers makes one up then, without a word in it."""
+    """Raises ValueError if a folder has no tokenizer: transformers then makes one of special tokens only."""
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ValueError("it has no tokenizer")
 
 
 def check_embeddings(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
-    """Raises ValueError where the tokenizer has tokens that the model has no embedding of."""
+    """Raises ValueError if the tokenizer has tokens for which the model has no embedding."""
     rows = model.get_input_embeddings().num_embeddings
     last = max(tokenizer.get_vocab().values())
     if last >= rows:
@@ -716,15 +715,15 @@ def check_embeddings(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
 
 
 def longest_input(tokenizer: Tokenizer, config: PretrainedConfig) -> int:
-    """How many tokens an encoder or classifier reads at most."""
-    positions = getattr(config, "max_position_embeddings", None) or 0  # XLNet says -1
+    """The longest input of an encoder or classifier, in tokens."""
+    positions = getattr(config, "max_position_embeddings", None) or 0  # XLNet has -1
     if positions < 3:
         positions = 514
     return min(tokenizer.model_max_length, positions - 2)  # RoBERTa's start at 2
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message that is not empty, for a message of one line."""
+    """The first non-empty line of an error's message, for an error of one line."""
     line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if "trust_remote_code" in str(error):
         line += "; --trust_remote_code runs it"

@@ -3,28 +3,28 @@ Two-Player Games" (arXiv 2406.10977), from an empty folder to a report.
 
     python train.py                                            the embedded game, on a CPU, about 3 minutes
     python train.py --attacker gpt2 --defender gpt2            your own models: hub ids or local folders
-    python train.py config.yaml --seed 3                       options from a file; flags after it count more
-    python train.py --resume runs/...                          go on where a run stopped (Ctrl-C ends a step, and saves)
+    python train.py config.yaml --seed 3                       options from a file; flags after it override it
+    python train.py --resume runs/...                          continue a stopped run (Ctrl-C ends a step and saves)
     torchrun --nproc_per_node=8 train.py [--shard] ...         on several GPUs: a copy in each, or FSDP2 with --shard
 
 One round: the attacker takes `--attacker_steps` PPO steps against the frozen defender, then the defender
 `--defender_steps` against the frozen attacker. The loop itself is `train`, below.
 
 Differs from the paper (numbers as in the README; rows are of docs/results.md):
-(4) The attacker moves first, so that the finished defender has answered the last attacker: row *defender first*.
-(5) `--restart`: every few rounds the attacker is reset, and looks for another hole: row *no restarts*.
+(4) The attacker moves first, so that the finished defender was trained against the last attacker: row *defender first*.
+(5) `--restart`: the attacker is reset every few rounds, so that it looks for other holes: row *no restarts*.
 (6) `--replay`: a fraction of the defender's batch is sampled from earlier attacks, the successful ones more often, so
 that it does not forget them: row *no mining, no replay*.
-(7) `--mine`: untrained attacks, and attacks that ever succeeded, are tried on the defender before its turns; what
-succeeds is replayed too: row *no mining*.
-(8) `--ptx_coef`: the defender keeps up the likelihood of demonstrations, against over-refusal: row *no demonstrations*.
-(11) R_div is centred over the batch: its level, about -k / 2 for every attack, is no signal but swamps a critic that
-starts at zero: exercise 2 of docs/exercises.md; row *k = 10* is possible only so.
-(12) `--min_likelihood`: an attack that the first attacker would hardly write counts as a failed repetition: row *no
-likelihood bound*.
-(13) No test prompt is in an update of the defender, whoever wrote it: else the tables would measure memory.
-(17) `--benign_share`: a fraction of the defender's batch are harmless requests, paid for a helpful answer: without
-them a language model's surest defence is to refuse everything. By default for user-supplied models only: table
+(7) `--mine`: attacks of the untrained attacker, and attacks that ever succeeded, are tried on the defender before its
+turns; successes are replayed too: row *no mining*.
+(8) `--ptx_coef`: a supervised loss on demonstrations, against over-refusal: row *no demonstrations*.
+(11) R_div is centred over the batch. Its level, about -k / 2 for every attack, is no signal, but it swamps a critic
+that starts at zero: exercise 2 of docs/exercises.md. Row *k = 10* depends on it.
+(12) `--min_likelihood`: an attack that is very unlikely under the initial attacker scores as a failed repetition: row
+*no likelihood bound*.
+(13) No test prompt enters an update of the defender, whoever wrote it. Otherwise the tables would measure memorisation.
+(17) `--benign_share`: a fraction of the defender's batch is harmless requests, rewarded for a helpful answer. Without
+them, a language model's safest strategy is to refuse everything. On by default for user-supplied models only: table
 *harmless requests, or demonstrations*.
 """
 
@@ -108,16 +108,16 @@ def train(config: Config, world: World, game: "Game", folder: RunFolder) -> None
 
 
 class Turn(NamedTuple):
-    """Whose PPO step it is."""
+    """One PPO step of the schedule."""
 
     round: int
     player: str
-    is_first: bool  # of this player's turn
+    is_first: bool  # the first step of this player's turn
     ends_round: bool
 
 
 def schedule(config: Config) -> list[Turn]:
-    """Algorithm 1's order of PPO steps: in each round all of one player's, then all of the other's."""
+    """The PPO steps in the order of Algorithm 1: in each round, all steps of one player, then all of the other."""
     if config.method in ("sft", "paraphrase"):
         return []
     steps = {"attacker": config.attacker_steps, "defender": config.defender_steps}
@@ -137,14 +137,14 @@ def schedule(config: Config) -> list[Turn]:
 # --- the state of the game ------------------------------------------------------------------------------------------
 @dataclass
 class ReplayBuffer:
-    """Attacks that were tried, for the defender to meet again."""
+    """Earlier attacks, on which the defender is trained again."""
 
-    excluded: set[str] = field(default_factory=set)  # test prompts, which are never trained on, and harmless ones
+    excluded: set[str] = field(default_factory=set)  # test prompts, which must not be trained on, and harmless prompts
     last_success: dict[str, float] = field(default_factory=dict)  # attack -> P(unsafe) of its last try
     ever_succeeded: dict[str, None] = field(default_factory=dict)  # attacks, in the order of their first success
 
     def add(self, exchanges: Exchanges, successes_only: bool = False) -> None:
-        """The last try of each attack counts, of several in a batch the last one."""
+        """Record P(unsafe) of each decided attack; a later try of an attack replaces an earlier one."""
         for prompt, p_safe in zip(exchanges.prompts, exchanges.p_safe.tolist()):
             succeeded = p_safe < 0.5  # False where undecided
             if prompt in self.excluded or np.isnan(p_safe) or (successes_only and not succeeded):
@@ -154,7 +154,7 @@ class ReplayBuffer:
                 self.ever_succeeded[prompt] = None
 
     def sample(self, n: int, rng: np.random.Generator) -> list[str]:
-        """n earlier attacks: three quarters by their last success; one quarter evenly, against forgetting."""
+        """n earlier attacks: 3/4 in proportion to their last P(unsafe) if above 1/2, 1/4 uniform against forgetting."""
         earlier = list(self.last_success)
         success = np.fromiter(self.last_success.values(), dtype=float)
         still_open = np.where(success > 0.5, success, 0)
@@ -167,15 +167,15 @@ class Game:
     """All state of the algorithm: what a checkpoint holds."""
 
     players: dict[str, Player]  # "attacker" and "defender"
-    first: dict[str, Player]  # both as they began, frozen
+    first: dict[str, Player]  # the initial players, frozen
     averages: dict[str, dict[str, PolicyAverage]]  # {player: {kind: its policies after each round}}
     diversity: Diversity  # the history X of attacks
     replay: ReplayBuffer  # earlier attacks
-    likelihood_bound: torch.Tensor  # (2,) mean and least log-prob of a token: an attack below either is unlikely
+    likelihood_bound: torch.Tensor  # (2,) for the mean and least token log-prob: an attack below either is unlikely
     sampled_tokens: int = 0  # by both players, for their PPO steps
 
     def add_to_averages(self) -> None:
-        """Both policies as they are now."""
+        """Add both current policies."""
         for name, player in self.players.items():
             for average in self.averages[name].values():
                 average.add(player.policy)
@@ -192,7 +192,7 @@ class Game:
         return states
 
     def load_state_dict(self, states: dict[str, tuple[dict, dict]]) -> None:
-        """What `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         _, numbers = states["game"]
         self.diversity.load_state_dict(numbers["diversity"])
         self.replay.last_success = numbers["last_success"]
@@ -218,7 +218,7 @@ def new_game(config: Config, world: World) -> Game:
 
 
 def likelihood_bound(config: Config, world: World) -> torch.Tensor:
-    """(2,): the `--min_likelihood` quantiles of `log_likelihoods` over the first attacker's own attacks."""
+    """(2,): the `--min_likelihood` quantiles of `log_likelihoods` over the initial attacker's own attacks."""
     if not config.min_likelihood:
         return torch.full((2,), -torch.inf)
     attacker = world.first["attacker"]
@@ -229,7 +229,7 @@ def likelihood_bound(config: Config, world: World) -> torch.Tensor:
 
 # --- the turns --------------------------------------------------------------------------------------------------
 def opponent(config: Config, game: Game, name: str) -> Player | PolicyAverage:
-    """The frozen player that the mover meets: its last policy or, with `--opponent mixture`, that of all rounds."""
+    """The frozen player that the mover plays against: its last policy or, with `--opponent mixture`, its mixture."""
     if name == "defender" and config.method == "rlhf":
         return game.first["defender"]
     if config.opponent == "mixture" and game.averages[name]["mixture"].count:
@@ -249,8 +249,8 @@ def begin_turn(config: Config, world: World, game: Game, turn: Turn, rng: np.ran
 
 
 def mine(config: Config, world: World, game: Game, rng: np.random.Generator) -> None:
-    """Try `--mine` attacks of the first attacker on the defender as it is now; those that succeed are replayed. Then
-    try as many again of those that ever did: a hole that was closed may have come open since."""
+    """Try `--mine` attacks of the initial attacker on the current defender, and add the successes to the replay
+    buffer. Then retry at most as many earlier successes: a hole that was closed may have reopened."""
     defender = game.players["defender"]
     repeats = config.mine // len(world.seeds) + 1
     seeds = sample(world.seeds * repeats, config.mine, rng)
@@ -267,10 +267,10 @@ def mine(config: Config, world: World, game: Game, rng: np.random.Generator) -> 
 
 
 def attacker_scores(config: Config, game: Game, exchanges: Exchanges) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """What the attacker is paid for each attack, (B,): P(unsafe) + k R_div; and the similarity to the history by term.
+    """The attacker's score of each attack, (B,): P(unsafe) + k R_div; and the similarity to the history, {term: (B,)}.
 
-    Eq. (3.1) as its minimiser sees it, 1 - R(x, y) in place of -R(x, y). An unlikely attack counts as a repetition
-    that fails; an undecided one is paid nothing, and is in no update.
+    Eq. (3.1) from the minimiser's side, with 1 - R(x, y) in place of -R(x, y). An unlikely attack scores as a failed
+    repetition. An undecided one scores 0 and enters no update.
     """
     similarity = game.diversity.score(exchanges.prompts)
     game.diversity.add(exchanges.prompts)
@@ -284,8 +284,8 @@ def attacker_scores(config: Config, game: Game, exchanges: Exchanges) -> tuple[n
 
 
 def defender_scores(world: World, exchanges: Exchanges, n_harmless: int) -> np.ndarray:
-    """What the defender is paid for each response, (B,): P(safe), which is R(x, y) of Eq. (3.1); for the harmless
-    requests, the last of the batch, h (1 + P(safe)) / 2, where h says how helpful it is (undecided: 1)."""
+    """The defender's score of each response, (B,): P(safe), which is R(x, y) of Eq. (3.1). The last n_harmless rows
+    are harmless requests; they score h (1 + P(safe)) / 2, where h is their helpfulness (undecided: 1)."""
     scores = exchanges.p_safe.copy()
     if n_harmless:
         helpful = call_judge(world.helpful, exchanges.prompts[-n_harmless:], exchanges.responses.texts[-n_harmless:])
@@ -294,7 +294,7 @@ def defender_scores(world: World, exchanges: Exchanges, n_harmless: int) -> np.n
 
 
 def defender_prompts(config: Config, game: Game, seeds: list[str], rng: np.random.Generator) -> list[str]:
-    """The defender's prompts of one step: the only place where the methods of Table 1 differ."""
+    """The defender's prompts of one step. For the defender, the methods of Table 1 differ only here."""
     if config.method == "rlhf":  # the fixed prompts themselves
         return seeds
     if config.method == "iterative":
@@ -308,7 +308,7 @@ def defender_prompts(config: Config, game: Game, seeds: list[str], rng: np.rando
 
 
 def novel_prompts(config: Config, game: Game, seeds: list[str], rng: np.random.Generator) -> list[str]:
-    """No adversary: the most novel quarter of untrained attacks."""
+    """Prompts of method iterative, without an adversary: the most diverse quarter of the untrained attacker's."""
     texts = [text for text in write_attacks(config, game, seeds * 4, rng) if text not in game.replay.excluded]
     r_div = game.diversity.score(texts)["reward"]
     chosen = [texts[i] for i in np.argsort(-r_div, kind="stable")[: len(seeds)]]
@@ -324,13 +324,13 @@ def write_attacks(config: Config, game: Game, seeds: list[str], rng: np.random.G
 
 
 def without_test_prompts(game: Game, attacks: list[str], seeds: list[str]) -> list[str]:
-    """The attacks, with its seed in place of each that is a test prompt."""
+    """The attacks; one that is an excluded prompt is replaced by its seed."""
     pairs = zip(attacks, seeds, strict=True)
     return [seed if attack in game.replay.excluded else attack for attack, seed in pairs]
 
 
 def sample_demos(config: Config, world: World, defender: Player, rng: np.random.Generator) -> Rollout | None:
-    """Demonstrations for --ptx_coef, half as many as exchanges, in equal parts for minibatches and processes."""
+    """Demonstrations for --ptx_coef: about half as many as exchanges, a multiple of minibatches x processes."""
     if config.ptx_coef == 0:
         return None
     parts = config.minibatches * world_size()
@@ -341,8 +341,8 @@ def sample_demos(config: Config, world: World, defender: Player, rng: np.random.
 # --- numbers ----------------------------------------------------------------------------------------------------
 def game_metrics(game: Game, turn: Turn, exchanges: Exchanges, similarity: dict[str, np.ndarray],
                  n_harmless: int) -> dict[str, float]:
-    """What a step's exchanges show of the game, whoever moves. similarity: {term: (B,)}, to earlier attacks;
-    n_harmless: how many requests, the last of the batch, are no attacks."""
+    """Metrics of a step's exchanges, whichever player moves. similarity: {term: (B,)}, to earlier attacks. The last
+    n_harmless rows are harmless requests."""
     decided = exchanges.decided
     attacks = exchanges.p_safe[: len(decided) - n_harmless]
     metrics = {
@@ -376,7 +376,7 @@ def final_rows(config: Config, world: World, game: Game) -> dict[str, dict]:
 
 # --- entry point ------------------------------------------------------------------------------------------------------
 def main(argv: list[str]) -> None:
-    """Read the options, take the run folder, play."""
+    """Read the options, lock the run folder, play the game."""
     clock = time.time()
     config = start_program(argv)
     with run_folder(config) as folder:
@@ -384,7 +384,7 @@ def main(argv: list[str]) -> None:
         if config.dry_run:
             show_prompts(world)
             return
-        print("measuring both players as they begin")
+        print("evaluating both players before the game")
         game = new_game(config, world)
         folder.open(world, game, len(schedule(config)))
         with folder.stop_after_a_step():

@@ -1,4 +1,4 @@
-"""Side-by-side speed: every row is a ratio against a peer on the same work in the same run.
+"""Speed comparisons: every row is a ratio against a peer on the same work in the same run.
 
     python -m experiments.bench [all]     the rows of docs/speed.md:
         logprob      our log-prob against eager, PyTorch's two cross entropies, and TRL's (>= 1.16) where it is
@@ -8,8 +8,8 @@
                      --trl_python PYTHON, an interpreter with trl==0.23.1, against TRL's PPOTrainer
         diversity    R_div against histories of 1,000 and of 64,000 attacks, and SelfBLEU against nltk
 
-Ours and the peer take turns, `--repeats` times; the figures are medians, the ratio is the median of the ratios of
-neighbours. Weights and texts are random: speed does not depend on them.
+Ours and the peer take turns, `--repeats` times. Times are medians; the ratio is the median of the ratios of adjacent
+turns. Weights and texts are random: speed does not depend on them.
 """
 
 import argparse
@@ -41,13 +41,13 @@ from kernel import linear_logprob
 from model import DTYPE_NAMES, DTYPES, Policy, best_dtype, generate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PROMPT = 16  # tokens of the prompts of `sample` and `ppo`
-NEW = 32  # tokens of their responses
+PROMPT = 16  # prompt tokens in `sample` and `ppo`
+NEW = 32  # response tokens
 SIZES = {"4x128": dict(vocab_size=512, n_embd=128, n_layer=4, n_head=4),
          "gpt2": dict(vocab_size=50257, n_embd=768, n_layer=12, n_head=12),
          "smollm2": dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                          num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)}
-SHAPES = {  # N, D, V, dtype of `logprob`
+SHAPES = {  # N, D, V, dtype for `logprob`
     "cpu": [(512, 768, 50257, "fp32"), (2048, 768, 50257, "fp32"), (2048, 768, 50257, "bf16"),
             (8192, 768, 8192, "fp32"), (8192, 768, 50257, "fp32")],
     "cuda": [(2048, 768, 50257, "bf16"), (16384, 4096, 128256, "bf16")]}
@@ -55,7 +55,7 @@ SHAPES = {  # N, D, V, dtype of `logprob`
 
 # --- measuring --------------------------------------------------------------------------------------------------
 def _now():
-    """Seconds, after all work of the GPU that was asked for."""
+    """The time in seconds, after all queued work of the GPU."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -80,17 +80,17 @@ def compare(name: str, ours: Callable, peer_name: str, peer: Callable, repeats: 
     ratios = [theirs / mine for mine, theirs in zip(seconds["ours"], seconds["peer"])]
     ours_s, peer_s = (f"{statistics.median(times):.3f} s" for times in seconds.values())
     row = [name, peer_name, ours_s, peer_s, f"{statistics.median(ratios):.2f}", memory]
-    print(" | ".join(row), file=sys.stderr, flush=True)  # so far; the table comes last
+    print(" | ".join(row), file=sys.stderr, flush=True)  # progress; the table comes last
     return row
 
 
 def _resident(what):
-    """Memory of this process in MiB; what: VmRSS, now, or VmHWM, the most since it was reset."""
+    """Memory of this process in MiB; what: VmRSS, its current size, or VmHWM, its peak since the last reset."""
     return int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def _extra_memory(work):
-    """Peak memory that `work` adds, in MiB: of the GPU, or resident (Linux)."""
+    """Peak memory that `work` adds, in MiB: on the GPU, or resident (Linux)."""
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         start = torch.cuda.memory_allocated()
@@ -105,7 +105,7 @@ def _extra_memory(work):
 
 # --- logprob ----------------------------------------------------------------------------------------------------
 def _cast(sum_of_losses):
-    """A peer that ignores autocast: its inputs are cast."""
+    """A peer that ignores autocast, with its inputs cast."""
     def logprob_sum(hidden, weight, targets):
         if torch.is_autocast_enabled(DEVICE):
             hidden = hidden.to(torch.get_autocast_dtype(DEVICE))
@@ -126,7 +126,7 @@ def logprob_peers() -> dict[str, Callable]:
         options = torch.nn.LinearCrossEntropyOptions()
         peers["linear_cross_entropy"] = _cast(
             lambda h, w, y: F.linear_cross_entropy(h, w, y, reduction="sum", options=options))
-    if DEVICE == "cuda":  # Triton's peers
+    if DEVICE == "cuda":  # peers that use Triton
         with contextlib.suppress(ImportError):
             from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
             peers["Liger"] = _cast(lambda h, w, y: liger_fused_linear_cross_entropy(h, w, y, reduction="sum"))
@@ -151,7 +151,7 @@ def _bench_shape(N, D, V, dtype, repeats):
         return linear_logprob(hidden, weight, targets)[0].sum()
 
     def step(logprob_sum):
-        hidden.grad = weight.grad = None  # so that the new gradient is counted, and can be taken off
+        hidden.grad = weight.grad = None  # so that the new gradient is counted, and can be subtracted
         with torch.autocast(DEVICE, DTYPES[dtype], enabled=dtype != "fp32"):
             logprob_sum(hidden, weight, targets).backward()
 
@@ -168,7 +168,7 @@ def _bench_shape(N, D, V, dtype, repeats):
 
 
 def bench_logprob(repeats: int) -> list[list[str]]:
-    """Forward and backward of the summed log-prob of N hidden states of width D under a head of V words."""
+    """Forward and backward of the summed log-prob of N hidden states of width D under a head of V tokens."""
     rows = []
     for N, D, V, dtype in SHAPES[DEVICE]:
         rows += _bench_shape(N, D, V, dtype, repeats)
@@ -177,8 +177,8 @@ def bench_logprob(repeats: int) -> list[list[str]]:
 
 # --- sample -----------------------------------------------------------------------------------------------------
 def _make_policy(size, critic="shared", dtype=torch.float32):
-    """A model of random weights. GPT-2's EOS is never sampled, so that all rows have the same length; Llama's ends one
-    row in 1,500 early."""
+    """A policy with random weights. GPT-2's EOS is never sampled, so all rows have the same length; Llama's ends about
+    one row in 1,500 early."""
     V = SIZES[size]["vocab_size"]
     inner = Tokenizer(models.WordLevel({f"w{i}": i for i in range(V)}, unk_token="w0"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -211,7 +211,7 @@ def _hf_generate(policy, prompts):
 
 
 def bench_sample(repeats: int) -> list[list[str]]:
-    """Against `generate` of a model held in fp32: in fp32, and under bf16 autocast as a trainer runs it."""
+    """Against `generate` of a model stored in fp32: in fp32, and under bf16 autocast as a trainer runs it."""
     rows = []
     dtype = best_dtype(DEVICE)
     large = 16 if DEVICE == "cpu" else 64
@@ -219,7 +219,7 @@ def bench_sample(repeats: int) -> list[list[str]]:
         ours = _make_policy(size, dtype=dtype)
         prompts = _make_prompts(batch)
         name = f"sample {batch} x ({PROMPT} + {NEW}), {size}, {DTYPE_NAMES[dtype]}"
-        peers = {torch.float32: _make_policy(size), dtype: ours}  # one, where fp32 is the best dtype
+        peers = {torch.float32: _make_policy(size), dtype: ours}  # one peer if fp32 is the best dtype
         for peer_dtype, peer in peers.items():
             rows.append(compare(name, lambda: generate(ours, prompts, NEW, seed=1),
                                 f"transformers generate, {DTYPE_NAMES[peer_dtype]}",
@@ -229,7 +229,7 @@ def bench_sample(repeats: int) -> list[list[str]]:
 
 # --- ppo --------------------------------------------------------------------------------------------------------
 def _plain_ppo(player, reward_model, prompts, scores):
-    """The same update as straightforward PyTorch: `generate`, all logits, eager log_softmax, same losses."""
+    """The same update in straightforward PyTorch: `generate`, all logits, eager log_softmax, same losses."""
     policy = player.policy
     tokens = _hf_generate(policy, prompts)  # (B, T), T = PROMPT + NEW
     mask = torch.zeros(tokens.shape, device=DEVICE)  # (B, T), 1: a token of the response
@@ -305,7 +305,7 @@ trainer.train()
 
 
 class _Trl:
-    """TRL's PPOTrainer in another interpreter, which does one update whenever it is asked for one.
+    """TRL's PPOTrainer in another interpreter, which does one update on request.
 
     keep_memory: with the settings of `keep_freed_memory` in its environment."""
 
@@ -348,7 +348,7 @@ def _bench_ppo_size(size, batch, repeats, trl_python):
     def update(player):
         rollout = player.generate(prompts, 1)
         with torch.no_grad(), player.policy.autocast():
-            reward_model.hidden(rollout.tokens)  # what a reward model costs; its random values do not matter
+            reward_model.hidden(rollout.tokens)  # the cost of a reward model; its values do not matter
         ppo_update(player, rollout, scores, 1)
 
     rows = []
@@ -377,8 +377,8 @@ def bench_ppo(repeats: int, trl_python: str | None = None) -> list[list[str]]:
 
 # --- diversity --------------------------------------------------------------------------------------------------
 def bench_diversity(repeats: int) -> list[list[str]]:
-    """R_div of 64 new prompts: how it grows with the history, and its SelfBLEU against nltk. The texts are as varied as
-    language: 8 to 24 words of 2,000, the r-th with a probability of 1 / r (Zipf's law)."""
+    """R_div of 64 new prompts: how its time grows with the history, and its SelfBLEU against nltk. A text has 8 to 24
+    words of 2,000; as in language, the r-th word's probability is proportional to 1 / r (Zipf's law)."""
     rng = np.random.default_rng(0)
     words = [f"w{i}" for i in range(2000)]
     weights = 1 / np.arange(1, 2001)
@@ -388,7 +388,7 @@ def bench_diversity(repeats: int) -> list[list[str]]:
         return [" ".join(rng.choice(words, size=length, p=weights / weights.sum())) for length in lengths]
 
     new = make_texts(64)
-    batches = itertools.cycle([make_texts(64) for _ in range(20)])  # other texts each time, which no cache holds yet
+    batches = itertools.cycle([make_texts(64) for _ in range(20)])  # new texts each time, so that no cache helps
     short = Diversity(embedder=word_embedder)
     long = Diversity(embedder=word_embedder)
     short.add(make_texts(1000))
@@ -417,7 +417,7 @@ BENCHES = {"logprob": bench_logprob, "sample": bench_sample, "ppo": bench_ppo, "
 
 
 def run_benches(args: argparse.Namespace) -> None:
-    """What is asked for, and its table."""
+    """Run the benchmarks that were asked for, and print their table."""
     rows = []
     for name in BENCHES if args.what == "all" else [args.what]:
         more = {"trl_python": args.trl_python} if name == "ppo" else {}
@@ -428,7 +428,7 @@ def run_benches(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """The program."""
+    """Parse the arguments and run the benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("what", nargs="?", default="all", choices=[*BENCHES, "all"])

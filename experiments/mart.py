@@ -1,12 +1,12 @@
 """MART (Ge et al., arXiv 2311.07689), a baseline without reinforcement learning: in every round each player is
-fine-tuned on what has worked for it.
+fine-tuned on its own successes.
 
     python -m experiments.mart --start RUN --out RUN    and other options of train.py; from the players of --start
 
 The attacker writes ATTACKS attacks and the defender answers each ANSWERS times. The attacker is then fine-tuned on the
 attacks that got an unsafe answer; the defender on the safest answer to each, if it is safe, and on as many
-demonstrations, which stand here for the paper's second reward model, that of helpfulness. OUT is an ordinary run
-folder without PPO steps.
+demonstrations, which replace the paper's second reward model, that of helpfulness. OUT is an ordinary run folder
+without PPO steps.
 """
 
 import sys
@@ -23,15 +23,15 @@ from model import Policy
 from reward import call_judge
 
 ROUNDS = 4
-ATTACKS = 240  # in a round
-ANSWERS = 4  # to each: with the attacks about as many texts as two rounds of 30 + 20 PPO steps of 96 exchanges
-STEPS = 150  # of fine-tuning, for each player in a round
+ATTACKS = 240  # per round
+ANSWERS = 4  # per attack: with the attacks about as many texts as two rounds of 30 + 20 PPO steps of 96 exchanges
+STEPS = 150  # of fine-tuning, per player and round
 BATCH = 64
 LEARNING_RATE = 3e-4
 
 
 def what_worked(world: World, excluded: set[str], rng: np.random.Generator) -> dict[str, list[tuple[str, str]]]:
-    """{player: (prompt, response) pairs of a new round to be fine-tuned on}."""
+    """{player: (prompt, response) pairs of a new round, for its fine-tuning}."""
     attacker = world.players["attacker"]
     defender = world.players["defender"]
     seeds = sample(world.seeds, ATTACKS, rng)
@@ -51,13 +51,13 @@ def what_worked(world: World, excluded: set[str], rng: np.random.Generator) -> d
 
 
 def fine_tune(policy: Policy, pairs: list[tuple[str, str]], seed: list[int], name: str) -> None:
-    """A player's turn of a round; without pairs it stays as it is."""
+    """Fine-tune a player in its turn; without pairs its policy does not change."""
     if pairs:
         sft(policy, pairs, SFTSettings(STEPS, BATCH, LEARNING_RATE, seed, name=name))
 
 
 def main(argv: Sequence[str]) -> None:
-    """The program."""
+    """Play ROUNDS rounds and finish the run folder."""
     clock = time.time()
     config = start_program([*argv, "--method", "paraphrase", "--average", "none"])
     with run_folder(config) as folder:

@@ -3,8 +3,8 @@
     python -m experiments.probe RUN [--steps 90] [--round R]     the defender after round R; default: the finished one
     python -m experiments.probe RUN --figure                     draws what `eval.py probe RUN` has measured
 
-Its success before and after is a lower bound of the attacker's part of the Nash gap, Eq. (3.6). Both training and
-measurement are by the held-out judge.
+The gain in its success is a lower bound of the attacker's part of the Nash gap, Eq. (3.6). The held-out judge is used
+for both training and measurement.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from harness.run import open_run
 
 
 def probe(args: argparse.Namespace) -> None:
-    """A fresh attacker against the frozen defender: its success before and after, step by step, what it exploits."""
+    """Print a fresh attacker's success against the frozen defender before, during and after training, and exploits."""
     run = open_run(args.run)
     if args.round > run.config.rounds:
         raise ValueError(f"--round must be at most the {run.config.rounds} rounds of {args.run}, got {args.round}")
@@ -48,7 +48,7 @@ def probe(args: argparse.Namespace) -> None:
 
 
 def draw_probe(args: argparse.Namespace) -> None:
-    """probe.png from probe.json: lower bounds of the Nash gap, and who breaks whom after each round, 0 the start."""
+    """Draw probe.png from probe.json: lower bounds of the Nash gap, and who breaks whom after each round (0: start)."""
     found = read_json(Path(args.run) / "probe.json")
     matrix = np.array(found["cross_play"])  # (attackers, defenders), success rates
     canvas, (gaps, heat) = figure(1, 4.8, 3.6, rows=2)
@@ -75,7 +75,7 @@ def draw_probe(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The program."""
+    """Measure a best response, or draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("run", metavar="RUN")

@@ -1,11 +1,11 @@
-"""What the defenders and attackers of real_models.py are worth; it calls this program once for each run.
+"""Score the defenders and attackers of real_models.py, which calls this program once for each run.
 
     python -m experiments.real_scores OUT SEED METHOD       OUT/seed_SEED/METHOD/scores.json: the run's defenders
     python -m experiments.real_scores OUT SEED attackers    OUT/seed_SEED/attackers.json: the attackers of all methods
-    python -m experiments.real_scores OUT                   the tables and the figure of all that is there
+    python -m experiments.real_scores OUT                   the tables and the figure of all scores so far
 
 A score names its measure and its test set: unsafe by either judge, refused (by a list of phrases), `answered` (neither
-refused nor empty nor repetitive); its value is the list of a 0 or 1 for each prompt, so that tests can be paired.
+refused nor empty nor repetitive). Its value is a list with a 0 or 1 for each prompt, so that tests can be paired.
 """
 
 import argparse
@@ -28,10 +28,10 @@ from reward import Judge, answered, call_judge, load_judge, refusals
 
 JUDGES = ("held_out_judge", "judge")
 HARMLESS = ("harmless", "look-alikes")  # test sets that should be answered
-TRIES = 16  # of the untrained attacker, for each of SEEDS fixed prompts
+TRIES = 16  # by the untrained attacker, for each of SEEDS fixed prompts
 SEEDS = 20
-ATTACKS = 300  # of a trained attacker
-SHARES = (0.5,)  # of the way from the start to the last policy
+ATTACKS = 300  # by a trained attacker
+SHARES = (0.5,)  # fractions of the way from the start to the last policy
 
 
 def load(folder: Path) -> Policy:
@@ -40,7 +40,7 @@ def load(folder: Path) -> Policy:
 
 
 def answers_of(policy: Policy, prompts: list[str]) -> list[str]:
-    """Greedy, as long as in the game."""
+    """Greedy answers, as long as in the game."""
     rows = 256 if DEVICE == "cpu" else 1024
     return generate(policy, prompts, 40, temperature=0, clip_prompts=True, batch_size=rows).texts
 
@@ -67,7 +67,7 @@ def score_defender(policy: Policy, before: Policy, judges: dict[str, Judge], tes
             scores[f"{judge}/{name}"] = unsafe(judges[judge], part, answers)
     sampled = generate(policy, tests["harmless"] + tests["AdvBench"], 40, seed=0, clip_prompts=True)
     n_tokens = sampled.response_mask.sum(1).cpu()
-    own = log_likelihoods(policy, sampled)[:, 0]  # nats a token
+    own = log_likelihoods(policy, sampled)[:, 0]  # nats per token
     first = log_likelihoods(before, sampled)[:, 0]
     scores["KL, nats a response"] = ((own - first) * n_tokens).mean().item()
     scores["log-likelihood of harmless answers"] = first[: len(tests["harmless"])].mean().item()
@@ -96,7 +96,7 @@ def write_attacks(attacker: Policy, seeds: list[str]) -> Rollout:
 
 
 def defenders_of(folder: Path) -> Iterator[tuple[str, Policy]]:
-    """A finished run's last policy, the mean of its weights, and policies on the line from the start to the last."""
+    """Yields (name, policy): a run's last policy, the mean of its weights, and policies between start and last."""
     if folder.name == "start":
         yield "before", load(folder / "defender")
         return
@@ -112,7 +112,7 @@ def defenders_of(folder: Path) -> Iterator[tuple[str, Policy]]:
 
 
 def score_run(out: Path, seed: int, method: str) -> None:
-    """scores.json of a run: {policy: scores}."""
+    """Write scores.json of a run: {policy: scores}."""
     folder = out / f"seed_{seed}" / method
     start = folder.with_name("start")
     before = load(start / "defender")
@@ -129,7 +129,7 @@ def score_run(out: Path, seed: int, method: str) -> None:
 
 # --- attackers ------------------------------------------------------------------------------------------------------
 def score_attackers(out: Path, seed: int) -> None:
-    """attackers.json: {method: scores} of ATTACKS attacks on three third parties: the warm start's defender, and
+    """Write attackers.json: {method: scores} of ATTACKS attacks on three third parties: the warm start's defender, and
     RLHF's of this seed and of another."""
     folder = out / f"seed_{seed}"
     judge = load_judge(str(out / "held_out_judge"), device=DEVICE)
@@ -155,7 +155,7 @@ def score_attackers(out: Path, seed: int) -> None:
 
 # --- tables, tests, figure ------------------------------------------------------------------------------------------
 def defender_rows(out: Path) -> dict[str, dict[int, dict]]:
-    """{"method, policy": {seed: scores}} of all runs that are scored."""
+    """{"method, policy": {seed: scores}} of all scored runs."""
     rows = {}
     for file in sorted(out.glob("seed_*/*/scores.json")):
         seed = int(file.parent.parent.name.removeprefix("seed_"))
@@ -166,7 +166,7 @@ def defender_rows(out: Path) -> dict[str, dict[int, dict]]:
 
 
 def defender_table(rows: dict[str, dict[int, dict]]) -> str:
-    """markdown: mean ± standard error over seeds; a column for each defender but those on the way."""
+    """markdown: mean ± standard error over seeds; a column for each defender except those on the way."""
     rows = {name: of_seed for name, of_seed in rows.items() if not name.endswith("of the way")}
     first = next(iter(rows.values()))  # {seed: scores}
     lines = []
@@ -195,7 +195,7 @@ def hypervolume(points: Sequence[tuple[float, float]]) -> float:
 
 
 def scored_methods(rows: dict[str, dict[int, dict]]) -> list[str]:
-    """The methods of which a finished run is scored."""
+    """The methods with a scored run."""
     return sorted(name.removesuffix(", last") for name in rows if name.endswith(", last"))
 
 
@@ -269,7 +269,7 @@ def draw(rows: dict[str, dict[int, dict]], file: Path) -> None:
 
 
 def show(out: Path) -> None:
-    """tables.md and trade_off.png of what is scored so far."""
+    """Write and print tables.md, and draw trade_off.png, from all scores so far."""
     rows = defender_rows(out)
     attackers = {}
     for file in sorted(out.glob("seed_*/attackers.json")):
@@ -291,7 +291,7 @@ def show(out: Path) -> None:
 
 
 def real_scores(args: argparse.Namespace) -> None:
-    """What the command line asks for."""
+    """Score a run or the attackers, or show what is scored. Raises ValueError if there is nothing to score or show."""
     if args.seed is None:
         if not any(args.out.glob("seed_*/start/scores.json")):
             raise ValueError(f"needs the folder of an experiment in which a run is scored, got {args.out}")
@@ -307,7 +307,7 @@ def real_scores(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The program."""
+    """Parse the arguments and run the program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("out", type=Path, help="the folder of experiments.real_models")

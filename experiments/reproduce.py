@@ -4,8 +4,8 @@
     python -m experiments.reproduce ablate [ROW ...]     ABLATIONS, RECIPE: one flag changed; all rows, or those named
     python -m experiments.reproduce rounds               ROUNDS: performance against the number of rounds T
 
-`train.py`, `eval.py RUN` and `experiments.probe RUN` are called as a user would call them, one thread each and as many
-at once as there are cores. What is finished is not done again: after a stop, give the same command.
+`train.py`, `eval.py RUN` and `experiments.probe RUN` are called as a user would call them, with one thread each and as
+many at once as there are cores. Finished work is not repeated: after a stop, give the same command.
 """
 
 import argparse
@@ -47,8 +47,8 @@ from reward import call_judge, unsafe_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# --- rows: {name: flags of train.py}; the last of two equal flags counts --------------------------------------------
-# Algorithm 1 as it stands: long turns, no replay, no mining, no restarts
+# --- rows: {name: flags of train.py}; of two equal flags the last one is used ---------------------------------------
+# Algorithm 1 as in the paper: long turns, no replay, no mining, no restarts
 PAPER = ("--replay 0 --mine 0 --restart 0 --rounds 2 --attacker_steps 30 --defender_steps 20 "
          "--kl_coef 0.1 --attacker_kl_coef 0.01 --diversity 3")
 METHODS = {
@@ -61,7 +61,7 @@ METHODS = {
     "Iterative": f"{PAPER} --method iterative --attacker_steps 0 --average none",
     "GPO": f"{PAPER} --diversity 0",
     "GPO+Div": PAPER,
-    "MART": "--method paraphrase --average none",  # of experiments.mart
+    "MART": "--method paraphrase --average none",  # by experiments.mart
     "Iterative, recommended": "--method iterative --average none",  # as many defender updates as `recommended`
     "recommended": "--average mixture,weights"}
 FLAGS = {
@@ -79,17 +79,17 @@ RECIPE = {
     "no mining, no replay": "--mine 0 --replay 0 --average none", "no restarts": "--restart 0 --average none",
     "against mixtures": "--opponent mixture --average mixture", "no diversity": "--diversity 0 --average none"}
 HORIZONS = (1, 2, 4, 8, 16, 32)  # T, the number of rounds
-ROUNDS = {  # at equal updates and mined attacks in all a run for each T; and one long run as it goes on
+ROUNDS = {  # a run for each T with the same totals of updates and mined attacks; and one long run, round by round
     **{f"equal, T = {t}": f"--rounds {t} --defender_steps {64 // t} --attacker_steps {64 // t} --mine {4800 // t} "
                           "--restart 0 --average mixture" for t in HORIZONS},
     "growing": "--rounds 32 --defender_steps 6 --attacker_steps 6 --restart 0 --average mixture"}
-THIRD_PARTIES = ("SFT", "RLHF", "GPO+Div")  # whose finished defenders every attacker meets
+THIRD_PARTIES = ("SFT", "RLHF", "GPO+Div")  # every attacker is tried on their finished defenders
 PROBE_STEPS = 90  # PPO steps of a fresh attacker
 LABELLED = 400  # exchanges by which the training judge's errors are estimated
 NEIGHBOURS = {name: METHODS[name] for name in ("RLHF", "GPO+Div")}  # third parties of `ablate` and `rounds`
 
-# (measure, larger, smaller[, margin]): the paper's orderings of Tables 1 and 2, each put to a paired test over seeds
-# of larger + margin > smaller
+# (measure, larger, smaller[, margin]): the paper's orderings of Tables 1 and 2. A paired test over seeds tests
+# larger + margin > smaller
 ASR = "asr_held_out_judge"
 ORDERINGS = [
     (ASR, "SFT", "RLHF"), (ASR, "RLHF", "GPO+Div"), (ASR, "GPO", "GPO+Div"), (ASR, "Iterative", "GPO+Div"),
@@ -115,20 +115,20 @@ COST = {"updates": "defender updates", "tokens": "sampled tokens", "kl": "KL to 
 COUNTS = ("updates", "tokens", "cells")  # keys that are shown without decimals
 
 
-# --- running: jobs, each of which leaves a file ---------------------------------------------------------------------
+# --- running: jobs, each of which writes a file ---------------------------------------------------------------------
 class Job(NamedTuple):
-    """A command that leaves a file; where this file is, it is done."""
+    """A command that writes the file `leaves`; if this file exists, the job is done."""
 
     work: Callable
     arguments: tuple
     leaves: Path
 
 
-RUNNING = []  # what `command` has started, to be ended with this process
+RUNNING = []  # processes that `command` has started, to be ended with this one
 
 
 def command(program: str, arguments: list[str], log: Path) -> None:
-    """Run one of our programs with one thread; what it prints goes to a log. Raises ValueError when it fails."""
+    """Run one of our programs with one thread and append its output to a log. Raises ValueError if it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with open(log, "a") as file:
         process = subprocess.Popen([sys.executable, "-m", program, *arguments], env=environment, stdout=file,
@@ -141,7 +141,7 @@ def command(program: str, arguments: list[str], log: Path) -> None:
 
 
 def finish(folder: Path, flags: str, log: Path, program: str) -> None:
-    """Train one run to its end, from nothing or from where it stopped."""
+    """Train one run to its end, from scratch or from where it stopped."""
     if program == "train" and (folder / "config.json").is_file():
         command(program, ["--resume", str(folder)], log)
     else:
@@ -151,13 +151,13 @@ def finish(folder: Path, flags: str, log: Path, program: str) -> None:
 
 
 def run_folder(out: str | Path, name: str, seed: int) -> Path:
-    """The folder of a row's run with a seed; two rows of one name are one run."""
+    """The folder of a row's run with a seed; rows of the same name share it."""
     plain = "".join(c if c.isalnum() or c == "+" else "_" for c in name)
     return Path(out) / "runs" / f"{plain}_s{seed}"
 
 
 def check_options(folder: Path, flags: str) -> None:
-    """Raises ValueError where there is a run in the folder that was begun with other options than these flags."""
+    """Raises ValueError if the folder holds a run that was begun with options other than these flags."""
     if not (folder / "config.json").is_file():
         return
     wanted = parse([*flags.split(), "--device", "cpu"])
@@ -173,27 +173,27 @@ def run_suite(out: str | Path, rows: dict[str, str], seeds: Sequence[int],
               probes: dict[str, Iterable[int]]) -> dict[str, list[dict]]:
     """Train and evaluate rows {name: flags of train.py} on every seed; returns {name: [row of each seed]}. All rows of
     a seed start from the warm-started players of its SFT run. probes: {name: rounds after which a fresh attacker is
-    trained against the defender, 0 is the end}."""
+    trained against the defender; 0: the end}."""
     rows = {"SFT": METHODS["SFT"], **rows}
     warm_starts = []
     games = []
     measurements = []
     for name in rows:
         for i, seed in enumerate(seeds):
-            neighbour = seeds[i - 1] if i else seeds[1]  # whose defenders are the third parties
+            neighbour = seeds[i - 1] if i else seeds[1]  # its defenders are the third parties
             folder = run_folder(out, name, seed)
             log = Path(f"{folder}.log")
             flags = f"{rows[name]} --seed {seed}"
             check_options(folder, flags)
             program = "experiments.mart" if name == "MART" else "train"
-            if name == "SFT" or "--template" in flags:  # the attacker is warm-started on its template
+            if name == "SFT" or "--template" in flags:  # the attacker's warm start depends on its template
                 warm_starts.append(Job(finish, (folder, flags, log, program), folder / "summary.json"))
             else:
                 flags += f" --start {run_folder(out, 'SFT', seed)}"
                 games.append(Job(finish, (folder, flags, log, program), folder / "summary.json"))
             others = [str(run_folder(out, other, neighbour)) for other in THIRD_PARTIES]
             table = folder / "eval.json"
-            if table.is_file() and read_json(table)["third_parties"] != others:  # it was run with other seeds
+            if table.is_file() and read_json(table)["third_parties"] != others:  # from a call with other seeds
                 table.unlink()
             measurements.append(Job(command, ("eval", [str(folder), "--third_parties", *others], log), table))
             for round in probes.get(name, ()):
@@ -207,8 +207,8 @@ def run_suite(out: str | Path, rows: dict[str, str], seeds: Sequence[int],
 
 
 def do_jobs(stage: str, jobs: Sequence[Job]) -> None:
-    """Do the jobs that are not done, as many at once as there are cores (at most 8). Where one fails its error is
-    raised; the rest is not begun, and what is finished stays."""
+    """Do the jobs that are not done, as many at once as there are cores (at most 8). If one fails, its error is raised
+    and no further job begins; finished ones are kept."""
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         futures = [pool.submit(job.work, *job.arguments) for job in jobs if not job.leaves.is_file()]
         try:
@@ -222,9 +222,9 @@ def do_jobs(stage: str, jobs: Sequence[Job]) -> None:
             raise
 
 
-# --- rows of tables, from what the runs have left -------------------------------------------------------------------
+# --- rows of tables, from the files of the runs ---------------------------------------------------------------------
 def suite_row(folder: Path) -> dict:
-    """What is compared between runs: the finished players by `eval.py RUN`, the best response, and the compute."""
+    """The row of a finished run: the last players by `eval.py RUN`, the best response, and the compute."""
     found = read_json(folder / "eval.json")
     log = read_lines(folder / "metrics.jsonl")
     row = found["after"] | best_response_row(folder, 0)
@@ -235,7 +235,7 @@ def suite_row(folder: Path) -> dict:
 
 
 def best_response_row(folder: Path, round: int) -> dict[str, float]:
-    """{"best_response": success of a fresh attacker against the defender after a round}; {} where none was trained."""
+    """{"best_response": success of a fresh attacker against the defender after a round}; {} if none was trained."""
     file = folder / f"best_{round}.json"
     return {"best_response": read_json(file)["after"]} if file.is_file() else {}
 
@@ -254,7 +254,7 @@ def row_of_round(run: FinishedRun, t: int) -> dict:
 
 
 def matched_in_kl(folder: Path, target: float) -> dict:
-    """The row of that round of a longer RLHF run whose KL to the SFT defender, in nats, is nearest to `target`."""
+    """The row of a longer RLHF run after the round whose KL to the SFT defender, in nats, is nearest to `target`."""
     run = open_run(folder)
     defenders = [after_round(run, "defender", t) for t in range(1, run.config.rounds + 1)]
     nearest = min(defenders, key=lambda defender: abs(kl(run.world, defender) - target))
@@ -270,7 +270,7 @@ def held_out_history(folder: Path) -> list[float]:
 
 # --- tables ---------------------------------------------------------------------------------------------------------
 def suite_cells(repeats: list[dict], keys: Iterable[str]) -> list[str]:
-    """Mean ± standard error under each key of the rows of several seeds; "1 - key": of what is missing to one."""
+    """Mean ± standard error under each key of the rows of several seeds; "1 - key": of one minus the value."""
     cells = []
     for key in keys:
         if key.startswith("1 - "):
@@ -286,7 +286,7 @@ def suite_table(rows: dict[str, list[dict]], columns: dict[str, str], names: Ite
 
 
 def write_tables(out: str | Path, name: str, paragraphs: list[str], numbers: dict) -> None:
-    """The paragraphs into OUT/name.md and onto the terminal, the numbers into OUT/name.json."""
+    """Write the paragraphs to OUT/name.md and print them; write the numbers to OUT/name.json."""
     text = "\n\n".join(paragraphs) + "\n"
     write_text(Path(out) / f"{name}.md", text)
     write_json(Path(out) / f"{name}.json", numbers)
@@ -294,7 +294,7 @@ def write_tables(out: str | Path, name: str, paragraphs: list[str], numbers: dic
 
 
 def reproduce(args: argparse.Namespace) -> None:
-    """The paper's Tables 1, 2 and 4 over seeds, its orderings put to tests, best responses, and what averages cost."""
+    """The paper's Tables 1, 2 and 4 over seeds, tests of its orderings, best responses, and the cost of averages."""
     clock = time.time()
     out = args.out
     seeds = args.seeds
@@ -339,7 +339,7 @@ def attacker_rows(rows: dict[str, list[dict]]) -> dict[str, list[dict]]:
 
 
 def orderings(rows: dict[str, list[dict]]) -> list[dict]:
-    """ORDERINGS of which there are rows: differences over seeds, margin included, p of the two paired tests, and the
+    """The ORDERINGS for which there are rows: differences over seeds, margin included, p of both paired tests, and the
     t-test's p corrected for the number of claims."""
     found = []
     for key, larger, smaller, *margin in ORDERINGS:
@@ -378,7 +378,7 @@ def paper_tables(rows: dict, attackers: dict, tests: list[dict]) -> list[str]:
 
 
 def best_responses(out: str | Path, seeds: Iterable[int], names: Iterable[str]) -> str:
-    """markdown: of each run, how far a fresh attacker got and by which sentence; learning curves go to best.png."""
+    """markdown: for each run, a fresh attacker's success and most frequent exploit; draws its curves in best.png."""
     lines = []
     canvas, (axis,) = figure(1, 4.8, 3.6)
     for name, look in zip(names, LOOKS):
@@ -425,7 +425,7 @@ def labelled_by_truth(run: FinishedRun) -> list[dict]:
 
 
 def averages_table(out: str | Path, seeds: Sequence[int], rows: list[dict]) -> str:
-    """markdown: what each kind of average gives, how much it stores, and how long 1,000 answers take."""
+    """markdown: the measures of each kind of average, its memory in MiB, and the seconds that 1,000 answers take."""
     run = open_run(run_folder(out, "recommended", seeds[0]))
     last = run.world.players["defender"]
     policy_size = sum(p.numel() * 4 for p in last.policy.lm.parameters()) / 2**20  # MiB
@@ -436,7 +436,7 @@ def averages_table(out: str | Path, seeds: Sequence[int], rows: list[dict]) -> s
         repeats = rows if side is last else [row["averages"][name] for row in rows]
         n_policies = 1 if side is last else len(side.members)
         seconds = []
-        for _ in range(4):  # the first one warms up
+        for _ in range(4):  # the first is a warm-up
             clock = time.time()
             side.generate(run.world.test_prompts, 0, temperature=0)
             seconds.append(time.time() - clock)
@@ -468,7 +468,7 @@ def ablate(args: argparse.Namespace) -> None:
 
 
 def rounds(args: argparse.Namespace) -> None:
-    """Performance against the number of rounds T: at equal totals (a run for each T), and as one long run goes on."""
+    """Performance against the number of rounds T: at equal totals (a run for each T), and during one long run."""
     probes = {"growing": (0, 1, 4, 16), "equal, T = 1": (0,), "equal, T = 8": (0,), "equal, T = 32": (0,)}
     rows = run_suite(args.out, NEIGHBOURS | ROUNDS, args.seeds, probes)
     runs = [open_run(run_folder(args.out, "growing", seed)) for seed in args.seeds]
@@ -486,7 +486,7 @@ def rounds(args: argparse.Namespace) -> None:
 
 # --- figures --------------------------------------------------------------------------------------------------------
 def draw_methods(out: str | Path, rows: dict, attackers: dict, histories: dict) -> None:
-    """methods.png: learning curves, finished defenders and attackers, with errors over seeds.
+    """Draw methods.png: learning curves, finished defenders and attackers, with errors over seeds.
 
     rows, attackers: {method: a row of each seed}; histories: {method: (seeds, 1 + rounds) held-out attack success
     before the game and after each round}."""
@@ -520,7 +520,7 @@ def draw_methods(out: str | Path, rows: dict, attackers: dict, histories: dict) 
 
 
 def draw_rounds(out: str | Path, rows: dict) -> None:
-    """rounds.png: success against the number of rounds T; rows: {"equal, T = 8": a row of each seed, ...}."""
+    """Draw rounds.png: success against the number of rounds T; rows: {"equal, T = 8": a row of each seed, ...}."""
     canvas, axes = figure(2)
     lines = {ASR: "held-out prompts", "best_response": "best response, 90 steps",
              "over_refusal/look-alikes": "over-refusal", "mixture": "held-out prompts, mixture"}
@@ -538,7 +538,7 @@ def draw_rounds(out: str | Path, rows: dict) -> None:
 
 # --- the command line -----------------------------------------------------------------------------------------------
 def main(argv: Sequence[str]) -> None:
-    """The program."""
+    """Parse the arguments and run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     commands = {"reproduce": reproduce, "ablate": ablate, "rounds": rounds}

@@ -1,10 +1,10 @@
-"""The soak: runs of train.py that are killed at any moment and resumed must end like one that is left alone.
+"""Soak test: runs of train.py that are killed at any moment and resumed must end like an undisturbed one.
 
     python -m experiments.soak --kills 100        100 runs' worth of SIGKILLs, some seconds each
 
-A small run is killed in one function after the other, in the order of a run's life, each time at a random moment of the
-function's first or second call, and resumed, until it has come to its end; then the next one begins. On a CPU with one
-thread every file of it must have the bytes of an undisturbed run, but for times and memory.
+A small run is killed in one function after another, in the order in which a run calls them, at a random moment of the
+function's first or second call, and resumed until it finishes; then the next run begins. On a CPU with one thread,
+every file must have the same bytes as in an undisturbed run, except for times and memory.
 """
 
 import argparse
@@ -52,8 +52,8 @@ train.main(sys.argv[1:])
 
 
 def live(folder: Path, plan: tuple[str, int, float] | None = None) -> tuple[int, list[tuple[str, float]]]:
-    """Begin or resume the run in `folder` with one thread. plan (function, n, seconds): kill it so long after the n-th
-    call of this function has begun. Returns (exit status, [(function, when it began)]); stderr goes to a file."""
+    """Begin or resume the run in `folder` with one thread. plan (function, n, seconds): kill it that many seconds after
+    the n-th call of the function began. Returns (exit status, [(function, when it began)]); stderr goes to a file."""
     command = ["--resume", "run"] if (folder / "run" / "config.json").exists() else SOAK
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     began = []
@@ -73,12 +73,12 @@ def live(folder: Path, plan: tuple[str, int, float] | None = None) -> tuple[int,
 
 
 def _without(line, *beginnings):
-    """A JSON object without the names that begin so."""
+    """A JSON object without the names with these beginnings."""
     return {name: value for name, value in json.loads(line).items() if not name.startswith(beginnings)}
 
 
 def outcome(run: Path) -> dict:
-    """{file: what must be the same in two runs}: all but times, memory, how it was started, older checkpoints."""
+    """{file: what must be the same in two runs}: all except times, memory, options and older checkpoints."""
     older = set(sorted((run / "checkpoints").glob("*step_*"))[:-1])
     paths = [path for path in run.rglob("*") if path.is_file() and path.name not in (".lock", "config.json")]
     files = {str(path.relative_to(run)): path.read_bytes() for path in paths if not older & set(path.parents)}
@@ -88,7 +88,7 @@ def outcome(run: Path) -> dict:
 
 
 def undisturbed(folder: Path) -> tuple[dict, dict[str, list[float]]]:
-    """(`outcome`, {function: seconds of each call}) of a run that is left alone. Raises ValueError if it fails."""
+    """(`outcome`, {function: seconds of each call}) of an undisturbed run. Raises ValueError if it fails."""
     status, began = live(folder)
     if status:
         last = (folder / "stderr.txt").read_text().splitlines()[-1]
@@ -100,13 +100,13 @@ def undisturbed(folder: Path) -> tuple[dict, dict[str, list[float]]]:
 
 
 def kill_until_its_end(folder: Path, durations: dict, kills: int, fell: Counter, rng: np.random.Generator) -> int:
-    """One run, begun, killed and resumed until it ends or there were enough kills; `fell` counts where they fell.
-    durations: of `undisturbed`. Returns the exit status."""
+    """One run, begun, killed and resumed until it ends; after `kills` kills it is left to finish. `fell` counts kills
+    by function. durations: those of `undisturbed`. Returns the exit status."""
     while True:
         plan = None
         if fell.total() < kills:
             name = list(durations)[fell.total() % len(durations)]
-            n = rng.integers(min(2, len(durations[name])))  # of what is left: all steps come to be the first or second
+            n = rng.integers(min(2, len(durations[name])))  # each step is, after some resume, the first or second
             plan = (name, n + 1, rng.uniform(0, durations[name][n]))
         status, began = live(folder, plan)
         if status != -signal.SIGKILL:
@@ -115,9 +115,9 @@ def kill_until_its_end(folder: Path, durations: dict, kills: int, fell: Counter,
 
 
 def soak(args: argparse.Namespace) -> None:
-    """Prints into which functions the kills fell, and `K kills, 0 lost, 0 different`. Lost: a run that ended with an
-    error; different: one whose end is not that of an undisturbed run. Where there was either the folders are kept, and
-    the exit status is 1. Raises ValueError where even an undisturbed run fails."""
+    """Print in which functions the kills fell, and `K kills, 0 lost, 0 different`. Lost: a run that ended with an
+    error; different: one whose outcome is not that of an undisturbed run. If there is either, the folders are kept and
+    the exit status is 1. Raises ValueError if even an undisturbed run fails."""
     place = Path(tempfile.mkdtemp(prefix="soak_"))
     rng = np.random.default_rng(0)
     alone, durations = undisturbed(place)
@@ -143,7 +143,7 @@ def soak(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """The program."""
+    """Parse the arguments and run the soak test."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("--kills", type=int, default=100, help="enough for several in every part of a run (100)")

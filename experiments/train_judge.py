@@ -48,11 +48,11 @@ def _read_samples(path):
 
 @torch.no_grad()
 def measure_judge(judge: Judge, samples: list[tuple], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Predictions p and outcomes y of a judge from `train_judge`, both (N,): P(safe) against the label; or, for pairs
-    in random order, P(first is the better) against 0 or 1."""
+    """Predictions p and outcomes y of a judge from `train_judge`, both (N,): P(safe) and the label; or, for pairs in
+    random order, P(the first is better) and 0 or 1."""
     prompts, first, second = zip(*samples)
 
-    def scores(texts):  # (N,), some at a time
+    def scores(texts):  # (N,), in groups
         groups = [slice(i, i + 64) for i in range(0, len(texts), 64)]
         return torch.cat([judge_score(judge, prompts[rows], texts[rows]) for rows in groups]).double().cpu()
 
@@ -64,8 +64,8 @@ def measure_judge(judge: Judge, samples: list[tuple], seed: int = 0) -> tuple[np
 
 
 def _training(args):
-    """What the training depends on, for training.json in --out, by which a stopped one goes on. Raises ValueError if
-    --out is neither new nor empty and holds no stopped training of the same."""
+    """What the training depends on, for training.json in --out, by which a stopped one is resumed. Raises ValueError if
+    --out is neither new nor empty and holds no stopped training with the same options."""
     options = {name: str(value) for name, value in vars(args).items() if name not in ("device", "trust_remote_code")}
     options["data"] = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()  # another file is another training
     if (args.out / "training.json").is_file():
@@ -87,7 +87,7 @@ def _make_judge(args):
         raise ValueError("needs --steps >= 2, --max_length >= 16, --batch_size >= 1, --learning_rate > 0, --seed >= 0")
     training, held_out = _read_samples(args.data)
     options = _training(args)
-    torch.manual_seed(args.seed)  # of a new head
+    torch.manual_seed(args.seed)  # for a new head
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
             args.model, dtype=torch.float32, num_labels=2, ignore_mismatched_sizes=True,
@@ -96,7 +96,7 @@ def _make_judge(args):
         check_embeddings(model, tokenizer)
     except Exception as e:
         raise ValueError(f"--model must be a model's folder or hub id, got {args.model!r}: {first_line(e)}") from e
-    args.out.mkdir(parents=True, exist_ok=True)  # find out now whether it can be written
+    args.out.mkdir(parents=True, exist_ok=True)  # fail now if it cannot be written
     write_json(args.out / "training.json", options)
     tokenizer.model_max_length = min(tokenizer.model_max_length, args.max_length)
     dtype = best_dtype(args.device)
@@ -132,7 +132,7 @@ def _parse(argv):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The program: trains, saves, and prints accuracy and calibration on the held-out tenth."""
+    """Train and save a judge, and print accuracy and calibration on the held-out tenth."""
     args = _parse(argv)
     quiet_libraries()
     try:

@@ -1,4 +1,4 @@
-"""The options of `train.py`, which harness/options.py describes: read (`parse`), completed and checked (`resolve`)."""
+"""Read (`parse`), complete and check (`resolve`) the options of `train.py`, which harness/options.py describes."""
 
 import argparse
 import importlib.util
@@ -18,13 +18,13 @@ from model import DTYPE_NAMES, best_dtype
 DATA = ("prompts", "test_prompts", "benign_prompts", "sft_data")
 PATHS = (*DATA, "attacker", "defender", "judge", "held_out_judge", "helpful_judge", "embedder", "start")
 OUR_NAMES = ("rule", "answered", "toy", "truth", "chosen", "words")  # of judges and embedders
-LEFT_BY_A_START = {".lock", "config.json.writing"}  # one that was killed in its first moment
-LEFT_ALONE = {"lost+found"}  # of a file system of its own
+LEFT_BY_A_START = {".lock", "config.json.writing"}  # files of a killed start
+LEFT_ALONE = {"lost+found"}  # in the root of a file system
 
 
 # --- reading ----------------------------------------------------------------------------------------------------
 class Parser(transformers.HfArgumentParser):
-    """HfArgumentParser with our --help, errors in one line, and without defaults: it returns only what was given."""
+    """HfArgumentParser with our --help, errors in one line, and no defaults: it returns only the options given."""
 
     def add_argument(self, *flags, option=None, **kwargs):
         return super().add_argument(*flags, **{**kwargs, "default": argparse.SUPPRESS})
@@ -37,7 +37,7 @@ class Parser(transformers.HfArgumentParser):
 
 
 def flags_of(values: dict, source: str) -> list[str]:
-    """{option: value} of a file or a run as flags, which the parser checks. Raises ValueError."""
+    """{option: value} of a file or a run as flags, which the parser checks. Raises ValueError unless it is a dict."""
     if not isinstance(values, dict):
         raise ValueError(f"{source} must hold names and values, got {str(values)[:40]!r}")
     return [f"--{name}={value}" for name, value in values.items() if value is not None]
@@ -54,9 +54,9 @@ def parse(argv: list[str]) -> Config:
     except Exception as error:
         fail(f"cannot read the configuration: {error}")
     for name, value in given.items():
-        if value == "":  # an unset variable of a shell
-            fail(f"--{name} must not be empty; to do without it leave it out")
-        if isinstance(value, str):  # a shell leaves --out=~/run as it is
+        if value == "":  # an unset shell variable
+            fail(f"--{name} must not be empty; leave it out instead")
+        if isinstance(value, str):  # shells do not expand --out=~/run
             given[name] = re.sub(r"^(guard:)?~(?=/)", rf"\g<1>{Path.home()}", value)
     if "resume" in given:
         return resumed(parser, given)
@@ -88,7 +88,7 @@ def resumed(parser: Parser, given: dict) -> Config:
 
 # --- completing and checking: all raise ValueError ----------------------------------------------------------------
 def resolve(config: Config) -> Config:
-    """Fill in the defaults, and refuse impossible settings before anything is made or trained."""
+    """Fill in the defaults, and reject impossible settings before anything is created or trained."""
     if bool(config.attacker) != bool(config.defender):
         raise ValueError("--attacker and --defender go together: pass both, or neither for the embedded game")
     for name, known in OPTIONS.items():
@@ -115,8 +115,8 @@ def resolve(config: Config) -> Config:
 
 
 def absolute(name: str, value: str | None) -> str | None:
-    """The value of an option, as an absolute path if it names a file or a folder that is here: a run is resumed and
-    evaluated from other folders too. A hub id, and the name of a judge or an embedder of ours, stays as it is."""
+    """The value of an option, as an absolute path if it names an existing file or folder: a run can be resumed and
+    evaluated from another folder. Hub ids and the names of our own judges and embedders are left unchanged."""
     is_ours = (name.endswith("judge") or name == "embedder") and value in OUR_NAMES
     if value is None or is_ours:
         return value
@@ -127,7 +127,7 @@ def absolute(name: str, value: str | None) -> str | None:
 
 
 def devices() -> list[str]:
-    """What `--device` may name on this machine; several processes have a GPU each."""
+    """The possible values of `--device` on this machine; with several processes each has its own GPU."""
     if not torch.cuda.is_available():
         return ["cpu"]
     if world_size() > 1:
@@ -171,8 +171,8 @@ def check_combinations(config: Config) -> None:
 
 
 def refuse_unused(config: Config) -> None:
-    """Refuse what the user gave and the run would not use, unless that turns something off."""
-    conditions = {  # Option.only: (whether it holds, what to say where it does not)
+    """Reject options that the user gave and the run would not use, unless they turn something off."""
+    conditions = {  # Option.only: (whether it holds, the message if it does not)
         "toy": (not config.attacker, "only the embedded game trains its judge"),
         "user": (config.attacker, "the embedded game has its own; pass --attacker and --defender"),
         "training": (config.method not in ("sft", "paraphrase"), f"--method {config.method} trains nobody"),
@@ -194,7 +194,7 @@ def refuse_unused(config: Config) -> None:
 
 
 def check_start(config: Config, run: Path) -> None:
-    """The run of `--start` must have been warm-started as this one would be."""
+    """Check that the run of `--start` was warm-started as this one would be."""
     try:
         other = read_config(run)
         read_json(run / "checkpoints" / "start" / "prompts.json")
@@ -207,7 +207,7 @@ def check_start(config: Config, run: Path) -> None:
 
 
 def check_out(folder: Path) -> None:
-    """`--out` must be new or empty, but for what a start that was killed and a file system leave in a folder."""
+    """Check that `--out` is new or empty, apart from what a killed start or a file system leaves in a folder."""
     occupied = folder.exists()
     if folder.is_dir():
         occupied = {path.name for path in folder.iterdir()} - LEFT_BY_A_START - LEFT_ALONE

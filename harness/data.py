@@ -1,4 +1,4 @@
-"""Terminal output, files that are written atomically, and rows of prompts and pairs in the formats people have."""
+"""Terminal output, files that are written atomically, and rows of prompts and pairs in common formats."""
 
 import contextlib
 import csv
@@ -37,7 +37,7 @@ def fail(message: object) -> NoReturn:
 
 
 def as_a_program() -> None:
-    """What a program does first: from now on SIGTERM raises KeyboardInterrupt too, with the number of the signal, and
+    """The first call of a program: from now on SIGTERM too raises KeyboardInterrupt, with the number of the signal, and
     a character that the terminal's encoding lacks is printed as its escape."""
     def stop(number, frame):
         raise KeyboardInterrupt(number)
@@ -54,7 +54,7 @@ def interrupted(stop: KeyboardInterrupt, what_next: str) -> NoReturn:
 
 
 def quiet_libraries() -> None:
-    """No warnings and progress bars of transformers and the hub's client: our own errors say what is missing."""
+    """Hide warnings and progress bars of transformers and the hub's client: our own errors say what is missing."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
@@ -72,12 +72,12 @@ def read_config(folder: str | Path) -> dict:
 
 
 def read_lines(path: Path) -> list:
-    """The values of JSON lines. Text after the last newline is an incomplete line and is left out."""
+    """The values in a JSON lines file. Text after the last newline is an incomplete line and is left out."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def append_lines(path: str | Path, rows: Iterable) -> None:
-    """Append one JSON line per row. Numbers that JSON does not have, NaN and infinity, become null."""
+    """Append one JSON line per row. NaN and infinity, which JSON does not have, become null."""
     lines = [json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows]
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(lines)
@@ -114,7 +114,7 @@ def write_json(path: str | Path, value: object) -> None:
 
 @contextlib.contextmanager
 def complete_folder(target: Path, writes: bool = True) -> Iterator[Path]:
-    """Yields a temporary folder that finally replaces `target`, flushed to the disk. After an error it is deleted."""
+    """Yields a temporary folder, which then replaces `target`, flushed to the disk. After an error it is deleted."""
     temporary = target.with_name(f".{target.name}.writing")
     if not writes:  # of several processes one writes; the others only get the path
         yield temporary
@@ -145,13 +145,13 @@ def hub_file(flag: str) -> str:
 
 # --- rows of prompts and pairs ------------------------------------------------------------------------------------
 ROLES = {"user": "Human", "human": "Human", "prompter": "Human", "assistant": "AI", "gpt": "AI", "chatgpt": "AI",
-         "model": "AI", "ai": "AI", "bot": "AI", "system": "system", "developer": "system"}  # who speaks in a message
+         "model": "AI", "ai": "AI", "bot": "AI", "system": "system", "developer": "system"}  # the role of a message
 CONVERSATIONS = ("messages", "conversations", "conversation")
 INSTRUCTION = ("instruction", "input", "context")  # Alpaca's and Dolly's: together they are one prompt
 PROMPTS = ("prompt", "question", "query", "goal", "transcript")
 RESPONSES = ("response", "completion", "answer", "output")  # not AdvBench's target, which no defender should learn
 UNREAD = ("history", "image", "images")  # a prompt without them would be another prompt
-TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")  # HH's; one begins with such a name
+TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")  # HH's format: it starts with such a name
 
 
 def _is_conversation(row):
@@ -163,7 +163,7 @@ def _is_blank(value):
 
 
 def _the_one(fields, names):
-    """What the columns of one meaning hold, None for nothing. Raises ValueError where two differ."""
+    """The value of columns with the same meaning, None if all are blank. Raises ValueError if two differ."""
     found = {name: fields[name] for name in names if not _is_blank(fields.get(name))}
     values = list(found.values())
     if any(value != values[0] for value in values):
@@ -172,7 +172,7 @@ def _the_one(fields, names):
 
 
 def _message(message):
-    """(who speaks, text) of {"role", "content"} or {"from", "value"}."""
+    """(role, text) of {"role", "content"} or {"from", "value"}."""
     role = str(message.get("role", message.get("from"))).strip().lower()
     content = message.get("content", message.get("value", 0))
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
@@ -185,7 +185,7 @@ def _message(message):
 
 
 def _turns(value, speaker=None):
-    """[(who speaks, text)] of a list of messages, of a transcript, or of one text by `speaker`; none is empty."""
+    """[(role, text)] of a list of messages, of a transcript, or of one text by `speaker`; empty texts are left out."""
     if value is None:
         return []
     if isinstance(value, list) and all(isinstance(message, dict) for message in value):
@@ -202,7 +202,7 @@ def _turns(value, speaker=None):
 
 
 def _continued(start, end):
-    """The turns of `end` after those of `start`, which a whole conversation repeats."""
+    """The turns of `start` and `end`; an `end` that is a whole conversation must begin with `start`."""
     if not start or all(role == "AI" for role, _ in end):
         return start + end
     if [turn for turn in end if turn[0] != "system" or turn in start][: len(start)] != start:
@@ -211,8 +211,8 @@ def _continued(start, end):
 
 
 def _prompt_and_reply(turns):
-    """(prompt, the AI's words after it or ""). Turns of one side in a row are joined; a system message stands before
-    the human's next words. PLAIN_TEMPLATE adds the first "Human: "."""
+    """(prompt, the AI's reply or ""). Consecutive turns of one side are joined; a system message is put before the
+    human's next turn. PLAIN_TEMPLATE adds the first "Human: "."""
     sides = []
     system = []
     for role, text in turns:
@@ -233,13 +233,13 @@ def _prompt_and_reply(turns):
 
 
 def _first_turns(fields):
-    """(turns of a row up to the last human one, the AI's after it), from its prompt, its conversation, or both."""
+    """(turns of a row up to the last human one, the AI's turns after it), from its prompt, conversation, or both."""
     parts = {name: fields[name] for name in INSTRUCTION if not _is_blank(fields.get(name))}
     whole = " + ".join(parts)
     texts = list(parts.values())
     instruction = "\n\n".join(texts) if all(isinstance(text, str) for text in texts) else texts
     start = _turns(_the_one({**fields, whole: instruction}, (*PROMPTS, whole)), "Human")
-    if fields.get("transcript"):  # of a red-team attempt: the first thing that the human said
+    if fields.get("transcript"):  # of a red-team attempt: only the first human turn
         start = [turn for turn in start[:1] if turn[0] == "Human"]
     elif start and start[-1][0] == "AI":
         raise ValueError("a prompt must not end with the AI's words; a whole conversation is 'messages'")
@@ -249,7 +249,7 @@ def _first_turns(fields):
 
 
 def _texts(fields):
-    """{"prompt"} and, as far as a row has them, {"response", "chosen", "rejected"}, all replies to this prompt."""
+    """{"prompt"} and, if a row has them, {"response", "chosen", "rejected"}, all replies to this prompt."""
     start, answer = _first_turns(fields)
     columns = {"response": RESPONSES, "chosen": ["chosen"], "rejected": ["rejected"]}
     ends = {name: _turns(_the_one(fields, names), "AI") for name, names in columns.items()}
@@ -267,14 +267,14 @@ def _texts(fields):
 
 
 def _label(fields):
-    """{"safe": P(safe)} of a row; {"label": value} where the value does not tell; or {}."""
+    """{"safe": P(safe)} of a row; {"label": value} if the value is ambiguous; {} without a label."""
     safe = _the_one(fields, ("safe", "is_safe"))
     value = fields.get("label") if safe is None else safe
     if _is_blank(value):
         return {}
     word = str(value).strip().lower()
     p = {"safe": 1.0, "unsafe": 0.0}.get(word)
-    if p is None and safe is not None:  # only such a column says what a number means
+    if p is None and safe is not None:  # only this column defines what a number means
         with contextlib.suppress(ValueError):
             p = float({"true": 1, "false": 0}.get(word, word))
     certain = p is not None and 0 <= p <= 1
@@ -282,7 +282,7 @@ def _label(fields):
 
 
 def check_labels(path: str | Path, rows: list[dict]) -> None:
-    """Raises ValueError if a label of `read_rows` does not tell whether the response is safe: 1 may be either."""
+    """Raises ValueError if a label of `read_rows` is ambiguous: 1 may mean safe or unsafe."""
     unclear = [row["label"] for row in rows if "label" in row and "response" in row]
     if unclear:
         raise ValueError(f"{path}: the label {unclear[0]!r} does not tell whether a response is safe: write safe or "
@@ -290,7 +290,7 @@ def check_labels(path: str | Path, rows: list[dict]) -> None:
 
 
 def _fields(row):
-    """A row as a dict whose keys are written as in the lists above. Raises ValueError unless a prompt can be in it."""
+    """A row as a dict with keys as in the lists above. Raises ValueError unless it can hold a prompt."""
     if isinstance(row, list) and len(row) == 1 and isinstance(row[0], str):
         row = row[0]
     if isinstance(row, str):
@@ -363,7 +363,7 @@ def _csv_rows(file):
 
 
 def _numbered_rows(path):
-    """[(n, row)] of a file: n is the line, or the place in a list."""
+    """[(n, row)] of a file: n is the line, or the position in a list."""
     opener = gzip.open if path.suffix.lower() == ".gz" else open
     kind = Path(path.name.lower().removesuffix(".gz")).suffix
     with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
@@ -380,10 +380,10 @@ def _numbered_rows(path):
 
 
 def read_rows(path: str | Path) -> list[dict]:
-    """Rows of a .jsonl, .json, .csv or .txt file (each also .gz) as dicts of stripped texts: "prompt" and, where the
-    data has them, "response" or "chosen" and "rejected"; and "safe", P(safe), or a "label" that does not tell. Earlier
-    turns and system messages stay in the prompt, which is "" where no human speaks. A row may be a text, [text], a
-    list of messages, or an object with the names above. Raises ValueError with file and line."""
+    """Rows of a .jsonl, .json, .csv or .txt file (each also .gz) as dicts of stripped texts: "prompt" and, if present,
+    "response" or "chosen" and "rejected"; and "safe", P(safe), or an ambiguous "label". Earlier turns and system
+    messages stay in the prompt, which is "" without a human turn. A row may be a text, [text], a list of messages, or
+    an object with the names above. Raises ValueError with file and line."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"a data file must exist, got {str(path)!r}")
@@ -394,7 +394,7 @@ def read_rows(path: str | Path) -> list[dict]:
                 rows.append(_parse_row(row))
             except ValueError as error:
                 raise ValueError(f"{path}, row {n}: {error}") from error
-    except Exception as error:  # a damaged archive, bytes that are no text, a CSV field that is too long, ...
+    except Exception as error:  # a damaged archive, bytes that are not text, an overlong CSV field, ...
         message = str(error) if str(path) in str(error) else f"cannot read {path}: {first_line(error)}"
         raise ValueError(message) from error
     if not rows:
@@ -404,7 +404,7 @@ def read_rows(path: str | Path) -> list[dict]:
 
 # --- which rows may be used ---------------------------------------------------------------------------------------
 def first_turn(prompt: str) -> str:
-    """The first human turn of a prompt from `read_rows`: what the AI said before it is no part of it."""
+    """The first human turn of a prompt from `read_rows`, without an AI turn before it."""
     before, _, after = prompt.partition("\n\nHuman: ")
     if after and before.startswith("AI: "):
         prompt = after
@@ -412,17 +412,17 @@ def first_turn(prompt: str) -> str:
 
 
 def normalized(text: str) -> str:
-    """A text for comparisons: case and white space make no difference."""
+    """A text for comparisons that ignore case and white space."""
     return " ".join(text.casefold().split())
 
 
 def is_test(prompt: str, parts: int = 10) -> bool:
-    """True for one of so many parts of all prompts, always the same ones: by hash."""
+    """True for one of `parts` equal parts of all prompts, chosen by hash, so that it is always the same part."""
     return int(hashlib.sha256(normalized(prompt).encode()).hexdigest(), 16) % parts == 0
 
 
 def usable(name: str, rows: list[tuple], others: set[str], fit: Callable, limit: int) -> tuple[list[tuple], str]:
-    """The rows of a file that may be used, and a line that counts the others by reason. Raises ValueError without any.
+    """The usable rows of a file, and a line that counts the others by reason. Raises ValueError if no row is usable.
     rows: tuples (prompt,) or (prompt, response). Neither a prompt nor its first turn may be among `others`, the
     normalized prompts of another set; `fit`, rows -> list[bool], tells which have at most `limit` tokens."""
     complete = [row for row in rows if all(row)]

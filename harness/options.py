@@ -1,4 +1,4 @@
-"""Every option of `train.py`, described once. Nothing is imported here that takes seconds, so that --help does not."""
+"""Every option of `train.py`, described once. This file imports nothing slow, so that --help is fast."""
 
 import textwrap
 from dataclasses import dataclass, field, fields
@@ -10,7 +10,7 @@ PAPER_TEMPLATE = "Here is one question. Please write another harmful question on
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of an option besides its name and type."""
+    """The properties of an option besides its name and type."""
     reason: str
     defaults: tuple  # none; one; or two, for the embedded game and for user-supplied models (these suit GPT-2, 124M)
     at_least: int = 0  # bounds of a number
@@ -18,19 +18,19 @@ class Option:
     below: int = 2**31
     choices: tuple[str, ...] = ()
     only: str = ""  # the condition without which it would do nothing: see `refuse_unused`
-    heading: str = ""  # of --help: the heading that starts at this option
+    heading: str = ""  # in --help, the heading above this option
     warm_start: bool = False  # the warm start or the test sets depend on it: --start needs a run with the same value
 
 
 def option(reason: str, *defaults: object, aliases: tuple[str, ...] = (), **facts) -> object:
-    """A field of Config. HfArgumentParser reads `aliases` of its metadata; `option` is for us."""
+    """A field of Config. HfArgumentParser reads `aliases` from its metadata; this project reads `option`."""
     metadata = {"aliases": list(aliases), "option": Option(reason, defaults, **facts)}
     return field(default=defaults[0] if len(defaults) == 1 else None, metadata=metadata)
 
 
 @dataclass
 class Config:
-    """Every option: its reason, its default or two defaults (`resolve` chooses one), and what else Option knows."""
+    """Every option: its reason, its default or two defaults (`resolve` chooses one), and its other properties."""
     attacker: str | None = option("folder, .gguf file or hub id; without it: the embedded game", heading="players",
                                   warm_start=True)
     defender: str | None = option("folder, .gguf file or hub id", warm_start=True)
@@ -121,7 +121,7 @@ Of two defaults the first is for the embedded game, the second for user-supplied
 
 
 def help_text() -> str:
-    """What --help prints."""
+    """The text of --help."""
     lines = []
     for name, known in OPTIONS.items():
         if known.heading:

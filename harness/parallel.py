@@ -1,9 +1,9 @@
 """What large models need and the embedded game does not: several processes, sharded weights, LoRA, gradient
-checkpointing. With one process, all weights trained and no checkpointing a reader can skip this file.
+checkpointing. Without these options, a reader can skip this file.
 
-Several processes (torchrun). Every process knows all exchanges: texts, tokens, scores, the history of attacks. The
-work is divided: sampling, judging, forward and backward. All have the same random numbers, so all come to the same
-decisions, and the first process writes. Weights are copied to each process, or sharded (`--shard`: FSDP2).
+Several processes (torchrun). Every process holds all exchanges: texts, tokens, scores, the history of attacks. The
+work is divided: sampling, judging, forward and backward. All use the same random numbers, so all make the same
+decisions; only the first process writes. Weights are copied to each process, or sharded (`--shard`: FSDP2).
 
     torchrun --nproc_per_node=8 train.py [--shard] ...
     python train.py --lora 16 --gradient_checkpointing --attacker DIR --defender DIR
@@ -39,7 +39,7 @@ PEFT_PREFIX = "base_model.model."  # before every name in peft's files
 
 # --- several processes -------------------------------------------------------------------------------------
 def join_processes() -> None:
-    """Under torchrun, meet the other processes. Only the first of them prints, but a crash of any is shown."""
+    """Under torchrun, join the other processes. Only the first of them prints, but a crash of any is shown."""
     processes = os.environ.get("WORLD_SIZE") or "1"
     if processes == "1":
         return
@@ -60,7 +60,7 @@ def join_processes() -> None:
 
 
 def gather_results(work: Callable[[], object]) -> list:
-    """work() of every process, in all processes. An error of one is raised in all, to avoid a deadlock."""
+    """The results of work() in all processes, for each of them. An error in one is raised in all, against deadlocks."""
     try:
         result = work()
     except Exception as error:
@@ -78,12 +78,12 @@ def gather_results(work: Callable[[], object]) -> list:
 
 
 def first_decides(work: Callable[[], object]) -> object:
-    """work() of the first process, in all of them; the others do not call it."""
+    """The result of work() in the first process, for all processes; the others do not call it."""
     return gather_results(lambda: None if rank() else work())[0]
 
 
 def shared_judge(judge: Judge) -> Judge:
-    """A judge of which each process asks its own copy about its rows of the exchanges."""
+    """A judge that divides the work: each process asks its own copy about its own rows of the exchanges."""
     if world_size() == 1:
         return judge
 
@@ -98,15 +98,15 @@ def shared_judge(judge: Judge) -> Judge:
 
 
 def broadcast_weights(module: nn.Module) -> None:
-    """The first process's weights for all: each has trained it, and the last bits may differ."""
+    """Copy the first process's weights to all: each has trained the module, and the last bits may differ."""
     if world_size() > 1:
         for p in module.parameters():
             dist.broadcast(p.detach(), 0)
 
 
 def shard(policy: Policy) -> None:
-    """Cut a policy's weights, and so its gradients and its optimizer, among all processes, with FSDP2. Each transformer
-    block is gathered, in fp32, while it runs. What is not cut is the policy's `skeleton`: modules without weights."""
+    """Shard a policy's weights, and so its gradients and optimizer state, over all processes with FSDP2. Each
+    transformer block is gathered, in fp32, while it runs. `policy.skeleton` keeps the modules without weights."""
     blank = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in policy.lm.parameters()}
     object.__setattr__(policy, "skeleton", copy.deepcopy(policy.lm, blank))  # not as a submodule
     mesh = dist.init_device_mesh(policy.device.type, (world_size(),))
@@ -119,10 +119,10 @@ def shard(policy: Policy) -> None:
 
 # --- LoRA -----------------------------------------------------------------------------------------------------
 def add_lora(policy: Policy, lora_rank: int, seed: int = 0) -> None:
-    """Freeze the language model; beside each of its matrices W but the head, train B A of the given rank (LoRA, Hu et
-    al., 2022): W + 2 B A, from B = 0, so that the policy is the base until it is trained.
+    """Freeze the language model; beside each of its matrices W except the head, train B A of the given rank (LoRA, Hu
+    et al., 2022): W + 2 B A, initially with B = 0, so that the untrained policy equals the base.
 
-    In bf16 the frozen matrices are kept in bf16: autocast would round them the same way at every forward. A separate
+    In bf16 the frozen matrices are stored in bf16: autocast would round them the same way in every forward. A separate
     critic is reset to an adapter of its own on the same base. Raises ValueError without the package peft.
     """
     try:
@@ -141,7 +141,7 @@ def add_lora(policy: Policy, lora_rank: int, seed: int = 0) -> None:
         base = layer.get_base_layer()
         base.weight.data = base.weight.data.to(policy.compute_dtype)
         if isinstance(base, Conv1D):
-            base.weight.data = base.weight.data.T.contiguous().T  # the layout of `decoding_copy`: nothing to copy there
+            base.weight.data = base.weight.data.T.contiguous().T  # the layout that `decoding_copy` prefers
     if policy.critic_body is not None:
         shared = {id(p): p for p in policy.lm.parameters() if not p.requires_grad}
         policy.critic_body = copy.deepcopy(policy.lm.base_model, shared)
@@ -155,14 +155,14 @@ def _lora_layers(module):
 
 
 def sharing_base(policy: Policy) -> Policy:
-    """A second player's policy: a copy of all that is trained, on the same base."""
+    """A second player's policy: a copy of the trained weights on the same base."""
     return copy.deepcopy(policy, {id(p): p for p in policy.parameters() if not p.requires_grad})
 
 
 @torch.no_grad()
 def merged(module: nn.Module, device: str | None = None, with_adapters: bool = True) -> nn.Module:
-    """The same function without adapters: each is added, in fp32, to its matrix. All other weights are shared. Not
-    with_adapters: the base alone."""
+    """The same module without adapters: each is added, in fp32, to its matrix, and all other weights are shared. If
+    not with_adapters: the base alone."""
     if not _lora_layers(module):
         return module
     plain = copy.deepcopy(module, {id(p): p for p in module.parameters()})
@@ -177,8 +177,8 @@ def merged(module: nn.Module, device: str | None = None, with_adapters: bool = T
 
 
 def save_adapter(policy: Policy, folder: Path, base: str | None = None) -> None:
-    """The adapter of a policy with LoRA, in peft's format; nothing without LoRA. base: its base's folder, as seen from
-    this one."""
+    """Save the adapter of a policy with LoRA in peft's format; do nothing without LoRA. base: the folder of its base,
+    relative to `folder`."""
     if _lora_layers(policy.lm) and not rank():
         settings = policy.lm.peft_config["default"]
         settings.base_model_name_or_path = base
@@ -189,15 +189,15 @@ def save_adapter(policy: Policy, folder: Path, base: str | None = None) -> None:
 
 
 def load_adapter(policy: Policy, folder: Path) -> None:
-    """What `save_adapter` wrote."""
+    """Load what `save_adapter` wrote."""
     tensors = load_file(folder / "adapter_model.safetensors")
     load_weights(policy.lm, {name.removeprefix(PEFT_PREFIX).replace(".weight", ".default.weight"): tensor
                              for name, tensor in tensors.items()})
 
 
 def save_start(policies: dict[str, Policy], folder: Path) -> None:
-    """Policies as a game begins with them, each in a folder of its name. With LoRA that holds its adapter, and a base
-    is saved once, beside the adapters on it."""
+    """Save the initial policies of a game, each in a folder of its name. With LoRA the folder holds the adapter, and
+    each base is saved once, beside its adapters."""
     bases = {}  # {identity of a base: its folder's name}
     for name, policy in policies.items():
         if not _lora_layers(policy.lm):
@@ -210,7 +210,7 @@ def save_start(policies: dict[str, Policy], folder: Path) -> None:
 
 
 def base_in_start(folder: Path, lora_rank: int) -> Path:
-    """The folder of the base to which `save_start` saved an adapter of this rank in `folder`; else `folder` itself."""
+    """The folder of the base of an adapter of this rank that `save_start` wrote to `folder`; else `folder` itself."""
     file = folder / "adapter_config.json"
     settings = read_json(file) if file.is_file() else {}
     if lora_rank and settings.get("r") == lora_rank:
@@ -230,8 +230,8 @@ def load_trained(policy: Policy, folder: Path) -> None:
 
 # --- memory ----------------------------------------------------------------------------------------------------
 def checkpoint_blocks(policy: Policy) -> None:
-    """Gradient checkpointing (Chen et al., 2016): of each block keep the input for the backward, and compute the rest
-    again. transformers' own switch works in train mode only, in which a policy never is."""
+    """Gradient checkpointing (Chen et al., 2016): keep only each block's input for the backward; recompute the rest.
+    transformers' switch needs train mode, which a policy never enters. Raises ValueError if there is no such block."""
     blocks = [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not blocks:
         raise ValueError("--gradient_checkpointing needs a model of transformers' own blocks, got "
@@ -241,7 +241,7 @@ def checkpoint_blocks(policy: Policy) -> None:
 
 
 def peak_memory(device: str | torch.device) -> int:
-    """Most bytes that this process has held at a time: of the GPU's memory, else of main memory (0 on Windows)."""
+    """Peak memory of this process in bytes: of the GPU, else main memory (0 on Windows)."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError):  # Linux; its getrusage would count the parent before the fork

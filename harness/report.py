@@ -1,6 +1,6 @@
-"""Tables, statistics, figures and pages of runs, from numbers and texts that are already there: no model runs here.
+"""Tables, statistics, figures and pages of runs, from saved numbers and texts. No model runs here.
 
-A row is a dict of numbers by the names of summary.json; `rows` is {column or method: row}.
+A row is a dict of numbers with the keys of summary.json; `rows` is {column or method: row}.
 """
 
 import base64
@@ -81,7 +81,7 @@ def summary_table(rows: dict[str, dict]) -> str:
 
 # --- statistics -----------------------------------------------------------------------------------------------
 def standard_error(values: Sequence | np.ndarray) -> np.ndarray:
-    """Of the mean over the first axis; values (seeds, points) or (seeds,), at least two seeds."""
+    """The standard error of the mean over the first axis; values (seeds, points) or (seeds,), at least two seeds."""
     return np.std(values, axis=0, ddof=1) / math.sqrt(len(values))
 
 
@@ -96,8 +96,7 @@ def wilson_interval(successes: int, n: int, z: float = 1.959963984540054) -> tup
 
 
 class JudgeErrors(NamedTuple):
-    """What a judge says of labelled exchanges: of how many unsafe ones it calls how many unsafe, and the same of the
-    safe ones."""
+    """A judge's verdicts on labelled exchanges: how many of the unsafe ones, and of the safe ones, it calls unsafe."""
 
     unsafe_called_unsafe: int
     unsafe: int
@@ -107,15 +106,15 @@ class JudgeErrors(NamedTuple):
 
 def corrected_rate(successes: int, n: int, errors: JudgeErrors) -> tuple[float, float, float]:
     """(rate, low, high): an attack success of `successes` in n by a judge, corrected for its sensitivity and
-    specificity (Rogan and Gladen, 1978), with a 95% interval that carries the errors of all three numbers: quantiles
-    of the corrected rate over their posteriors (Jeffreys' prior), which holds at 0 and 100% too."""
+    specificity (Rogan and Gladen, 1978), with a 95% interval that includes the uncertainty of all three: quantiles of
+    the corrected rate over their posteriors (Jeffreys' prior), which are also valid at 0 and 100%."""
     counts = ((successes, n), errors[:2], errors[2:])
     raw, sensitivity, false_alarms = (hits / total for hits, total in counts)
     rng = np.random.default_rng(0)
     samples = [rng.beta(hits + 0.5, total - hits + 0.5, 100_000) for hits, total in counts]
 
     def corrected(raw, sensitivity, false_alarms):
-        gain = np.maximum(sensitivity - false_alarms, 1e-9)  # a judge that is worse than chance tells nothing
+        gain = np.maximum(sensitivity - false_alarms, 1e-9)  # a judge worse than chance carries no information
         return np.clip((raw - false_alarms) / gain, 0, 1)
 
     low, high = np.quantile(corrected(*samples), (0.025, 0.975))
@@ -136,7 +135,7 @@ def calibration(p: np.ndarray, y: np.ndarray, bins: int = 10) -> tuple[list[tupl
 
 def paired_test(differences: Sequence[float]) -> tuple[float, float]:
     """One-sided p-values of n >= 2 paired differences > 0: (t-test of Student, 1908; exact sign-flip test of Fisher,
-    1935). The second needs no distribution, but for n pairs cannot fall below 2^-n."""
+    1935). The second assumes no distribution, but with n pairs it cannot fall below 2^-n."""
     d = np.asarray(differences, dtype=np.float64)
     signs = np.array(list(product((1, -1), repeat=len(d))))  # (2^n, n), all patterns
     flips = float(np.mean(signs @ d >= d.sum() - 1e-12))
@@ -147,8 +146,8 @@ def paired_test(differences: Sequence[float]) -> tuple[float, float]:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """p-values (n,) corrected for n claims (Holm, 1979): the i-th smallest times n - i + 1, and none below a smaller
-    one's; at most 1."""
+    """p-values (n,) corrected for n claims (Holm, 1979): the i-th smallest times n - i + 1, but at most 1 and at least
+    the corrected value of the one before."""
     corrected = np.zeros(len(p))
     largest = 0.0
     for i, claim in enumerate(np.argsort(p)):
@@ -158,14 +157,14 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def student_tail(t: float, df: int) -> float:
-    """P(T > t) of Student's t with df degrees of freedom: a half less the integral of its density from 0 to t."""
+    """P(T > t) of Student's t with df degrees of freedom: 1/2 minus the integral of its density from 0 to t."""
     x = np.linspace(0, min(abs(t), 1e3), 200_001)
     scale = math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2))
     density = scale * (1 + x**2 / df) ** (-(df + 1) / 2)
     return 0.5 - math.copysign(float(np.trapezoid(density, x)), t)
 
 
-# --- figures: lines, markers and hatches differ too, so that they survive a printer --------------------------------
+# --- figures: lines, markers and hatches differ too, for black-and-white print -------------------------------------
 ATTACKER = "#c0392b"  # the players' colours in all figures
 DEFENDER = "#1f5f8b"
 LOOKS = [
@@ -177,7 +176,7 @@ LOOKS = [
 def figure(columns: int, width: float = 3.4, height: float = 2.8, rows: int = 1, **kwargs) -> tuple:
     """(a matplotlib figure, its rows x columns axes in reading order); width and height of each, in inches.
 
-    At most two columns: a phone shrinks a figure to its own width, and the letters with it."""
+    At most two columns: a phone shrinks a figure, letters included, to its own width."""
     from matplotlib.figure import Figure  # slow to load
 
     canvas = Figure(figsize=(width * columns, height * rows), layout="constrained")
@@ -294,7 +293,7 @@ def round_lines(round: int, games: list[dict]) -> list[str]:
 
 
 def model_card(name: str, config: object, what: str = "the last policy") -> str:
-    """The README of a saved player ("attacker" or "defender"); config: the run's Config; what of the player it is."""
+    """The README of a saved player ("attacker" or "defender"); config: the run's Config; what: which policy it is."""
     return f"""---
 library_name: transformers
 tags: [gpo, red-teaming, {name}]
@@ -309,7 +308,7 @@ Made for hardening models: an attacker is a test instrument, not a tool against 
 
 # --- the page: page.html, filled in -------------------------------------------------------------------------------
 def write_page(folders: Sequence[Path], out: Path) -> None:
-    """One HTML file that needs no other: tables, figures and all exchanges of these runs, finished or not."""
+    """One self-contained HTML file: tables, figures and all exchanges of these runs, finished or not."""
     games = []
     for number, folder in enumerate(folders):
         games += [{"run": number, **game} for game in read_lines(folder / "games.jsonl")]
@@ -341,7 +340,7 @@ def run_section(folder: Path) -> str:
 
 
 def rows_and_state(folder: Path) -> tuple[dict[str, dict], str]:
-    """(rows of a run's table, its state in words); the curves of an unfinished run are drawn so far."""
+    """(rows of a run's table, its state in words); also draws the curves of an unfinished run."""
     if (folder / "summary.json").is_file():
         summary = read_json(folder / "summary.json")
         rows = {name: row for name, row in summary.items() if name not in ("seconds", "memory", "config")}
@@ -355,6 +354,6 @@ def rows_and_state(folder: Path) -> tuple[dict[str, dict], str]:
 
 
 def html_image(file: Path) -> str:
-    """HTML: a picture, within the page."""
+    """HTML: a picture, embedded in the page."""
     data = base64.b64encode(file.read_bytes()).decode()
     return f'<div class="wide"><img alt="{file.stem} of this run" src="data:image/png;base64,{data}"></div>'

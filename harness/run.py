@@ -1,9 +1,9 @@
-"""A run's folder: what it holds, how it is taken, written, resumed and read.
+"""A run's folder: what it holds, and how it is locked, written, resumed and read.
 
-What a run leaves: config.json (first), metrics.jsonl (a line a PPO step), games.jsonl (every exchange), checkpoints/,
-attacker/, defender/ and average/, curves.png, report.md, summary.json (last: with it a run is finished). Every file
-is complete or absent, and a run continues from its newest complete checkpoint as if it had never been stopped. The
-state of the game is known here by its `state_dict` alone.
+A run writes config.json (first), metrics.jsonl (one line per PPO step), games.jsonl (every exchange), checkpoints/,
+attacker/, defender/ and average/, curves.png, report.md, summary.json (last: it marks the run as finished). Every file
+is complete or absent, and a run continues from its newest complete checkpoint as if it had never been stopped. This
+file uses the state of the game only through its `state_dict`.
 """
 
 import contextlib
@@ -63,8 +63,8 @@ LOGS = ("metrics.jsonl", "games.jsonl")
 
 # --- starting a program -----------------------------------------------------------------------------------------
 def start_program(argv: list[str]) -> Config:
-    """Join the other processes and read the options. Ends the process with one line where they are wrong, and where
-    the run that they resume is finished."""
+    """Join the other processes and read the options. Ends the process with one line if they are wrong, or if the run
+    to resume is finished."""
     keep_freed_memory()
     join_processes()
     quiet_libraries()
@@ -83,15 +83,15 @@ def start_program(argv: list[str]) -> Config:
 
 
 def be_deterministic() -> None:
-    """What `--deterministic` does; docs/running.md says how far that goes."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS looks at it before its first product
+    """Implement `--deterministic`; docs/running.md states its limits."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it before its first product
     torch.use_deterministic_algorithms(True, warn_only=True)  # an error would stop the sampler's cumsum on a GPU
-    torch.set_num_threads(1)  # two threads were seen to add in another order, in one run of four
+    torch.set_num_threads(1)  # with two threads, one run of four summed in another order
 
 
 @contextlib.contextmanager
 def run_folder(config: Config) -> Iterator["RunFolder"]:
-    """The run folder, taken by this process alone. Whatever ends the run, one line says why and how to go on."""
+    """The run folder, locked by this process. Whatever ends the run, one line says why and how to continue."""
     folder = RunFolder(config)
     try:
         if not config.dry_run:
@@ -103,7 +103,7 @@ def run_folder(config: Config) -> Iterator["RunFolder"]:
             fail(error)
         if isinstance(error, (JudgeError, NotFinite, OSError, SafetensorError)):
             fail(f"{error}; the run can go on with --resume {folder.path}")
-        raise  # a fault of ours
+        raise  # a bug
     except RuntimeError as error:
         if "out of memory" not in str(error) and "not enough memory" not in str(error):
             raise
@@ -126,7 +126,7 @@ def run_folder(config: Config) -> Iterator["RunFolder"]:
 
 def lock_folder(path: Path) -> int:
     """The descriptor of a lock, which the system releases when the process ends, however it ends. Raises ValueError
-    where another process has it; a file system without locks is no error."""
+    if another process holds it; a file system without locks is not an error."""
     lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         import fcntl
@@ -141,7 +141,7 @@ def lock_folder(path: Path) -> int:
 
 
 def _versions(config):
-    """What a run depends on beside its options."""
+    """What a run depends on besides its options."""
     commit = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,
                             capture_output=True, text=True)
     device = platform.machine()
@@ -154,30 +154,30 @@ def _versions(config):
 
 # --- the folder -------------------------------------------------------------------------------------------------------
 class RunFolder:
-    """Saves, loads, logs and measures a run. Several processes each have one; the first of them writes."""
+    """Saves, loads, logs and measures a run. Each process has one; only the first process writes."""
 
     def __init__(self, config: Config):
         self.config = config
         self.path = Path(config.out)
-        self.steps_done = 0  # PPO steps, by the checkpoint that was loaded
+        self.steps_done = 0  # PPO steps, according to the loaded checkpoint
         self.total_steps = 0
         self.is_playing = False  # True from `open` on: an error leaves a run that can be resumed
         self.before = None  # the first evaluation
         self.world = None
         self.metrics = []  # the lines of metrics.jsonl
         self.games = []  # the lines of games.jsonl
-        self.stop_signal = 0  # the number of the signal that asks to stop after the present step
+        self.stop_signal = 0  # the number of the signal that asks to stop after the current step
         self.lock = None  # in the first process: the descriptor of `lock_folder`
         self.made = []  # folders that did not exist, the innermost first
-        self.is_new = False  # True in the first process once it has begun a run here
+        self.is_new = False  # True in the first process once it has started a new run here
         self.tracks = config.log != "none" and not rank()
         self.tracker = None  # tracker(metrics, step): to TensorBoard or Weights & Biases
         self.bar = None
         self.idle_memory = peak_memory(config.device)  # bytes held before the models are made
 
     def begin(self) -> None:
-        """Take the folder and, for a new run, write its config.json: from here on it can be resumed. Raises ValueError
-        where it cannot be taken or written to."""
+        """Lock the folder and, for a new run, write its config.json: from here on it can be resumed. Raises ValueError
+        if the folder cannot be locked or written to."""
         try:
             path = self.path.resolve()
             self.made = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -193,7 +193,7 @@ class RunFolder:
         self.track([])
 
     def leave_nothing(self) -> None:
-        """After a start that failed: the folder is as it was before, absent or empty."""
+        """After a failed start, restore the folder to what it was before, absent or empty."""
         if not self.is_new or self.has_start():
             return
         for path in self.path.iterdir():
@@ -206,18 +206,18 @@ class RunFolder:
                 folder.rmdir()
 
     def has_start(self) -> bool:
-        """Whether what the game starts from has been saved: everything that could be wrong with the input was right."""
+        """Whether the game's initial state has been saved; all input has been checked by then."""
         return (self.path / "checkpoints" / "start").exists()
 
     @property
     def start(self) -> Path | None:
-        """The checkpoints/start to build the world from; None: from nothing."""
+        """The checkpoints/start from which to build the world; None: from scratch."""
         if self.has_start():
             return self.path / "checkpoints" / "start"
         return Path(self.config.start) / "checkpoints" / "start" if self.config.start else None
 
     def open(self, world: World, game: object, total_steps: int) -> None:
-        """Load the newest checkpoint or save what the game starts from. game: anything with state_dict() and
+        """Load the newest checkpoint or save the game's initial state. game: anything with state_dict() and
         load_state_dict()."""
         self.world = world
         self.total_steps = total_steps
@@ -231,12 +231,12 @@ class RunFolder:
             self.before = evaluate(world, attacker, world.players["defender"])
         if not self.has_start():
             self.save_start()
-        self.track(self.metrics)  # those so far: a resumed run has each step once
+        self.track(self.metrics)  # the lines so far: a resumed run tracks each step once
         self.is_playing = True
         print(f"attack success on held-out prompts before the game: {self.before['asr_held_out_judge']:.1%}")
 
     def save_start(self) -> None:
-        """What the game starts from."""
+        """Save the game's initial state: the players, a judge that was trained here, and the texts."""
         with complete_folder(self.path / "checkpoints" / "start", not rank()) as temporary:
             save_start({name: player.policy for name, player in self.world.players.items()}, temporary)
             if rank():
@@ -251,8 +251,8 @@ class RunFolder:
 
     # --- logs ------------------------------------------------------------------------------------------------
     def log(self, step: int, turn: object, exchanges: Exchanges, scores: np.ndarray, metrics: dict) -> None:
-        """One PPO step: its metrics, and all of its exchanges with their scores (B,). After a round also alarms, and
-        the answers to three held-out prompts. turn: round, player, ends_round."""
+        """Log one PPO step: its metrics, and all of its exchanges with their scores (B,). After a round also alarms,
+        and the answers to three held-out prompts. turn: round, player, ends_round."""
         place = {"step": step, "round": turn.round}
         names = ("seed", "attack", "response", "p_safe", "score")
         scores = np.where(exchanges.decided, scores, np.nan)
@@ -277,7 +277,7 @@ class RunFolder:
         self.bar.update(1)
 
     def track(self, lines: list[dict]) -> None:
-        """Send lines of metrics.jsonl to where `--log` says. What goes wrong there does not end the run."""
+        """Send lines of metrics.jsonl to the tracker of `--log`. An error there does not end the run."""
         if not self.tracks:
             return
         try:
@@ -300,7 +300,7 @@ class RunFolder:
                 for attack, response, p in zip(prompts, answers, p_safe)]
 
     def raise_alarms(self, round: int, metrics: dict[str, float]) -> dict[str, float]:
-        """Print what is wrong with the round, whose last metrics these are, and was not in the one before; returns
+        """Print the alarms of the round, whose last metrics these are, that the round before did not raise. Returns
         {"alarm/...": 0 or 1}."""
         newest = {}
         previous = {}
@@ -324,8 +324,8 @@ class RunFolder:
 
     # --- checkpoints -------------------------------------------------------------------------------------------
     def save(self, step: int, game: object) -> None:
-        """A checkpoint every --save_every steps, after the last one, and when a signal has asked to stop: then it
-        raises KeyboardInterrupt."""
+        """Write a checkpoint every --save_every steps, after the last one, and when a signal has asked to stop. In that
+        case raises KeyboardInterrupt."""
         done = step + 1
         stop = max(gather_results(lambda: self.stop_signal))  # the same in all processes, to avoid a deadlock
         if stop or done % self.config.save_every == 0 or done == self.total_steps:
@@ -334,27 +334,27 @@ class RunFolder:
             raise KeyboardInterrupt(stop)
 
     def write_checkpoint(self, done: int, game: object) -> None:
-        """Its marker is state.json, which is written last and names all other files. It does not depend on the number
-        of processes. The one before is kept."""
+        """Write a checkpoint and keep the one before. Its marker is state.json, which is written last and names all
+        other files. A checkpoint does not depend on the number of processes."""
         target = self.path / "checkpoints" / f"step_{done:06d}"
         states = game.state_dict()  # of all processes; complete in the first
         with complete_folder(target, not rank()) as temporary:
             if rank():
                 return
             save_states(states, temporary)
-            for log in LOGS:  # no checkpoint outlives the lines before it
+            for log in LOGS:  # the lines before a checkpoint must reach the disk first
                 sync(self.path / log)
             files = sorted(path.name for path in temporary.iterdir())
             numbers = {name: numbers for name, (_, numbers) in states.items()}
             write_json(temporary / "state.json",
                        {"step": done, "before": self.before, "numbers": numbers, "files": files})
-        # a later one is damaged
+        # one with a later name is damaged
         older = sorted(path for path in target.parent.glob("*step_*") if path.name < target.name)
         for folder in older[:-1]:
             shutil.rmtree(folder)
 
     def load(self, game: object) -> None:
-        """Go on from the newest complete checkpoint; lines that were logged after it are dropped."""
+        """Continue from the newest complete checkpoint; lines that were logged after it are dropped."""
         found = first_decides(self.newest_checkpoint)
         if found:
             state = read_json(found / "state.json")
@@ -371,11 +371,11 @@ class RunFolder:
         return rows
 
     def newest_checkpoint(self) -> Path | None:
-        """The newest one whose marker is there and whose files can all be read, or None; a damaged one is named."""
+        """The newest checkpoint with its marker and with files that can all be read, or None; reports damaged ones."""
         for folder in sorted((self.path / "checkpoints").glob("step_*"), reverse=True):
             try:
                 for file in read_json(folder / "state.json")["files"]:
-                    safe_open(folder / file, "pt")  # it compares the header with the size
+                    safe_open(folder / file, "pt")  # checks the header against the size
                 return folder
             except Exception as error:
                 print(f"{folder} is damaged and not used: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
@@ -383,18 +383,18 @@ class RunFolder:
     # --- stopping ----------------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def stop_after_a_step(self) -> Iterator[None]:
-        """Here the first Ctrl-C or SIGTERM lets the present PPO step end; a second one stops at once."""
+        """In this context the first Ctrl-C or SIGTERM lets the current PPO step end; a second one stops at once."""
         def ask(number, frame):
             restore()
             self.stop_signal = number
-            os.write(2, b"\nfinishing this PPO step and saving; once more stops at once\n")  # print may be at work
+            os.write(2, b"\nfinishing this PPO step and saving; once more stops at once\n")  # print may be running
 
         def restore():
             for number, handler in before.items():
                 signal.signal(number, handler)
 
         before = {}
-        if threading.current_thread() is threading.main_thread():  # signals reach no other
+        if threading.current_thread() is threading.main_thread():  # only it receives signals
             before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             with tqdm(total=self.total_steps, initial=self.steps_done, dynamic_ncols=True) as self.bar:
@@ -434,11 +434,11 @@ class RunFolder:
               f"{self.path}/games.jsonl.")
 
     def held_mib(self) -> float:
-        """Most memory held so far since before the models were made, in MiB."""
+        """Peak memory so far, beyond what was held before the models were made, in MiB."""
         return (peak_memory(self.config.device) - self.idle_memory) / 2**20
 
     def save_averages(self, averages: dict[str, dict[str, PolicyAverage]]) -> None:
-        """average/: two files for each average, and of the mean weights also a model's folder, to be deployed."""
+        """Write average/: two files for each average and, for mean weights, also a model's folder for deployment."""
         states = {f"{name}_{kind}": average.state_dict()
                   for name, kinds in averages.items() for kind, average in kinds.items() if average.count}
         if not states:
@@ -461,14 +461,14 @@ def or_none(values: np.ndarray) -> list[float | None]:
 
 
 def save_states(states: dict[str, tuple[dict, dict]], folder: Path) -> None:
-    """{file: (tensors, numbers)}: the tensors."""
+    """Save the tensors of {file: (tensors, numbers)}."""
     for name, (tensors, _) in states.items():
         if tensors:
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
 
 
 def load_states(numbers: dict[str, dict], folder: Path) -> dict[str, tuple[dict, dict]]:
-    """{file: (tensors, numbers)} again; tensors in the first process only."""
+    """Load {file: (tensors, numbers)}; only the first process has the tensors."""
     states = {}
     for name, its_numbers in numbers.items():
         file = folder / f"{name}.safetensors"
@@ -487,7 +487,7 @@ def changed_answers(world: World) -> list[tuple[str, str, str]]:
 
 
 def tracker(config: Config, path: Path) -> Callable[[dict[str, float], int], None]:
-    """The function track(metrics, step) of --log."""
+    """The function track(metrics, step) for --log."""
     if config.log == "wandb":
         import wandb
         return wandb.init(project="gpo", name=path.resolve().name, config=asdict(config), dir=path).log
@@ -504,14 +504,14 @@ def tracker(config: Config, path: Path) -> Callable[[dict[str, float], int], Non
 
 
 # --- alarms --------------------------------------------------------------------------------------------------------
-# Thresholds; a normal run stays within: those of `python train.py --rounds 6` ended with .42 different attacks at
-# least, .20 nats at least, mean lengths of 9.3 to 19.4, .08 refused at most, and judges that had diverged by .02.
+# Thresholds that a normal run does not cross: runs of `python train.py --rounds 6` ended with at least .42 different
+# attacks and .20 nats, mean lengths of 9.3 to 19.4, at most .08 refused, and judges that had diverged by .02.
 LEAST_DIFFERENT = 0.2  # fraction of different prompts among the attacks of a step
 LEAST_ENTROPY = 0.05  # nats per token: 19 of 20 tokens are nearly certain
 SHORTEST = 1.5  # mean response in tokens, EOS included
 LONGEST = 0.95  # mean response, as a fraction of the longest that is allowed
 MOST_REFUSED = 0.5  # fraction of the harmless prompts
-LEAST_SUCCESS = 0.05  # of the attacks of a turn; a defender that answers all safely has .035, by the toy judge's doubts
+LEAST_SUCCESS = 0.05  # of a turn's attacks; against an always safe defender it is .035, as the toy judge is not certain
 MOST_APART = 0.15  # how far the judges' verdicts may diverge since before the game
 
 
@@ -521,8 +521,8 @@ ALARMS = ("collapse", "reward_hacking", "no_signal")
 def alarms(metrics: dict[str, float], before: dict[str, float], limits: dict[str, int]) -> list[tuple[str, str]]:
     """What is wrong with a round: [(one of ALARMS, message with a remedy)], empty for a healthy one.
 
-    metrics: the newest of the round, by their names in metrics.jsonl; one that is missing raises no alarm. before: the
-    row of `evaluate` before the game. limits: {player: its max_new_tokens}.
+    metrics: the newest of the round, by their names in metrics.jsonl; a missing one raises no alarm. before: the row
+    of `evaluate` before the game. limits: {player: its max_new_tokens}.
     """
     found = []
     different = metrics.get("diversity/different", 1)
@@ -570,7 +570,7 @@ class FinishedRun:
 
 
 def open_run(path: str | Path) -> FinishedRun:
-    """A finished run. Raises ValueError on an unfinished one, and where something of it is missing or damaged."""
+    """A finished run. Raises ValueError if it is unfinished, or if part of it is missing or damaged."""
     path = Path(path)
     if not (path / "summary.json").is_file():
         raise ValueError(f"a finished run folder with summary.json is needed, got {path}; "
@@ -587,7 +587,7 @@ def open_run(path: str | Path) -> FinishedRun:
 
 
 def load_averages(folder: Path, world: World) -> dict[str, dict[str, PolicyAverage]]:
-    """What `RunFolder.save_averages` wrote."""
+    """Load what `RunFolder.save_averages` wrote."""
     averages = {name: {} for name in world.players}
     for file in sorted(folder.glob("*.safetensors")):
         name, kind = file.stem.split("_")
