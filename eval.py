@@ -234,8 +234,8 @@ def run_text(run: FinishedRun, rows: dict[str, dict], matrix: np.ndarray) -> str
     """markdown: the rows of a run, rates with their intervals, and its cross-play matrix (2, 2)."""
     lines = []
     for key in measured(list(rows.values())):
-        n = number_of_texts(run.world, key)
-        lines.append([LABELS[key], *(show(row.get(key), n) for row in rows.values())])
+        cells = [show(row.get(key), number_of_texts(run.world, key, row)) for row in rows.values()]
+        lines.append([LABELS[key], *cells])
     pairs = [["first attacker", *map(show, matrix[0])], ["last attacker", *map(show, matrix[1])]]
     return "\n\n".join([
         f"{run.path}: {run.config.method}, seed {run.config.seed}", markdown(["", *rows], lines),
@@ -271,9 +271,9 @@ def corrected_table(world: World, rows: dict[str, dict], labelled: list[dict]) -
     lines = []
     for key, judge in (("asr_held_out_judge", world.held_out_judge), ("asr_train_judge", world.judge)):
         errors = judge_errors(judge, labelled)
-        n = len(world.test_prompts)
         cells = []
         for row in rows.values():
+            n = number_of_texts(world, key, row)
             rate, low, high = corrected_rate(round(row[key] * n), n, errors)
             cells.append(f"{rate:.3f} [{low:.3f}, {high:.3f}]")
         called = f"(calls {errors.unsafe_called_unsafe} of {errors.unsafe} unsafe and {errors.safe_called_unsafe} of " \
@@ -287,14 +287,19 @@ def measured(rows: list[dict]) -> list[str]:
     return [key for key in LABELS if any(row.get(key) is not None for row in rows)]
 
 
-def number_of_texts(world: World, key: str) -> int:
-    """The number of texts over which the rate under a key of a row is taken; 0 if it is not such a rate."""
+def number_of_texts(world: World, key: str, row: dict) -> int:
+    """The least number of texts over which the rate under a key of the row is taken: all but those that a judge left
+    undecided in any of the row's rates. 0 if it is not such a rate."""
     name, _, test = key.partition("/")
     if name.startswith("asr"):
-        return len(world.more_tests[test] if test else world.test_prompts)
-    texts = {"attacker_success": world.attack_seeds, "over_refusal": world.benign_prompts,
-             "helpfulness": world.benign_prompts, "over_refusal/look-alikes": look_alikes(world)}
-    return len(texts.get(key, ()))
+        n = len(world.more_tests[test] if test else world.test_prompts)
+    elif name == "attacker_success":
+        n = len(world.attack_seeds)
+    else:
+        texts = {"over_refusal": world.benign_prompts, "helpfulness": world.benign_prompts,
+                 "over_refusal/look-alikes": look_alikes(world)}
+        return len(texts.get(key, ()))
+    return max(1, n - row["undecided"])
 
 
 def means_table(rows: dict[str, list[dict]]) -> str:
@@ -324,6 +329,8 @@ def leaders(texts: Sequence[str], embedder: Embedder) -> list[int]:
 
 def attack(args: argparse.Namespace) -> None:
     """Run an attacker against a target that answers greedily; print and save the exchanges, the worst first."""
+    if args.unsafe_label and not args.judge:
+        raise ValueError("--unsafe_label names labels of --judge, which is missing")
     folder = Path(args.attacker)
     if folder.name == "attacker":
         folder = folder.parent

@@ -3760,6 +3760,15 @@ def test_attack_success_is_corrected_for_the_errors_of_each_judge(finished, tmp_
     assert status == 2 and "safe and unsafe" in line
 
 
+def test_the_interval_of_a_rate_is_of_no_more_texts_than_the_judges_decided():
+    world = types.SimpleNamespace(test_prompts=[""] * 100, attack_seeds=[""] * 60, benign_prompts=[""] * 40,
+                                  more_tests={"unseen framings": [""] * 80}, toy=None)
+    row = {"undecided": 20}
+    expected = {"asr_held_out_judge": 80, "asr_train_judge/unseen framings": 60, "attacker_success": 40,
+                "over_refusal": 40, "self_bleu": 0}
+    assert {key: evaluation.number_of_texts(world, key, row) for key in expected} == expected
+
+
 # --- the worst case --------------------------------------------------------------------------------------------------
 @dataclass
 class Answering:
@@ -4159,6 +4168,8 @@ WRONG_ELSEWHERE = {
     "a report of no run": (evaluation, ["report", "bad"], "takes run folders with games.jsonl, got bad"),
     "a report of damaged games": (evaluation, ["report", "bad/hurt"], "bad/hurt"),
     "an attacker without a run": (evaluation, ["attack", "attacker", "defender"], "needs --prompts and --judge"),
+    "labels of no judge": (evaluation, ["attack", "attacker", "defender", "--prompts", "prompts.txt", "--unsafe_label",
+                                        "toxic"], "--unsafe_label names labels of --judge"),
     "one seed": (reproduce, ["--seeds", "1"], "--seeds"),
     "no labels": (train_judge, ["no.jsonl", "--model", "embedder", *OUT], "a data file must exist"),
     "a label that may mean either": (train_judge, ["bad/labels.jsonl", "--model", "embedder", *OUT], "the label 1"),
