@@ -4058,7 +4058,7 @@ def test_the_page_filters_and_sorts_the_exchanges_of_several_runs_as_asked(unfin
     page = Page(folder / "both.html")
     n = len(read_lines(finished.folder / "games.jsonl"))  # what follows are the exchanges of the other
     everything = {"q": "", "run": "1", "round": "", "role": "", "verdict": "", "sort": ""}
-    wanted = [{"round": "1"}, {"verdict": "unsafe"}, {"role": "defender", "q": "ANSWER 1"}, {"sort": "safe"}]
+    wanted = [{"round": "2"}, {"verdict": "unsafe"}, {"role": "defender", "q": "ANSWER 1"}, {"sort": "safe"}]
     asked = json.dumps([everything | change for change in wanted])
     script = (f"{page.scripts['logic']}\nconst {{games}} = {page.scripts['data']};\n"
               f"console.log(JSON.stringify({asked}.map(w => matching(games, w).map(g => games.indexOf(g)))))")

@@ -361,6 +361,7 @@ class RunFolder:
             self.steps_done = state["step"]
             self.before = state["before"]
             game.load_state_dict(load_states(state["numbers"], found))
+            print(f"going on after step {self.steps_done} of {self.total_steps}")
         if self.has_start():
             self.metrics, self.games = first_decides(lambda: [self.trim(self.path / name) for name in LOGS])
 
