@@ -3481,13 +3481,14 @@ STATEFUL = ("--rounds 2 --critic separate --kl_anchor previous --restart 1 --min
 
 
 @pytest.mark.parametrize("more", [[], "--lora 4 --gradient_checkpointing".split()], ids=["all", "lora"])
-def test_all_state_of_a_game_survives_a_stop_in_mid_turn(undisturbed, faulty, more):
+def test_all_state_of_a_game_survives_a_stop_in_mid_turn(undisturbed, faulty, more, capsys):
     folder, _ = undisturbed
     shutil.rmtree(folder / "stateful", ignore_errors=True)
     run_program(folder, *FAULTY, *STATEFUL, *more, "--out", "stateful")
     faulty("5 raise KeyboardInterrupt", *STATEFUL, *more)  # after the first step of the attacker's second turn
     assert newest_checkpoint(folder / "faulty") == "step_000005"
     run_program(folder, "--resume", "faulty")
+    assert "going on after step 5 of " in capsys.readouterr().out
     assert not differing(folder / "faulty", outcome(folder / "stateful"))
     mixture = load_file(folder / "faulty" / "average" / "defender_mixture.safetensors")
     assert all(("lora_" in name) == bool(more) for name in mixture)
