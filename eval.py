@@ -13,10 +13,13 @@ from __future__ import annotations  # pydoc then shows Judge and Side in signatu
 
 import sys
 
-if __name__ == "__main__" and sys.argv[1:] in (["--help"], ["-h"]):  # before the imports below, which take seconds
-    sys.stdout.reconfigure(errors="backslashreplace")  # as `as_a_program` does
-    print(__doc__)
-    sys.exit()
+if __name__ == "__main__":  # before the imports below, which take seconds
+    if sys.argv[1:] in (["--help"], ["-h"]):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as `as_a_program` does
+        print(__doc__)
+        sys.exit()
+    if sys.stderr.isatty():
+        print("loading PyTorch and transformers", file=sys.stderr)
 
 import argparse
 import copy

@@ -32,9 +32,12 @@ import sys
 
 from harness.options import help_text
 
-if __name__ == "__main__" and sys.argv[1:] in (["--help"], ["-h"]):  # before the imports below, which take seconds
-    print(help_text(), end="")
-    sys.exit()
+if __name__ == "__main__":  # before the imports below, which take seconds
+    if sys.argv[1:] in (["--help"], ["-h"]):
+        print(help_text(), end="")
+        sys.exit()
+    if sys.stderr.isatty():
+        print("loading PyTorch and transformers", file=sys.stderr)
 
 import time
 from dataclasses import dataclass, field
