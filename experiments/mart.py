@@ -24,7 +24,7 @@ from reward import call_judge
 
 ROUNDS = 4
 ATTACKS = 240  # per round
-ANSWERS = 4  # per attack: with the attacks about as many texts as two rounds of 30 + 20 PPO steps of 96 exchanges
+ANSWERS = 4  # to each attack
 STEPS = 150  # of fine-tuning, per player and round
 BATCH = 64
 LEARNING_RATE = 3e-4
