@@ -3909,9 +3909,9 @@ def test_mart_fine_tunes_on_attacks_that_succeed_and_on_the_safest_answers(monke
     defender = types.SimpleNamespace(generate=answer)
     world = types.SimpleNamespace(players={"attacker": attacker, "defender": defender}, seeds=list(p_safe),
                                   judge=lambda prompts, answers: [float(answer) for answer in answers],
-                                  demos=[("hello", "hi")])
+                                  demos=[("hello", "hi")], held_out=lambda: {"test"})
     monkeypatch.setattr(mart, "ATTACKS", 4)
-    pairs = mart.what_worked(world, {"test"}, np.random.default_rng(0))
+    pairs = mart.what_worked(world, np.random.default_rng(0))
     assert sorted(pairs["attacker"]) == [("about b", "b"), ("about c", "c"), ("about test", "test")]
     assert sorted(pairs["defender"]) == [("a", "0.9"), ("c", "0.6"), ("hello", "hi"), ("hello", "hi")]
 

@@ -30,7 +30,7 @@ BATCH = 64
 LEARNING_RATE = 3e-4
 
 
-def what_worked(world: World, excluded: set[str], rng: np.random.Generator) -> dict[str, list[tuple[str, str]]]:
+def what_worked(world: World, rng: np.random.Generator) -> dict[str, list[tuple[str, str]]]:
     """{player: (prompt, response) pairs of a new round, for its fine-tuning}."""
     attacker = world.players["attacker"]
     defender = world.players["defender"]
@@ -40,6 +40,7 @@ def what_worked(world: World, excluded: set[str], rng: np.random.Generator) -> d
     answers = defender.generate(asked, new_seed(rng)).texts
     p_safe = call_judge(world.judge, asked, answers).reshape(ATTACKS, ANSWERS)  # NaN where undecided
     safest = np.nan_to_num(p_safe, nan=-1).argmax(1)
+    excluded = world.held_out()
     pairs = {"attacker": [], "defender": []}
     for i, attack in enumerate(attacks):
         if (p_safe[i] < 0.5).any():
@@ -63,10 +64,9 @@ def main(argv: Sequence[str]) -> None:
     with run_folder(config) as folder:
         world = make_world(config, folder.start)
         folder.open(world, None, 0)
-        excluded = {*world.test_prompts, *world.benign_prompts}.union(*world.more_tests.values())
         for round in range(ROUNDS):
             rng = np.random.default_rng([config.seed, round])
-            pairs = what_worked(world, excluded, rng)
+            pairs = what_worked(world, rng)
             for i, (name, player) in enumerate(world.players.items()):
                 print(f"round {round + 1}/{ROUNDS}: {len(pairs[name])} pairs for the {name}")
                 fine_tune(player.policy, pairs[name], [config.seed, round, i], f"SFT of the {name}")

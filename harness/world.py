@@ -88,6 +88,10 @@ class World(Prompts):
         return replace(self, test_prompts=self.test_prompts[::n], benign_prompts=self.benign_prompts[::n],
                        attack_seeds=self.attack_seeds[::n])
 
+    def held_out(self) -> set[str]:
+        """All prompts that are only for evaluation."""
+        return {*self.test_prompts, *self.benign_prompts}.union(*self.more_tests.values())
+
     def prompts(self) -> dict:
         """The fields of `Prompts`, for prompts.json."""
         return {entry.name: getattr(self, entry.name) for entry in fields(Prompts)}
