@@ -3923,6 +3923,14 @@ def test_mart_leaves_a_run_that_can_be_evaluated(finished, tmp_path, monkeypatch
     summary = json.loads((tmp_path / "mart" / "summary.json").read_text())
     assert {"before", "after"} <= set(summary)
 
+    def stop(world, rng):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mart, "what_worked", stop)
+    again = [*SIZES, "--start", finished.folder, "--out", "stopped"]
+    assert ending(capsys, tmp_path, *again, program=mart) == (130, "interrupted")
+    assert not (tmp_path / "stopped").exists()
+
 
 def test_best_responses_bound_the_nash_gap_after_each_round(undisturbed, tmp_path, capsys):
     folder, _ = undisturbed

@@ -9,6 +9,7 @@ demonstrations, which replace the paper's second reward model, that of helpfulne
 without PPO steps.
 """
 
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -57,19 +58,27 @@ def fine_tune(policy: Policy, pairs: list[tuple[str, str]], seed: list[int], nam
         sft(policy, pairs, SFTSettings(STEPS, BATCH, LEARNING_RATE, seed, name=name))
 
 
+def play_rounds(world: World, seed: int) -> None:
+    """Fine-tune both players of the world, ROUNDS times."""
+    for round in range(ROUNDS):
+        pairs = what_worked(world, np.random.default_rng([seed, round]))
+        for i, (name, player) in enumerate(world.players.items()):
+            print(f"round {round + 1}/{ROUNDS}: {len(pairs[name])} pairs for the {name}")
+            fine_tune(player.policy, pairs[name], [seed, round, i], f"SFT of the {name}")
+
+
 def main(argv: Sequence[str]) -> None:
-    """Play ROUNDS rounds and finish the run folder."""
+    """Play all rounds and finish the run folder; Ctrl-C leaves no folder."""
     clock = time.time()
     config = start_program([*argv, "--method", "paraphrase", "--average", "none"])
     with run_folder(config) as folder:
         world = make_world(config, folder.start)
         folder.open(world, None, 0)
-        for round in range(ROUNDS):
-            rng = np.random.default_rng([config.seed, round])
-            pairs = what_worked(world, rng)
-            for i, (name, player) in enumerate(world.players.items()):
-                print(f"round {round + 1}/{ROUNDS}: {len(pairs[name])} pairs for the {name}")
-                fine_tune(player.policy, pairs[name], [config.seed, round, i], f"SFT of the {name}")
+        try:
+            play_rounds(world, config.seed)
+        except KeyboardInterrupt:
+            shutil.rmtree(folder.path)  # train.py --resume would end it without its rounds
+            raise
         after = evaluate(world, world.players["attacker"], world.players["defender"])
         folder.finish(world, {}, {"after": after}, clock)
 
