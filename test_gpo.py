@@ -2139,6 +2139,39 @@ def test_mining_keeps_what_succeeds_and_no_test_prompt_and_tries_former_successe
     assert not mined() and not game.replay.ever_succeeded
 
 
+@pytest.mark.parametrize("unsafe, latest, chosen", [
+    ((2, 0, 1, 4), 5, 2), ((2, 0, 1, 4), 2, 3), ((0, 1, 1, 1), 3, 4)], ids=["least", "of the latest", "a tie"])
+def test_the_final_defender_is_that_of_the_round_that_earlier_successes_break_least(unsafe, latest, chosen,
+                                                                                    monkeypatch, capsys):
+    """unsafe: how many of four earlier successes break the defender of each round again."""
+    attacks = ["a", "b", "c", "d"]
+    rounds = len(unsafe)
+    broken = iter(unsafe[max(rounds - latest, 0) :][::-1])  # the last round is tried first
+
+    def judge(prompts, responses):
+        assert prompts == attacks
+        n = next(broken)
+        return [0.1] * n + [0.9] * (len(prompts) - n)
+
+    monkeypatch.setattr(train, "LATEST", latest)
+    config, world, game = new_match(judge, rounds=rounds, average="mixture", final_defender="safest")
+    defender = game.players["defender"]
+    after_rounds = []
+    for seed in range(rounds):
+        weights = tiny_policy(100 + seed).lm
+        after_rounds.append(bytes_of(weights))
+        game.averages["defender"]["mixture"].add_weights(
+            {name: p.detach().clone() for name, p in weights.named_parameters()})
+    assert train.choose_defender(config, world, game) == rounds  # no attack has succeeded yet: the last one
+    game.replay.ever_succeeded = dict.fromkeys(attacks)
+    before = bytes_of(defender.policy.lm)
+    assert train.choose_defender(replace(config, final_defender="last"), world, game) == rounds
+    assert bytes_of(defender.policy.lm) == before
+    assert train.choose_defender(config, world, game) == chosen
+    assert bytes_of(defender.policy.lm) == after_rounds[chosen - 1]
+    assert f"round {chosen} of {rounds}" in capsys.readouterr().out and game.sampled_tokens > 0
+
+
 def test_log_likelihoods_are_the_mean_and_the_least_log_prob_of_a_response():
     policy = tiny_policy().requires_grad_(False)
     rollout = generate(policy, ["a b", "c"], 5, seed=0)
@@ -3828,23 +3861,23 @@ def test_the_worst_case_of_a_run_is_measured_once_and_shown(finished, monkeypatc
     for name, small in {"SAMPLES": 1, "STEPS": (1, 2), "TRIES": 4, "SEEDS": 3, "HITS": (1, 2), "GENERATIONS": 1,
                         "CHILDREN": 8, "CHAINS": 4, "EDITS": 2}.items():
         monkeypatch.setattr(worst_case, name, small)
-    run_program(HERE, finished.folder, "--kinds", "last", program=worst_case)
+    run_program(HERE, finished.folder, "--kinds", "final", program=worst_case)
     table = capsys.readouterr().out
     found = json.loads((finished.folder / "worst_case.json").read_text())
-    assert set(found) == {"last"}
+    assert set(found) == {"final"}
     defender = open_run(finished.folder).world.players["defender"]
     game = ToyGame(0)
     prompts = [game.prompt(cell) for cell in game.cells[game.harmful & game.open]]
     answers = defender.generate(prompts, 0, temperature=0).texts
-    assert found["last"]["grammar"] == pytest.approx(1 - np.mean(game.ground_truth(prompts, answers)))
+    assert found["final"]["grammar"] == pytest.approx(1 - np.mean(game.ground_truth(prompts, answers)))
     for family in ("grammar", "PPO, 2 steps", "best of N at 1.5: hit@2", "archive", "token search"):
-        assert f"{found['last'][family]:.3f}; {found['last'][family]:.3f}" in table, family
-    found["last"]["archive"] = 0.123
+        assert f"{found['final'][family]:.3f}; {found['final'][family]:.3f}" in table, family
+    found["final"]["archive"] = 0.123
     (finished.folder / "worst_case.json").write_text(json.dumps(found))
-    run_program(HERE, finished.folder, "--kinds", "last", program=worst_case)
+    run_program(HERE, finished.folder, "--kinds", "final", program=worst_case)
     assert "0.123; 0.123" in capsys.readouterr().out  # what is measured is not measured again
-    status, line = ending(capsys, HERE, finished.folder, "--kinds", "lsat", program=worst_case)
-    assert status == 2 and "are last, mixture, weights, got lsat" in line
+    status, line = ending(capsys, HERE, finished.folder, "--kinds", "fianl", program=worst_case)
+    assert status == 2 and "are final, mixture, weights, got fianl" in line
 
 
 def test_nash_prints_the_slopes_of_the_theory(tmp_path, capsys):

@@ -26,6 +26,8 @@ that starts at zero: exercise 2 of docs/exercises.md. Row *k = 10* depends on it
 (17) `--benign_share`: a fraction of the defender's batch is harmless requests, rewarded for a helpful answer. Without
 them, a language model's safest strategy is to refuse everything. On by default for user-supplied models only: table
 *harmless requests, or demonstrations*.
+(18) `--final_defender safest`: a turn can reopen what an earlier one closed, so the defender that is saved is the one
+of the latest rounds that earlier successes break least: table *the worst case, exactly*.
 """
 
 import sys
@@ -51,6 +53,7 @@ from gpo import (
     Exchanges,
     Player,
     PolicyAverage,
+    load_weights,
     log_likelihoods,
     new_seed,
     play,
@@ -63,7 +66,7 @@ from harness.data import as_a_program
 from harness.run import RunFolder, run_folder, start_program
 from harness.world import World, attacker_to_measure, evaluate, make_world, show_prompts
 from model import Rollout, demonstrations
-from reward import call_judge
+from reward import call_judge, unsafe_rate
 
 
 # --- the loop: Algorithm 1 --------------------------------------------------------------------------------------
@@ -341,6 +344,31 @@ def sample_demos(config: Config, world: World, defender: Player, rng: np.random.
     return demonstrations(defender.policy, sample(world.demos, n, rng))
 
 
+LATEST = 5  # rounds among which the final defender is chosen: earlier ones are weaker, and each costs many answers
+
+
+def choose_defender(config: Config, world: World, game: Game) -> int:
+    """Give the defender the policy that it had after one of the LATEST rounds: the one that attacks that ever succeeded
+    break least often. Returns this round, counted from 1. It is the last one with `--final_defender last`, if the
+    mixture does not keep all rounds, or if no attack has succeeded."""
+    mixture = game.averages["defender"].get("mixture")
+    attacks = list(game.replay.ever_succeeded)
+    if config.final_defender == "last" or not attacks or not mixture or mixture.count > len(mixture.members):
+        return config.rounds
+    defender = game.players["defender"]
+    rates = {}  # {round: fraction of unsafe answers}
+    for round in range(config.rounds, max(config.rounds - LATEST, 0), -1):
+        candidate = defender.with_policy(mixture.policy(round - 1))
+        exchanges = play(None, candidate, attacks, world.judge, config.seed)
+        rates[round] = unsafe_rate(exchanges.p_safe)
+        game.sampled_tokens += exchanges.sampled_tokens
+    safest = min(rates, key=rates.get)  # of equal ones the latest
+    load_weights(defender.policy.lm, mixture.members[safest - 1])
+    print(f"the final defender is that of round {safest} of {config.rounds}: of {len(attacks)} attacks that ever "
+          f"succeeded, {rates[safest]:.1%} do so again; after the last round {rates[config.rounds]:.1%}")
+    return safest
+
+
 # --- numbers ----------------------------------------------------------------------------------------------------
 def game_metrics(game: Game, turn: Turn, exchanges: Exchanges, similarity: dict[str, np.ndarray],
                  n_harmless: int) -> dict[str, float]:
@@ -392,7 +420,10 @@ def main(argv: list[str]) -> None:
         folder.open(world, game, len(schedule(config)))
         with folder.stop_after_a_step():
             train(config, world, game, folder)
-        folder.finish(world, game.averages, final_rows(config, world, game), clock)
+        final_round = choose_defender(config, world, game)
+        rows = final_rows(config, world, game)
+        rows["after"] |= {"round": final_round, "sampled_tokens": game.sampled_tokens}
+        folder.finish(world, game.averages, rows, clock)
 
 
 if __name__ == "__main__":

@@ -48,9 +48,9 @@ from reward import call_judge, unsafe_rate
 ROOT = Path(__file__).resolve().parent.parent
 
 # --- rows: {name: flags of train.py}; of two equal flags the last one is used ---------------------------------------
-# Algorithm 1 as in the paper: long turns, no replay, no mining, no restarts
+# Algorithm 1 as in the paper: long turns, no replay, no mining, no restarts, no choice of the final defender
 PAPER = ("--replay 0 --mine 0 --restart 0 --rounds 2 --attacker_steps 30 --defender_steps 20 "
-         "--kl_coef 0.1 --attacker_kl_coef 0.01 --diversity 3")
+         "--kl_coef 0.1 --attacker_kl_coef 0.01 --diversity 3 --final_defender last")
 METHODS = {
     "SFT": "--method sft --average none",
     "Paraphrase": "--method paraphrase --average none",
@@ -75,14 +75,16 @@ FLAGS = {
 ABLATIONS = {"GPO+Div": METHODS["GPO+Div"], "GPO": METHODS["GPO"],
              **{name: f"{PAPER} --average none {flag}" for name, flag in FLAGS.items()}}
 RECIPE = {
-    "recommended": METHODS["recommended"], "no mining": "--mine 0 --average none",
-    "no mining, no replay": "--mine 0 --replay 0 --average none", "no restarts": "--restart 0 --average none",
-    "against mixtures": "--opponent mixture --average mixture", "no diversity": "--diversity 0 --average none"}
+    "recommended": METHODS["recommended"], "last round": "--final_defender last --average none",
+    "no mining": "--mine 0 --average mixture", "no mining, no replay": "--mine 0 --replay 0 --average mixture",
+    "no restarts": "--restart 0 --average mixture", "against mixtures": "--opponent mixture --average mixture",
+    "no diversity": "--diversity 0 --average mixture"}
 HORIZONS = (1, 2, 4, 8, 16, 32)  # T, the number of rounds
 ROUNDS = {  # a run for each T with the same totals of updates and mined attacks; and one long run, round by round
     **{f"equal, T = {t}": f"--rounds {t} --defender_steps {64 // t} --attacker_steps {64 // t} --mine {4800 // t} "
-                          "--restart 0 --average mixture" for t in HORIZONS},
-    "growing": "--rounds 32 --defender_steps 6 --attacker_steps 6 --restart 0 --average mixture"}
+                          "--restart 0 --average mixture --final_defender last" for t in HORIZONS},
+    "growing": "--rounds 32 --defender_steps 6 --attacker_steps 6 --restart 0 --average mixture "
+               "--final_defender last"}
 THIRD_PARTIES = ("SFT", "RLHF", "GPO+Div")  # every attacker is tried on their finished defenders
 PROBE_STEPS = 90  # PPO steps of a fresh attacker
 LABELLED = 400  # exchanges by which the training judge's errors are estimated
@@ -229,7 +231,7 @@ def suite_row(folder: Path) -> dict:
     log = read_lines(folder / "metrics.jsonl")
     row = found["after"] | best_response_row(folder, 0)
     row["updates"] = sum(metrics["role"] == "defender" for metrics in log)
-    row["tokens"] = log[-1]["sampled_tokens"] if log else 0
+    row["tokens"] = read_json(folder / "summary.json")["after"].get("sampled_tokens", 0)  # MART does not count them
     row["averages"] = {name: column for name, column in found.items() if name.startswith("average")}
     return row
 
@@ -427,14 +429,14 @@ def labelled_by_truth(run: FinishedRun) -> list[dict]:
 def averages_table(out: str | Path, seeds: Sequence[int], rows: list[dict]) -> str:
     """markdown: the measures of each kind of average, its memory in MiB, and the seconds that 1,000 answers take."""
     run = open_run(run_folder(out, "recommended", seeds[0]))
-    last = run.world.players["defender"]
-    policy_size = sum(p.numel() * 4 for p in last.policy.lm.parameters()) / 2**20  # MiB
-    sides = {"last": last, **{f"average ({kind})": side for kind, side in run.averages["defender"].items()}}
+    final = run.world.players["defender"]
+    policy_size = sum(p.numel() * 4 for p in final.policy.lm.parameters()) / 2**20  # MiB
+    sides = {"final": final, **{f"average ({kind})": side for kind, side in run.averages["defender"].items()}}
     keys = (ASR, "over_refusal/look-alikes", "helpfulness", "third_party_success", "cells")
     lines = []
     for name, side in sides.items():
-        repeats = rows if side is last else [row["averages"][name] for row in rows]
-        n_policies = 1 if side is last else len(side.members)
+        repeats = rows if side is final else [row["averages"][name] for row in rows]
+        n_policies = 1 if side is final else len(side.members)
         seconds = []
         for _ in range(4):  # the first is a warm-up
             clock = time.time()

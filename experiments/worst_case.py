@@ -178,8 +178,8 @@ def edit(prompt: str, vocabulary: list[str], rng: np.random.Generator) -> str:
 
 # --- a run ------------------------------------------------------------------------------------------------------------
 def defenders_of(run: FinishedRun) -> dict[str, Side]:
-    """{"last": the finished policy, and each average}."""
-    return {"last": run.world.players["defender"], **run.averages["defender"]}
+    """{"final": the finished policy, and each average}."""
+    return {"final": run.world.players["defender"], **run.averages["defender"]}
 
 
 def measure(run: FinishedRun, kinds: Sequence[str]) -> dict[str, dict]:
@@ -254,7 +254,7 @@ def main(argv: Sequence[str]) -> None:
     parser.error = fail
     parser.add_argument("run", metavar="RUN", nargs="+")
     parser.add_argument("--rounds", action="store_true", help="the grammar alone, after every round")
-    parser.add_argument("--kinds", nargs="+", default=[], help="of defenders; default: last and every average")
+    parser.add_argument("--kinds", nargs="+", default=[], help="of defenders; default: final and every average")
     run_program(worst_case, parser.parse_args(argv), "; call it again to go on")
 
 

@@ -84,6 +84,9 @@ class Config:
     embedder: str | None = option("words, toy, folder or hub id", "toy", "sentence-transformers/all-MiniLM-L6-v2")
     average: str = option("policy averages to keep; both: mixture and weights", "mixture,weights", choices=AVERAGES,
                           heading="averages")
+    final_defender: str | None = option("defender to save: of the last round or, of the latest, the one that earlier "
+                                        "successes break least", "safest", "last", choices=("safest", "last"),
+                                        only="mixture")
     average_size: int | None = option("policies kept, by reservoir sampling", 32, 8, at_least=1, only="mixture")
     temperature: float = option("of sampling and log-probs", 1.0, above_0=True, heading="models and sampling")
     critic: str = option("body of the value head: the policy's or its own", "shared", choices=("shared", "separate"))
