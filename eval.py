@@ -212,12 +212,12 @@ def tables(args: argparse.Namespace) -> None:
     of_method = {}
     for run in tqdm(runs, desc="runs", dynamic_ncols=True, disable=len(runs) == 1):
         first = run.world.first
-        last = run.world.players
-        columns = {"before": first, "after": last}
+        final = run.world.players
+        columns = {"before": first, "after": final}
         for kind in run.averages["defender"]:  # the attacker has the same kinds
             columns[f"average ({kind})"] = {name: averages[kind] for name, averages in run.averages.items()}
         rows = {name: measure(run, pair["attacker"], pair["defender"], third_parties) for name, pair in columns.items()}
-        matrix = cross_play([first["attacker"], last["attacker"]], [first["defender"], last["defender"]],
+        matrix = cross_play([first["attacker"], final["attacker"]], [first["defender"], final["defender"]],
                             run.world.seeds[:200], run.world.held_out_judge)
         text = run_text(run, rows, matrix)
         if labelled:
@@ -239,11 +239,11 @@ def run_text(run: FinishedRun, rows: dict[str, dict], matrix: np.ndarray) -> str
     for key in measured(list(rows.values())):
         cells = [show(row.get(key), number_of_texts(run.world, key, row)) for row in rows.values()]
         lines.append([LABELS[key], *cells])
-    pairs = [["first attacker", *map(show, matrix[0])], ["last attacker", *map(show, matrix[1])]]
+    pairs = [["first attacker", *map(show, matrix[0])], ["final attacker", *map(show, matrix[1])]]
     return "\n\n".join([
         f"{run.path}: {run.config.method}, seed {run.config.seed}", markdown(["", *rows], lines),
         "Who breaks whom (success rate by the held-out judge):",
-        markdown(["", "first defender", "last defender"], pairs)]) + "\n"
+        markdown(["", "first defender", "final defender"], pairs)]) + "\n"
 
 
 def labelled_exchanges(file: str) -> list[dict]:

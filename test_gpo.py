@@ -3922,7 +3922,8 @@ def test_reproduce_corrects_the_training_judges_rate_and_compares_it_with_the_tr
 
     (tmp_path / "eval.json").write_text(json.dumps({"after": {"asr_train_judge": 0.3, "asr_held_out_judge": 0.25}}))
     world = types.SimpleNamespace(test_prompts=[""] * 1000, judge=lambda _, responses: [float(r) for r in responses])
-    monkeypatch.setattr(reproduce, "open_run", lambda folder: types.SimpleNamespace(path=tmp_path, world=world))
+    monkeypatch.setattr(reproduce, "open_run", lambda folder: types.SimpleNamespace(world=world))
+    monkeypatch.setattr(reproduce, "run_folder", lambda out, name, seed: out)
     monkeypatch.setattr(reproduce, "labelled_by_truth", labelled)
     table = reproduce.corrected_table(tmp_path, (0, 1), ["GPO"])  # (.3 - .1) / (.9 - .1) = .25
     assert re.findall("[0-9.]+ ± [0-9.]+|[0-9] of [0-9]", table) == [

@@ -399,21 +399,20 @@ def best_responses(out: str | Path, seeds: Iterable[int], names: Iterable[str]) 
 def corrected_table(out: str | Path, seeds: Iterable[int], names: Iterable[str]) -> str:
     """markdown: attack success by the training judge, corrected for its errors on LABELLED exchanges of the untrained
     players, beside the truth; on how many seeds the 95% interval covers it."""
-    lines = []
-    for name in names:
-        found = {"raw": [], "corrected": [], "truth": [], "covered": []}
-        for seed in seeds:
-            run = open_run(run_folder(out, name, seed))
-            row = read_json(run.path / "eval.json")["after"]
-            n = len(run.world.test_prompts)
-            errors = judge_errors(run.world.judge, labelled_by_truth(run))
+    found = {name: [] for name in names}  # {method: [(raw, corrected, truth, covered) of each seed]}
+    for seed in seeds:
+        run = open_run(run_folder(out, "SFT", seed))  # all methods of a seed have its judge and its untrained players
+        errors = judge_errors(run.world.judge, labelled_by_truth(run))
+        n = len(run.world.test_prompts)
+        for name, values in found.items():
+            row = read_json(run_folder(out, name, seed) / "eval.json")["after"]
             rate, low, high = corrected_rate(round(row["asr_train_judge"] * n), n, errors)
-            found["raw"].append(row["asr_train_judge"])
-            found["corrected"].append(rate)
-            found["truth"].append(row[ASR])
-            found["covered"].append(low <= row[ASR] <= high)
-        cells = [mean_and_error(found[key]) for key in ("raw", "corrected", "truth")]
-        lines.append([name, *cells, f"{sum(found['covered'])} of {len(found['covered'])}"])
+            values.append((row["asr_train_judge"], rate, row[ASR], low <= row[ASR] <= high))
+    lines = []
+    for name, values in found.items():
+        raw, corrected, truth, covered = zip(*values)
+        cells = [mean_and_error(rates) for rates in (raw, corrected, truth)]
+        lines.append([name, *cells, f"{sum(covered)} of {len(covered)}"])
     return markdown(["", "training judge, raw", "corrected", "truth", "interval covers the truth"], lines)
 
 
@@ -547,12 +546,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("command", nargs="?", default="reproduce", choices=commands)
     parser.add_argument("rows", nargs="*", metavar="ROW", help="of ablate; default: all")
     parser.add_argument("--quick", action="store_true", help="reproduce: four methods, two seeds, two rounds")
-    parser.add_argument("--seeds", type=int, help="how many, at least 2; default: 5 for reproduce, 2 for the others")
-    parser.add_argument("--first_seed", type=int, default=20,
-                        help="settings were chosen on 0 to 2, an earlier world measured on 10 to 14")
+    parser.add_argument("--seeds", type=int, help="how many, at least 2; default: 10 for reproduce, 5 for the others")
+    parser.add_argument("--first_seed", type=int, default=30,
+                        help="settings were chosen on 0 to 5, earlier versions measured on 10 to 14 and 20 to 24")
     parser.add_argument("--out", help="folder; default: results, with --quick results_quick")
     args = parser.parse_intermixed_args(argv)
-    n_seeds = args.seeds or (2 if args.quick or args.command != "reproduce" else 5)
+    n_seeds = args.seeds or (2 if args.quick else 10 if args.command == "reproduce" else 5)
     if n_seeds < 2 or args.first_seed < 0:
         parser.error(f"--seeds must be at least 2 and --first_seed at least 0, got {n_seeds} and {args.first_seed}")
     if args.rows and args.command != "ablate":
