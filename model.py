@@ -14,6 +14,7 @@ B batch, T tokens of the longest row, D width, V vocabulary, N response tokens o
 import contextlib
 import copy
 import ctypes
+import functools
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -170,12 +171,13 @@ class Policy(nn.Module):
         """(prompt ids, response ids) of (prompt, response) pairs: the rendered conversation's tokens up to the one that
         ends the assistant's turn, which occurs once. Raises ValueError if the template changes a response."""
         pairs = [(prompt, self._without_end(response)) for prompt, response in pairs]
+        render = functools.cache(self._render)  # a slow function, and pairs repeat
         prompt_ids = self.encode([prompt for prompt, _ in pairs])
-        conversations = encode_rendered(self.tokenizer, self._render, pairs)
+        conversations = encode_rendered(self.tokenizer, render, pairs)
         response_ids = []
         for start, ids, (prompt, response) in zip(prompt_ids, conversations, pairs):
-            text = self._render(prompt, response)
-            continues = ids[:len(start)] == start or text.startswith(self._render(prompt))
+            text = render(prompt, response)
+            continues = ids[:len(start)] == start or text.startswith(render(prompt))
             if not continues or response.strip() not in text:
                 raise ValueError("a demonstration must be a response as its chat template writes it, after the prompt; "
                                  f"the template changes {response[:60]!r}: drop it, or the reasoning in it")
@@ -301,16 +303,18 @@ def encode_rendered(tokenizer: Tokenizer, render: Callable[..., str],
     """Token ids of render(*texts) for each row of texts. Only `render` writes control tokens: the texts are made inert.
     A chat template writes its own BOS."""
     options = dict(add_special_tokens=not tokenizer.chat_template)
+    different = list(dict.fromkeys(map(tuple, rows)))  # many rows are equal, and rendering is slow
     frame = render(*["text"] * len(rows[0]))
-    frame, *encoded = tokenizer([frame, *(render(*row) for row in rows)], **options).input_ids
+    frame, *encoded = tokenizer([frame, *(render(*row) for row in different)], **options).input_ids
     control = control_ids(tokenizer)
     expected = [i for i in frame if i in control]
     for n, ids in enumerate(encoded):
         if [i for i in ids if i in control] != expected:
-            encoded[n] = tokenizer(render(*inert_texts(tokenizer, rows[n])), **options).input_ids
+            encoded[n] = tokenizer(render(*inert_texts(tokenizer, different[n])), **options).input_ids
         while not tokenizer.chat_template and encoded[n] and encoded[n][-1] in control:  # some tokenizers add an EOS
             encoded[n].pop()
-    return encoded
+    ids_of = dict(zip(different, encoded))
+    return [ids_of[tuple(row)] for row in rows]
 
 
 # --- rollouts from tokens and texts -------------------------------------------------------------------------------

@@ -649,6 +649,19 @@ def test_a_demonstration_is_the_rendered_conversation_up_to_the_end_of_the_turn(
         assert demonstrations(policy, [("bake bread", answer)]).tokens[0].tolist() == tokens
 
 
+def test_equal_demonstrations_are_rendered_once_and_keep_their_places(monkeypatch):
+    policy = chat_policy("ChatML")
+    one, other = ("bake bread", "take flour"), ("sell a car", "wash it")
+    expected = [policy.encode_pairs([pair]) for pair in (one, other)]
+    rendered = []
+    render = policy._render
+    monkeypatch.setattr(policy, "_render", lambda *texts: rendered.append(texts) or render(*texts))
+    prompt_ids, response_ids = policy.encode_pairs([one, other, one, one])
+    for i, which in enumerate((0, 1, 0, 0)):
+        assert ([prompt_ids[i]], [response_ids[i]]) == expected[which]
+    assert max(Counter(rendered).values()) == 1
+
+
 def test_a_tokenizer_that_closes_every_text_does_not_close_a_prompt():
     tokenizer = byte_tokenizer(["[CLS]", "[SEP]"], eos_token="</s>")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
