@@ -11,19 +11,15 @@ The tables of many runs are made by `python -m experiments.reproduce`, which cal
 
 from __future__ import annotations  # pydoc then shows Judge and Side in signatures
 
-import sys
+from harness.options import before_slow_imports
 
-if __name__ == "__main__":  # before the imports below, which take seconds
-    if sys.argv[1:] in (["--help"], ["-h"]):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as `as_a_program` does
-        print(__doc__)
-        sys.exit()
-    if sys.stderr.isatty():
-        print("loading PyTorch and transformers", file=sys.stderr)
+if __name__ == "__main__":
+    before_slow_imports(__doc__)
 
 import argparse
 import copy
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

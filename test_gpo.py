@@ -3122,6 +3122,20 @@ def test_help_comes_before_the_imports_that_take_seconds(program):
     assert "numpy" not in imported and "torch" not in imported and "transformers" not in imported
 
 
+@pytest.mark.parametrize("program", [["train.py"], ["eval.py"], ["-m", "experiments.probe"]])
+def test_a_terminal_is_told_at_once_why_nothing_happens_yet(program):
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    process = subprocess.Popen([sys.executable, *program], cwd=HERE, env=environment, stderr=theirs)
+    os.close(theirs)
+    first_words = os.read(ours, 1000)  # waits for them
+    process.kill()
+    process.wait()
+    os.close(ours)
+    assert first_words.startswith(b"loading PyTorch")
+
+
 # --- models of the user's own ----------------------------------------------------------------------------------------
 MODELS = ("--attacker attacker --defender defender --judge judge --held_out_judge rule --embedder embedder "
           "--prompts prompts.txt --sft_data pairs.jsonl --benign_prompts benign.txt").split()

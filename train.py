@@ -30,17 +30,12 @@ them, a language model's safest strategy is to refuse everything. On by default 
 of the latest rounds that earlier successes break least: table *the worst case, exactly*.
 """
 
+from harness.options import before_slow_imports, help_text
+
+if __name__ == "__main__":
+    before_slow_imports(help_text())
+
 import sys
-
-from harness.options import help_text
-
-if __name__ == "__main__":  # before the imports below, which take seconds
-    if sys.argv[1:] in (["--help"], ["-h"]):
-        print(help_text(), end="")
-        sys.exit()
-    if sys.stderr.isatty():
-        print("loading PyTorch and transformers", file=sys.stderr)
-
 import time
 from dataclasses import dataclass, field
 from typing import NamedTuple

@@ -1,5 +1,6 @@
 """Every option of `train.py`, described once. This file imports nothing slow, so that --help is fast."""
 
+import sys
 import textwrap
 from dataclasses import dataclass, field, fields
 
@@ -137,3 +138,14 @@ def help_text() -> str:
         lines += textwrap.wrap(reason, 118, initial_indent=f"  --{name:<23}", subsequent_indent=" " * 27,
                                break_on_hyphens=False)
     return USAGE + "\n".join(lines) + "\n"
+
+
+def before_slow_imports(help: str = "") -> None:
+    """The first call of a program, before imports that take seconds: print the help if it is asked for, and end; or
+    tell a terminal why nothing happens yet."""
+    if help and sys.argv[1:] in (["--help"], ["-h"]):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as `as_a_program` does
+        print(help.rstrip())
+        sys.exit()
+    if sys.stderr.isatty():
+        print("loading PyTorch and transformers", file=sys.stderr)
