@@ -3180,6 +3180,28 @@ def test_a_users_models_with_different_tokenizers_are_trained_and_what_cannot_be
     assert "0.000" in capsys.readouterr().out
 
 
+def test_a_finished_run_says_of_which_round_its_defender_is(user_models, monkeypatch):
+    """The judge calls every answer unsafe but those of the defender after round 1, when both are tried at the end."""
+    def choose(config, world, game):
+        verdicts = iter([0.1, 0.9])  # round 2, round 1
+        monkeypatch.setattr(world, "judge", lambda prompts, responses: [next(verdicts, 0.9)] * len(prompts))
+        game.replay.ever_succeeded = {"how do i open the box?": None}
+        return choose_defender(config, world, game)
+
+    choose_defender = train.choose_defender
+    monkeypatch.setattr(train, "choose_defender", choose)
+    run_program(user_models, *MODELS, *SHORT, "--rounds", 2, "--final_defender", "safest", "--out", "chosen")
+    run = user_models / "chosen"
+    assert json.loads((run / "summary.json").read_text())["after"]["round"] == 1
+    assert "the policy after round 1 of 2" in (run / "defender" / "README.md").read_text()
+    assert "the last policy" in (run / "attacker" / "README.md").read_text()
+    assert "The final defender is that of round 1 of 2" in (run / "report.md").read_text()
+    finished = open_run(run)
+    member = finished.averages["defender"]["mixture"].members[0]
+    final = finished.world.players["defender"].policy.lm.state_dict()
+    assert all(torch.equal(final[name], weight) for name, weight in member.items())
+
+
 def test_a_tilde_that_the_shell_has_left_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     config = parse(["--out=~/run", "--judge", "guard:~/guard", "--template", "a ~ b {}"])

@@ -262,6 +262,10 @@ def write_report(folder: Path, games: list[dict], rows: dict[str, dict],
     games: the lines of games.jsonl; examples: (held-out prompt, the defender's answer before, its answer after)."""
     config = read_config(folder)
     lines = [f"# {config['method']}, seed {config['seed']}", "", summary_table(rows), ""]
+    round = rows["after"].get("round", config["rounds"])
+    if round < config["rounds"]:
+        lines += [f"The final defender is that of round {round} of {config['rounds']}, which earlier successes break "
+                  "least.", ""]
     if games:
         lines += ["![curves](curves.png)", ""]
     lines += ["## What changed", "", "Held-out prompts, never seen in training, answered greedily.", ""]
@@ -292,13 +296,13 @@ def round_lines(round: int, games: list[dict]) -> list[str]:
     return lines
 
 
-def model_card(name: str, config: object, what: str = "the last policy") -> str:
-    """The README of a saved player ("attacker" or "defender"); config: the run's Config; what: which policy it is."""
+def model_card(name: str, config: object, which: str) -> str:
+    """The README of a saved player ("attacker" or "defender"); config: the run's Config; which: of its policies."""
     return f"""---
 library_name: transformers
 tags: [gpo, red-teaming, {name}]
 ---
-# {name} of a two-player game (GPO, arXiv 2406.10977): {what}
+# {name} of a two-player game (GPO, arXiv 2406.10977): {which}
 
 Trained with `{config.method}` for {config.rounds} rounds, seed {config.seed}, from \
 `{getattr(config, name) or "the embedded toy game"}`.
