@@ -3771,8 +3771,8 @@ def test_eval_repeats_the_numbers_of_the_run_and_measures_more(finished, capsys)
     columns = json.loads((finished.folder / "eval.json").read_text())
     summary = json.loads((finished.folder / "summary.json").read_text())
     for name in ("before", "after", "average (mixture)", "average (weights)"):
-        for key, value in summary[name].items():
-            assert columns[name][key] == pytest.approx(value), (name, key)
+        for key in summary[name].keys() - {"round", "sampled_tokens"}:  # facts of the run, not measures of its players
+            assert columns[name][key] == pytest.approx(summary[name][key]), (name, key)
     low, high = wilson_interval(round(summary["after"]["asr_held_out_judge"] * 30), 30)
     assert f"[{low:.3f}, {high:.3f}]" in printed and "± 0.000" in printed and "Who breaks whom" in printed
     world = open_run(finished.folder).world
@@ -3957,7 +3957,7 @@ def test_reproduce_plays_every_row_on_every_seed_from_one_warm_start_and_nothing
     rows = json.loads((results / "table.json").read_text())["rows"]
     assert {name: [row["updates"] for row in repeats] for name, repeats in rows.items()} == {
         "SFT": [0, 0], "RLHF": [2, 2], "GPO": [2, 2], "GPO+Div": [2, 2]}
-    for name, seed in itertools.product(rows, (20, 21)):  # paired: rows of a seed start from the very same players
+    for name, seed in itertools.product(rows, (30, 31)):  # paired: rows of a seed start from the very same players
         start = reproduce.run_folder(results, name, seed) / "checkpoints" / "start" / "defender" / "model.safetensors"
         warm_start = reproduce.run_folder(results, "SFT", seed) / "defender" / "model.safetensors"
         assert start.read_bytes() == warm_start.read_bytes()
