@@ -412,11 +412,11 @@ class RunFolder:
         examples = changed_answers(world)
         held_in_game = self.held_mib()
         last = self.config.rounds
-        final_round = {"attacker": last, "defender": rows["after"].get("round", last)}
+        chosen = rows["after"].get("round", last)
         for name, player in world.players.items():
             which = "the last policy"
-            if final_round[name] < last:
-                which = f"the policy after round {final_round[name]} of {last}"
+            if name == "defender" and chosen < last:
+                which = f"the policy after round {chosen} of {last}"
             with complete_folder(self.path / name, not rank()) as temporary:
                 save_policy(merged(player.policy, "cpu"), temporary, model_card(name, self.config, which))
                 save_adapter(player.policy, temporary / "adapter")
