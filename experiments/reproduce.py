@@ -62,7 +62,7 @@ METHODS = {
     "GPO": f"{PAPER} --diversity 0",
     "GPO+Div": PAPER,
     "MART": "--method paraphrase --average none",  # by experiments.mart
-    "Iterative, recommended": "--method iterative --average none",  # as many defender updates as `recommended`
+    "Iterative, recommended": "--method iterative --average mixture",  # as many defender updates as `recommended`
     "recommended": "--average mixture,weights"}
 FLAGS = {
     "SelfBLEU only": "--diversity_terms bleu", "embedding only": "--diversity_terms embedding",
