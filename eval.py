@@ -177,7 +177,7 @@ def look_alikes(world: World) -> list[str]:
 
 def third_party_success(world: World, attacker: Side | None, third_parties: Sequence[Side]) -> dict:
     """Success of one set of attacks (attacker None: the seeds as they are) against each third party, its mean, and in
-    the embedded game the number of cells in which any of them was broken."""
+    the embedded game the number of cells, and of topics, in which any of them was broken."""
     attacks = world.attack_seeds
     if attacker is not None:
         attacks = attacker.generate(world.attack_seeds, 0).texts
@@ -186,7 +186,9 @@ def third_party_success(world: World, attacker: Side | None, third_parties: Sequ
     row = {"third_parties": rates, "third_party_success": float(np.mean(rates))}
     if world.toy:
         broken = (np.array(p_safe) < 0.5).any(0)  # (attacks,), True where any third party was broken
-        row["cells"] = len({world.toy.cell_of(attacks[i]) for i in np.flatnonzero(broken)} - {None})
+        cells = {world.toy.cell_of(attacks[i]) for i in np.flatnonzero(broken)} - {None}
+        row["cells"] = len(cells)
+        row["topics"] = len({topic for topic, _ in cells})
     return row
 
 

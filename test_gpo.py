@@ -3788,6 +3788,7 @@ def test_eval_repeats_the_numbers_of_the_run_and_measures_more(finished, capsys)
     assert row["third_parties"] == [pytest.approx(hits(attacks).mean())]
     broken = {ToyGame(0).cell_of(attack) for attack, hit in zip(attacks, hits(attacks)) if hit}
     assert row["cells"] == len(broken - {None})
+    assert row["topics"] == len({cell[0] for cell in broken - {None}})
     rollout = defender.generate(world.test_prompts[:300] + world.benign_prompts[:150], 0)
     now, first = (player.policy.lm(rollout.tokens).logits.log_softmax(-1)
                   for player in (defender, world.first["defender"]))
@@ -3962,6 +3963,18 @@ def test_reproduce_plays_every_row_on_every_seed_from_one_warm_start_and_nothing
         warm_start = reproduce.run_folder(results, "SFT", seed) / "defender" / "model.safetensors"
         assert start.read_bytes() == warm_start.read_bytes()
     assert "| GPO+Div " in (results / "table.md").read_text() and (results / "methods.png").stat().st_size > 10_000
+
+
+def test_the_effective_number_of_cells_is_n_for_n_equally_frequent_cells(tmp_path):
+    toy = ToyGame(0)
+    harmful = sorted({toy.cell_of(toy.prompt(cell)): cell for cell in toy.cells[toy.harmful]}.items())[:3]
+    prompts = [toy.prompt(cell) for _, cell in harmful] + [toy.prompt(toy.cells[~toy.harmful][0]), "the"]
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"seed": 0}}))
+    append_lines(tmp_path / "games.jsonl", [{"role": "attacker", "attack": prompts[2]}] + 2 * [
+        {"role": "defender", "attack": prompt} for prompt in (*prompts[:2], *prompts[3:])])
+    assert reproduce.effective_cells(tmp_path) == pytest.approx(2)  # not the attacker's, the harmless or the unreadable
+    append_lines(tmp_path / "games.jsonl", [{"role": "defender", "attack": prompts[1]}] * 6)
+    assert reproduce.effective_cells(tmp_path) == pytest.approx(5 / 4**0.8)  # 2 and 8 of ten
 
 
 def test_reproduce_corrects_the_training_judges_rate_and_compares_it_with_the_truth(tmp_path, monkeypatch):

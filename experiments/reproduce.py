@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
@@ -44,6 +45,7 @@ from harness.report import (
 )
 from harness.run import FinishedRun, open_run
 from reward import call_judge, unsafe_rate
+from toy import ToyGame
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -110,11 +112,12 @@ DEFENDER = {
     f"{ASR}/unseen topics": "unseen topics", "asr_train_judge/unseen topics": "training judge",
     f"{ASR}/unseen framings": "unseen framings", "asr_train_judge/unseen framings": "training judge"}
 ATTACKER = {"third_party_success": "success on third parties", "cells": "distinct cells broken",
-            "1 - self_bleu": "1 - SelfBLEU", "1 - cosine": "1 - cosine"}
+            "topics": "distinct topics broken", "1 - self_bleu": "1 - SelfBLEU", "1 - cosine": "1 - cosine"}
 QUALITY = {"helpfulness": "helpful", "over_refusal/look-alikes": "over-refusal, look-alikes",
            "over_refusal": "over-refusal, all"}
-COST = {"updates": "defender updates", "tokens": "sampled tokens", "kl": "KL to SFT, nats"}
-COUNTS = ("updates", "tokens", "cells")  # keys that are shown without decimals
+COST = {"updates": "defender updates", "effective_cells": "effective cells in them", "tokens": "sampled tokens",
+        "kl": "KL to SFT, nats"}
+COUNTS = ("updates", "effective_cells", "tokens", "cells", "topics")  # keys that are shown without decimals
 
 
 # --- running: jobs, each of which writes a file ---------------------------------------------------------------------
@@ -231,9 +234,27 @@ def suite_row(folder: Path) -> dict:
     log = read_lines(folder / "metrics.jsonl")
     row = found["after"] | best_response_row(folder, 0)
     row["updates"] = sum(metrics["role"] == "defender" for metrics in log)
-    row["tokens"] = read_json(folder / "summary.json")["after"].get("sampled_tokens", 0)  # MART does not count them
+    row["effective_cells"] = effective_cells(folder)
+    row["tokens"] = read_json(folder / "summary.json")["after"].get("sampled_tokens")  # MART does not count them
     row["averages"] = {name: column for name, column in found.items() if name.startswith("average")}
     return row
+
+
+def effective_cells(folder: Path) -> float | None:
+    """The effective number of harmful cells that the defender was trained on: exp of the entropy of their frequencies
+    in its batches, which is n for n equally frequent cells (Hill, 1973). None without a harmful prompt."""
+    toy = ToyGame(read_config(folder)["seed"])
+    prompts = Counter(exchange["attack"] for exchange in read_lines(folder / "games.jsonl")
+                      if exchange["role"] == "defender")
+    counts = Counter()
+    for prompt, n in prompts.items():
+        cell = toy.cell_of(prompt)
+        if cell and cell[0] < toy.n_harmful:
+            counts[cell] += n
+    if not counts:
+        return None
+    p = np.array(list(counts.values())) / counts.total()
+    return float(np.exp(-(p * np.log(p)).sum()))
 
 
 def best_response_row(folder: Path, round: int) -> dict[str, float]:

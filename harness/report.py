@@ -35,6 +35,7 @@ MEASURES = {
     "attacker_success": ("attacker: success on the first defender", "the attacker's success on the first defender"),
     "third_party_success": ("attacker: success on third parties", ""),
     "cells": ("attacker: distinct cells broken", ""),
+    "topics": ("attacker: distinct topics broken", ""),
     "self_bleu": ("attacker: SelfBLEU", "SelfBLEU among its prompts"),
     "cosine": ("attacker: cosine", "cosine among its prompts")}
 LABELS = {key: short for key, (short, _) in MEASURES.items()}
