@@ -76,19 +76,20 @@ def read_lines(path: Path) -> list:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
+def finite(value: Any) -> Any:
+    """A JSON value with None in place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def append_lines(path: str | Path, rows: Iterable) -> None:
-    """Append one JSON line per row. NaN and infinity, which JSON does not have, become null."""
-    lines = [json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows]
+    """Append one JSON line per row."""
+    lines = [json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows]
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(lines)
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sync(path: str | Path) -> None:
@@ -232,25 +233,26 @@ def _prompt_and_reply(turns):
     return prompt.removeprefix("\n\nHuman: ").strip(), reply
 
 
-def _first_turns(fields):
-    """(turns of a row up to the last human one, the AI's turns after it), from its prompt, conversation, or both."""
+def _prompt_turns(fields):
+    """The turns of a row's prompt: of one of PROMPTS, or of the parts of an INSTRUCTION together."""
     parts = {name: fields[name] for name in INSTRUCTION if not _is_blank(fields.get(name))}
     whole = " + ".join(parts)
     texts = list(parts.values())
     instruction = "\n\n".join(texts) if all(isinstance(text, str) for text in texts) else texts
-    start = _turns(_the_one({**fields, whole: instruction}, (*PROMPTS, whole)), "Human")
+    turns = _turns(_the_one({**fields, whole: instruction}, (*PROMPTS, whole)), "Human")
     if fields.get("transcript"):  # of a red-team attempt: only the first human turn
-        start = [turn for turn in start[:1] if turn[0] == "Human"]
-    elif start and start[-1][0] == "AI":
+        return [turn for turn in turns[:1] if turn[0] == "Human"]
+    if turns and turns[-1][0] == "AI":
         raise ValueError("a prompt must not end with the AI's words; a whole conversation is 'messages'")
-    turns = _continued(start, _turns(_the_one(fields, CONVERSATIONS)))
-    n = max((n for n, (role, _) in enumerate(turns, 1) if role != "AI"), default=0)
-    return turns[:n], turns[n:]
+    return turns
 
 
 def _texts(fields):
     """{"prompt"} and, if a row has them, {"response", "chosen", "rejected"}, all replies to this prompt."""
-    start, answer = _first_turns(fields)
+    turns = _continued(_prompt_turns(fields), _turns(_the_one(fields, CONVERSATIONS)))
+    n = max((n for n, (role, _) in enumerate(turns, 1) if role != "AI"), default=0)
+    start = turns[:n]
+    answer = turns[n:]  # the AI's last turns
     columns = {"response": RESPONSES, "chosen": ["chosen"], "rejected": ["rejected"]}
     ends = {name: _turns(_the_one(fields, names), "AI") for name, names in columns.items()}
     if answer and ends["response"] not in ([], answer):
@@ -326,24 +328,23 @@ def _parse_row(row):
     return {**texts, **_label(fields)}
 
 
-def _numbered_list(value):
-    """[(n, row)] of a JSON value: a list of rows, or one row."""
-    is_list = isinstance(value, list) and not _is_conversation(value)
-    return list(enumerate(value if is_list else [value], 1))
-
-
 def _json_rows(path, text):
-    """[(n, row)] of JSON lines, or of one JSON value over any number of lines."""
+    """[(n, row)] of one JSON value over any number of lines, a list of rows or one row; or else of JSON lines."""
+    try:
+        value = json.loads(text)
+        rows = value if isinstance(value, list) and not _is_conversation(value) else [value]
+        return list(enumerate(rows, 1))
+    except json.JSONDecodeError as error:
+        if text.strip() and error.msg != "Extra data":  # which JSON lines have after the first
+            raise
     rows = []
     for n, line in enumerate(text.split("\n"), 1):
         try:
             if line.strip():
                 rows.append((n, json.loads(line)))
         except json.JSONDecodeError as error:
-            if not rows and text.lstrip()[0] in "[{":  # one value over several lines
-                return _numbered_list(json.loads(text))
             raise ValueError(f"{path}, line {n}: malformed JSON ({error.msg} at column {error.colno})") from error
-    return _numbered_list(rows[0][1]) if len(rows) == 1 else rows
+    return rows
 
 
 def _csv_rows(file):
@@ -421,10 +422,11 @@ def is_test(prompt: str, parts: int = 10) -> bool:
     return int(hashlib.sha256(normalized(prompt).encode()).hexdigest(), 16) % parts == 0
 
 
-def usable(name: str, rows: list[tuple], others: set[str], fit: Callable, limit: int) -> tuple[list[tuple], str]:
+def usable(name: str, rows: list[tuple], others: Iterable[str], fit: Callable, limit: int) -> tuple[list[tuple], str]:
     """The usable rows of a file, and a line that counts the others by reason. Raises ValueError if no row is usable.
     rows: tuples (prompt,) or (prompt, response). Neither a prompt nor its first turn may be among `others`, the
-    normalized prompts of another set; `fit`, rows -> list[bool], tells which have at most `limit` tokens."""
+    prompts of another set; `fit`, rows -> list[bool], tells which have at most `limit` tokens."""
+    others = {normalized(prompt) for prompt in others}
     complete = [row for row in rows if all(row)]
     different = {}
     for row in complete:

@@ -224,21 +224,21 @@ def draw_curves(folder: Path, log: list[dict], before: dict) -> None:
         return [np.mean(values or [np.nan]) for values in of_rounds]
 
     canvas, (success, reward, alike, kl) = figure(2, rows=2)
-    lines = [
-        (success, since_the_start("asr_held_out_judge"), "o-", "black", "held-out prompts, held-out judge"),
-        (success, since_the_start("asr_train_judge"), "o:", "black", "held-out prompts, training judge"),
-        (success, per_round("attacker", "game/attack_success"), "-.", ATTACKER,
-         "the attacker in training, training judge"),
-        (alike, since_the_start("self_bleu"), "o-", ATTACKER, "SelfBLEU"),
-        (alike, since_the_start("cosine"), "o--", ATTACKER, "cosine of embeddings"),
-        (reward, per_round("attacker", "attacker/objective/scores"), "o-", ATTACKER, "attacker"),
-        (reward, per_round("defender", "defender/objective/scores"), "o--", DEFENDER, "defender"),
-        (kl, per_round("attacker", "attacker/objective/kl"), "o-", ATTACKER, "attacker"),
-        (kl, per_round("defender", "defender/objective/kl"), "o--", DEFENDER, "defender")]
-    if before["over_refusal"] is not None:
-        lines.append((success, since_the_start("over_refusal"), "--", "grey", "over-refusal, harmless prompts"))
-    for axis, values, style, color, label in lines:
+
+    def plot(axis, values, style, color, label):
         axis.plot(ends[-len(values):], values, style, ms=3, color=color, label=label)
+
+    plot(success, since_the_start("asr_held_out_judge"), "o-", "black", "held-out prompts, held-out judge")
+    plot(success, since_the_start("asr_train_judge"), "o:", "black", "held-out prompts, training judge")
+    plot(success, per_round("attacker", "game/attack_success"), "-.", ATTACKER,
+         "the attacker in training, training judge")
+    if before["over_refusal"] is not None:
+        plot(success, since_the_start("over_refusal"), "--", "grey", "over-refusal, harmless prompts")
+    plot(alike, since_the_start("self_bleu"), "o-", ATTACKER, "SelfBLEU")
+    plot(alike, since_the_start("cosine"), "o--", ATTACKER, "cosine of embeddings")
+    for player, style, color in (("attacker", "o-", ATTACKER), ("defender", "o--", DEFENDER)):
+        plot(reward, per_round(player, f"{player}/objective/scores"), style, color, player)
+        plot(kl, per_round(player, f"{player}/objective/kl"), style, color, player)
     success.set(title="attack success", ylim=(0, 1))
     reward.set(title="mean reward of the round")
     alike.set(title="how alike the attacks are", ylim=(0, 1))

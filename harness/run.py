@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import ChainMap
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from harness.data import (
     append_lines,
     complete_folder,
     fail,
+    finite,
     interrupted,
     quiet_libraries,
     read_config,
@@ -256,8 +258,8 @@ class RunFolder:
         place = {"step": step, "round": turn.round}
         names = ("seed", "attack", "response", "p_safe", "score")
         scores = np.where(exchanges.decided, scores, np.nan)
-        columns = (exchanges.seeds, exchanges.prompts, exchanges.responses.texts, or_none(exchanges.p_safe),
-                   or_none(scores))
+        columns = (exchanges.seeds, exchanges.prompts, exchanges.responses.texts, exchanges.p_safe.tolist(),
+                   scores.tolist())
         rows = [place | {"role": turn.player} | dict(zip(names, row)) for row in zip(*columns)]
         if turn.ends_round:
             rows = self.probe(place) + rows
@@ -266,7 +268,7 @@ class RunFolder:
             self.bar.set_postfix_str(f"round {turn.round + 1}: held-out attack success {held_out:.1%}")
         line = place | {"role": turn.player} | metrics
         self.metrics.append(line)
-        self.games += rows
+        self.games += finite(rows)
         if not rank():
             append_lines(self.path / "metrics.jsonl", [line])
             append_lines(self.path / "games.jsonl", rows)
@@ -295,31 +297,24 @@ class RunFolder:
         """Rows of games.jsonl: the answers to three held-out prompts, by the held-out judge."""
         prompts = self.world.test_prompts[:3]
         answers = self.world.players["defender"].generate(prompts, 0, temperature=0).texts
-        p_safe = or_none(call_judge(self.world.held_out_judge, prompts, answers))
+        p_safe = call_judge(self.world.held_out_judge, prompts, answers).tolist()
         return [place | {"role": "probe", "attack": attack, "response": response, "p_safe": p}
                 for attack, response, p in zip(prompts, answers, p_safe)]
 
     def raise_alarms(self, round: int, metrics: dict[str, float]) -> dict[str, float]:
         """Print the alarms of the round, whose last metrics these are, that the round before did not raise. Returns
         {"alarm/...": 0 or 1}."""
-        newest = {}
-        previous = {}
-        successes = []  # in the attacker's steps
-        for line in self.metrics:
-            if line["round"] == round - 1:
-                previous |= line
-            if line["round"] == round:
-                newest |= line
-                if line["role"] == "attacker":
-                    successes.append(line["game/attack_success"])
+        lines = [line for line in self.metrics if line["round"] == round]
+        newest = dict(ChainMap(metrics, *reversed(lines)))
+        successes = [line["game/attack_success"] for line in lines if line["role"] == "attacker"]
         if successes and self.config.method == "gpo":
             newest["attacker/success_of_turn"] = float(np.mean(successes))
         limits = {name: player.max_new_tokens for name, player in self.world.players.items()}
-        raised = alarms(newest | metrics, self.before, limits)
+        raised = alarms(newest, self.before, limits)
+        before = [line for line in self.metrics if line["round"] == round - 1]
         for name, message in raised:
-            if previous.get(f"alarm/{name}"):
-                continue
-            tqdm.write(f"{name} alarm after round {round + 1}: {message}", file=sys.stderr)
+            if not (before and before[-1][f"alarm/{name}"]):
+                tqdm.write(f"{name} alarm after round {round + 1}: {message}", file=sys.stderr)
         return {f"alarm/{name}": float(name in dict(raised)) for name in ALARMS}
 
     # --- checkpoints -------------------------------------------------------------------------------------------
@@ -461,11 +456,6 @@ class RunFolder:
                 write_json(temporary / f"{name}.json", numbers)
 
 
-def or_none(values: np.ndarray) -> list[float | None]:
-    """(B,) numbers for JSON: None for NaN."""
-    return [None if np.isnan(value) else value for value in values.tolist()]
-
-
 def save_states(states: dict[str, tuple[dict, dict]], folder: Path) -> None:
     """Save the tensors of {file: (tensors, numbers)}."""
     for name, (tensors, _) in states.items():
@@ -530,38 +520,35 @@ def alarms(metrics: dict[str, float], before: dict[str, float], limits: dict[str
     metrics: the newest of the round, by their names in metrics.jsonl; a missing one raises no alarm. before: the row
     of `evaluate` before the game. limits: {player: its max_new_tokens}.
     """
-    found = []
     different = metrics.get("diversity/different", 1)
-    if different < LEAST_DIFFERENT:
-        found.append(f"only {different:.0%} of the attacks differ; raise --diversity or --attacker_kl_coef, or set "
-                     "--restart")
+    refused = metrics.get("game/over_refusal", 0)
+    trained = metrics.get("game/asr_train_judge", before["asr_train_judge"]) - before["asr_train_judge"]
+    held_out = metrics.get("game/asr_held_out_judge", before["asr_held_out_judge"]) - before["asr_held_out_judge"]
+    success = metrics.get("attacker/success_of_turn", 1)
+    rows = [  # (alarm, whether it is raised, message)
+        ("collapse", different < LEAST_DIFFERENT,
+         f"only {different:.0%} of the attacks differ; raise --diversity or --attacker_kl_coef, or set --restart"),
+        ("collapse", refused > MOST_REFUSED,
+         f"the defender refuses {refused:.0%} of the harmless prompts; raise --ptx_coef (with --sft_data) or "
+         "--kl_coef"),
+        ("reward_hacking", abs(trained - held_out) > MOST_APART,
+         f"since the start attack success has changed by {trained:+.2f} for the training judge, by {held_out:+.2f} for "
+         "the held-out one; read the exchanges (eval.py report), train the judge on them (experiments.train_judge), or "
+         "raise --kl_coef"),
+        ("no_signal", success < LEAST_SUCCESS,
+         f"{success:.1%} of the attacker's attempts succeeded: its turn taught it little; the game is over, or the "
+         "attacker too weak (experiments.probe tells): raise --attacker_steps, or end after fewer --rounds")]
     for name, limit in limits.items():
         entropy = metrics.get(f"{name}/objective/entropy", 1)
         length = metrics.get(f"{name}/response_length", limit / 2)
-        if entropy < LEAST_ENTROPY:
-            found.append(f"the {name} is nearly deterministic ({entropy:.3f} nats per token); raise its KL penalty or "
-                         "lower its learning rate")
-        if limit > 4 and not SHORTEST < length < LONGEST * limit:
-            found.append(f"the {name} writes {length:.1f} of at most {limit} tokens; raise its KL penalty, or the "
-                         "limit if it is cut off")
-    refused = metrics.get("game/over_refusal", 0)
-    if refused > MOST_REFUSED:
-        found.append(f"the defender refuses {refused:.0%} of the harmless prompts; raise --ptx_coef (with --sft_data) "
-                     "or --kl_coef")
-    found = [("collapse", message) for message in found]
-    trained = metrics.get("game/asr_train_judge", before["asr_train_judge"]) - before["asr_train_judge"]
-    held_out = metrics.get("game/asr_held_out_judge", before["asr_held_out_judge"]) - before["asr_held_out_judge"]
-    if abs(trained - held_out) > MOST_APART:
-        found.append(("reward_hacking", (
-            f"since the start attack success has changed by {trained:+.2f} for the training judge, by {held_out:+.2f} "
-            "for the held-out one; read the exchanges (eval.py report), train the judge on them "
-            "(experiments.train_judge), or raise --kl_coef")))
-    success = metrics.get("attacker/success_of_turn", 1)
-    if success < LEAST_SUCCESS:
-        found.append(("no_signal", (
-            f"{success:.1%} of the attacker's attempts succeeded: its turn taught it little; the game is over, or the "
-            "attacker too weak (experiments.probe tells): raise --attacker_steps, or end after fewer --rounds")))
-    return found
+        rows += [
+            ("collapse", entropy < LEAST_ENTROPY,
+             f"the {name} is nearly deterministic ({entropy:.3f} nats per token); raise its KL penalty or lower its "
+             "learning rate"),
+            ("collapse", limit > 4 and not SHORTEST < length < LONGEST * limit,
+             f"the {name} writes {length:.1f} of at most {limit} tokens; raise its KL penalty, or the limit if it is "
+             "cut off")]
+    return [(alarm, message) for alarm, is_raised, message in rows if is_raised]
 
 
 # --- a finished run, read ---------------------------------------------------------------------------------------------
