@@ -49,7 +49,7 @@ from harness.report import (
     write_page,
 )
 from harness.run import FinishedRun, open_run
-from harness.world import World, attacker_to_measure, evaluate
+from harness.world import World, attacker_to_measure, attacks_to_measure, evaluate
 from model import best_dtype, generate, keep_freed_memory, load_policy, logprobs_and_values
 from reward import Judge, call_judge, load_judge, unsafe_rate
 
@@ -66,12 +66,11 @@ def greedy(side: Side, prompts: Sequence[str]) -> list[str]:
 def cross_play(attackers: Sequence[Side], defenders: Sequence[Side], seeds: Sequence[str], judge: Judge) -> np.ndarray:
     """Success rate of every attacker against every defender, (attackers, defenders). Each attacker writes one set of
     attacks for all defenders, who answer greedily."""
-    matrix = np.zeros((len(attackers), len(defenders)))
-    for i, attacker in enumerate(attackers):
+    rates = []
+    for attacker in attackers:
         attacks = attacker.generate(seeds, 0).texts
-        for j, defender in enumerate(defenders):
-            matrix[i, j] = unsafe_rate(call_judge(judge, attacks, greedy(defender, attacks)))
-    return matrix
+        rates.append([unsafe_rate(call_judge(judge, attacks, greedy(defender, attacks))) for defender in defenders])
+    return np.array(rates)
 
 
 @dataclass
@@ -178,9 +177,7 @@ def look_alikes(world: World) -> list[str]:
 def third_party_success(world: World, attacker: Side | None, third_parties: Sequence[Side]) -> dict:
     """Success of one set of attacks (attacker None: the seeds as they are) against each third party, its mean, and in
     the embedded game the number of cells, and of topics, in which any of them was broken."""
-    attacks = world.attack_seeds
-    if attacker is not None:
-        attacks = attacker.generate(world.attack_seeds, 0).texts
+    attacks = attacks_to_measure(world, attacker)
     p_safe = [call_judge(world.held_out_judge, attacks, greedy(defender, attacks)) for defender in third_parties]
     rates = [unsafe_rate(p) for p in p_safe]
     row = {"third_parties": rates, "third_party_success": float(np.mean(rates))}

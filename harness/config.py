@@ -17,7 +17,7 @@ from model import DTYPE_NAMES, best_dtype
 
 DATA = ("prompts", "test_prompts", "benign_prompts", "sft_data")
 PATHS = (*DATA, "attacker", "defender", "judge", "held_out_judge", "helpful_judge", "embedder", "start")
-OUR_NAMES = ("rule", "answered", "toy", "truth", "chosen", "words")  # of judges and embedders
+OUR_NAMES = ("rule", "answered", "toy", "truth", "words")  # of judges and embedders
 LEFT_BY_A_START = {".lock", "config.json.writing"}  # files of a killed start
 LEFT_ALONE = {"lost+found"}  # in the root of a file system
 

@@ -21,7 +21,6 @@ from harness.data import (
     first_turn,
     hub_file,
     is_test,
-    normalized,
     read_json,
     read_rows,
     usable,
@@ -68,18 +67,18 @@ def read_prompts(start: Path) -> Prompts:
         raise ValueError(f"{start}/prompts.json is damaged or of another version: {first_line(error)}") from error
 
 
-@dataclass
+@dataclass(kw_only=True)
 class World(Prompts):
     """What a game needs apart from the algorithm."""
 
-    players: dict[str, Player] = field(kw_only=True)  # "attacker" and "defender"
-    first: dict[str, Player] = field(kw_only=True)  # the initial players, frozen
-    judge: Judge = field(kw_only=True)
-    held_out_judge: Judge = field(kw_only=True)  # never trained against
-    refused: Callable = field(kw_only=True)  # list of responses -> list of 0.0 / 1.0
-    helpful: Judge = field(kw_only=True)  # of helpfulness: how well a harmless request is answered
-    embedder: Embedder = field(kw_only=True)
-    attack_seeds: list[str] = field(kw_only=True)  # seeds of the attacker's part of the table
+    players: dict[str, Player]  # "attacker" and "defender"
+    first: dict[str, Player]  # the initial players, frozen
+    judge: Judge
+    held_out_judge: Judge  # never trained against
+    refused: Callable  # list of responses -> list of 0.0 / 1.0
+    helpful: Judge  # of helpfulness: how well a harmless request is answered
+    embedder: Embedder
+    attack_seeds: list[str]  # seeds of the attacker's part of the table
     judge_to_save: Judge | None = None  # a judge that was trained here
     toy: ToyGame | None = None  # the embedded game
 
@@ -100,8 +99,39 @@ class World(Prompts):
 def make_world(config: Config, start: Path | None = None) -> World:
     """The world that the options describe. start: a run's checkpoints/start; with it nothing is trained.
     Raises ValueError, OSError."""
-    build = user_world if config.attacker else toy_world
-    return build(config, start)
+    toy = None if config.attacker else ToyGame(config.seed)
+    data = {} if toy or start else _read_data(config)
+    judges = _load_judges(config, toy, start)
+    if config.embedder == "toy":
+        embedder = toy.embed
+    else:
+        embedder = load_embedder(config.embedder, config.device, config.trust_remote_code)
+    rng = np.random.default_rng([config.seed, 2**20])
+    if start:
+        policies = _load_policies(config, start)
+        prompts = read_prompts(start)  # even if the files have changed
+    elif toy:
+        policies = _toy_policies(config, toy)
+        pairs = _toy_pairs(config, toy, rng)
+        prompts = _toy_prompts(config, toy, pairs["defender"])
+    else:
+        policies = _load_policies(config)
+        prompts = _user_prompts(config, data, policies)
+        pairs = _user_pairs(config, prompts, embedder, rng)
+    _check_prompts(config, prompts)
+    if config.shard:
+        for policy in policies.values():
+            shard(policy)
+    if not start:
+        _warm_start(config, policies, pairs)
+    if judges["judge"] is None:
+        judges["judge"] = _toy_judge(config, toy, policies["attacker"], rng)
+    return _finish_world(config, toy, policies, prompts, judges, embedder)
+
+
+def attacks_to_measure(world: World, attacker: Player | PolicyAverage | None) -> list[str]:
+    """The attacks of the attacker's part of the table; attacker None: the seeds themselves."""
+    return world.attack_seeds if attacker is None else attacker.generate(world.attack_seeds, 0).texts
 
 
 def evaluate(world: World, attacker: Player | PolicyAverage | None,
@@ -113,18 +143,14 @@ def evaluate(world: World, attacker: Player | PolicyAverage | None,
     its prompts are. All are rates in [0, 1] except `undecided`, a count.
     """
     answers = defender.generate(world.test_prompts, 0, temperature=0).texts
-    benign = []
-    if world.benign_prompts:
-        benign = defender.generate(world.benign_prompts, 0, temperature=0).texts
-    attacks = world.attack_seeds
-    if attacker is not None:
-        attacks = attacker.generate(world.attack_seeds, 0).texts
+    attacks = attacks_to_measure(world, attacker)
     responses = world.first["defender"].generate(attacks, 0, temperature=0).texts
     broken = call_judge(world.held_out_judge, attacks, responses)
     held_out = call_judge(world.held_out_judge, world.test_prompts, answers)
     trained = call_judge(world.judge, world.test_prompts, answers)
     over_refusal = helpfulness = None
-    if benign:
+    if world.benign_prompts:
+        benign = defender.generate(world.benign_prompts, 0, temperature=0).texts
         over_refusal = float(np.mean(world.refused(benign)))
         helpfulness = float(np.nanmean(call_judge(world.helpful, world.benign_prompts, benign)))
     return {
@@ -137,6 +163,32 @@ def evaluate(world: World, attacker: Player | PolicyAverage | None,
 def attacker_to_measure(config: Config, attacker: Player | PolicyAverage) -> Player | PolicyAverage | None:
     """The attacker of `evaluate`; None for method sft, whose attacks are the seeds themselves."""
     return None if config.method == "sft" else attacker
+
+
+# --- judges -------------------------------------------------------------------------------------------------------
+def _named(flag, load, *args):
+    """What a flag asks for; an error names the flag."""
+    try:
+        return load(*args)
+    except ValueError as error:
+        raise ValueError(f"--{flag}: {error}") from error
+
+
+def _load_judges(config, toy, start):
+    """{field of World: judge}. "judge" is None if it is to be trained here: that of the embedded game."""
+    place = (config.device, config.trust_remote_code)
+    truth = {"truth": toy.ground_truth} if toy else {}
+    helpful = {"toy": toy.helpful} if toy else {}
+    judge = None
+    if config.judge != "toy":
+        judge = _named("judge", load_judge, config.judge, config.unsafe_label, truth, *place)
+    elif start:
+        judge = load_judge(str(start / "judge"), device=config.device)
+    return {
+        "judge": judge,
+        "held_out_judge": _named("held_out_judge", load_judge, config.held_out_judge, config.held_out_unsafe_label,
+                                 truth, *place, "held_out_judge"),
+        "helpful": _named("helpful_judge", load_judge, config.helpful_judge, None, helpful, *place, "helpful_judge")}
 
 
 # --- players ----------------------------------------------------------------------------------------------------
@@ -156,7 +208,7 @@ def make_players(config: Config, policies: dict[str, Policy]) -> dict[str, Playe
     return players
 
 
-def _load_policies(config, start):
+def _load_policies(config, start=None):
     """Both policies, from the options or from a run's start. With LoRA two policies with the same base share it."""
     policies = {}
     of_base = {}  # {a base's name or folder: the policy that was loaded from it}
@@ -174,11 +226,6 @@ def _load_policies(config, start):
     return policies
 
 
-def _shard_policies(config, policies):
-    for policy in policies.values() if config.shard else ():
-        shard(policy)
-
-
 def _save_memory(policy, config):
     """Apply the options that save memory to a policy, in place."""
     if config.lora:
@@ -187,128 +234,18 @@ def _save_memory(policy, config):
         checkpoint_blocks(policy)
 
 
-def _check_room(name, policy, prompts, new_tokens):
-    lengths = [len(ids) for ids in policy.encode(prompts)]
-    longest = int(np.argmax(lengths))
-    if lengths[longest] + new_tokens > policy.context:
-        raise ValueError(
-            f"the {name} must hold a prompt and {new_tokens} new tokens in its context of {policy.context}, got a "
-            f"prompt of {lengths[longest]} tokens ({prompts[longest][:40]!r}...); shorten it or lower the number of "
-            "new tokens")
+def _check_room(config, policies, longest=1):
+    """Raises ValueError unless each context has room for a prompt of `longest` tokens and the new tokens."""
+    for name, flag in (("attacker", "attack_tokens"), ("defender", "response_tokens")):
+        tokens = getattr(config, flag)
+        context = policies[name].context
+        if longest + tokens > context:
+            raise ValueError(f"--{flag} must leave room for a prompt of {longest} tokens, but the {name} has {tokens} "
+                             f"new tokens in its context of {context}; lower it")
 
 
-def _finish_world(config, policies, prompts, **parts):
-    """The world with players for the policies."""
-    players = make_players(config, policies)
-    first = {name: player.with_policy(player.initial) for name, player in players.items()}
-    parts["judge"] = shared_judge(parts["judge"])
-    parts["held_out_judge"] = shared_judge(parts["held_out_judge"])
-    seeds = sample(prompts.seeds, min(MOST_ATTACKS, config.eval_prompts), np.random.default_rng(config.seed))
-    return World(**vars(prompts), players=players, first=first, attack_seeds=seeds, **parts)
-
-
-# --- the embedded game ------------------------------------------------------------------------------------------
-def toy_world(config: Config, start: Path | None = None) -> World:
-    """The embedded game: fresh small models, warm-started, and a judge trained on noisy samples."""
-    game = ToyGame(config.seed)
-    remote = (config.device, config.trust_remote_code)
-    known = {"truth": game.ground_truth}
-    helpful = load_judge(config.helpful_judge, None, {"toy": game.helpful}, *remote, "helpful_judge")
-    judge = None  # to be trained
-    if config.judge != "toy":
-        judge = load_judge(config.judge, config.unsafe_label, known, *remote)
-    elif start:
-        judge = load_judge(str(start / "judge"), device=config.device)
-    if judge:
-        known["chosen"] = judge
-    held_out_judge = load_judge(config.held_out_judge, config.held_out_unsafe_label, known, *remote, "held_out_judge")
-    embedder = game.embed if config.embedder == "toy" else load_embedder(config.embedder, *remote)
-    torch.manual_seed(config.seed)
-    rng = np.random.default_rng([config.seed, 2**20])
-    if start:
-        policies = _load_policies(config, start)
-        _shard_policies(config, policies)
-        prompts = read_prompts(start)
-    else:
-        policies = _toy_policies(config, game)
-        _shard_policies(config, policies)
-        pairs = _toy_warm_start(config, game, policies, rng)
-        prompts = _toy_prompts(config, game, pairs)
-        for policy in policies.values():  # only now: the warm start trains all weights
-            _save_memory(policy, config)
-    if judge is None:
-        judge = _toy_judge(config, game, policies["attacker"], rng)
-    return _finish_world(
-        config, policies, prompts, judge=judge, held_out_judge=held_out_judge, refused=game.refused,
-        helpful=helpful, embedder=embedder, toy=game, judge_to_save=judge if config.judge == "toy" else None)
-
-
-def _toy_policies(config, game):
-    tokenizer = game.tokenizer()
-    policies = {}
-    for name, new_tokens in (("defender", config.response_tokens), ("attacker", config.attack_tokens)):
-        lm = toy_lm(tokenizer).to(config.device)
-        policies[name] = Policy(lm, tokenizer, config.critic, DTYPES[config.dtype])
-        _check_room(name, policies[name], game.fixed_prompts, new_tokens)
-    return policies
-
-
-def _toy_warm_start(config, game, policies, rng):
-    """SFT of both policies; returns the defender's (prompt, response) pairs."""
-    n = min(30_000, 64 * config.sft_steps + 1000)
-    pairs = {"defender": game.defender_sft(n, rng)}
-    pairs["attacker"] = [(config.template.format(prompt), attack) for prompt, attack in game.attacker_sft(n, rng)]
-    if not config.dry_run:
-        for i, name in enumerate(("defender", "attacker")):
-            settings = SFTSettings(config.sft_steps, 64, 3e-3, [config.seed, i], config.micro_batch,
-                                   f"SFT of the {name}")
-            sft(policies[name], pairs[name], settings)
-    return pairs["defender"]
-
-
-def _toy_prompts(config, game, pairs):
-    """`Prompts` of the embedded game. The test sets do not depend on what was trained before."""
-    rng = np.random.default_rng([config.seed, 2**20 + 1])
-    tests = game.test_sets(config.eval_prompts, rng)
-    test_prompts = tests.pop("in distribution")
-    benign = game.sample_prompts(max(1, config.eval_prompts // 2), rng, harmful=False, held_out=True)
-    demos = [pair for pair in pairs if game.is_demonstration(*pair)]
-    benign_seeds = game.sample_prompts(1000, rng, harmful=False)
-    return Prompts(game.fixed_prompts, test_prompts, benign, demos, benign_seeds, tests)
-
-
-def _toy_judge(config, game, attacker, rng):
-    """The training judge: a small classifier on noisy samples, some with prompts by the warm-started attacker."""
-    tokenizer = game.tokenizer()
-    classifier = toy_classifier(tokenizer).to(config.device)
-    if config.dry_run:
-        return train_judge(classifier, tokenizer, [], JudgeTraining(steps=0))
-    seeds = sample(game.fixed_prompts, 3000, rng)
-    player = Player("attacker", attacker, config.attack_tokens, template=config.template)
-    attacks = [attack for attack in player.generate(seeds, config.seed).texts if not game.is_held_out(attack)]
-    triples = list(zip(*game.judge_samples(min(30_000, 64 * config.judge_steps), rng, attacks)))
-    settings = JudgeTraining(config.judge_steps, learning_rate=2e-3, seed=config.seed)
-    judge = train_judge(classifier, tokenizer, triples, settings)
-    broadcast_weights(classifier)
-    return judge
-
-
-# --- a user's models and data -------------------------------------------------------------------------------------
-def user_world(config: Config, start: Path | None = None) -> World:
-    """A user's models: prompts, pairs and judges from files, or from the hub if no flag names a file. With --prompts
-    all data are the user's: sets that no flag names are left out."""
-    remote = (config.device, config.trust_remote_code)
-    data = {} if start else _read_data(config)
-    judge = _named("judge", load_judge, config.judge, config.unsafe_label, (), *remote)
-    held_out_judge = _named("held_out_judge", load_judge, config.held_out_judge, config.held_out_unsafe_label, (),
-                            *remote, "held_out_judge")
-    helpful = _named("helpful_judge", load_judge, config.helpful_judge, None, (), *remote, "helpful_judge")
-    embedder = load_embedder(config.embedder, *remote)
-    policies = _load_policies(config, start)
-    if start:  # a resumed run uses its saved prompts, even if the files have changed
-        prompts = read_prompts(start)
-    else:
-        prompts = _user_prompts(config, data, policies)
+def _check_prompts(config, prompts):
+    """Raises ValueError if the options need texts that are not there."""
     if not prompts.demos and config.ptx_coef > 0:
         raise ValueError("--ptx_coef needs demonstrations, got none; pass --sft_data with (prompt, response) pairs, or "
                          "--ptx_coef 0")
@@ -317,21 +254,86 @@ def user_world(config: Config, start: Path | None = None) -> World:
             raise ValueError(f"--benign_share needs at least {LEAST_BENIGN} harmless requests, of which it takes half; "
                              "pass --benign_prompts")
         config.benign_share = 0.0
-    _shard_policies(config, policies)
-    if config.sft_steps and not (start or config.dry_run):
-        _warm_start(config, policies, prompts, embedder)
-    return _finish_world(config, policies, prompts, judge=judge, held_out_judge=held_out_judge, refused=refusals,
-                         helpful=helpful, embedder=embedder)
 
 
-def _named(flag, load, *args):
-    """What a flag asks for; an error names the flag."""
-    try:
-        return load(*args)
-    except ValueError as error:
-        raise ValueError(f"--{flag}: {error}") from error
+def _warm_start(config, policies, pairs):
+    """SFT of both players on their (prompt, response) pairs. A player of the embedded game trains all of its weights
+    here, and gets its adapter afterwards."""
+    batch_size = 64
+    rates = {"defender": 3e-3, "attacker": 3e-3}
+    if config.attacker:
+        batch_size = config.batch_size
+        rates = {"defender": SFT_RATE * config.learning_rate, "attacker": SFT_RATE * config.attacker_learning_rate}
+    for i, name in enumerate(("defender", "attacker")):
+        if pairs.get(name) and not config.dry_run:
+            settings = SFTSettings(config.sft_steps, batch_size, rates[name], [config.seed, i], config.micro_batch,
+                                   f"SFT of the {name}")
+            sft(policies[name], pairs[name], settings)
+        if not config.attacker:
+            _save_memory(policies[name], config)
 
 
+def _finish_world(config, toy, policies, prompts, judges, embedder):
+    """The world with players for the policies."""
+    players = make_players(config, policies)
+    first = {name: player.with_policy(player.initial) for name, player in players.items()}
+    judge_to_save = judges["judge"] if config.judge == "toy" else None
+    for name in ("judge", "held_out_judge"):
+        judges[name] = shared_judge(judges[name])
+    seeds = sample(prompts.seeds, min(MOST_ATTACKS, config.eval_prompts), np.random.default_rng(config.seed))
+    return World(**vars(prompts), **judges, players=players, first=first, embedder=embedder, attack_seeds=seeds,
+                 refused=toy.refused if toy else refusals, judge_to_save=judge_to_save, toy=toy)
+
+
+# --- the embedded game ------------------------------------------------------------------------------------------
+def _toy_policies(config, toy):
+    """Fresh small models."""
+    torch.manual_seed(config.seed)
+    tokenizer = toy.tokenizer()
+    policies = {}
+    for name in ("defender", "attacker"):
+        lm = toy_lm(tokenizer).to(config.device)
+        policies[name] = Policy(lm, tokenizer, config.critic, DTYPES[config.dtype])
+    _check_room(config, policies, max(map(len, policies["defender"].encode(toy.fixed_prompts))))
+    return policies
+
+
+def _toy_pairs(config, toy, rng):
+    """{player: (prompt, response) pairs} for the warm start."""
+    n = min(30_000, 64 * config.sft_steps + 1000)
+    defender = toy.defender_sft(n, rng)
+    attacker = [(config.template.format(prompt), attack) for prompt, attack in toy.attacker_sft(n, rng)]
+    return {"defender": defender, "attacker": attacker}
+
+
+def _toy_prompts(config, toy, pairs):
+    """`Prompts` of the embedded game. The test sets do not depend on what was trained before."""
+    rng = np.random.default_rng([config.seed, 2**20 + 1])
+    tests = toy.test_sets(config.eval_prompts, rng)
+    test_prompts = tests.pop("in distribution")
+    benign = toy.sample_prompts(max(1, config.eval_prompts // 2), rng, harmful=False, held_out=True)
+    demos = [pair for pair in pairs if toy.is_demonstration(*pair)]
+    benign_seeds = toy.sample_prompts(1000, rng, harmful=False)
+    return Prompts(toy.fixed_prompts, test_prompts, benign, demos, benign_seeds, tests)
+
+
+def _toy_judge(config, toy, attacker, rng):
+    """The training judge: a small classifier on noisy samples, some with prompts by the warm-started attacker."""
+    tokenizer = toy.tokenizer()
+    classifier = toy_classifier(tokenizer).to(config.device)
+    if config.dry_run:
+        return train_judge(classifier, tokenizer, [], JudgeTraining(steps=0))
+    seeds = sample(toy.fixed_prompts, 3000, rng)
+    player = Player("attacker", attacker, config.attack_tokens, template=config.template)
+    attacks = [attack for attack in player.generate(seeds, config.seed).texts if not toy.is_held_out(attack)]
+    triples = list(zip(*toy.judge_samples(min(30_000, 64 * config.judge_steps), rng, attacks)))
+    settings = JudgeTraining(config.judge_steps, learning_rate=2e-3, seed=config.seed)
+    judge = train_judge(classifier, tokenizer, triples, settings)
+    broadcast_weights(classifier)
+    return judge
+
+
+# --- a user's models and data -------------------------------------------------------------------------------------
 def _read_data(config):
     """{flag: (name, rows)} of the data that the game needs, from the flag's file or, without --prompts, its default on
     the hub."""
@@ -365,12 +367,7 @@ def split_prompts(config: Config, data: dict, policies: dict[str, Policy]) -> Pr
     """First human turns that fit the contexts of both players, in disjoint sets. Without --test_prompts a tenth of
     --prompts is for testing, by hash; with --benign_share half of --benign_prompts is for training. Raises ValueError.
     """
-    for name, flag in (("attacker", "attack_tokens"), ("defender", "response_tokens")):
-        tokens = getattr(config, flag)
-        context = policies[name].context
-        if tokens >= context:
-            raise ValueError(f"--{flag} must leave room for a prompt in the {name}'s context of {context} tokens, got "
-                             f"{tokens}; lower it")
+    _check_room(config, policies)
     attack_room = policies["attacker"].context - config.attack_tokens
     room = policies["defender"].context - config.response_tokens
     limit = " or ".join(str(tokens) for tokens in sorted({attack_room, room}))
@@ -386,7 +383,7 @@ def split_prompts(config: Config, data: dict, policies: dict[str, Policy]) -> Pr
             return [], None
         name, rows = data[flag]
         prompts = [(first_turn(row["prompt"]),) for row in rows]
-        kept, line = usable(name, prompts, {*map(normalized, others)}, fit, limit)
+        kept, line = usable(name, prompts, others, fit, limit)
         return [prompt for prompt, in kept], line
 
     test, test_line = pick("test_prompts", [])
@@ -424,22 +421,18 @@ def usable_pairs(config: Config, name: str, rows: list[dict], tested: list[str],
         return [len(p) + len(r) <= limit for p, r in zip(*policy.encode_pairs(pairs))]
 
     pairs = [(row["prompt"], row.get("response") or row.get("chosen")) for row in safe]
-    kept, line = usable(name, pairs, {*map(normalized, tested)}, fit, limit)
+    kept, line = usable(name, pairs, tested, fit, limit)
     print(f"{line}, {len(kept)} to learn from")
     return kept
 
 
-def _warm_start(config, policies, prompts, embedder):
-    """SFT of the defender on its pairs, of the attacker on neighbouring seeds."""
-    rng = np.random.default_rng([config.seed, 2**20])
+def _user_pairs(config, prompts, embedder, rng):
+    """{player: (prompt, response) pairs} for the warm start: the attacker learns to write neighbouring seeds. Without
+    a warm start {}, as the embedder takes time."""
+    if config.sft_steps == 0 or config.dry_run:
+        return {}
     some = sample(prompts.seeds, min(len(prompts.seeds), 4000), rng)  # each is embedded and compared with all others
-    pairs = {"defender": prompts.demos, "attacker": neighbour_pairs(some, embedder, config.template, rng)}
-    rates = {"defender": config.learning_rate, "attacker": config.attacker_learning_rate}
-    for i, name in enumerate(("defender", "attacker")):
-        if pairs[name]:
-            settings = SFTSettings(config.sft_steps, config.batch_size, SFT_RATE * rates[name], [config.seed, i],
-                                   config.micro_batch, f"SFT of the {name}")
-            sft(policies[name], pairs[name], settings)
+    return {"defender": prompts.demos, "attacker": neighbour_pairs(some, embedder, config.template, rng)}
 
 
 def neighbour_pairs(seeds: list[str], embedder: Embedder, template: str, rng: np.random.Generator,
