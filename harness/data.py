@@ -328,7 +328,7 @@ def _parse_row(row):
     return {**texts, **_label(fields)}
 
 
-def _json_rows(path, text):
+def _json_rows(text):
     """[(n, row)] of one JSON value over any number of lines, a list of rows or one row; or else of JSON lines."""
     try:
         value = json.loads(text)
@@ -343,7 +343,7 @@ def _json_rows(path, text):
             if line.strip():
                 rows.append((n, json.loads(line)))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {n}: malformed JSON ({error.msg} at column {error.colno})") from error
+            raise ValueError(f"line {n}: malformed JSON ({error.msg} at column {error.colno})") from error
     return rows
 
 
@@ -369,7 +369,7 @@ def _numbered_rows(path):
     kind = Path(path.name.lower().removesuffix(".gz")).suffix
     with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
         if kind in (".json", ".jsonl"):
-            return _json_rows(path, file.read())
+            return _json_rows(file.read())
         if kind == ".csv":
             return _csv_rows(file)
         if kind == ".txt":
@@ -388,16 +388,16 @@ def read_rows(path: str | Path) -> list[dict]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"a data file must exist, got {str(path)!r}")
-    rows = []
     try:
-        for n, row in _numbered_rows(path):
-            try:
-                rows.append(_parse_row(row))
-            except ValueError as error:
-                raise ValueError(f"{path}, row {n}: {error}") from error
+        numbered = _numbered_rows(path)
     except Exception as error:  # a damaged archive, bytes that are not text, an overlong CSV field, ...
-        message = str(error) if str(path) in str(error) else f"cannot read {path}: {first_line(error)}"
-        raise ValueError(message) from error
+        raise ValueError(f"cannot read {path}: {first_line(error)}") from error
+    rows = []
+    for n, row in numbered:
+        try:
+            rows.append(_parse_row(row))
+        except Exception as error:
+            raise ValueError(f"{path}, row {n}: {error}") from error
     if not rows:
         raise ValueError(f"{path} must hold at least one row, got none")
     return rows
