@@ -61,16 +61,14 @@ def join_processes() -> None:
 
 def gather_results(work: Callable[[], object]) -> list:
     """The results of work() in all processes, for each of them. An error in one is raised in all, against deadlocks."""
+    if world_size() == 1:
+        return [work()]
     try:
         result = work()
     except Exception as error:
-        if world_size() == 1:
-            raise
         result = error
-    results = [result]
-    if world_size() > 1:
-        results = [None] * world_size()
-        dist.all_gather_object(results, result)
+    results = [None] * world_size()
+    dist.all_gather_object(results, result)
     for result in results:
         if isinstance(result, Exception):
             raise result

@@ -149,11 +149,10 @@ def paired_test(differences: Sequence[float]) -> tuple[float, float]:
 def holm(p: Sequence[float]) -> list[float]:
     """p-values (n,) corrected for n claims (Holm, 1979): the i-th smallest times n - i + 1, but at most 1 and at least
     the corrected value of the one before."""
-    corrected = np.zeros(len(p))
-    largest = 0.0
-    for i, claim in enumerate(np.argsort(p)):
-        largest = max(largest, min(1.0, (len(p) - i) * p[claim]))
-        corrected[claim] = largest
+    order = np.argsort(p)
+    factors = np.arange(len(p), 0, -1)  # n - i + 1
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(1, np.maximum.accumulate(factors * np.sort(p)))
     return corrected.tolist()
 
 

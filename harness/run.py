@@ -71,8 +71,10 @@ def start_program(argv: list[str]) -> Config:
     join_processes()
     quiet_libraries()
     config = parse(argv)
-    if config.deterministic:
-        be_deterministic()
+    if config.deterministic:  # docs/running.md states its limits
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it before its first product
+        torch.use_deterministic_algorithms(True, warn_only=True)  # an error would stop the sampler's cumsum on a GPU
+        torch.set_num_threads(1)  # with two threads, one run of four summed in another order
     if config.resume and (Path(config.out) / "summary.json").is_file():
         print(f"the run in {config.out} is finished: read {config.out}/report.md")
         sys.exit(0)
@@ -82,13 +84,6 @@ def start_program(argv: list[str]) -> Config:
         fail(error)
     except KeyboardInterrupt as stop:
         interrupted(stop, " before the run began")
-
-
-def be_deterministic() -> None:
-    """Implement `--deterministic`; docs/running.md states its limits."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it before its first product
-    torch.use_deterministic_algorithms(True, warn_only=True)  # an error would stop the sampler's cumsum on a GPU
-    torch.set_num_threads(1)  # with two threads, one run of four summed in another order
 
 
 @contextlib.contextmanager
@@ -355,7 +350,11 @@ class RunFolder:
             state = read_json(found / "state.json")
             self.steps_done = state["step"]
             self.before = state["before"]
-            game.load_state_dict(load_states(state["numbers"], found))
+            states = {}  # {file: (tensors, numbers)}; only the first process has the tensors
+            for name, numbers in state["numbers"].items():
+                file = found / f"{name}.safetensors"
+                states[name] = (load_file(file) if file.exists() and not rank() else {}, numbers)
+            game.load_state_dict(states)
             print(f"going on after step {self.steps_done} of {self.total_steps}")
         if self.has_start():
             self.metrics, self.games = first_decides(lambda: [self.trim(self.path / name) for name in LOGS])
@@ -461,15 +460,6 @@ def save_states(states: dict[str, tuple[dict, dict]], folder: Path) -> None:
     for name, (tensors, _) in states.items():
         if tensors:
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
-
-
-def load_states(numbers: dict[str, dict], folder: Path) -> dict[str, tuple[dict, dict]]:
-    """Load {file: (tensors, numbers)}; only the first process has the tensors."""
-    states = {}
-    for name, its_numbers in numbers.items():
-        file = folder / f"{name}.safetensors"
-        states[name] = (load_file(file) if file.exists() and not rank() else {}, its_numbers)
-    return states
 
 
 def changed_answers(world: World) -> list[tuple[str, str, str]]:
