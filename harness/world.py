@@ -379,28 +379,28 @@ def split_prompts(config: Config, data: dict, policies: dict[str, Policy]) -> Pr
         return [len(a) <= attack_room and len(d) <= room for a, d in zip(attacker_ids, defender_ids)]
 
     def pick(flag, others):
-        if flag not in data:
-            return [], None
         name, rows = data[flag]
         prompts = [(first_turn(row["prompt"]),) for row in rows]
         kept, line = usable(name, prompts, others, fit, limit)
         return [prompt for prompt, in kept], line
 
-    test, test_line = pick("test_prompts", [])
+    test = []
+    if "test_prompts" in data:
+        test, line = pick("test_prompts", [])
+        print(f"{line}, {len(test)} to test")
     seeds, line = pick("prompts", test)
-    benign, benign_line = pick("benign_prompts", seeds + test)
-    if test:
-        print(f"{test_line}, {len(test)} to test")
-    else:
+    if not test:
         test = [prompt for prompt in seeds if is_test(prompt)]
         seeds = [prompt for prompt in seeds if not is_test(prompt)]
     print(f"{line}, {len(seeds)} to train on, {len(test)} to test")
+    benign = []
     benign_seeds = []
-    if config.benign_share and len(benign) >= LEAST_BENIGN:
-        benign_seeds = [prompt for prompt in benign if is_test(prompt, 2)]
-        benign = [prompt for prompt in benign if not is_test(prompt, 2)]
-    if benign:
-        print(f"{benign_line}, {len(benign_seeds)} to train on, {len(benign)} to measure over-refusal")
+    if "benign_prompts" in data:
+        benign, line = pick("benign_prompts", seeds + test)
+        if config.benign_share and len(benign) >= LEAST_BENIGN:
+            benign_seeds = [prompt for prompt in benign if is_test(prompt, 2)]
+            benign = [prompt for prompt in benign if not is_test(prompt, 2)]
+        print(f"{line}, {len(benign_seeds)} to train on, {len(benign)} to measure over-refusal")
     if not seeds or not test:
         raise ValueError("--prompts must leave at least one prompt for training and one for testing, got "
                          f"{len(seeds)} and {len(test)}; add prompts or pass --test_prompts")
