@@ -3180,6 +3180,16 @@ def test_a_users_models_with_different_tokenizers_are_trained_and_what_cannot_be
     assert "0.000" in capsys.readouterr().out
 
 
+def test_alarms_see_a_rounds_last_step_and_a_metric_that_does_not_exist_is_left_out(user_models):
+    (user_models / "safe.py").write_text("def judge(prompts, responses):\n    return [1.0] * len(prompts)\n")
+    run_program(user_models, *MODELS, *SHORT, "--judge", "safe.py:judge", "--first", "defender", "--eval_prompts", 3,
+                "--out", "last_step")
+    defender, attacker = map(json.loads, (user_models / "last_step" / "metrics.jsonl").read_text().splitlines())
+    assert attacker["game/attack_success"] == 0 and attacker["alarm/no_signal"] == 1
+    assert "game/self_bleu" not in attacker  # of one attack
+    assert None not in (*defender.values(), *attacker.values())
+
+
 def test_a_finished_run_says_of_which_round_its_defender_is(user_models, monkeypatch):
     """The judge calls every answer unsafe but those of the defender after round 1, when both are tried at the end."""
     def choose(config, world, game):
@@ -3192,7 +3202,7 @@ def test_a_finished_run_says_of_which_round_its_defender_is(user_models, monkeyp
     monkeypatch.setattr(train, "choose_defender", choose)
     run_program(user_models, *MODELS, *SHORT, "--rounds", 2, "--final_defender", "safest", "--out", "chosen")
     run = user_models / "chosen"
-    assert json.loads((run / "summary.json").read_text())["after"]["round"] == 1
+    assert json.loads((run / "summary.json").read_text())["round"] == 1
     assert "the policy after round 1 of 2" in (run / "defender" / "README.md").read_text()
     assert "the last policy" in (run / "attacker" / "README.md").read_text()
     assert "The final defender is that of round 1 of 2" in (run / "report.md").read_text()
@@ -3771,7 +3781,7 @@ def test_eval_repeats_the_numbers_of_the_run_and_measures_more(finished, capsys)
     columns = json.loads((finished.folder / "eval.json").read_text())
     summary = json.loads((finished.folder / "summary.json").read_text())
     for name in ("before", "after", "average (mixture)", "average (weights)"):
-        for key in summary[name].keys() - {"round", "sampled_tokens"}:  # facts of the run, not measures of its players
+        for key in summary[name]:
             assert columns[name][key] == pytest.approx(summary[name][key]), (name, key)
     low, high = wilson_interval(round(summary["after"]["asr_held_out_judge"] * 30), 30)
     assert f"[{low:.3f}, {high:.3f}]" in printed and "± 0.000" in printed and "Who breaks whom" in printed

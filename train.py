@@ -387,7 +387,7 @@ def round_metrics(config: Config, world: World) -> dict[str, float]:
     """`evaluate` of the last policies after a round, on a third of the test prompts."""
     row = evaluate(world.every(3), attacker_to_measure(config, world.players["attacker"]), world.players["defender"])
     names = ("asr_held_out_judge", "asr_train_judge", "over_refusal", "attacker_success", "self_bleu", "cosine")
-    return {f"game/{name}": row[name] for name in names if row[name] is not None}
+    return {f"game/{name}": row[name] for name in names if row[name] is not None and np.isfinite(row[name])}
 
 
 def final_rows(config: Config, world: World, game: Game) -> dict[str, dict]:
@@ -416,9 +416,8 @@ def main(argv: list[str]) -> None:
         with folder.stop_after_a_step():
             train(config, world, game, folder)
         final_round = choose_defender(config, world, game)
-        rows = final_rows(config, world, game)
-        rows["after"] |= {"round": final_round, "sampled_tokens": game.sampled_tokens}
-        folder.finish(world, game.averages, rows, clock)
+        facts = {"round": final_round, "sampled_tokens": game.sampled_tokens}
+        folder.finish(world, game.averages, final_rows(config, world, game), facts, clock)
 
 
 if __name__ == "__main__":

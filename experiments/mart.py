@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
             shutil.rmtree(folder.path)  # train.py --resume would end it without its rounds
             raise
         after = evaluate(world, world.players["attacker"], world.players["defender"])
-        folder.finish(world, {}, {"after": after}, clock)
+        folder.finish(world, {}, {"after": after}, {"round": config.rounds}, clock)
 
 
 if __name__ == "__main__":

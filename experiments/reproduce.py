@@ -235,7 +235,7 @@ def suite_row(folder: Path) -> dict:
     row = found["after"] | best_response_row(folder, 0)
     row["updates"] = sum(metrics["role"] == "defender" for metrics in log)
     row["effective_cells"] = effective_cells(folder)
-    row["tokens"] = read_json(folder / "summary.json")["after"].get("sampled_tokens")  # MART does not count them
+    row["tokens"] = read_json(folder / "summary.json").get("sampled_tokens")  # MART does not count them
     row["averages"] = {name: column for name, column in found.items() if name.startswith("average")}
     return row
 

@@ -255,17 +255,17 @@ def quoted(text: str) -> str:
     return html.escape(visible(" ".join(text.split())), quote=False).replace("|", "\\|") or "*(nothing)*"
 
 
-def write_report(folder: Path, games: list[dict], rows: dict[str, dict],
+def write_report(folder: Path, games: list[dict], rows: dict[str, dict], final_round: int,
                  examples: Sequence[tuple[str, str, str]]) -> None:
     """report.md: the table, the curves, and dialogues. The page (`write_page`) has all exchanges.
 
-    games: the lines of games.jsonl; examples: (held-out prompt, the defender's answer before, its answer after)."""
+    games: the lines of games.jsonl; final_round: that of the saved defender, counted from 1; examples: (held-out
+    prompt, the defender's answer before, its answer after)."""
     config = read_config(folder)
     lines = [f"# {config['method']}, seed {config['seed']}", "", summary_table(rows), ""]
-    round = rows["after"].get("round", config["rounds"])
-    if round < config["rounds"]:
-        lines += [f"The final defender is that of round {round} of {config['rounds']}, which earlier successes break "
-                  "least.", ""]
+    if final_round < config["rounds"]:
+        lines += [f"The final defender is that of round {final_round} of {config['rounds']}, which earlier successes "
+                  "break least.", ""]
     if games:
         lines += ["![curves](curves.png)", ""]
     lines += ["## What changed", "", "Held-out prompts, never seen in training, answered greedily.", ""]
@@ -347,7 +347,7 @@ def rows_and_state(folder: Path) -> tuple[dict[str, dict], str]:
     """(rows of a run's table, its state in words); also draws the curves of an unfinished run."""
     if (folder / "summary.json").is_file():
         summary = read_json(folder / "summary.json")
-        rows = {name: row for name, row in summary.items() if name not in ("seconds", "memory", "config")}
+        rows = {name: row for name, row in summary.items() if name.startswith(("before", "after", "average"))}
         return rows, f"finished in {summary['seconds']:.0f} seconds"
     log = read_lines(folder / "metrics.jsonl")
     rows = {}

@@ -256,12 +256,12 @@ class RunFolder:
         columns = (exchanges.seeds, exchanges.prompts, exchanges.responses.texts, exchanges.p_safe.tolist(),
                    scores.tolist())
         rows = [place | {"role": turn.player} | dict(zip(names, row)) for row in zip(*columns)]
+        line = place | {"role": turn.player} | metrics
         if turn.ends_round:
             rows = self.probe(place) + rows
-            metrics = metrics | self.raise_alarms(turn.round, metrics)
+            line |= self.raise_alarms(line)
             held_out = metrics["game/asr_held_out_judge"]
             self.bar.set_postfix_str(f"round {turn.round + 1}: held-out attack success {held_out:.1%}")
-        line = place | {"role": turn.player} | metrics
         self.metrics.append(line)
         self.games += finite(rows)
         if not rank():
@@ -296,11 +296,12 @@ class RunFolder:
         return [place | {"role": "probe", "attack": attack, "response": response, "p_safe": p}
                 for attack, response, p in zip(prompts, answers, p_safe)]
 
-    def raise_alarms(self, round: int, metrics: dict[str, float]) -> dict[str, float]:
-        """Print the alarms of the round, whose last metrics these are, that the round before did not raise. Returns
+    def raise_alarms(self, last: dict) -> dict[str, float]:
+        """Print the alarms of a round that the round before did not raise. last: the line of its last step. Returns
         {"alarm/...": 0 or 1}."""
-        lines = [line for line in self.metrics if line["round"] == round]
-        newest = dict(ChainMap(metrics, *reversed(lines)))
+        round = last["round"]
+        lines = [*(line for line in self.metrics if line["round"] == round), last]
+        newest = dict(ChainMap(*reversed(lines)))
         successes = [line["game/attack_success"] for line in lines if line["role"] == "attacker"]
         if successes and self.config.method == "gpo":
             newest["attacker/success_of_turn"] = float(np.mean(successes))
@@ -308,7 +309,7 @@ class RunFolder:
         raised = alarms(newest, self.before, limits)
         before = [line for line in self.metrics if line["round"] == round - 1]
         for name, message in raised:
-            if not (before and before[-1][f"alarm/{name}"]):
+            if not (before and before[-1].get(f"alarm/{name}")):
                 tqdm.write(f"{name} alarm after round {round + 1}: {message}", file=sys.stderr)
         return {f"alarm/{name}": float(name in dict(raised)) for name in ALARMS}
 
@@ -399,18 +400,18 @@ class RunFolder:
 
     # --- the end -------------------------------------------------------------------------------------------------
     def finish(self, world: World, averages: dict[str, dict[str, PolicyAverage]], rows: dict[str, dict],
-               clock: float) -> None:
+               facts: dict[str, int], clock: float) -> None:
         """Save the finished players and their averages, write figure, report and summary, and print the table. rows:
-        the columns after the game; clock: when the program began."""
+        the columns after the game; facts: of the run, such as the "round" of its final defender; clock: when the
+        program began."""
         rows = {"before": self.before, **rows}
         examples = changed_answers(world)
         held_in_game = self.held_mib()
         last = self.config.rounds
-        chosen = rows["after"].get("round", last)
         for name, player in world.players.items():
             which = "the last policy"
-            if name == "defender" and chosen < last:
-                which = f"the policy after round {chosen} of {last}"
+            if name == "defender" and facts["round"] < last:
+                which = f"the policy after round {facts['round']} of {last}"
             with complete_folder(self.path / name, not rank()) as temporary:
                 save_policy(merged(player.policy, "cpu"), temporary, model_card(name, self.config, which))
                 save_adapter(player.policy, temporary / "adapter")
@@ -422,9 +423,9 @@ class RunFolder:
         if self.config.lora:
             print(f"{held_in_game:.0f} MiB before adapters were merged, each into a copy of its base, to be saved")
         draw_curves(self.path, self.metrics, self.before)
-        write_report(self.path, self.games, rows, examples)
+        write_report(self.path, self.games, rows, facts["round"], examples)
         seconds = time.time() - clock
-        summary = {**rows, "seconds": seconds, "memory": {"used_mib": held}, "config": asdict(self.config)}
+        summary = {**rows, **facts, "seconds": seconds, "memory": {"used_mib": held}, "config": asdict(self.config)}
         write_json(self.path / "summary.json", summary)  # last: the run is finished
         print(f"\n{summary_table(rows)}\n")
         for example in examples:
