@@ -28,6 +28,7 @@ import time
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 
@@ -68,11 +69,8 @@ def call(*arguments: object, log: Path | None = None) -> None:
     its output, instead of the screen. Raises ValueError if it fails."""
     command = [sys.executable, *map(str, arguments)]
     print(f"\npython {shlex.join(command[1:])}" + (f" > {shlex.quote(str(log))}" if log else ""), flush=True)
-    if log:
-        with open(log, "a", encoding="utf-8") as lines:
-            status = subprocess.run(command, stdout=lines, stderr=subprocess.STDOUT).returncode
-    else:
-        status = subprocess.run(command).returncode
+    with open(log, "a", encoding="utf-8") if log else nullcontext() as lines:
+        status = subprocess.run(command, stdout=lines, stderr=lines).returncode
     if status:
         raise ValueError(f"the command ended with status {status}: {shlex.join(command[1:])}; when it can go on, call "
                          "this program again")
@@ -174,10 +172,12 @@ def write_prompts(data: Path, out: Path, quick: bool) -> None:
     # only 16: with 64 of 214 pairs a model of this size refuses everything
     refusal = sample(labelled(data / "safety_tuned_llamas.jsonl.gz"), 16, rng)
     pairs = [{"prompt": prompt, "response": answer} for prompt, answer in zip(asked, own)]
-    pairs += [{"prompt": row["prompt"], "response": first_sentence(row["response"])} for row in refusal]
+    for row in refusal:
+        first_sentence = row["response"].split(". ")[0].strip().rstrip(".") + "."  # they have at most 40 tokens
+        pairs.append({"prompt": row["prompt"], "response": first_sentence})
     (out / "pairs.jsonl").unlink(missing_ok=True)
     append_lines(out / "pairs.jsonl", pairs)
-    (out / "tests.json").write_text(json.dumps(tests, ensure_ascii=False), encoding="utf-8")
+    write_json(out / "tests.json", tests)
 
 
 def nearest_kind(prompts: list[str], beavertails: list[dict], embedder: Embedder) -> list[str]:
@@ -191,21 +191,25 @@ def nearest_kind(prompts: list[str], beavertails: list[dict], embedder: Embedder
     return [prompt for prompt, i in zip(prompts, nearest) if kinds[i] in KINDS]
 
 
-def first_sentence(text: str) -> str:
-    """The first sentence of a text: demonstrations have at most 40 tokens."""
-    return text.split(". ")[0].strip().rstrip(".") + "."
-
-
 # --- runs -----------------------------------------------------------------------------------------------------------
-def train_command(out: Path, seed: int, folder: Path, players: dict[str, Path], flags: list[str]) -> list:
-    """train.py with this experiment's data and judges, or its continuation if the run in `folder` has begun."""
-    if (folder / "config.json").is_file():
-        return ["train.py", "--resume", folder]
-    files = {**players, "judge": out / "judge", "held_out_judge": out / "held_out_judge",
-             "embedder": out / "models" / ENCODER, "prompts": out / "fixed.txt", "test_prompts": out / "test.txt",
-             "benign_prompts": out / "benign.txt", "sft_data": out / "pairs.jsonl"}
-    named = [f"--{flag}={file}" for flag, file in files.items()]
-    return ["train.py", *named, *GAME, "--seed", seed, *flags, "--out", folder]
+def train(args: argparse.Namespace, seed: int, folder: Path, players: dict[str, Path], flags: list) -> None:
+    """Play the run in `folder` to its end, unless it is finished, with this experiment's data and judges."""
+    if (folder / "summary.json").is_file():
+        return
+    out = args.out
+    options = ["--resume", folder]
+    if not (folder / "config.json").is_file():
+        files = {**players, "judge": out / "judge", "held_out_judge": out / "held_out_judge",
+                 "embedder": out / "models" / ENCODER, "prompts": out / "fixed.txt", "test_prompts": out / "test.txt",
+                 "benign_prompts": out / "benign.txt", "sft_data": out / "pairs.jsonl"}
+        named = [f"--{flag}={file}" for flag, file in files.items()]
+        options = [*named, *GAME, "--seed", seed, *flags, "--out", folder]
+    call("train.py", *options, log=log_of(args, folder))
+
+
+def log_of(args: argparse.Namespace, folder: Path) -> Path | None:
+    """The file for a run's output if several runs go on at a time; else None: the screen."""
+    return folder.with_name(f"{folder.name}.log") if args.jobs > 1 else None
 
 
 def methods(args: argparse.Namespace) -> dict[str, str]:
@@ -217,28 +221,23 @@ def play(args: argparse.Namespace, seed: int, method: str) -> None:
     """Play one run and score it. method "start": the warm start of all methods of this seed."""
     folder = args.out / f"seed_{seed}" / method
     folder.parent.mkdir(exist_ok=True)
-    log = folder.with_name(f"{method}.log") if args.jobs > 1 else None
-    players = {"attacker": args.out / "player", "defender": args.out / "player"}
-    flags = ["--sft_steps", "12", "--method", "sft"]
+    flags = ["--method", "sft"]
     if method != "start":
-        flags = ["--sft_steps", "12", "--start", str(folder.with_name("start")), *methods(args)[method].split()]
-    if not (folder / "summary.json").is_file():
-        call(*train_command(args.out, seed, folder, players, flags), log=log)
+        flags = ["--start", folder.with_name("start"), *methods(args)[method].split()]
+    players = dict.fromkeys(("attacker", "defender"), args.out / "player")
+    train(args, seed, folder, players, ["--sft_steps", 12, *flags])
     if not (folder / "scores.json").is_file():
-        call("-m", "experiments.real_scores", args.out, seed, method, log=log)
+        call("-m", "experiments.real_scores", args.out, seed, method, log=log_of(args, folder))
 
 
 def attack_afresh(args: argparse.Namespace, seed: int, method: str) -> None:
-    """Train a fresh attacker against the finished defender of a run, or against its weight average if there is one."""
+    """Train a fresh attacker against the weight average of a finished defender, or against the last one without it."""
     run = args.out / f"seed_{seed}" / method
-    folder = run.with_name(f"{method}, fresh attacker")
-    if (folder / "summary.json").is_file():
-        return
-    start = run.with_name("start") / "attacker"
     defender = run / "average" / "defender"
-    players = {"attacker": start, "defender": defender if defender.is_dir() else run / "defender"}
-    log = folder.with_name(f"{folder.name}.log") if args.jobs > 1 else None
-    call(*train_command(args.out, seed, folder, players, FRESH.split()), log=log)
+    if not defender.is_dir():
+        defender = run / "defender"
+    players = {"attacker": run.with_name("start") / "attacker", "defender": defender}
+    train(args, seed, run.with_name(f"{method}, fresh attacker"), players, FRESH.split())
 
 
 def real_models(args: argparse.Namespace) -> None:
@@ -258,22 +257,18 @@ def real_models(args: argparse.Namespace) -> None:
     measure_judges(args.data, args.out)
     write_prompts(args.data, args.out, args.quick)
     seeds = range(1 if args.quick else args.seeds)
-    games = [(seed, method) for method, seed in product(methods(args), seeds)]
-    stages = [(play, [(seed, "start") for seed in seeds]), (play, games)]
+    stages = [(play, ["start"]), (play, methods(args))]
     if not args.quick:
-        stages.append((attack_afresh, [(seed, method) for seed, method in games if method in ("GPO+Div", "RLHF")]))
+        stages.append((attack_afresh, ["GPO+Div", "RLHF"]))
 
-    def timed(work, job):
-        work(args, *job)
-        print(f"{' '.join(map(str, job))} is done, {time.time() - clock:.0f} seconds after the start", flush=True)
+    def timed(job):
+        work, method, seed = job
+        work(args, seed, method)
+        print(f"{seed} {method} is done, {time.time() - clock:.0f} seconds after the start", flush=True)
 
-    for work, jobs in stages:
-        pool = ThreadPoolExecutor(args.jobs)
-        try:
-            for done in [pool.submit(timed, work, job) for job in jobs]:
-                done.result()
-        finally:  # after an error or Ctrl-C no further run begins
-            pool.shutdown(cancel_futures=True)
+    for work, names in stages:
+        with ThreadPoolExecutor(args.jobs) as pool:  # after an error or Ctrl-C no further run begins
+            list(pool.map(timed, product([work], names, seeds)))
     for seed in seeds:
         if not args.quick and not (args.out / f"seed_{seed}" / "attackers.json").is_file():
             call("-m", "experiments.real_scores", args.out, seed, "attackers")
