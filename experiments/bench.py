@@ -18,12 +18,11 @@ import ctypes
 import itertools
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +35,7 @@ from diversity import ORDERS, Diversity, word_embedder
 from eval import run_program
 from gpo import Player, gae, policy_loss, ppo_update, token_rewards, value_loss, whiten
 from harness.data import as_a_program, fail
+from harness.parallel import peak_memory
 from harness.report import markdown
 from kernel import linear_logprob
 from model import DTYPE_NAMES, DTYPES, Policy, best_dtype, generate
@@ -51,56 +51,45 @@ SHAPES = {  # N, D, V, dtype for `logprob`
     "cpu": [(512, 768, 50257, "fp32"), (2048, 768, 50257, "fp32"), (2048, 768, 50257, "bf16"),
             (8192, 768, 8192, "fp32"), (8192, 768, 50257, "fp32")],
     "cuda": [(2048, 768, 50257, "bf16"), (16384, 4096, 128256, "bf16")]}
+Rows = Iterator[list[str]]  # of the table, each by `compare`
 
 
 # --- measuring --------------------------------------------------------------------------------------------------
-def _now():
-    """The time in seconds, after all queued work of the GPU."""
+def _seconds(work):
+    """The time of some work, with all that it leaves to the GPU."""
+    start = time.perf_counter()
+    work()
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def _seconds(work):
-    start = _now()
-    work()
-    return _now() - start
+    return time.perf_counter() - start
 
 
 def compare(name: str, ours: Callable, peer_name: str, peer: Callable, repeats: int, memory: str = "-") -> list[str]:
     """Run both in turns; returns a row of the table. ours and peer are functions without arguments."""
-    ours()  # warm up
-    peer()
-    turns = [("ours", ours), ("peer", peer)]
-    seconds = {"ours": [], "peer": []}
-    for _ in range(repeats):
-        for which, work in turns:
-            seconds[which].append(_seconds(work))
+    seconds = {ours: [], peer: []}
+    turns = [ours, peer]
+    for _ in range(1 + repeats):
+        for work in turns:
+            seconds[work].append(_seconds(work))
         turns.reverse()  # neither is always the first
-    ratios = [theirs / mine for mine, theirs in zip(seconds["ours"], seconds["peer"])]
-    ours_s, peer_s = (f"{statistics.median(times):.3f} s" for times in seconds.values())
+    mine, theirs = (times[1:] for times in seconds.values())  # the first are a warm-up
+    ratios = [b / a for a, b in zip(mine, theirs)]
+    ours_s, peer_s = (f"{statistics.median(times):.3f} s" for times in (mine, theirs))
     row = [name, peer_name, ours_s, peer_s, f"{statistics.median(ratios):.2f}", memory]
     print(" | ".join(row), file=sys.stderr, flush=True)  # progress; the table comes last
     return row
-
-
-def _resident(what):
-    """Memory of this process in MiB; what: VmRSS, its current size, or VmHWM, its peak since the last reset."""
-    return int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def _extra_memory(work):
     """Peak memory that `work` adds, in MiB: on the GPU, or resident (Linux)."""
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        start = torch.cuda.memory_allocated()
-        work()
-        return (torch.cuda.max_memory_allocated() - start) / 2**20
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what an earlier `work` left behind must not hide what this one takes
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    start = _resident("VmRSS")
+    else:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what an earlier `work` left behind must not hide what this one takes
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+    start = peak_memory(DEVICE)
     work()
-    return _resident("VmHWM") - start
+    return (peak_memory(DEVICE) - start) / 2**20
 
 
 # --- logprob ----------------------------------------------------------------------------------------------------
@@ -160,19 +149,15 @@ def _bench_shape(N, D, V, dtype, repeats):
         return _extra_memory(lambda: step(logprob_sum)) - weight.numel() * 4 / 2**20
 
     ours_mib = memory(ours)
-    rows = []
     for name, peer in logprob_peers().items():
-        rows.append(compare(f"logprob N={N} D={D} V={V} {dtype}", lambda: step(ours), name, lambda: step(peer), repeats,
-                            f"{ours_mib:.0f} / {memory(peer):.0f} MiB"))
-    return rows
+        yield compare(f"logprob N={N} D={D} V={V} {dtype}", lambda: step(ours), name, lambda: step(peer), repeats,
+                      f"{ours_mib:.0f} / {memory(peer):.0f} MiB")
 
 
-def bench_logprob(repeats: int) -> list[list[str]]:
+def bench_logprob(args: argparse.Namespace) -> Rows:
     """Forward and backward of the summed log-prob of N hidden states of width D under a head of V tokens."""
-    rows = []
-    for N, D, V, dtype in SHAPES[DEVICE]:
-        rows += _bench_shape(N, D, V, dtype, repeats)
-    return rows
+    for shape in SHAPES[DEVICE]:
+        yield from _bench_shape(*shape, args.repeats)
 
 
 # --- sample -----------------------------------------------------------------------------------------------------
@@ -210,9 +195,8 @@ def _hf_generate(policy, prompts):
                                   top_p=1.0, max_new_tokens=NEW, min_new_tokens=NEW, pad_token_id=policy.eos_ids[0])
 
 
-def bench_sample(repeats: int) -> list[list[str]]:
+def bench_sample(args: argparse.Namespace) -> Rows:
     """Against `generate` of a model stored in fp32: in fp32, and under bf16 autocast as a trainer runs it."""
-    rows = []
     dtype = best_dtype(DEVICE)
     large = 16 if DEVICE == "cpu" else 64
     for size, batch in (("4x128", 64), ("gpt2", large), ("smollm2", large)):
@@ -221,10 +205,9 @@ def bench_sample(repeats: int) -> list[list[str]]:
         name = f"sample {batch} x ({PROMPT} + {NEW}), {size}, {DTYPE_NAMES[dtype]}"
         peers = {torch.float32: _make_policy(size), dtype: ours}  # one peer if fp32 is the best dtype
         for peer_dtype, peer in peers.items():
-            rows.append(compare(name, lambda: generate(ours, prompts, NEW, seed=1),
-                                f"transformers generate, {DTYPE_NAMES[peer_dtype]}",
-                                lambda: _hf_generate(peer, prompts), repeats))
-    return rows
+            yield compare(name, lambda: generate(ours, prompts, NEW, seed=1),
+                          f"transformers generate, {DTYPE_NAMES[peer_dtype]}", lambda: _hf_generate(peer, prompts),
+                          args.repeats)
 
 
 # --- ppo --------------------------------------------------------------------------------------------------------
@@ -335,7 +318,7 @@ class _Trl:
         self.answer()
 
 
-def _bench_ppo_size(size, batch, repeats, trl_python):
+def _bench_ppo_size(size, batch, args):
     dtype = best_dtype(DEVICE)
     reward_model = _make_policy(size, dtype=dtype)
     prompts = _make_prompts(batch)
@@ -351,32 +334,28 @@ def _bench_ppo_size(size, batch, repeats, trl_python):
             reward_model.hidden(rollout.tokens)  # the cost of a reward model; its values do not matter
         ppo_update(player, rollout, scores, 1)
 
-    rows = []
     for critic, keep_memory in (("separate", False), ("shared", False), ("separate", True)):
-        if trl_python:
+        if args.trl_python:
             ours = make_player(critic=critic, dtype=dtype)
-            peer = _Trl(trl_python, size, batch, keep_memory)
+            peer = _Trl(args.trl_python, size, batch, keep_memory)
             with peer.process:
-                rows.append(compare(f"{name}, {critic} critic, {DTYPE_NAMES[dtype]}", lambda: update(ours), peer.name,
-                                    peer.update, repeats))
+                yield compare(f"{name}, {critic} critic, {DTYPE_NAMES[dtype]}", lambda: update(ours), peer.name,
+                              peer.update, args.repeats)
                 peer.process.kill()
     ours = make_player()
     plain = make_player()
-    rows.append(compare(f"{name}, fp32, shared critic", lambda: update(ours), "plain PyTorch + generate",
-                        lambda: _plain_ppo(plain, reward_model, prompts, scores), repeats))
-    return rows
+    yield compare(f"{name}, fp32, shared critic", lambda: update(ours), "plain PyTorch + generate",
+                  lambda: _plain_ppo(plain, reward_model, prompts, scores), args.repeats)
 
 
-def bench_ppo(repeats: int, trl_python: str | None = None) -> list[list[str]]:
+def bench_ppo(args: argparse.Namespace) -> Rows:
     """Sample, score with a reward model of the policy's size, and update: 2 epochs x 4 minibatches."""
-    rows = []
     for size, batch in (("4x128", 64), ("gpt2", 16), ("smollm2", 16)):
-        rows += _bench_ppo_size(size, batch, repeats, trl_python)
-    return rows
+        yield from _bench_ppo_size(size, batch, args)
 
 
 # --- diversity --------------------------------------------------------------------------------------------------
-def bench_diversity(repeats: int) -> list[list[str]]:
+def bench_diversity(args: argparse.Namespace) -> Rows:
     """R_div of 64 new prompts: how its time grows with the history, and its SelfBLEU against nltk. A text has 8 to 24
     words of 2,000; as in language, the r-th word's probability is proportional to 1 / r (Zipf's law)."""
     rng = np.random.default_rng(0)
@@ -393,8 +372,8 @@ def bench_diversity(repeats: int) -> list[list[str]]:
     long = Diversity(embedder=word_embedder)
     short.add(make_texts(1000))
     long.add(make_texts(64_000))
-    rows = [compare("diversity of 64 prompts, history 64,000", lambda: long.score(next(batches)),
-                    "the same, history 1,000", lambda: short.score(next(batches)), repeats)]
+    yield compare("diversity of 64 prompts, history 64,000", lambda: long.score(next(batches)),
+                  "the same, history 1,000", lambda: short.score(next(batches)), args.repeats)
     references = [text.split() for text in short.history]
     few = [text.split() for text in new[:8]]
     with contextlib.suppress(ImportError):
@@ -406,10 +385,9 @@ def bench_diversity(repeats: int) -> list[list[str]]:
                 for n in ORDERS:
                     sentence_bleu(references, text, [1 / n] * n, smooth)
 
-        rows.append(compare("SelfBLEU-2..5 of 8 prompts, history 1,000",  # ours one text at a time, as nltk does
-                            lambda: [short.table.bleu(text) for text in new[:8]], "nltk sentence_bleu", with_nltk,
-                            repeats))
-    return rows
+        yield compare("SelfBLEU-2..5 of 8 prompts, history 1,000",  # ours one text at a time, as nltk does
+                      lambda: [short.table.bleu(text) for text in new[:8]], "nltk sentence_bleu", with_nltk,
+                      args.repeats)
 
 
 # --- the program ------------------------------------------------------------------------------------------------
@@ -420,8 +398,7 @@ def run_benches(args: argparse.Namespace) -> None:
     """Run the benchmarks that were asked for, and print their table."""
     rows = []
     for name in BENCHES if args.what == "all" else [args.what]:
-        more = {"trl_python": args.trl_python} if name == "ppo" else {}
-        rows += BENCHES[name](args.repeats, **more)
+        rows += BENCHES[name](args)
     if DEVICE == "cuda":
         print(torch.cuda.get_device_name())
     print(markdown(["what", "peer", "ours", "peer's", "times faster", "memory, ours / peer's"], rows))
