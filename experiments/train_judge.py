@@ -2,24 +2,17 @@
 
 import argparse
 import hashlib
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from harness.data import (
-    as_a_program,
-    check_labels,
-    fail,
-    interrupted,
-    is_test,
-    quiet_libraries,
-    read_json,
-    read_rows,
-    write_json,
-)
-from harness.report import calibration, wilson_interval
+from eval import run_program
+from harness.data import as_a_program, check_labels, fail, is_test, read_json, read_rows, write_json
+from harness.report import calibration, markdown, show
 from model import best_dtype, check_embeddings, first_line, save_tokenizer
 from reward import Judge, JudgeTraining, judge_score, train_judge
 
@@ -112,7 +105,22 @@ def _make_judge(args):
     return measure_judge(judge, held_out, args.seed)
 
 
-def _parse(argv):
+def make_judge(args: argparse.Namespace) -> None:
+    """Train and save a judge, and print accuracy and calibration on the held-out tenth."""
+    try:
+        p, y = _make_judge(args)
+    except RuntimeError as error:  # out of memory, for example
+        raise ValueError(error) from error
+    rows, ece, brier = calibration(p, y)
+    print(f"held-out accuracy {show(np.mean((p > 0.5) == (y > 0.5)), len(p))}, expected calibration error {ece:.3f}, "
+          f"Brier score {brier:.3f}\n")
+    lines = [[f"{low:.1f} to {high:.1f}", n, *map(show, means)] for low, high, n, *means in rows]
+    print(markdown(["predicted", "count", "mean predicted", "observed"], lines))
+    print(f"\nThe judge is in {args.out}: python train.py --judge {args.out}")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse the arguments and train a judge."""
     parser = argparse.ArgumentParser(prog="python -m experiments.train_judge", description=__doc__.split(":")[0],
                                      allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: fail(f"{message}; see python -m experiments.train_judge --help")
@@ -128,29 +136,10 @@ def _parse(argv):
     flag("--max_length", type=int, default=512, help="tokens of prompt and response, saved with the judge")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     flag("--trust_remote_code", action="store_true", help="run Python files that come with a model")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Train and save a judge, and print accuracy and calibration on the held-out tenth."""
-    args = _parse(argv)
-    quiet_libraries()
-    try:
-        p, y = _make_judge(args)
-    except (ValueError, OSError, RuntimeError) as error:
-        fail(error)
-    except KeyboardInterrupt as stop:
-        interrupted(stop, "; the same command goes on from the last checkpoint, of every minute of training")
-    right = int(((p > 0.5) == (y > 0.5)).sum())
-    low, high = wilson_interval(right, len(p))
-    rows, ece, brier = calibration(p, y)
-    print(f"held-out accuracy {right / len(p):.3f} [{low:.3f}, {high:.3f}], expected calibration error {ece:.3f}, "
-          f"Brier score {brier:.3f}\n\n| predicted | count | mean predicted | observed |\n|---|---:|---:|---:|")
-    for start, end, n, predicted, observed in rows:
-        print(f"| {start:.1f} to {end:.1f} | {n} | {predicted:.3f} | {observed:.3f} |")
-    print(f"\nThe judge is in {args.out}: python train.py --judge {args.out}")
+    run_program(make_judge, parser.parse_args(argv),
+                "; the same command goes on from the last checkpoint, of every minute of training")
 
 
 if __name__ == "__main__":
     as_a_program()
-    main()
+    main(sys.argv[1:])
