@@ -20,7 +20,6 @@ from gpo import SFTSettings, new_seed, sample, sft
 from harness.data import as_a_program
 from harness.run import run_folder, start_program
 from harness.world import World, evaluate, make_world
-from model import Policy
 from reward import call_judge
 
 ROUNDS = 4
@@ -52,19 +51,15 @@ def what_worked(world: World, rng: np.random.Generator) -> dict[str, list[tuple[
     return pairs
 
 
-def fine_tune(policy: Policy, pairs: list[tuple[str, str]], seed: list[int], name: str) -> None:
-    """Fine-tune a player in its turn; without pairs its policy does not change."""
-    if pairs:
-        sft(policy, pairs, SFTSettings(STEPS, BATCH, LEARNING_RATE, seed, name=name))
-
-
 def play_rounds(world: World, seed: int) -> None:
-    """Fine-tune both players of the world, ROUNDS times."""
+    """Fine-tune both players of the world, ROUNDS times; without pairs a policy does not change."""
     for round in range(ROUNDS):
         pairs = what_worked(world, np.random.default_rng([seed, round]))
         for i, (name, player) in enumerate(world.players.items()):
             print(f"round {round + 1}/{ROUNDS}: {len(pairs[name])} pairs for the {name}")
-            fine_tune(player.policy, pairs[name], [seed, round, i], f"SFT of the {name}")
+            settings = SFTSettings(STEPS, BATCH, LEARNING_RATE, [seed, round, i], name=f"SFT of the {name}")
+            if pairs[name]:
+                sft(player.policy, pairs[name], settings)
 
 
 def main(argv: Sequence[str]) -> None:

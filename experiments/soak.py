@@ -35,16 +35,11 @@ import train
 
 PARTS = ("begin make_world sft train_judge save_start load play call_judge ppo_update evaluate save save_policy "
          "draw_curves write_report").split()
-running = ["between"]
 
-def announce(frame, event, _):  # on stdout, when a part begins, and when what is around it goes on
+def announce(frame, event, _):  # on stdout, when a part begins
     code = frame.f_code
-    if code.co_name in PARTS and os.path.dirname(train.__file__) in code.co_filename and event in ("call", "return"):
-        if event == "call":
-            running.append(code.co_name)
-        else:
-            running.pop()
-        os.write(1, f"\\n@{running[-1]}\\n".encode())
+    if event == "call" and code.co_name in PARTS and os.path.dirname(train.__file__) in code.co_filename:
+        os.write(1, f"\\n@{code.co_name}\\n".encode())
 
 sys.setprofile(announce)
 train.main(sys.argv[1:])
