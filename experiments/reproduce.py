@@ -15,12 +15,11 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -120,15 +119,7 @@ COST = {"updates": "defender updates", "effective_cells": "effective cells in th
 COUNTS = ("updates", "effective_cells", "tokens", "cells", "topics")  # keys that are shown without decimals
 
 
-# --- running: jobs, each of which writes a file ---------------------------------------------------------------------
-class Job(NamedTuple):
-    """A command that writes the file `leaves`; if this file exists, the job is done."""
-
-    work: Callable
-    arguments: tuple
-    leaves: Path
-
-
+# --- running: jobs {the file that a job writes: (function, *arguments)} ---------------------------------------------
 RUNNING = []  # processes that `command` has started, to be ended with this one
 
 
@@ -180,9 +171,9 @@ def run_suite(out: str | Path, rows: dict[str, str], seeds: Sequence[int],
     a seed start from the warm-started players of its SFT run. probes: {name: rounds after which a fresh attacker is
     trained against the defender; 0: the end}."""
     rows = {"SFT": METHODS["SFT"], **rows}
-    warm_starts = []
-    games = []
-    measurements = []
+    warm_starts = {}
+    games = {}
+    measurements = {}
     for name in rows:
         for i, seed in enumerate(seeds):
             neighbour = seeds[i - 1] if i else seeds[1]  # its defenders are the third parties
@@ -191,31 +182,30 @@ def run_suite(out: str | Path, rows: dict[str, str], seeds: Sequence[int],
             flags = f"{rows[name]} --seed {seed}"
             check_options(folder, flags)
             program = "experiments.mart" if name == "MART" else "train"
-            if name == "SFT" or "--template" in flags:  # the attacker's warm start depends on its template
-                warm_starts.append(Job(finish, (folder, flags, log, program), folder / "summary.json"))
-            else:
+            stage = warm_starts
+            if name != "SFT" and "--template" not in flags:  # the attacker's warm start depends on its template
+                stage = games
                 flags += f" --start {run_folder(out, 'SFT', seed)}"
-                games.append(Job(finish, (folder, flags, log, program), folder / "summary.json"))
+            stage[folder / "summary.json"] = (finish, folder, flags, log, program)
             others = [str(run_folder(out, other, neighbour)) for other in THIRD_PARTIES]
             table = folder / "eval.json"
             if table.is_file() and read_json(table)["third_parties"] != others:  # from a call with other seeds
                 table.unlink()
-            measurements.append(Job(command, ("eval", [str(folder), "--third_parties", *others], log), table))
+            measurements[table] = (command, "eval", [str(folder), "--third_parties", *others], log)
             for round in probes.get(name, ()):
                 arguments = [str(folder), "--steps", str(PROBE_STEPS), "--round", str(round)]
-                job = Job(command, ("experiments.probe", arguments, log), folder / f"best_{round}.json")
-                measurements.append(job)
+                measurements[folder / f"best_{round}.json"] = (command, "experiments.probe", arguments, log)
     do_jobs("warm starts", warm_starts)
     do_jobs("games", games)
     do_jobs("measurements", measurements)
     return {name: [suite_row(run_folder(out, name, seed)) for seed in seeds] for name in rows}
 
 
-def do_jobs(stage: str, jobs: Sequence[Job]) -> None:
+def do_jobs(stage: str, jobs: dict[Path, tuple]) -> None:
     """Do the jobs that are not done, as many at once as there are cores (at most 8). If one fails, its error is raised
     and no further job begins; finished ones are kept."""
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        futures = [pool.submit(job.work, *job.arguments) for job in jobs if not job.leaves.is_file()]
+        futures = [pool.submit(*job) for file, job in jobs.items() if not file.is_file()]
         try:
             for future in tqdm(as_completed(futures), desc=stage, total=len(futures), dynamic_ncols=True):
                 future.result()

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from eval import BestResponseSettings, Side, after_round, best_response, fresh_player, run_program
-from gpo import Player, new_seed, sample
+from gpo import new_seed, sample
 from harness.data import as_a_program, fail, read_json, write_json
 from harness.report import markdown, mean_and_error
 from harness.run import FinishedRun, open_run
@@ -85,11 +85,6 @@ def ppo_attacker(run: FinishedRun, defender: Side) -> dict:
     return {f"PPO, {steps} steps": float(np.mean(curve[steps - 10 : steps])) for steps in STEPS}
 
 
-def untrained_attacks(attacker: Player, seeds: list[str], temperature: float) -> list[str]:
-    """TRIES attacks for each of the seeds."""
-    return attacker.generate(np.repeat(seeds, TRIES).tolist(), 0, temperature=temperature).texts
-
-
 def hit_at(k: int, tries: int, hits: np.ndarray) -> np.ndarray:
     """(n,): the probability that at least one of k random tries succeeds, given that `hits` (n,) of `tries` did."""
     missed = np.ones(len(hits))
@@ -99,7 +94,7 @@ def hit_at(k: int, tries: int, hits: np.ndarray) -> np.ndarray:
 
 
 def best_of_n(toy: ToyGame, defender: Side, attacks: dict[float, list[str]]) -> dict:
-    """hit@k over seeds. attacks {temperature: `untrained_attacks`}."""
+    """hit@k over seeds. attacks {temperature: TRIES for each seed}."""
     found = {}
     for temperature, texts in attacks.items():
         hits = success(toy, defender, texts, 1, 0).reshape(-1, TRIES).sum(1)  # (seeds,)
@@ -191,8 +186,9 @@ def measure(run: FinishedRun, kinds: Sequence[str]) -> dict[str, dict]:
         return found
     toy = run.world.toy
     seeds = sample(run.world.seeds, SEEDS, np.random.default_rng(run.config.seed))
+    asked = np.repeat(seeds, TRIES).tolist()
     first = run.world.first["attacker"]
-    attacks = {temperature: untrained_attacks(first, seeds, temperature) for temperature in TEMPERATURES}
+    attacks = {temperature: first.generate(asked, 0, temperature=temperature).texts for temperature in TEMPERATURES}
     for kind in left:
         defender = defenders_of(run)[kind]
         found[kind] = {**open_prompts(toy, defender), **best_of_n(toy, defender, attacks),
