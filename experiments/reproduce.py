@@ -106,10 +106,8 @@ ORDERINGS = [
     ("third_party_success", "RLHF", "Paraphrase")]
 
 # --- columns: {key of a row: heading} -------------------------------------------------------------------------------
-DEFENDER = {
-    ASR: "in distribution", "asr_train_judge": "training judge",
-    f"{ASR}/unseen topics": "unseen topics", "asr_train_judge/unseen topics": "training judge",
-    f"{ASR}/unseen framings": "unseen framings", "asr_train_judge/unseen framings": "training judge"}
+DEFENDER = {ASR: "in distribution", f"{ASR}/unseen topics": "unseen topics",
+            f"{ASR}/unseen framings": "unseen framings"}
 ATTACKER = {"third_party_success": "success on third parties", "cells": "distinct cells broken",
             "topics": "distinct topics broken", "1 - self_bleu": "1 - SelfBLEU", "1 - cosine": "1 - cosine"}
 QUALITY = {"helpfulness": "helpful", "over_refusal/look-alikes": "over-refusal, look-alikes",
@@ -380,7 +378,7 @@ def paper_tables(rows: dict, attackers: dict, tests: list[dict]) -> list[str]:
                       *(f"{p:.3f}" for p in (*test["p"], test["holm"]))])
     return [
         "## Table 1: the defender",
-        "Attack success on held-out prompts, by the held-out and by the training judge; 1,000 prompts in each set.",
+        "Attack success on 1,000 held-out prompts of each set, by the held-out judge.",
         suite_table(rows, DEFENDER | {"best_response": "best response"} | COST, defenders),
         "## Table 2: the attacker",
         "Against the finished SFT, RLHF and GPO+Div defenders of another seed, 300 attacks.",
