@@ -629,42 +629,34 @@ def merge_adapter(kind: type, name: str | Path, options: dict) -> tuple[PreTrain
 @torch.no_grad()
 def _probe_forward(policy):
     """Raises ValueError for a model that this project cannot run: its logits must be head(hidden), and the sampler,
-    with a cache, padding and rows that end, must compute the same states as one forward."""
+    with a cache, padding and rows that end, must compute the same logits as one forward."""
     name = policy.lm.config.model_type
     rows = policy.lm.get_input_embeddings().num_embeddings
-    probe = torch.linspace(0, rows - 1, 16, device=policy.device).long()[None]  # (1, 16), ordinary tokens
-    # hidden states so large that a cap on the logits shows
-    large = 100 * torch.randn(1, 16, policy.head.in_features, generator=torch.Generator().manual_seed(0))
+    ids = [i for i in torch.linspace(0, rows - 1, 16).long().tolist() if i not in policy.eos_ids]
+    tokens = torch.tensor([ids], device=policy.device)  # (1, T)
+    # added to the hidden states, so that a cap on the logits shows
+    large = 100 * torch.randn(1, len(ids), policy.head.in_features, generator=torch.Generator().manual_seed(0))
     large = large.to(policy.device)
+    sampled = []  # logits (2, V), then (1, V)
+
+    def pick(logits):  # the first row ends at once, the other goes on with its next token
+        sampled.append(logits)
+        return torch.tensor([policy.eos_ids[0], ids[4]], device=policy.device)[-len(logits):]
+
     try:
-        hidden = policy.hidden(probe)  # (1, 16, D)
-        logits = policy.lm(probe).logits
-        hook = policy.head.register_forward_pre_hook(lambda head, states: large)
-        large_logits = policy.lm(probe).logits
+        hidden = policy.hidden(tokens)  # (1, T, D)
+        hook = policy.head.register_forward_pre_hook(lambda head, states: states[0] + large)
+        large_logits = policy.lm(tokens).logits
         hook.remove()
-        sampled = _probe_sampler(policy, probe[0].tolist())  # (3, D)
+        _decode(policy, policy.lm, [ids[:6], ids[:4]], 2, pick)
     except Exception as error:
         raise ValueError(f"a model of type {name} cannot be run as a policy: {first_line(error)}") from error
-    if not (_all_close(policy.head(hidden), logits) and _all_close(policy.head(large), large_logits)):
+    if not _all_close(large_logits, policy.head(hidden + large)):
         raise ValueError("a policy's logits must be a linear head on its last hidden state, neither scaled nor capped; "
                          f"{name} is different: take a model of another type")
-    if not _all_close(hidden[0, [5, 3, 4]], sampled):
-        raise ValueError("a policy must give the same states with a cache and padding as without; a model of type "
+    if not _all_close(torch.cat(sampled), policy.head(hidden[0, [5, 3, 4]])[:, : policy.tokens]):
+        raise ValueError("a policy must give the same logits with a cache and padding as without; a model of type "
                          f"{name} does not: take one of another type")
-
-
-def _probe_sampler(policy, ids):
-    """Last hidden states (3, D), as in `_decode`, after 6, 4 and 5 of the tokens: the first row ends after one step."""
-    body = policy.lm.base_model
-    inputs, mask, positions = _left_padded(policy, [ids[:6], ids[:4]])  # (2, 6) each
-    out = body(input_ids=inputs, attention_mask=mask, position_ids=positions, use_cache=True)
-    going = torch.tensor([1], device=policy.device)
-    out.past_key_values.batch_select_indices(going)
-    mask = torch.cat([mask[going], mask.new_ones(1, 1)], 1)
-    token = torch.tensor([ids[4:5]], device=policy.device)
-    after = body(input_ids=token, attention_mask=mask, position_ids=positions[going, -1:] + 1,
-                 past_key_values=out.past_key_values, use_cache=True)
-    return torch.cat([out.last_hidden_state[:, -1], after.last_hidden_state[:, -1]])
 
 
 def _all_close(x, y):
