@@ -560,10 +560,11 @@ def load_model(kind: type, name: str | Path,
     load_options = dict(options, dtype=torch.float32, output_loading_info=True)
     source = name  # where the tokenizer is
     if str(name).endswith(".gguf"):
+        from transformers import GgufConfig
         options["gguf_file"] = load_options["gguf_file"] = Path(name).name
         source = Path(name).parent
-        model, info = kind.from_pretrained(source, **load_options)
-        model = _plain_copy(model)
+        unpack = GgufConfig(dequantize=True)  # a model of packed weights could be neither trained nor saved
+        model, info = kind.from_pretrained(source, quantization_config=unpack, **load_options)
         missing = info["missing_keys"]
     elif find_adapter_config_file(name):
         model, missing = merge_adapter(kind, name, load_options)
@@ -583,15 +584,6 @@ def load_model(kind: type, name: str | Path,
     check_tokenizer(tokenizer)
     check_embeddings(model, tokenizer)
     return model, tokenizer
-
-
-def _plain_copy(quantized):
-    """A model that was read from GGUF, now in fp32, as a plain model that transformers can save."""
-    del quantized.config.quantization_config
-    lm = AutoModelForCausalLM.from_config(quantized.config)
-    lm.load_state_dict(quantized.state_dict())
-    lm.generation_config = quantized.generation_config
-    return lm
 
 
 def _gguf_control_tokens(file):
