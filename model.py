@@ -453,14 +453,12 @@ def sample_token(logits: torch.Tensor, generator: torch.Generator) -> torch.Tens
 def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     """Top-k (Fan et al., 2018), then top-p filter (nucleus; Holtzman et al., 2020): logits (B, V), -inf outside."""
     ranked, order = logits.sort(-1, descending=True)
-    keep = torch.ones_like(ranked, dtype=torch.bool)
     if top_k > 0:
-        keep[:, top_k:] = False
+        ranked[:, top_k:] = -torch.inf
     if top_p < 1:
-        p = ranked.masked_fill(~keep, -torch.inf).softmax(-1)
-        keep &= p.cumsum(-1) - p < top_p  # a token stays while the mass before it is below top_p
-    support = torch.zeros_like(keep).scatter(-1, order, keep)  # (B, V), True where a token stays possible
-    return logits.masked_fill(~support, -torch.inf)
+        p = ranked.softmax(-1)
+        ranked[p.cumsum(-1) - p >= top_p] = -torch.inf  # a token stays while the mass before it is below top_p
+    return torch.empty_like(ranked).scatter(-1, order, ranked)
 
 
 # --- the processor ------------------------------------------------------------------------------------------
