@@ -170,7 +170,8 @@ class Policy(nn.Module):
     def encode_pairs(self, pairs: list[tuple[str, str]]) -> tuple[list[list[int]], list[list[int]]]:
         """(prompt ids, response ids) of (prompt, response) pairs: the rendered conversation's tokens up to the one that
         ends the assistant's turn, which occurs once. Raises ValueError if the template changes a response."""
-        pairs = [(prompt, self._without_end(response)) for prompt, response in pairs]
+        ends = "|".join(map(re.escape, self.tokenizer.convert_ids_to_tokens(self.eos_ids)))  # as text: not taught twice
+        pairs = [(prompt, re.sub(rf"(({ends})\s*)+\Z", "", response)) for prompt, response in pairs]
         render = functools.cache(self._render)  # a slow function, and pairs repeat
         prompt_ids = self.encode([prompt for prompt, _ in pairs])
         conversations = encode_rendered(self.tokenizer, render, pairs)
@@ -189,22 +190,11 @@ class Policy(nn.Module):
             response_ids.append([*rest[:end], self.eos_ids[0]])
         return prompt_ids, response_ids
 
-    def _without_end(self, response):
-        """The response without end-of-turn tokens that are written as text at its end."""
-        ends = tuple(self.tokenizer.convert_ids_to_tokens(self.eos_ids))
-        while response.rstrip().endswith(ends):
-            mark = next(end for end in ends if response.rstrip().endswith(end))
-            response = response.rstrip().removesuffix(mark)
-        return response
-
-    def _render(self, prompt, response=None):
+    def _render(self, prompt, *response):
         """The text of a conversation in the model's own format; without a response, up to where it begins."""
         if not self.tokenizer.chat_template:
-            return PLAIN_TEMPLATE.format(prompt) + ("" if response is None else f" {response}")
-        chat = [{"role": "user", "content": prompt}]
-        if response is not None:
-            chat.append({"role": "assistant", "content": response})
-        return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=response is None)
+            return " ".join([PLAIN_TEMPLATE.format(prompt), *response])
+        return rendered_chat(self.tokenizer, prompt, *response, add_generation_prompt=not response)
 
     def decode(self, ids: list[int]) -> str:
         """The text of a response's token ids."""
@@ -265,6 +255,12 @@ def _end_of_turn(tokenizer, render):
 
 
 # --- no control tokens from texts -------------------------------------------------------------------------------
+def rendered_chat(tokenizer: Tokenizer, *texts: object, **options) -> str:
+    """The tokenizer's chat template of a user's turn and, if there are two texts, the assistant's."""
+    chat = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts)]
+    return tokenizer.apply_chat_template(chat, tokenize=False, **options)
+
+
 def control_ids(tokenizer: Tokenizer) -> set[int]:
     """Ids of the tokens that delimit texts and turns: all special tokens, and added tokens that the chat template
     writes. The unknown token is left out, unless it is also BOS or EOS."""
