@@ -19,6 +19,7 @@ approximation); both are implemented: table *what an average costs*.
 """
 
 import copy
+import itertools
 import math
 import sys
 import time
@@ -210,15 +211,14 @@ class Player:
             temperature = self.temperature
         rows = 4 * self.micro_batch or 256  # per batch: more than in an update, as there are no gradients
         padded = prompts + prompts[:1] * (-len(prompts) % world_size())  # the same number for every process
-        rollout = generate(self.policy, my_rows(padded), self.max_new_tokens, temperature,
-                           seed=seed + 1_000_003 * rank(), clip_prompts=True, batch_size=rows)
+        mine = generate(self.policy, my_rows(padded), self.max_new_tokens, temperature,
+                        seed=seed + 1_000_003 * rank(), clip_prompts=True, batch_size=rows)
         if world_size() == 1:
-            return rollout
+            return mine
         parts = [None] * world_size()
-        dist.all_gather_object(parts, (rollout.texts, *rollout.token_ids()))
-        places = torch.arange(len(padded)).view(-1, world_size()).T.tolist()
-        gathered = merge_parts(self.policy, padded, parts, places, rollout.temperature)
-        return gathered.select(torch.arange(len(prompts), device=self.policy.device))
+        dist.all_gather_object(parts, mine.rows())
+        gathered = list(itertools.chain.from_iterable(zip(*parts)))  # in turn from each process: see `my_rows`
+        return pack(self.policy, prompts, *zip(*gathered[: len(prompts)]), mine.temperature)
 
     def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
         """(tensors, numbers) of a checkpoint: the trained weights, the optimizer's state, and the reference if it has
@@ -300,17 +300,6 @@ def copy_weights(source: Policy, target: Policy) -> None:
     for name, p in target.lm.named_parameters():
         if p is not theirs[name]:
             p.copy_(theirs[name])
-
-
-def merge_parts(policy: Policy, prompts: list[str], parts: list[tuple], places: list[list[int]],
-                temperature: float) -> Rollout:
-    """One rollout from parts (texts, prompt ids, response ids); places: the indices of each part's rows in prompts."""
-    rows = [None] * len(prompts)
-    for part, its_places in zip(parts, places):
-        for row, place in zip(zip(*part), its_places):
-            rows[place] = row
-    texts, prompt_ids, response_ids = zip(*rows)
-    return pack(policy, prompts, texts, prompt_ids, response_ids, temperature)
 
 
 # --- skipped steps ---------------------------------------------------------------------------------------------
@@ -672,16 +661,15 @@ class PolicyAverage:
     def generate(self, prompts: list[str], seed: int, temperature: float | None = None) -> Rollout:
         """As `Player.generate`, each prompt by a uniformly sampled member; one member's policy at a time is loaded."""
         drawn = np.random.default_rng(seed).integers(len(self.members), size=len(prompts))  # (B,)
-        parts = []
-        places = []
+        rows = [None] * len(prompts)
         for member in np.unique(drawn):
-            rows = np.flatnonzero(drawn == member).tolist()
+            places = np.flatnonzero(drawn == member)
             player = self.player.with_policy(self.policy(member))
-            rollout = player.generate([prompts[i] for i in rows], seed, temperature)
-            parts.append((rollout.texts, *rollout.token_ids()))
-            places.append(rows)
+            rollout = player.generate([prompts[i] for i in places], seed, temperature)
+            for i, row in zip(places, rollout.rows()):
+                rows[i] = row
         prompts = [self.player.template.format(prompt) for prompt in prompts]
-        return merge_parts(self.player.policy, prompts, parts, places, rollout.temperature)
+        return pack(self.player.policy, prompts, *zip(*rows), rollout.temperature)
 
     def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
         """(tensors, numbers) of a checkpoint."""

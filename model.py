@@ -77,6 +77,10 @@ class Rollout:
         prompt_ids = [row[:start] for row, start in zip(rows, starts)]
         return prompt_ids, [row[start:end] for row, start, end in zip(rows, starts, ends)]
 
+    def rows(self) -> list[tuple[str, list[int], list[int]]]:
+        """(text, prompt ids, response ids) of each row."""
+        return list(zip(self.texts, *self.token_ids()))
+
     def select(self, rows: torch.Tensor) -> "Rollout":
         """The given rows (n,), trimmed to the longest of them."""
         T = int(self.lengths[rows].max())
