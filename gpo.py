@@ -372,7 +372,8 @@ def ppo_update(player: Player, rollout: Rollout, scores: np.ndarray | torch.Tens
             if not mask[rows].any():  # none of its exchanges was decided: a step would be AdamW's momentum alone
                 continue
             if demos is not None and ptx_coef > 0:
-                demonstration_gradients(player, demos, m, ptx_coef)
+                part = torch.arange(len(demos)).tensor_split(player.minibatches)[m]
+                supervised_gradients(player.policy, demos, part, player.micro_batch, ptx_coef)
             steps.append(minibatch_gradients(player, rollout, old, rows, is_first=not steps))
             optimizer_step(player, steps[-1])
     metrics = {name: np.mean([step[name] for step in steps]) for name in (steps[0] if steps else ())}
@@ -412,14 +413,17 @@ def experience(player: Player, rollout: Rollout, scores: torch.Tensor,
     return Experience(logprobs, ref_logprobs, values, entropy, whiten(advantages, mask), returns)
 
 
-def demonstration_gradients(player: Player, demos: Rollout, m: int, ptx_coef: float) -> None:
-    """Add the gradient of the supervised loss on the m-th part of the demonstrations (PPO-ptx, Ouyang et al., 2022)."""
-    minibatch = torch.arange(len(demos)).tensor_split(player.minibatches)[m]
-    n_tokens = demos.response_mask[minibatch].sum()
-    for rows in split_rows(my_rows(minibatch), player.micro_batch):
-        part = demos.select(rows)
-        fraction = part.response_mask.sum() / n_tokens
-        (ptx_coef * supervised_loss(player.policy, part) * fraction).backward()
+def supervised_gradients(policy: Policy, demos: Rollout, rows: torch.Tensor, micro_batch: int,
+                         coef: float = 1.0) -> float:
+    """Add the gradient of coef times `supervised_loss` on the given rows (n,); returns what it is the gradient of."""
+    n_tokens = demos.response_mask[rows].sum()
+    total = torch.zeros((), device=policy.device)
+    for some in split_rows(my_rows(rows), micro_batch):
+        part = demos.select(some)
+        loss = coef * supervised_loss(policy, part) * (part.response_mask.sum() / n_tokens)
+        loss.backward()
+        total += loss.detach()
+    return all_sum(total).item()
 
 
 def minibatch_gradients(player: Player, rollout: Rollout, old: Experience, minibatch: torch.Tensor,
@@ -552,18 +556,6 @@ def sft(policy: Policy, pairs: list[tuple[str, str]], settings: SFTSettings) -> 
         schedule.step()
         bar.set_postfix(loss=f"{loss:.3f}")
     return loss
-
-
-def supervised_gradients(policy: Policy, demos: Rollout, rows: torch.Tensor, micro_batch: int) -> float:
-    """Add the gradient of `supervised_loss` on the given rows (n,); returns the loss."""
-    n_tokens = demos.response_mask[rows].sum()
-    total = torch.zeros((), device=policy.device)
-    for some in split_rows(my_rows(rows), micro_batch):
-        part = demos.select(some)
-        loss = supervised_loss(policy, part) * (part.response_mask.sum() / n_tokens)
-        loss.backward()
-        total += loss.detach()
-    return all_sum(total).item()
 
 
 # --- exchanges ------------------------------------------------------------------------------------------------
