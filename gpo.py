@@ -596,10 +596,9 @@ def play(attacker: "Player | PolicyAverage | None", defender: "Player | PolicyAv
     p_safe = call_judge(judge, prompts, responses.texts)
     seconds = time.time() - clock
     undecided = torch.from_numpy(~decided(p_safe))
-    if undecided.any():
-        responses = responses.without_responses(undecided.to(responses.tokens.device))
-        if attacks is not None:
-            attacks = attacks.without_responses(undecided.to(attacks.tokens.device))
+    responses = responses.without_responses(undecided)
+    if attacks is not None:
+        attacks = attacks.without_responses(undecided)
     return Exchanges(list(seeds), attacks, prompts, responses, p_safe, seconds, tokens)
 
 

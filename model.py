@@ -67,7 +67,7 @@ class Rollout:
 
     def without_responses(self, rows: torch.Tensor) -> "Rollout":
         """This rollout with an empty response mask where rows (B,) is True."""
-        return replace(self, lengths=torch.where(rows, self.prompt_lengths, self.lengths))
+        return replace(self, lengths=torch.where(rows.to(self.lengths.device), self.prompt_lengths, self.lengths))
 
     def token_ids(self) -> tuple[list[list[int]], list[list[int]]]:
         """(prompt ids, response ids) of each row."""
