@@ -245,8 +245,7 @@ class Player:
         if any_process(groups["optimizer"]):
             self._load_optimizer(groups["optimizer"])
         if any_process(groups["reference"]):
-            if self.reference is self.initial:
-                self.anchor()
+            self.anchor()  # a reference of its own
             load_weights(self.reference.lm, groups["reference"])
         self.skipped_steps = numbers["skipped_steps"]
 
