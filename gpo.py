@@ -721,7 +721,9 @@ def nash_gap(payoff: np.ndarray, defender: np.ndarray, attacker: np.ndarray, ent
     if entropy == 0:
         return float(best_defence - V.min())
     H = -(mu * np.log(np.maximum(mu, 1e-300))).sum()
-    best_attack = -entropy * np.logaddexp.reduce(-V / entropy)  # min_mu' <V, mu'> - eta_H H(mu')
+    z = -V / entropy
+    logsumexp = z.max() + np.log(np.exp(z - z.max()).sum())
+    best_attack = -entropy * logsumexp  # min_mu' <V, mu'> - eta_H H(mu')
     return float(best_defence - entropy * H - best_attack)
 
 
