@@ -255,8 +255,7 @@ class Player:
         for key, tensor in moments.items():
             part, name = key.split(".", 1)
             state.setdefault(name, {})[part] = tensor
-        group = {k: v for k, v in self.optimizer.param_groups[0].items() if k != "params"}
-        group["params"] = trained_names(self.policy)
+        group = {**self.optimizer.param_groups[0], "params": trained_names(self.policy)}
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world_size() > 1,
                                    ignore_frozen_params=True)
         set_optimizer_state_dict(self.policy, self.optimizer, {"state": state, "param_groups": [group]},
