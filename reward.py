@@ -389,18 +389,21 @@ def _load_file(path):
     name = path.stem
     if _file_of(name) != path:
         name = re.sub(r"\W", "_", name) + "_" + hashlib.sha256(bytes(path)).hexdigest()[:8]
-    if getattr(sys.modules.get(name), "judge_source", None) != source:  # functions of one file share its module
-        sys.modules[name] = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path))
-        sys.modules[name].judge_source = source
-        try:
-            sys.modules[name].__spec__.loader.exec_module(sys.modules[name])
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
+    module = sys.modules.get(name)
+    if getattr(module, "judge_source", None) != source:  # functions of one file share its module
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.judge_source = source  # only of a file that ran to its end
+    return module
 
 
-def _function_from_file(path, name):
+def _function_from_file(spec):
+    """The function that `path/to/file.py:function` names."""
+    match = re.fullmatch(r"(.+\.py):(\w+)", spec)
+    if not match:
+        raise ValueError(f"a judge from a file is written path/to/file.py:function, got {spec!r}")
+    path, name = match.groups()
     if not Path(path).is_file():
         raise ValueError(f"the judge's file must exist, got {path!r}")
     try:
@@ -421,15 +424,13 @@ def load_judge(spec: str, unsafe_label: str | None = None, known: Mapping[str, J
     do not tell safe from unsafe."""
     label_flag = flag.replace("judge", "unsafe_label")
     known = {"rule": rule_judge, "answered": answered, **dict(known)}
-    file = None if Path(spec).is_dir() else re.fullmatch(r"(.+\.py):(\w+)", spec)
-    if unsafe_label and (spec in known or file or spec.startswith("guard:")):
+    in_file = re.search(r"\.py(:|$)", spec) and not Path(spec).is_dir()
+    if unsafe_label and (spec in known or in_file or spec.startswith("guard:")):
         raise ValueError(f"--{label_flag} {unsafe_label} would do nothing: the judge {spec} has no labels")
     if spec in known:
         return known[spec]
-    if file:
-        return _function_from_file(*file.groups())
-    if re.search(r"\.py(:|$)", spec) and not Path(spec).is_dir():
-        raise ValueError(f"a judge from a file is written path/to/file.py:function, got {spec!r}")
+    if in_file:
+        return _function_from_file(spec)
     try:
         if spec.startswith("guard:"):
             model, tokenizer = load_model(AutoModelForCausalLM, spec.removeprefix("guard:"), trust_remote_code)
