@@ -149,8 +149,7 @@ def _exclusive(problem_type, meanings, unsafe):
         return False
     if len(unsafe) == len(meanings):  # the user has named all
         return None
-    two_or_a_safe_one = len(meanings) == 2 or "safe" in meanings or "neutral" in meanings
-    return True if two_or_a_safe_one or meanings.count("unsafe") < 2 else None
+    return True if "safe" in meanings or "neutral" in meanings or meanings.count("unsafe") < 2 else None
 
 
 def _unsafe_outputs(labels, problem_type, named, flag):
