@@ -47,13 +47,11 @@ def _split(text):
 
 
 def _ngrams(tokens, max_order):
-    """The n-grams of the orders 1..max_order, each occurrence with its own key: see `_numbered`."""
+    """Yields the n-grams of the orders 1..max_order, each occurrence with its own key: see `_numbered`."""
     seen = {}
-    items = []
     for n in range(1, max_order + 1):
         for i in range(len(tokens) - n + 1):
-            items.append(_numbered(tokens[i:i + n], seen))
-    return items
+            yield _numbered(tokens[i:i + n], seen)
 
 
 def _numbered(gram, seen):
