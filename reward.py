@@ -185,13 +185,11 @@ def _unsafe_outputs(labels, problem_type, named, flag):
 
 def first_tokens(tokenizer: Tokenizer, text: str, n: int) -> str:
     """The beginning of a text, at most n tokens. Characters are cut off: decoded tokens may encode to more tokens."""
-    if len(text.encode()) <= n:  # a token has at least one byte
-        return text
-    while text:
+    size = len(text.encode())  # a token has at least one byte
+    while size > n:
         size = len(tokenizer(text, add_special_tokens=False).input_ids)
-        if size <= n:
-            break
-        text = text[:min(len(text) - 1, len(text) * n // size)]
+        if size > n:
+            text = text[:min(len(text) - 1, len(text) * n // size)]
     return text
 
 
