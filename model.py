@@ -307,12 +307,13 @@ def encode_rendered(tokenizer: Tokenizer, render: Callable[..., str],
     frame, *encoded = tokenizer([frame, *(render(*row) for row in different)], **options).input_ids
     control = control_ids(tokenizer)
     expected = [i for i in frame if i in control]
-    for n, ids in enumerate(encoded):
+    ids_of = {}
+    for texts, ids in zip(different, encoded):
         if [i for i in ids if i in control] != expected:
-            encoded[n] = tokenizer(render(*inert_texts(tokenizer, different[n])), **options).input_ids
-        while not tokenizer.chat_template and encoded[n] and encoded[n][-1] in control:  # some tokenizers add an EOS
-            encoded[n].pop()
-    ids_of = dict(zip(different, encoded))
+            ids = tokenizer(render(*inert_texts(tokenizer, texts)), **options).input_ids
+        while not tokenizer.chat_template and ids and ids[-1] in control:  # some tokenizers add an EOS
+            ids.pop()
+        ids_of[texts] = ids
     return [ids_of[tuple(row)] for row in rows]
 
 
