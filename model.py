@@ -235,8 +235,8 @@ def _eos_ids(lm, tokenizer, render):
     found = [_end_of_turn(tokenizer, render)] if tokenizer.chat_template else []
     more = lm.generation_config.eos_token_id if lm.generation_config else None
     found += [tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])]
-    V = lm.get_input_embeddings().num_embeddings
-    ids = list(dict.fromkeys(i for i in found if i is not None and i < V))
+    last_token = max(tokenizer.get_vocab().values())  # further rows of the embeddings are padding
+    ids = list(dict.fromkeys(i for i in found if i is not None and i <= last_token))
     if not ids:
         name = lm.config.name_or_path or "the model"
         raise ValueError(f"a policy needs an end-of-sequence token, {name} has none; set eos_token in its tokenizer")

@@ -14,6 +14,7 @@ and no rate. The authors' code drops it, which moves later rewards to other rows
 run ends (`decided`). No row measures this: the toy world's judges decide everything.
 """
 
+import ast
 import hashlib
 import importlib.util
 import os
@@ -370,6 +371,15 @@ def _file_of(name):
         return None
 
 
+def _imported(tree):
+    """Names of the modules that a syntax tree's import statements begin with."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.partition(".")[0]
+
+
 def _load_file(path):
     """The module of a Python file. It is in sys.modules, so that its classes can be pickled, under its own name unless
     another module has that name. Its folder stays at the end of sys.path, for helpers beside it and for processes that
@@ -378,7 +388,7 @@ def _load_file(path):
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     importlib.invalidate_caches()
-    for name in re.findall(r"^\s*(?:from|import)\s+(\w+)", source.decode(errors="ignore"), re.M):
+    for name in _imported(ast.parse(source)):
         helper = path.parent / f"{name}.py"
         if helper.is_file() and _file_of(name) != helper:
             raise ValueError(f"it imports {name}, which is {_file_of(name)} here, not {helper}; rename the latter")

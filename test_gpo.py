@@ -649,6 +649,16 @@ def test_a_demonstration_is_the_rendered_conversation_up_to_the_end_of_the_turn(
         assert demonstrations(policy, [("bake bread", answer)]).tokens[0].tolist() == tokens
 
 
+def test_an_end_of_sequence_id_without_a_token_is_left_out():
+    tokenizer = tiny_tokenizer()
+    lm = tiny_lm(tokenizer)
+    lm.resize_token_embeddings(len(tokenizer) + 64)  # rows that only pad the matrix
+    lm.generation_config.eos_token_id = [0, len(tokenizer) + 3]
+    policy = Policy(lm, tokenizer)
+    assert policy.eos_ids == [0]
+    assert policy.encode_pairs([("a", "b")])[1] == [[*tokenizer.encode("b", add_special_tokens=False), 0]]
+
+
 def test_equal_demonstrations_are_rendered_once_and_keep_their_places(monkeypatch):
     policy = chat_policy("ChatML")
     one, other = ("bake bread", "take flour"), ("sell a car", "wash it")
@@ -1650,6 +1660,7 @@ def test_two_files_of_one_name_are_two_judges_and_two_functions_of_one_file_shar
 
 @pytest.mark.parametrize("code, name, message", [
     ("from model import score\ndef judge(p, r): return score(r)", "judge", "it imports model, which is .*; rename"),
+    ("import os, model\ndef judge(p, r): return model.score(r)", "judge", "it imports model, which is .*; rename"),
     ("judge = 0.5", "judge", "it is no function but float"), ("import no_such", "judge", "No module named 'no_such'"),
     ("def judge(p, r) return", "judge", "SyntaxError"), ("raise SystemExit(3)", "judge", "SystemExit: 3"),
     ("def judge(p, r): pass", "other", "no attribute 'other'")])
