@@ -139,7 +139,7 @@ def after_round(run: FinishedRun, name: str, round: int, kind: str = "last") -> 
     """A player after a round, counted from 1: its last policy, or its average so far of a kind. Raises ValueError if
     the run did not keep the policies of all rounds."""
     mixture = run.averages[name].get("mixture")
-    if mixture is None or mixture.count != len(mixture.members):
+    if not (mixture and mixture.has_all):
         raise ValueError("a run with a mixture of all its rounds is needed (--average mixture, and an --average_size "
                          f"of at least {run.config.rounds}), got {run.path}")
     if kind == "last":

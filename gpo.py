@@ -641,6 +641,11 @@ class PolicyAverage:
             if slot < self.capacity:
                 self.members[slot] = weights
 
+    @property
+    def has_all(self) -> bool:
+        """Whether a mixture still has every policy that was added: `members` are then in the order of the rounds."""
+        return self.count == len(self.members)
+
     def policy(self, member: int = 0) -> Policy:
         """A frozen policy with a member's weights."""
         policy = frozen_copy(self.player.policy)

@@ -2194,6 +2194,9 @@ def test_the_final_defender_is_that_of_the_round_that_earlier_successes_break_le
     assert train.choose_defender(config, world, game) == chosen
     assert bytes_of(defender.policy.lm) == after_rounds[chosen - 1]
     assert f"round {chosen} of {rounds}" in capsys.readouterr().out and game.sampled_tokens > 0
+    game.averages["defender"]["mixture"].members.pop()  # as with a smaller --average_size
+    assert train.choose_defender(config, world, game) == rounds
+    assert f"an --average_size of at least {rounds}" in capsys.readouterr().out
 
 
 def test_log_likelihoods_are_the_mean_and_the_least_log_prob_of_a_response():

@@ -344,11 +344,15 @@ LATEST = 5  # rounds among which the final defender is chosen: earlier ones are 
 
 def choose_defender(config: Config, world: World, game: Game) -> int:
     """Give the defender the policy that it had after one of the LATEST rounds: the one that attacks that ever succeeded
-    break least often. Returns this round, counted from 1. It is the last one with `--final_defender last`, if the
-    mixture does not keep all rounds, or if no attack has succeeded."""
+    break least often. Returns this round, counted from 1. It is the last one with `--final_defender last`, if no attack
+    has succeeded, or if the mixture does not have all rounds (then a line says so)."""
     mixture = game.averages["defender"].get("mixture")
     attacks = list(game.replay.ever_succeeded)
-    if config.final_defender == "last" or not attacks or not mixture or mixture.count > len(mixture.members):
+    if config.final_defender == "last" or not attacks:
+        return config.rounds
+    if not (mixture and mixture.has_all):
+        print("the final defender is that of the last round: to choose among rounds takes --average mixture and an "
+              f"--average_size of at least {config.rounds}")
         return config.rounds
     defender = game.players["defender"]
     rates = {}  # {round: fraction of unsafe answers}
