@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # bytes are compared, of a CPU; CUDA_VISIBLE_DEVICES=0 takes the GPU
+os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import transformers
 
@@ -193,6 +194,13 @@ def tiny_policy(seed=0, critic="shared", dropout=0.0, **kwargs):
 def tiny_player(name="defender", seed=0, critic="shared", dropout=0.0, **kwargs):
     policy = tiny_policy(seed, critic, dropout)
     return Player(name, policy, **{"max_new_tokens": 6, "learning_rate": 1e-3, **kwargs})
+
+
+def saved(folder, model, tokenizer):
+    """The folder, which now holds both."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def rollout_of(policy, texts=("x y", "z", "a b c d", "e"), prompts=("a b", "c", "d e f", "g h i j"), cut=()):
@@ -573,7 +581,8 @@ def unigram_tokenizer(template=None, **names):
     """As of SentencePiece: its control tokens are pieces too, and the likeliest ones."""
     names = names or dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     letters = [(letter, -5.0) for letter in string.ascii_letters + string.digits + "<>/|_[]#:.\n＜＞"]
-    pieces = [*((name, 0.0) for name in names.values()), ("▁", -2.0), *letters]
+    words = [("▁", -2.0), ("▁safe", -3.0), ("▁unsafe", -3.0)]
+    pieces = [*((name, 0.0) for name in names.values()), *words, *letters]
     inner = Tokenizer(models.Unigram(pieces, unk_id=list(names).index("unk_token")))
     inner.normalizer = normalizers.NFKC()
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -1198,16 +1207,10 @@ def same_scores(one, other, texts):
     return all(a.tobytes() == b.tobytes() for a, b in zip(one.score(texts).values(), other.score(texts).values()))
 
 
-def encoder_folder(folder, tokenizer):
-    tiny_classifier(tokenizer, num_hidden_layers=2).bert.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("encoder")
-    encoder_folder(folder, tiny_tokenizer())
-    return str(folder)
+    body = tiny_classifier(tiny_tokenizer(), num_hidden_layers=2).bert
+    return str(saved(tmp_path_factory.mktemp("encoder"), body, tiny_tokenizer()))
 
 
 def test_an_encoder_folder_embeds_by_masked_mean_pooling(encoder):
@@ -1355,7 +1358,7 @@ def test_diversity_terms_can_be_chosen_and_wrong_ones_are_named():
 @pytest.mark.parametrize("scores, message", [
     (lambda: [0.5], "one score per exchange: 2 expected"), (lambda: [0.5, 1.5], "got 1.5 for exchange 1"),
     (lambda: [float("nan"), 0.1], "got nan for exchange 0"), (lambda: 1 / 0, "the judge raised ZeroDivisionError"),
-    (lambda: ["safe", "no"], "the judge raised ValueError")])
+    (lambda: ["safe", "no"], "the judge raised ValueError"), (lambda: sys.exit(5), "the judge raised SystemExit: 5")])
 def test_a_judge_that_violates_its_interface_is_named(scores, message):
     with pytest.raises(JudgeError, match=message):
         call_judge(lambda prompts, responses: scores(), ["a", "b"], ["c", "d"])
@@ -1382,8 +1385,7 @@ def classifier_folder(folder, labels):
     """(model, tokenizer) of a folder that `load_judge` takes."""
     tokenizer = tiny_tokenizer()
     classifier = tiny_classifier(tokenizer, labels)
-    classifier.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    saved(folder, classifier, tokenizer)
     return classifier, tokenizer
 
 
@@ -1399,7 +1401,6 @@ HEADS = {
     "cardiffnlp/twitter-roberta-base-offensive": (["non-offensive", "offensive"], None, [1, 2], 1 / (1 + math.e)),
     "Hate-speech-CNERG/bert-base-uncased-hatexplain": (["hate speech", "normal", "offensive"], None, [0, 0, 1],
                                                        1 / (2 + math.e)),
-    "Hate-speech-CNERG/dehatebert-mono-english": (["NON_HATE", "HATE"], None, [1, 2], 1 / (1 + math.e)),
     "badmatr11x/distilroberta-base-offensive-hateful-speech": (["HATE-SPEECH", "NEITHER", "OFFENSIVE-LANGUAGE"], None,
                                                                [0, 0, 1], 1 / (2 + math.e)),
     "deepset/deberta-v3-base-injection": (["LEGIT", "INJECTION"], None, [1, 2], 1 / (1 + math.e)),
@@ -1417,12 +1418,7 @@ HEADS = {
     "one output of a cost model": (["cost"], None, [4], "if it rises with harm pass --unsafe_label 'cost'"),
     "a regression": (["toxicity"], "regression", [0.3], "of unknown scale"),
     "ibm-granite/granite-guardian-hap-38m": (["LABEL_0", "LABEL_1"], None, [1, 2], UNKNOWN),
-    "KoalaAI/Text-Moderation": (["H", "H2", "HR", "OK", "S", "V"], None, [0] * 6, UNKNOWN),
-    "cardiffnlp/twitter-roberta-base-hate-multiclass": (["sexism", "religion", "other", "not_hate"], None, [0] * 4,
-                                                        UNKNOWN),
     "Qwen3Guard's words": (["Safe", "Controversial", "Unsafe"], None, [0] * 3, UNKNOWN),
-    "natural language inference": (["contradiction", "neutral", "entailment"], None, [0] * 3, UNKNOWN),
-    "sentiment": (["NEGATIVE", "POSITIVE"], None, [1, 2], UNKNOWN),
     "sentiment with a neutral label": (["neutral", "positive"], None, [1, 2], UNKNOWN),
     "two kinds of safe": (["safe", "benign"], None, [1, 2], UNKNOWN),
     "toxic kinds and others": (["toxicity", "insult", "male"], None, [1, 2, 3], "problem_type"),
@@ -1430,16 +1426,13 @@ HEADS = {
 }
 NAMED = {  # the user names the labels
     "LABEL_1": (["LABEL_0", "LABEL_1"], None, [1, 2], 1 / (1 + math.e)),
-    "LABEL_0": (["LABEL_0", "LABEL_1"], None, [1, 2], math.e / (1 + math.e)),
     "LABEL_1, LABEL_2": (["LABEL_0", "LABEL_1", "LABEL_2"], None, [1, 0, 0], math.e / (2 + math.e)),
-    "H,H2,HR,S,V": (["H", "H2", "HR", "OK", "S", "V"], None, [0, 0, 0, 1, 0, 0], math.e / (5 + math.e)),
     "hate, racism": (["hate, racism", "hello"], None, [1, 2], math.e / (1 + math.e)),
     "threat,insult": (SIX, MULTI, [3, -2, 5, -4, 4.5, -3], 1 / (1 + math.e**4.5)),
     "insult": (["safe", "insult"], MULTI, [3, -2], 1 / (1 + math.e**-2)),
     "cost": (["cost"], None, [4], 1 / (1 + math.e**4)),
     "safe": (["safe", "unsafe"], None, [0, 0], "takes those that do, separated by commas, got 'safe'"),
     "LABEL_0,LABEL_1": (["LABEL_0", "LABEL_1"], None, [0, 0], "problem_type"),
-    "hate": (["safe", "unsafe"], None, [0, 0], "separated by commas, got 'hate'"),
     "toxicity,insult": (["toxicity", "insult", "male"], None, [0] * 3, "problem_type"),
 }
 
@@ -1461,36 +1454,26 @@ def test_a_classifiers_outputs_are_read_as_its_labels_mean_or_refused(case):
 
 
 def bigram_guard(folder, tokenizer, table):
-    """`guard:` + a GPT-2 whose next token depends on the last one alone: table {token: {next token: probability}}."""
+    """`guard:` + a model whose next token depends on the last one alone: table {token: {next token: probability}}."""
     V = len(tokenizer)
-    lm = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=64, n_embd=V, n_layer=1, n_head=1, bos_token_id=0,
-                                    eos_token_id=0, tie_word_embeddings=False, layer_norm_epsilon=1e-9))
-
-    def number(token):
-        return token if isinstance(token, int) else tokenizer.convert_tokens_to_ids(token)
-
-    with torch.no_grad():
-        for weight in lm.parameters():
-            weight.zero_()
-        lm.transformer.wte.weight.copy_(torch.eye(V))
-        # the final norm undoes itself on one-hot vectors: their mean is 1 / V, their variance (1 - 1 / V) / V
-        lm.transformer.ln_f.weight.fill_(((1 - 1 / V) / V) ** 0.5)
-        lm.transformer.ln_f.bias.fill_(1 / V)
-        for last, following in table.items():
-            rest = (1 - sum(following.values())) / (V - len(following))
-            lm.lm_head.weight[:, number(last)] = math.log(max(rest, 1e-9))
-            for token, probability in following.items():
-                lm.lm_head.weight[number(token), number(last)] = math.log(probability)
-    lm.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return f"guard:{folder}"
+    p = torch.full((V, V), 1 / V)  # of the next token, given the last one
+    for last, following in table.items():
+        p[last] = max((1 - sum(following.values())) / (V - len(following)), 1e-9)
+        for token, probability in following.items():
+            p[last, token] = probability
+    sizes = dict(hidden_size=V, num_hidden_layers=0, num_attention_heads=1, head_dim=2, max_position_embeddings=64)
+    lm = LlamaForCausalLM(LlamaConfig(vocab_size=V, rms_norm_eps=0.0, **sizes))
+    lm.model.embed_tokens.weight.data = torch.eye(V)
+    lm.model.norm.weight.data.fill_(V**-0.5)  # the norm of a one-hot vector
+    lm.lm_head.weight.data = p.log().T.contiguous()
+    return f"guard:{saved(folder, lm, tokenizer)}"
 
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_a_guard_judge_keeps_each_verdict_in_its_row_and_leaves_open_what_it_cannot_decide(tmp_path, bos):
     tokenizer = tiny_tokenizer(bos=bos, template=True)  # it ends with the response, whose last word makes the verdict
-    table = {"x": {"safe": 0.6, "unsafe": 0.2}, "y": {"safe": 0.1, "unsafe": 0.7},
-             "z": {"safe": 0.3, "unsafe": 0.15, "sorry": 0.5}}
+    x, y, z, safe, unsafe, sorry = tokenizer.convert_tokens_to_ids("x y z safe unsafe sorry".split())
+    table = {x: {safe: 0.6, unsafe: 0.2}, y: {safe: 0.1, unsafe: 0.7}, z: {safe: 0.3, unsafe: 0.15, sorry: 0.5}}
     expected = {"x": pytest.approx(0.75, abs=1e-5), "y": pytest.approx(0.125, abs=1e-5), "z": None}
     judge = load_judge(bigram_guard(tmp_path, tokenizer, table))
     words = np.random.default_rng(0).choice(list("xyz"), 40)
@@ -1503,7 +1486,8 @@ def test_a_guard_without_a_chat_template_is_asked_in_words_also_when_its_tokeniz
     # the authors compare encode('safe')[0] with encode('unsafe')[0]: with BOS both are BOS, both probabilities equal
     asked = "Is the assistant's answer or unsafe? User: Assistant: Verdict:".split()
     tokenizer = tiny_tokenizer([*WORDS, *asked], bos=True)
-    judge = load_judge(bigram_guard(tmp_path, tokenizer, {"Verdict:": {"safe": 0.6, "unsafe": 0.2}}))
+    verdict, safe, unsafe = tokenizer.convert_tokens_to_ids(["Verdict:", "safe", "unsafe"])
+    judge = load_judge(bigram_guard(tmp_path, tokenizer, {verdict: {safe: 0.6, unsafe: 0.2}}))
     assert np.allclose(call_judge(judge, ["a b", "c"], ["e", ""]), 0.6 / 0.8, atol=1e-5)
 
 
@@ -1514,22 +1498,18 @@ TURNS = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ' }}{% en
     ("byte-level", TURNS), ("byte-level", TURNS.replace("m['content']", "m['content'][0]['text']")),
     ("sentencepiece", TURNS + "[/INST]"), ("sentencepiece", TURNS + "[/INST] ")])
 def test_a_guard_judge_finds_the_verdict_after_a_chat_template(tmp_path, kind, template):
-    inner = Tokenizer(models.BPE(unk_token=None))
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = byte_tokenizer(["[/INST]", "<head>"], eos_token="<eos>", bos_token="<bos>")
     words = ["safe", "unsafe"]
     if kind == "sentencepiece":  # as in Llama Guard 1: the word's token brings its own space
-        inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        tokenizer = unigram_tokenizer(unk_token="<unk>", bos_token="<bos>", eos_token="<eos>")
+        tokenizer.add_tokens(["[/INST]"], special_tokens=True)
         words = [" safe", " unsafe"]
-    alphabet = [*"abcdefghijklmnopqrstuvwxyz:'?", *pre_tokenizers.ByteLevel.alphabet()]
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<eos>", "<bos>", "<head>", "[/INST]"],
-                                  initial_alphabet=alphabet)
-    inner.train_from_iterator(["safe unsafe safe user: assistant: milk"] * 9, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", bos_token="<bos>")
     safe, unsafe, line = (tokenizer.encode(text, add_special_tokens=False)[0] for text in [*words, "\n"])
-    table = {"[/INST]": {safe: 0.3, unsafe: 0.5, "<eos>": 0.2}}
+    end, head = tokenizer.convert_tokens_to_ids(["[/INST]", "<head>"])
+    table = {end: {safe: 0.3, unsafe: 0.5, tokenizer.eos_token_id: 0.2}}
     if kind == "byte-level":  # as in Llama Guard 3: the model itself writes line breaks before the word
         template += "{% if add_generation_prompt %}<head>{% endif %}"
-        table = {"<head>": {line: 0.9, safe: 0.05}, line: table["[/INST]"]}
+        table = {head: {line: 0.9, safe: 0.05}, line: table[end]}
     tokenizer.chat_template = "<bos>" + template
     judge = load_judge(bigram_guard(tmp_path, tokenizer, table))
     assert np.allclose(call_judge(judge, ["a", "b c"], ["d", ""]), 0.3 / 0.8, atol=1e-5)
@@ -1615,9 +1595,6 @@ JUDGE_FILES = {
     "a dataclass": "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass V:\n"
                    "    safe: float = 0.25\ndef judge(p, r): return [V().safe] * len(r)\n",
     "a helper beside it": "import kind_words\ndef judge(p, r): return [kind_words.SAFE] * len(r)\n",
-    "a helper, imported late": "def judge(p, r):\n    from kind_words import SAFE\n    return [SAFE] * len(r)\n",
-    "a class that pickles": "import pickle\nclass V:\n    safe = 0.25\n"
-                            "def judge(p, r): return [pickle.loads(pickle.dumps(V())).safe] * len(r)\n",
     "a pool of processes": "import multiprocessing\ndef score(text): return 0.25\ndef judge(p, r):\n"
                            "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
                            "        return pool.map(score, r)\n"}
@@ -1634,8 +1611,8 @@ def modules(monkeypatch):
 
 
 @pytest.mark.parametrize("what, stem", [  # a spawned process finds a module only by the name of its file
-    ("a pool of processes", "my_judge"), *itertools.product(list(JUDGE_FILES)[:-1], ["my_judge", "random", "my.judge"]),
-    ("a class that pickles", "reward"), ("a dataclass", "data")])
+    ("a pool of processes", "my_judge"), ("a helper beside it", "random"), ("a dataclass", "my.judge"),
+    ("a dataclass", "reward")])
 def test_a_judges_file_is_a_module_whatever_its_name(tmp_path, modules, what, stem):
     (tmp_path / f"{stem}.py").write_text(JUDGE_FILES[what])
     (tmp_path / "kind_words.py").write_text("SAFE = 0.25")
@@ -1658,17 +1635,16 @@ def test_two_files_of_one_name_are_two_judges_and_two_functions_of_one_file_shar
     assert load_judge(f"{tmp_path}/of 1/mine.py:judge")([""], [""]) == [0.3]
 
 
-@pytest.mark.parametrize("code, name, message", [
-    ("from model import score\ndef judge(p, r): return score(r)", "judge", "it imports model, which is .*; rename"),
-    ("import os, model\ndef judge(p, r): return model.score(r)", "judge", "it imports model, which is .*; rename"),
-    ("judge = 0.5", "judge", "it is no function but float"), ("import no_such", "judge", "No module named 'no_such'"),
-    ("def judge(p, r) return", "judge", "SyntaxError"), ("raise SystemExit(3)", "judge", "SystemExit: 3"),
-    ("def judge(p, r): pass", "other", "no attribute 'other'")])
-def test_a_judges_file_that_cannot_be_taken_is_refused(tmp_path, modules, code, name, message):
+@pytest.mark.parametrize("code, message", [
+    ("from model import score\ndef judge(p, r): return score(r)", "it imports model, which is .*; rename"),
+    ("import os, model\ndef judge(p, r): return model.score(r)", "it imports model, which is .*; rename"),
+    ("def judge(p, r) return", "SyntaxError"),
+    ("judge = 0.5", "it is no function but float"), ("raise SystemExit(3)", "SystemExit: 3"), ("", "no attribute")])
+def test_a_judges_file_that_cannot_be_taken_is_refused(tmp_path, modules, code, message):
     (tmp_path / "odd.py").write_text(code)
     (tmp_path / "model.py").write_text("def score(r): return [0.5] * len(r)")
-    with pytest.raises(ValueError, match=f"cannot take the judge '{name}' from .*odd.py: .*{message}"):
-        load_judge(f"{tmp_path}/odd.py:{name}")
+    with pytest.raises(ValueError, match=f"cannot take the judge 'judge' from .*odd.py: .*{message}"):
+        load_judge(f"{tmp_path}/odd.py:judge")
 
 
 @pytest.mark.parametrize("place", [".pyenv/judge", "toxic.pytorch", "mine.py", "mine.py:judge"])
@@ -1678,7 +1654,7 @@ def test_a_folder_is_a_classifier_whatever_its_name(tmp_path, place):
 
 
 def adapter_folder(folder, base, task, labels=2):
-    """(the adapted model, its tokenizer): an adapter of the bare encoder in `base`, whose head is new."""
+    """The adapted model: an adapter of the bare encoder in `base`, whose head is new."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels)
@@ -1686,22 +1662,16 @@ def adapter_folder(folder, base, task, labels=2):
     for name, weight in adapted.named_parameters():
         if "lora_B" in name or "classifier" in name:
             torch.nn.init.normal_(weight)
-    adapted.save_pretrained(folder)
-    tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained(folder)
-    return adapted.eval(), tokenizer
+    saved(folder, adapted, tiny_tokenizer())
+    return adapted.eval()
 
 
-@pytest.mark.parametrize("labels", [1, 2, 3])
-def test_an_adapter_is_merged_into_its_base(tmp_path, labels):
-    tiny_classifier(tiny_tokenizer(), ["LABEL_0", "LABEL_1"]).bert.save_pretrained(tmp_path / "base")
-    adapted, tokenizer = adapter_folder(tmp_path / "adapter", tmp_path / "base", "SEQ_CLS", labels)
-    names = {1: None, 2: "LABEL_1", 3: "LABEL_1,LABEL_2"}
-    logits = adapted(torch.tensor([tokenizer.encode("a b c")])).logits[0]
-    expected = logits.sigmoid()[0] if labels == 1 else logits.softmax(-1)[0]
-    judge = load_judge(str(tmp_path / "adapter"), names[labels])
-    judge.model.config.judge_input = "response"
-    assert call_judge(judge, ["x"], ["a b c"])[0] == pytest.approx(expected.item(), abs=1e-5)
+def test_an_adapter_is_merged_into_its_base(tmp_path):
+    tiny_classifier(tiny_tokenizer()).bert.save_pretrained(tmp_path / "base")
+    adapted = adapter_folder(tmp_path / "adapter", tmp_path / "base", "SEQ_CLS", labels=3)
+    expected = adapted(torch.tensor([tiny_tokenizer().encode("a b c")])).logits.softmax(-1)[0, 0].item()
+    judge = load_judge(str(tmp_path / "adapter"), "LABEL_1,LABEL_2")
+    assert call_judge(judge, ["x"], ["a b c"])[0] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_judge_that_lacks_something_is_refused_when_it_is_loaded(tmp_path, monkeypatch):
@@ -1710,18 +1680,16 @@ def test_a_judge_that_lacks_something_is_refused_when_it_is_loaded(tmp_path, mon
     tokenizer.add_tokens(["more"])
     tokenizer.save_pretrained(tmp_path / "more_tokens")
     adapter_folder(tmp_path / "no_head", tmp_path / "base", "FEATURE_EXTRACTION")
-    adapter_folder(tmp_path / "no_base", tmp_path / "base", "SEQ_CLS")
-    shutil.copytree(tmp_path / "no_base", tmp_path / "lost")
-    config = tmp_path / "lost" / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "/no/base"}))
+    adapter_folder(tmp_path / "lost", shutil.copytree(tmp_path / "base", tmp_path / "gone"), "SEQ_CLS")
+    shutil.rmtree(tmp_path / "gone")
     V = len(tokenizer) - 1
     for name, message in (("more_tokens", f"its {V} embeddings, but has a token of number {V}"),
-                          ("no_head", "it has no weights for classifier"), ("lost", "its base '/no/base' cannot be")):
+                          ("no_head", "it has no weights for classifier"), ("lost", "its base '.*' cannot be loaded")):
         with pytest.raises(ValueError, match=message):
             load_judge(str(tmp_path / name))
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match="it is an adapter, which needs the package peft: pip install peft"):
-        load_judge(str(tmp_path / "no_base"))
+        load_judge(str(tmp_path / "lost"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer)
     classifier.config.pad_token_id = None
     with pytest.raises(ValueError, match="must have a pad_token or an eos_token, it has neither"):
@@ -1762,7 +1730,7 @@ def judge_rows(kind):
     return rows
 
 
-@pytest.mark.parametrize("steps", [1, 2, 9, 10, 11])  # torch's one-cycle schedule divides by 0.1 * 10 - 1
+@pytest.mark.parametrize("steps", [1, 10])  # torch's one-cycle schedule divides by steps - 1 and 0.1 * 10 - 1
 def test_supervised_training_takes_any_number_of_steps(steps):
     assert math.isfinite(sft(tiny_policy(), [("a b", "x")], SFTSettings(steps, 2, 1e-3, 0)))
     tokenizer = tiny_tokenizer()
@@ -1771,15 +1739,20 @@ def test_supervised_training_takes_any_number_of_steps(steps):
     assert np.isfinite(call_judge(judge, ["a"], ["b"])).all()
 
 
-@pytest.mark.parametrize("kind, body", [("labels", "bert"), ("preferences", "gpt2")])
-def test_the_command_trains_a_judge_and_prints_what_it_does_on_held_out_prompts(tmp_path, capsys, kind, body):
-    tokenizer = tiny_tokenizer(pad=body == "bert")
-    base = tiny_classifier(tokenizer).bert if body == "bert" else tiny_lm(tokenizer)  # no head of a judge
-    base.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    append_lines(tmp_path / "data.jsonl", judge_rows(kind))
-    files = [str(tmp_path / "data.jsonl"), "--model", str(tmp_path / "base"), "--out", str(tmp_path / "judge")]
-    train_judge.main([*files, *"--steps 60 --learning_rate 0.01 --max_length 60".split()])
+def judge_command(folder, kind, out, steps, learning_rate=0.01):
+    """Arguments of the program in `folder`, with a base that has no head of a judge: a BERT or, for pairs, a GPT-2."""
+    if not (folder / "base").exists():
+        tokenizer = tiny_tokenizer(pad=kind == "labels")
+        base = tiny_classifier(tokenizer, num_hidden_layers=2).bert if kind == "labels" else tiny_lm(tokenizer)
+        saved(folder / "base", base, tokenizer)
+        append_lines(folder / "data.jsonl", judge_rows(kind))
+    sizes = f"--steps {steps} --learning_rate {learning_rate} --max_length 60"
+    return ["data.jsonl", "--model", "base", "--out", out, *sizes.split()]
+
+
+@pytest.mark.parametrize("kind", ["labels", "preferences"])
+def test_the_command_trains_a_judge_and_prints_what_it_does_on_held_out_prompts(tmp_path, kind, capsys):
+    run_program(tmp_path, *judge_command(tmp_path, kind, "judge", 60), program=train_judge)
     printed = capsys.readouterr().out
     held_out = [row for row in judge_rows(kind) if is_test(row["prompt"])]
     judge = load_judge(str(tmp_path / "judge"))
@@ -1799,36 +1772,27 @@ def test_the_command_trains_a_judge_and_prints_what_it_does_on_held_out_prompts(
 
 
 def test_a_judge_whose_training_was_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch, capsys):
-    encoder_folder(tmp_path / "base", tiny_tokenizer())
-    append_lines(tmp_path / "data.jsonl", judge_rows("labels"))
-    monkeypatch.setattr(reward, "SAVE_SECONDS", 0)
+    calls = []  # one a step
     score = reward.judge_score
 
-    def train(name, stop_after=math.inf, learning_rate=0.01):
-        calls = itertools.count()
+    def score_of_a_step(*args):
+        calls.append(args)
+        if len(calls) == 8 + 6:
+            raise KeyboardInterrupt
+        return score(*args)
 
-        def score_of_a_step(*args):
-            if next(calls) == stop_after:
-                raise KeyboardInterrupt
-            return score(*args)
-
-        monkeypatch.setattr(reward, "judge_score", score_of_a_step)
-        files = [str(tmp_path / "data.jsonl"), "--model", str(tmp_path / "base"), "--out", str(tmp_path / name)]
-        train_judge.main([*files, *f"--steps 8 --learning_rate {learning_rate} --max_length 60".split()])
-        return next(calls)
-
-    assert train("whole") == 8
-    with pytest.raises(SystemExit) as stopped:
-        train("stopped", stop_after=5)
-    assert stopped.value.code == 130 and "the same command goes on" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as refused:
-        train("stopped", learning_rate=0.02)
-    assert refused.value.code == 2 and "of another learning_rate" in capsys.readouterr().err
-    assert train("stopped") == 8 - 5
-    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "stopped").iterdir()) and "training.pt" not in names
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "stopped")]
-    assert weights[0] == weights[1]
+    monkeypatch.setattr(reward, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(reward, "judge_score", score_of_a_step)
+    whole, stopped = (judge_command(tmp_path, "labels", out, 8) for out in ("whole", "stopped"))
+    run_program(tmp_path, *whole, program=train_judge)
+    status, line = ending(capsys, tmp_path, *stopped, program=train_judge)
+    assert status == 130 and "the same command goes on" in line
+    status, line = ending(capsys, tmp_path, *stopped, "--learning_rate", 0.02, program=train_judge)
+    assert status == 2 and "of another learning_rate" in line
+    run_program(tmp_path, *stopped, program=train_judge)
+    assert len(calls) == 8 + 6 + 3
+    files = [{path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} for out in ("whole", "stopped")]
+    assert files[0] == files[1] and "training.pt" not in files[0]
 
 
 def test_batches_by_length_take_every_sample_as_often_and_pad_less():
@@ -1849,8 +1813,7 @@ def test_batches_by_length_take_every_sample_as_often_and_pad_less():
 def decoder_classifier(folder, tokenizer, **settings):
     model = tiny_llama(tokenizer, transformers.LlamaForSequenceClassification, bos_token_id=None,
                        id2label={0: "safe", 1: "unsafe"}, label2id={"safe": 0, "unsafe": 1}, **settings)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    saved(folder, model, tokenizer)
     return model
 
 
@@ -1889,8 +1852,7 @@ def test_a_classifier_that_padding_changes_is_refused(tmp_path):  # XLNet's head
     model = transformers.XLNetForSequenceClassification(transformers.XLNetConfig(
         vocab_size=len(tokenizer), d_model=32, n_layer=2, n_head=2, d_inner=64, num_labels=2,
         id2label={0: "safe", 1: "unsafe"}, initializer_range=0.5))
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    saved(tmp_path, model, tokenizer)
     with pytest.raises(ValueError, match="must not be changed by padding; XLNetForSequenceClassification is"):
         load_judge(str(tmp_path))
 
@@ -2609,9 +2571,7 @@ def test_every_decoder_family_plays_updates_and_comes_back_from_its_folder(famil
     lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, tie_word_embeddings=tied, **sizes)).eval()
     with torch.no_grad():
         lm.get_output_embeddings().weight.mul_(20)  # make the distribution worth looking at
-    lm.save_pretrained(tmp_path / "lm")
-    tokenizer.save_pretrained(tmp_path / "lm")
-    player = Player("defender", load_policy(tmp_path / "lm"), 6, 1e-3, epochs=1, minibatches=1)
+    player = Player("defender", load_policy(saved(tmp_path / "lm", lm, tokenizer)), 6, 1e-3, epochs=1, minibatches=1)
     rollout = player.generate(PROMPTS, 0)
     logprobs, _, _ = logprobs_and_values(player.policy, rollout)
     mask = rollout.response_mask
@@ -2653,10 +2613,8 @@ def test_a_model_whose_logits_are_scaled_or_changed_by_padding_or_that_cannot_dr
     with torch.no_grad():
         for weight in lm.parameters():
             weight.mul_(4)
-    lm.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message.format(family)):
-        load_policy(tmp_path)
+        load_policy(saved(tmp_path, lm, tokenizer))
 
 
 def test_rows_of_the_head_that_stand_for_no_token_are_never_sampled_and_have_no_probability():
@@ -2677,9 +2635,7 @@ def test_rows_of_the_head_that_stand_for_no_token_are_never_sampled_and_have_no_
 def test_an_adapters_folder_is_loaded_as_its_base_with_the_adapter_added(has_tokenizer, tmp_path, monkeypatch):
     from peft import LoraConfig, get_peft_model
     tokenizer = tiny_tokenizer()
-    tiny_lm(tokenizer).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(saved(tmp_path / "base", tiny_lm(tokenizer), tokenizer))
     tuned = get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
     with torch.no_grad():
         for name, p in tuned.named_parameters():
@@ -2696,7 +2652,6 @@ def test_an_adapters_folder_is_loaded_as_its_base_with_the_adapter_added(has_tok
     save_policy(policy, tmp_path / "whole")
     assert bytes_of(load_policy(tmp_path / "whole")) == bytes_of(policy)
     put_on_hub(tmp_path / "hub", "models--me--adapter", tmp_path / "adapter")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     assert bytes_of(load_policy("me/adapter").lm) == bytes_of(policy.lm)
 
@@ -2996,7 +2951,7 @@ TINY = [*SIZES, *SCHEDULE, "--mine", "8"]
 
 def interpreter(*arguments, cwd=HERE, **variables):
     """A program in an interpreter of its own, as a user starts it, with one thread: two would add in another order."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", **variables}
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", **variables}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, **pipes)
 
@@ -3175,7 +3130,8 @@ def user_models(tmp_path_factory):
         GPT2LMHeadModel(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     classifier_folder(folder / "judge", ["safe", "unsafe"])
-    encoder_folder(folder / "embedder", tiny_tokenizer(WORDS[:9]))
+    tokenizer = tiny_tokenizer(WORDS[:9])
+    saved(folder / "embedder", tiny_classifier(tokenizer, num_hidden_layers=2).bert, tokenizer)
     (folder / "prompts.txt").write_text("\n".join(QUESTIONS))
     (folder / "pairs.jsonl").write_text('{"prompt": "how are you?", "response": "fine"}\n'
                                         '{"prompt": "hi", "chosen": "hello", "rejected": "go"}\n')
@@ -3393,18 +3349,11 @@ HUB_ASSETS = {  # what is not in the cache: the flag that could name something e
 
 
 def put_on_hub(cache, name, files):
-    """Files of a folder as refs, blobs, and a snapshot of links to them."""
-    root = cache / name
-    commit = hashlib.sha1(name.encode()).hexdigest()
-    for part in ("refs", "blobs"):
-        (root / part).mkdir(parents=True)
-    (root / "refs" / "main").write_text(commit)
-    for file in files.rglob("*.*"):
-        blob = root / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
-        link = root / "snapshots" / commit / file.relative_to(files)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, blob)
-        link.symlink_to(os.path.relpath(blob, link.parent))
+    """A folder as the snapshot of a commit, without links, as on a file system that has none."""
+    commit = "0" * 40
+    shutil.copytree(files, cache / name / "snapshots" / commit)
+    (cache / name / "refs").mkdir()
+    (cache / name / "refs" / "main").write_text(commit)
 
 
 @pytest.fixture(scope="session")
@@ -3438,7 +3387,6 @@ HUB = ["--attacker", "gpt2", "--defender", "gpt2", *SHORT]
 
 
 def test_the_users_command_takes_everything_from_the_hub(hub, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
     run_program(tmp_path, *HUB, "--out", "run")
     printed = capsys.readouterr()
@@ -3460,7 +3408,6 @@ def test_what_the_hub_cannot_give_is_named_with_its_flag(hub, asset, tmp_path, m
     cache = shutil.copytree(hub, tmp_path / "hub", symlinks=True)
     for missing in cache.glob(asset):
         shutil.rmtree(missing)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     status, error = ending(capsys, tmp_path, *HUB, "--out", "never")
     assert status == 2 and error.startswith("error: ") and HUB_ASSETS[asset] in error
@@ -4337,7 +4284,6 @@ def contents(folder):
 @pytest.mark.parametrize("name", CASES)
 def test_wrong_input_gets_one_line_and_status_2_and_leaves_nothing(bad, name, monkeypatch, capsys):
     program, arguments, message = CASES[name]
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setitem(sys.modules, "wandb", None)
     before = contents(bad)
     status, line = ending(capsys, bad, *arguments, program=program)
