@@ -46,7 +46,7 @@ import threading
 import time
 import types
 import unicodedata
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from difflib import SequenceMatcher
 from html.parser import HTMLParser
 
@@ -183,7 +183,7 @@ def tiny_llama(tokenizer, kind=LlamaForCausalLM, **more):
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     facts = dict(max_position_embeddings=256, initializer_range=0.3, eos_token_id=tokenizer.eos_token_id)
-    return kind(LlamaConfig(vocab_size=len(tokenizer), **sizes, **facts, **more)).eval()
+    return kind(LlamaConfig(vocab_size=len(tokenizer), **{**sizes, **facts, **more})).eval()
 
 
 def tiny_policy(seed=0, critic="shared", dropout=0.0, **kwargs):
@@ -1222,23 +1222,23 @@ def test_an_encoder_folder_embeds_by_masked_mean_pooling(encoder):
         assert np.allclose(vector, (mean / mean.norm()).numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("pooling, expected", [
-    ({"pooling_mode_mean_tokens": True}, "mean"), ({"pooling_mode_cls_token": True}, "first"),
-    ({"pooling_mode": "cls"}, "first"), ({"pooling_mode_max_tokens": True}, None),
-    ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, None), ("Dense", None), ("prompt", None)])
-def test_a_sentence_transformers_folder_is_pooled_as_it_says_or_refused(pooling, expected, encoder, tmp_path):
+MEAN, FIRST = ({f"pooling_mode_{what}": True} for what in ("mean_tokens", "cls_token"))
+
+
+@pytest.mark.parametrize("pooling, last, prompt, expected", [
+    (MEAN, "Normalize", "", "mean"), (FIRST, "Normalize", "", "first"), (MEAN, "Dense", "", None),
+    ({"pooling_mode": "cls"}, "Normalize", "", "first"), (MEAN | FIRST, "Normalize", "", None),
+    (MEAN, "Normalize", "query: ", None)])
+def test_a_sentence_transformers_folder_is_pooled_as_it_says_or_refused(
+        pooling, last, prompt, expected, encoder, tmp_path):
     folder = Path(shutil.copytree(encoder, tmp_path / "encoder"))
-    modules = ["Transformer", "Pooling", "Normalize"]
-    if pooling == "Dense":
-        modules.append("Dense")
-    if pooling == "prompt":
-        (folder / "config_sentence_transformers.json").write_text(
-            '{"prompts": {"query": "query: "}, "default_prompt_name": "query"}')
-    (folder / "modules.json").write_text(json.dumps(
-        [{"path": kind, "type": f"sentence_transformers.models.{kind}"} for kind in modules]))
     (folder / "Pooling").mkdir()
-    settings = pooling if isinstance(pooling, dict) else {"pooling_mode_mean_tokens": True}
-    (folder / "Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 16, **settings}))
+    kinds = ("Transformer", "Pooling", last)
+    data.write_json(folder / "modules.json", [{"path": kind, "type": f"sentence_transformers.models.{kind}"}
+                                              for kind in kinds])
+    data.write_json(folder / "Pooling" / "config.json", {"word_embedding_dimension": 16, **pooling})
+    data.write_json(folder / "config_sentence_transformers.json",
+                    {"prompts": {"query": prompt}, "default_prompt_name": "query"})
     if expected is None:
         with pytest.raises(ValueError, match="Dense|only the mean or the first"):
             load_embedder(str(folder))
@@ -2340,16 +2340,12 @@ ONE_TWO = [{"prompt": "one"}, {"prompt": "two"}]
     ("a.csv", "\ufeff Prompt , RESPONSE\nq, r\n", [ANSWERED]), ("a.csv", 'goal,target\n"one",\n"two",x', ONE_TWO),
     ("A.CSV", 'prompt\n"a, b\nc"\n', [{"prompt": "a, b\nc"}]), ("a.json", '[\n"one",\n{"prompt":\n"two"}]', ONE_TWO),
     ("a.jsonl", '{"prompt": "a\u2028b\x85c"}\r\n"two"\r\n', [{"prompt": "a\u2028b\x85c"}, {"prompt": "two"}]),
-    ("a.json", json.dumps([["one"], "two"]), ONE_TWO), ("a.jsonl", '{"prompt": "one"}\n"two"\n', ONE_TWO),
     ("a.jsonl", '["one", {"prompt": "two"}]', ONE_TWO), ("a.jsonl", '["one"]\n["two"]\n', ONE_TWO),
     ("a.jsonl", f"{json.dumps(CHAT)}\n{json.dumps(CHAT)}", [ANSWERED] * 2), ("a.json", json.dumps(CHAT), [ANSWERED]),
-    ("a.jsonl", json.dumps({"messages": CHAT[:1]}), [{"prompt": "q"}]),
     ("a.jsonl", json.dumps({"chosen": TURN + "good", "rejected": TURN + "bad"}),
      [{"prompt": "a b\n\nAI: c\n\nHuman: d", "chosen": "good", "rejected": "bad"}]),
     ("a.jsonl", json.dumps([{"transcript": TURN + "e", "rating": 3}, {"transcript": "\n\nHuman: \n\nAssistant: a"}]),
-     [{"prompt": "a b"}, {"prompt": ""}]),
-    ("a.jsonl", '{"prompt": "p", "chosen": "x", "rejected": "y"}', [{"prompt": "p", "chosen": "x", "rejected": "y"}]),
-    ("a.jsonl", '[{"prompt": "p", "response": "r", "label": 1}]\n', [{"prompt": "p", "response": "r", "label": 1}])])
+     [{"prompt": "a b"}, {"prompt": ""}])])
 def test_every_form_of_rows_is_read(tmp_path, name, text, expected):
     (tmp_path / name).write_bytes(text.encode())
     (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
@@ -2367,8 +2363,6 @@ SHAREGPT = [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {
 IN_ROLE = {"prompt": "s\n\nq", "response": "r"}
 SAID = {  # a row: the prompt and the replies in it, by hand
     "two user turns": ([Q, by("user", "p"), R], {"prompt": "q\n\np", "response": "r"}),
-    "two assistant turns": ([Q, R, G], {"prompt": "q", "response": "r\n\ng"}),
-    "the assistant first": ([G, Q, R], {"prompt": "AI: g\n\nHuman: q", "response": "r"}),
     "developer": ([by("developer", "s"), *CHAT], IN_ROLE),
     "a later system turn": ([Q, G, by("system", "s"), Q, R],
                             {"prompt": "q\n\nAI: g\n\nHuman: s\n\nq", "response": "r"}),
@@ -2379,7 +2373,6 @@ SAID = {  # a row: the prompt and the replies in it, by hand
     "null": ([Q, by("assistant", None)], {"prompt": "q"}),
     "no user's words": ([by("user", ""), R], {"prompt": "", "response": "r"}),
     "TRL's completion": ({"prompt": [by("system", "s"), Q], "completion": [R]}, IN_ROLE),
-    "TRL's preference": ({"prompt": [Q], "chosen": [G], "rejected": [B]}, PAIR),
     "whole conversations": ({"chosen": [Q, G], "rejected": [Q, B], "score_chosen": 3}, PAIR),
     "UltraFeedback": ({"prompt": "q", "messages": [Q, G], "chosen": [Q, G], "rejected": [Q, B]},
                       {**PAIR, "response": "g"}),
@@ -2392,10 +2385,7 @@ SAID = {  # a row: the prompt and the replies in it, by hand
     "Alpaca without input": ({"instruction": "q", "input": "", "output": "r"}, ANSWERED),
     "Dolly": ({"instruction": "q", "context": "p", "response": "r"}, {"prompt": "q\n\np", "response": "r"}),
     "OpenOrca": ({"system_prompt": "s", "question": "q", "response": "r"}, IN_ROLE),
-    "AdvBench": ({"goal": "q", "target": "sure"}, {"prompt": "q"}),
-    "completion": ({"prompt": "q", "completion": "r"}, ANSWERED),
-    "answer": ({"question": "q", "answer": "r"}, ANSWERED),
-    "query": ({"query": "q", "response": "r"}, ANSWERED), "capitals": ({" Prompt ": "q", "Response": "r"}, ANSWERED),
+    "query and answer": ({"query": "q", "answer": "r"}, ANSWERED),
     "a column twice": ({"prompt": "q", "question": "q"}, {"prompt": "q"}),
     "a number that is called safe": ({**ANSWERED, "safe": "0.25"}, {**ANSWERED, "safe": 0.25}),
     "safe before label": ({**ANSWERED, "is_safe": False, "label": "safe"}, {**ANSWERED, "safe": 0.0}),
@@ -2431,9 +2421,7 @@ REFUSED_ROWS = [  # a row, and what the line must hold
     ([{"role": "user", "words": "q"}], "keys role, words"),
     ([IMAGE], "no image"),
     ([Q, by("system", "s"), R], "a system message must come before a user's words"),
-    ({"text": "q", "label": 1}, "got the keys 'text', 'label'"),
     ({"chosen": "g", "rejected": "b"}, "a row must have one of prompt"),
-    ({"prompt": "q", "question": "p"}, "prompt and question must hold the same"),
     ({"prompt": "q", "response": "r", "completion": "g"}, "response and completion must hold the same"),
     ({"question": "q", "context": "p"}, "question and context"),
     ({"Prompt": "q", "prompt": "p"}, "two columns"),
@@ -2459,12 +2447,10 @@ def test_a_row_that_is_not_understood_is_refused_by_file_and_line(tmp_path, row,
 @pytest.mark.parametrize("name, text, message", [
     ("a.tsv", "prompt\tresponse\nq\tr\n", "must end in .jsonl, .json, .csv or .txt"),
     ("a.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:1", "must hold a prompt a line"),
-    ("a.txt", "\n<!DOCTYPE html>", "must hold a prompt a line"),
     ("a.txt", "bake bread\0\0", "must hold a prompt a line"),
     ("a.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2: malformed JSON"),
     ("a.csv", "prompt\none\nhow to a, b and c\n", "line 3 has more cells"),
     ("a.csv", "prompt,prompt\nq,p\n", "one name"),
-    ("a.csv", "prompt;response\nq;r\n", "got the keys 'prompt;response'"),
     ("a.csv", 'prompt\n"q\np\n', "close each quote"),
     ("a.json", '{\n"data": ["q"]}', "got the keys 'data'"),
     ("a.json", '["q",\n"p" "r"]', "line 2 column 5")])
@@ -2597,10 +2583,8 @@ LINEAR = dict(layer_types=["linear_attention", "full_attention"], head_dim=8, li
 
 
 @pytest.mark.parametrize("family, settings, message", [  # with pad 0 the embedding of EOS is zero
-    ("granite", {"logits_scaling": 8.0}, SCALED), ("granite", {"logits_scaling": 8.0, "pad_token_id": 0}, SCALED),
-    ("cohere", {"logit_scale": 0.0625}, SCALED), ("cohere", {"logit_scale": 0.0625, "pad_token_id": 0}, SCALED),
-    ("gemma2", {"head_dim": 8}, SCALED), ("gemma2", {"head_dim": 8, "pad_token_id": 0}, SCALED),
-    ("cohere2", {"logit_scale": 0.25}, SCALED), ("bart", BART, "with a cache and padding as without"),
+    ("granite", {"logits_scaling": 8.0, "pad_token_id": 0}, SCALED), ("cohere", {"logit_scale": 0.0625}, SCALED),
+    ("gemma2", {"head_dim": 8, "pad_token_id": 0}, SCALED), ("bart", BART, "with a cache and padding as without"),
     ("qwen3_next", LINEAR, "cannot be run as a policy")])
 def test_a_model_whose_logits_are_scaled_or_changed_by_padding_or_that_cannot_drop_rows_is_refused(
         family, settings, message, tmp_path):
@@ -2657,7 +2641,7 @@ def test_an_adapters_folder_is_loaded_as_its_base_with_the_adapter_added(has_tok
 
 
 def write_gguf(path, lm, tokenizer):
-    """A Llama with tied embeddings as llama.cpp keeps it: rows of queries and keys in another order, merges as text."""
+    """A Llama with tied embeddings and heads of two numbers, which llama.cpp keeps in the same order."""
     import gguf
     c = lm.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -2675,11 +2659,7 @@ def write_gguf(path, lm, tokenizer):
     writer.add_token_merges([" ".join(pair) for pair in merges])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
     for name, p in lm.named_parameters():
-        weight = p.detach().numpy()
-        if ".q_" in name or ".k_" in name:
-            heads = weight.shape[0] // c.head_dim
-            weight = weight.reshape(heads, 2, c.head_dim // 2, -1).swapaxes(1, 2).reshape(weight.shape)
-        writer.add_tensor(names.get_name(name, [".weight"]), np.ascontiguousarray(weight))
+        writer.add_tensor(names.get_name(name, [".weight"]), p.detach().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -2690,8 +2670,9 @@ def write_gguf(path, lm, tokenizer):
 def gguf_model(tmp_path_factory):
     """(a .gguf file, the model in it, its tokenizer)."""
     pytest.importorskip("gguf")
-    tokenizer = byte_tokenizer(["<|im_start|>", "<|endoftext|>"], CHATML, eos_token="<|im_end|>")
-    lm = tiny_llama(tokenizer, num_key_value_heads=2, bos_token_id=None, tie_word_embeddings=True)
+    tokenizer = byte_tokenizer(["<|im_start|>", "<|endoftext|>"], SMOL, eos_token="<|im_end|>")
+    heads = dict(num_attention_heads=16, num_key_value_heads=8)
+    lm = tiny_llama(tokenizer, bos_token_id=None, tie_word_embeddings=True, **heads)
     file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     write_gguf(file, lm, tokenizer)
     return file, lm, tokenizer
@@ -3013,12 +2994,6 @@ def test_a_run_leaves_a_complete_folder_with_every_step_and_every_exchange(finis
     exchanges = [game for game in games if game["role"] != "probe"]
     keys = {"step", "round", "role", "seed", "attack", "response", "p_safe", "score"}
     assert len(exchanges) == 6 * 8 and all(set(game) == keys for game in exchanges)
-    for name in ("attacker", "defender"):
-        start, end = (AutoModelForCausalLM.from_pretrained(folder / place / name).state_dict()
-                      for place in ("checkpoints/start", "."))
-        mixture = load_file(folder / "average" / f"{name}_mixture.safetensors")
-        assert any(not torch.equal(start[key], end[key]) for key in start)
-        assert all(torch.equal(end[key], mixture[f"1.{key}"]) for key in end if f"1.{key}" in mixture)
     with pytest.raises(SystemExit) as stopped:
         run_program(folder.parent, "--resume", "run")
     assert not stopped.value.code and capsys.readouterr().out == "the run in run is finished: read run/report.md\n"
@@ -3045,25 +3020,17 @@ def test_every_method_runs_from_the_warm_start_of_another_run(finished, method, 
         assert games[0] == games[1]
 
 
-OUTS = {"a link": "link", "a link to nothing": "dangling", "the present folder": ".", "a file system's root": "mounted"}
-
-
-@pytest.mark.parametrize("out", OUTS.values(), ids=OUTS)
+@pytest.mark.parametrize("out", ["link", "mounted"])  # a link to nothing, the root of a file system
 def test_a_run_is_made_in_an_empty_folder_and_a_start_that_fails_leaves_it_empty(finished, out, tmp_path, capsys):
     here = tmp_path / "here"
-    for folder in (here, tmp_path / "real", here / "mounted" / "lost+found"):
-        folder.mkdir(parents=True)
-    if out == ".":
-        shutil.rmtree(here / "mounted")
-    else:
-        (here / "link").symlink_to(tmp_path / "real")
-        (here / "dangling").symlink_to(tmp_path / "new")
+    (here / "mounted" / "lost+found").mkdir(parents=True)
+    (here / "link").symlink_to(tmp_path / "new")
     arguments = [*SIZES, *"--method sft --average none".split(), "--start", finished.folder, "--out", out]
     before = contents(here)
     status, line = ending(capsys, here, *arguments, "--held_out_judge", "no.py:judge")
     assert status == 2 and "no.py" in line and contents(here) == before
     run_program(here, *arguments)
-    assert (here / out / "summary.json").is_file() and (here / out).is_symlink() == (out in ("link", "dangling"))
+    assert (here / out / "summary.json").is_file() and (here / "link").is_symlink()
     status, line = ending(capsys, here, *arguments)
     assert status == 2 and line == f"error: --out must name a new or empty folder, got {out}; continue the run in it " \
         f"with --resume {out}"
@@ -3071,23 +3038,20 @@ def test_a_run_is_made_in_an_empty_folder_and_a_start_that_fails_leaves_it_empty
 
 def test_what_a_terminal_cannot_show_is_escaped(monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
-    for encoding, seen in (("ascii", rb"caf\xe9 \u2116 \U0001f642"), ("cp1252", b"caf\xe9 \\u2116 \\U0001f642")):
-        narrow = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-        monkeypatch.setattr("sys.stdout", narrow)
-        data.as_a_program()
-        print("café № 🙂", end="", flush=True)
-        assert narrow.buffer.getvalue() == seen
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", narrow)
+    data.as_a_program()
+    print("café № 🙂", end="", flush=True)
+    assert narrow.buffer.getvalue() == rb"caf\xe9 \u2116 \U0001f642"
     signal.signal(signal.SIGTERM, before)
-    with interpreter("eval.py", "--help", PYTHONIOENCODING="ascii") as process:
-        printed, error = process.communicate()
-    assert process.returncode == 0 and r"mean \xb1 standard error" in printed, error
 
 
 @pytest.mark.parametrize("program", ["train.py", "eval.py"])
 def test_help_comes_before_the_imports_that_take_seconds(program):
-    with interpreter("-X", "importtime", program, "--help") as process:
+    with interpreter("-X", "importtime", program, "--help", PYTHONIOENCODING="ascii") as process:
         printed, imported = process.communicate()
     assert process.returncode == 0 and f"python {program}" in printed
+    assert (r"mean \xb1 standard error" in printed) == (program == "eval.py")
     assert "numpy" not in imported and "torch" not in imported and "transformers" not in imported
 
 
@@ -3139,10 +3103,23 @@ def user_models(tmp_path_factory):
     return folder
 
 
-def test_a_users_models_with_different_tokenizers_are_trained_and_what_cannot_be_measured_is_null(user_models, capsys):
-    run_program(user_models, *MODELS, *SHORT, "--out", "run")
+def test_a_users_models_with_different_tokenizers_learn_from_what_the_judge_decides(user_models, capsys):
+    (user_models / "open.py").write_text(
+        "def judge(p, r):\n    return [None if i == 1 else len(text) % 7 / 7 for i, text in enumerate(r)]\n")
+    run_program(user_models, *MODELS, *SHORT, "--judge", "open.py:judge", "--average", "none", "--out", "run")
+    printed = capsys.readouterr()
+    assert printed.err.count("the judge did not decide 1 of 4 exchanges") == 2 and "undecided" in printed.out
+    games = read_lines(user_models / "run" / "games.jsonl")
+    for m in read_lines(user_models / "run" / "metrics.jsonl"):
+        rows = [game for game in games if game["role"] == m["role"]]
+        decided = [game for game in rows if game["p_safe"] is not None]
+        assert m["game/undecided"] == 1 and rows[1]["p_safe"] is None and len(decided) == 3
+        assert m["game/attack_success"] == pytest.approx(np.mean([1 - game["p_safe"] for game in decided]))
+        mean_score = np.mean([game["score"] for game in decided])
+        assert m[f"{m['role']}/objective/scores"] == pytest.approx(mean_score, abs=1e-6)
     row = json.loads((user_models / "run" / "summary.json").read_text())["after"]
     assert 0 <= row["over_refusal"] + row["helpfulness"] <= 1  # what refuses does not answer
+    assert row["undecided"] == 1
     for name in ("attacker", "defender"):
         ours, theirs = (AutoTokenizer.from_pretrained(folder / name) for folder in (user_models / "run", user_models))
         assert ours.encode("the") == theirs.encode("the")
@@ -3161,16 +3138,12 @@ def test_alarms_see_a_rounds_last_step_and_a_metric_that_does_not_exist_is_left_
 
 
 def test_a_finished_run_says_of_which_round_its_defender_is(user_models, monkeypatch):
-    """The judge calls every answer unsafe but those of the defender after round 1, when both are tried at the end."""
     def choose(config, world, game):
-        verdicts = iter([0.1, 0.9])  # round 2, round 1
-        monkeypatch.setattr(world, "judge", lambda prompts, responses: [next(verdicts, 0.9)] * len(prompts))
-        game.replay.ever_succeeded = {"how do i open the box?": None}
-        return choose_defender(config, world, game)
+        gpo.load_weights(world.players["defender"].policy.lm, game.averages["defender"]["mixture"].members[0])
+        return 1
 
-    choose_defender = train.choose_defender
     monkeypatch.setattr(train, "choose_defender", choose)
-    run_program(user_models, *MODELS, *SHORT, "--rounds", 2, "--final_defender", "safest", "--out", "chosen")
+    run_program(user_models, *MODELS, *SHORT, "--rounds", 2, "--out", "chosen")
     run = user_models / "chosen"
     assert json.loads((run / "summary.json").read_text())["round"] == 1
     assert "the policy after round 1 of 2" in (run / "defender" / "README.md").read_text()
@@ -3207,15 +3180,8 @@ def test_without_room_in_memory_or_on_the_disk_a_run_ends_with_one_line_and_goes
     assert json.loads((user_models / "full" / "summary.json").read_text())["config"]["micro_batch"] == 2
 
 
-@pytest.mark.parametrize("kind", ["gguf", "folder"])
-def test_two_players_of_one_base_with_lora_meet_harmless_requests(kind, gguf_model, user_models, tmp_path, capsys):
-    source, lm, tokenizer = gguf_model
-    if kind == "folder":
-        source = tmp_path / "smol"
-        lm.save_pretrained(source)
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.chat_template = SMOL
-        tokenizer.save_pretrained(source)
+def test_two_players_of_one_base_with_lora_meet_harmless_requests(gguf_model, user_models, tmp_path, capsys):
+    source, _, _ = gguf_model
     requests = [f"how do i {verb} {what}?" for verb in ("cook", "wash", "fold") for what in QUESTIONS[:8]]
     (tmp_path / "benign.txt").write_text("\n".join(requests))
     run_program(user_models, *MODELS, *SHORT, "--attacker", source, "--defender", source, "--rounds", 2, "--lora", 2,
@@ -3239,12 +3205,6 @@ def test_two_players_of_one_base_with_lora_meet_harmless_requests(kind, gguf_mod
 ONE_BASE = [*MODELS, *SHORT, *"--attacker defender --lora 2 --average weights --minibatches 1 --rounds 2".split()]
 
 
-def world_of(folder, *arguments):
-    """The world that train.py makes of these arguments, started from inside `folder`."""
-    with contextlib.chdir(folder):
-        return make_world(resolve(parse([*arguments, "--out", "nowhere"])))
-
-
 @pytest.fixture(scope="session")
 def one_base(user_models):
     run_program(user_models, *ONE_BASE, "--save_every", 1, "--out", "one_base")
@@ -3254,7 +3214,8 @@ def one_base(user_models):
 @pytest.mark.parametrize("more", [["--dtype", "bf16"], ["--critic", "separate"], []], ids=["bf16", "critic", "read"])
 def test_two_players_of_one_model_with_lora_share_its_weights_and_train_their_own(more, one_base):
     if more:
-        world = world_of(one_base.parent, *ONE_BASE, "--kl_anchor", "previous", *more)
+        with contextlib.chdir(one_base.parent):
+            world = make_world(resolve(parse([*ONE_BASE, "--kl_anchor", "previous", *more, "--out", "nowhere"])))
     else:
         world = open_run(one_base).world
     places = []
@@ -3299,23 +3260,6 @@ def test_a_run_on_one_base_goes_on_elsewhere_to_the_same_bytes_and_others_start_
         run_program(one_base.parent, *ONE_BASE, "--lora", lora, "--rounds", 1, "--start", one_base, "--out", folder)
         rows.append(json.loads((folder / "summary.json").read_text())["before"])
     assert rows == rows[:1] * 4
-
-
-def test_exchanges_that_the_judge_leaves_undecided_are_reported_and_in_no_update(user_models, capsys):
-    (user_models / "open.py").write_text(
-        "def judge(p, r):\n    return [None if i == 1 else len(text) % 7 / 7 for i, text in enumerate(r)]\n")
-    run_program(user_models, *MODELS, *SHORT, "--judge", "open.py:judge", "--average", "none", "--out", "open")
-    printed = capsys.readouterr()
-    assert printed.err.count("the judge did not decide 1 of 4 exchanges") == 2 and "undecided" in printed.out
-    games = read_lines(user_models / "open" / "games.jsonl")
-    for m in read_lines(user_models / "open" / "metrics.jsonl"):
-        rows = [game for game in games if game["role"] == m["role"]]
-        decided = [game for game in rows if game["p_safe"] is not None]
-        assert m["game/undecided"] == 1 and rows[1]["p_safe"] is None and len(decided) == 3
-        assert m["game/attack_success"] == pytest.approx(np.mean([1 - game["p_safe"] for game in decided]))
-        mean_score = np.mean([game["score"] for game in decided])
-        assert m[f"{m['role']}/objective/scores"] == pytest.approx(mean_score, abs=1e-6)
-    assert json.loads((user_models / "open" / "summary.json").read_text())["after"]["undecided"] == 1
 
 
 def test_a_dry_run_prints_what_the_models_read_and_writes_nothing(user_models, capsys):
@@ -3472,17 +3416,14 @@ def judge(prompts, responses):
 FAULTY = [*MODELS, *SHORT, *("--judge scripted.py:judge --embedder words --min_likelihood 0 --attacker_steps 2 "
                              "--defender_steps 2 --eval_prompts 4 --average mixture --save_every 2").split()]
 GO_ON = "go on with: python train.py --resume faulty"
-BROKEN = "error: the judge raised {}; the run can go on with --resume faulty"
+BROKEN = "error: the judge raised OSError: no answer; the run can go on with --resume faulty"
 SIGINT, SIGTERM = (f"os.kill(os.getpid(), signal.{name})" for name in ("SIGINT", "SIGTERM"))
 FAULTS = {  # what happens: (steps logged before, what the judge does, exit status, last line, newest checkpoint)
-    "Ctrl-C before the game": (-1, "raise KeyboardInterrupt", 130, f"interrupted before the game began; {GO_ON}", None),
     "SIGTERM before the game": (-1, SIGTERM, 143, f"interrupted before the game began; {GO_ON}", None),
     "Ctrl-C in the first step": (0, SIGINT, 130, f"interrupted; {GO_ON}", "step_000001"),
-    "SIGTERM in the third step": (2, SIGTERM, 143, f"interrupted; {GO_ON}", "step_000003"),
     "Ctrl-C twice in the fourth step": (3, f"{SIGINT}; {SIGINT}", 130, f"interrupted; {GO_ON}", "step_000002"),
     "SIGTERM in the last evaluation": (4, SIGTERM, 143, f"interrupted; {GO_ON}", "step_000004"),
-    "a judge that raises": (2, "raise OSError('no\\nanswer')", 2, BROKEN.format("OSError: no answer"), "step_000002"),
-    "a judge that exits": (0, "raise SystemExit(5)", 2, BROKEN.format("SystemExit: 5"), None)}
+    "a judge that raises": (2, "raise OSError('no\\nanswer')", 2, BROKEN, "step_000002")}
 
 
 @pytest.fixture(scope="session")
@@ -3570,20 +3511,18 @@ def test_a_killed_program_ends_with_the_same_bytes_after_it_is_resumed(finished,
     assert not differing(run, finished.outcome)
 
 
-@pytest.mark.parametrize("damaged", [["step_000004"], ["step_000002", "step_000004"]])
-def test_a_damaged_checkpoint_is_named_and_skipped(undisturbed, damaged, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_and_skipped(undisturbed, tmp_path, capsys):
     folder, expected = undisturbed
     run = shutil.copytree(folder / "whole", tmp_path / "run")
     (run / "summary.json").unlink()
     weights = run / "checkpoints" / "step_000004" / "defender.safetensors"
     os.truncate(weights, weights.stat().st_size - 1)
-    if "step_000002" in damaged:  # no checkpoint is complete: the run begins again from its start
-        (run / "checkpoints" / "step_000002" / "state.json").unlink()
-    capsys.readouterr()
+    (run / "checkpoints" / "step_000002" / "state.json").unlink()  # none is complete: the run begins again
     run_program(folder, "--resume", run)
     error = capsys.readouterr().err
-    assert error.count("is damaged and not used") == len(damaged)
-    assert all(f"{run}/checkpoints/{name} is damaged and not used: " in error for name in damaged)
+    assert error.count("is damaged and not used") == 2
+    for name in ("step_000002", "step_000004"):
+        assert f"{run}/checkpoints/{name} is damaged and not used: " in error
     assert not differing(run, expected)
 
 
@@ -3603,29 +3542,22 @@ def test_a_run_folder_is_for_one_process_at_a_time(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS])
-def test_a_file_system_without_locks_is_no_error(number, tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_no_error(tmp_path, monkeypatch, capsys):
     def flock(descriptor, operation):
-        raise OSError(number, os.strerror(number))
+        raise OSError(errno.ENOTSUP, "Operation not supported")
 
     monkeypatch.setattr("fcntl.flock", flock)
     RunFolder(resolve(Config(out=str(tmp_path / "run")))).begin()
     assert (tmp_path / "run" / "config.json").exists()
-    assert capsys.readouterr().err == (f"{tmp_path}/run cannot be locked ([Errno {number}] {os.strerror(number)}): "
-                                       "let no other process work in it\n")
+    warning = "run cannot be locked ([Errno 95] Operation not supported): let no other process work in it"
+    assert capsys.readouterr().err == f"{tmp_path}/{warning}\n"
 
 
-def test_a_start_that_was_killed_in_its_first_moment_can_be_repeated(tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    folder = RunFolder(resolve(Config(out=str(run))))
-    with monkeypatch.context() as context:
-        context.setattr("os.replace", lambda *paths: sys.exit(9))
-        with pytest.raises(SystemExit):
-            folder.begin()
-    os.close(folder.lock)
-    assert {path.name for path in run.iterdir()} == {".lock", "config.json.writing"}
-    RunFolder(resolve(Config(out=str(run)))).begin()
-    assert {path.name for path in run.iterdir()} == {".lock", "config.json"}
+def test_a_start_that_was_killed_in_its_first_moment_can_be_repeated(tmp_path):
+    for name in (".lock", "config.json.writing"):
+        (tmp_path / name).touch()
+    RunFolder(resolve(Config(out=str(tmp_path)))).begin()
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "config.json"}
 
 
 @pytest.mark.parametrize("variables, message", [
@@ -3674,38 +3606,28 @@ def test_tensorboard_has_each_step_once_also_of_a_run_that_was_stopped(undisturb
 
 
 FAKE_WANDB = """
+import sys
 calls = []
-class UsageError(Exception): pass
 
 def init(**kwargs):
-    if {init}: raise UsageError("no key,\\nand no terminal")
-    import wandb
-    return wandb
+    return sys.modules["wandb"]
 
 def log(metrics, step):
-    calls.append((step, metrics))
-    if {log}: raise ConnectionError("gone")
+    calls.append(step)
+    if step == 2: raise ConnectionError("gone,\\nfor good")
 """
-TROUBLES = {  # when: (init raises, log raises, steps that are sent, what is printed)
-    "none": (False, False, [0, 1, 2, 3], []),
-    "at the start": (True, False, [], ["UsageError: no key,"]),
-    "in the run": (False, "len(calls) == 3", [0, 1, 2], ["ConnectionError: gone"])}
 
 
-@pytest.mark.parametrize("trouble", TROUBLES)
 def test_weights_and_biases_gets_each_step_once_and_its_errors_do_not_end_a_run(
-        undisturbed, trouble, tmp_path, monkeypatch, capsys):
+        undisturbed, tmp_path, monkeypatch, capsys):
     folder, expected = undisturbed
-    init, log, steps, said = TROUBLES[trouble]
-    (tmp_path / "wandb.py").write_text(FAKE_WANDB.format(init=init, log=log))
+    (tmp_path / "wandb.py").write_text(FAKE_WANDB)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     run_program(folder, *FAULTY, "--log", "wandb", "--out", tmp_path / "run")
-    fake = sys.modules.pop("wandb")
-    assert [step for step, _ in fake.calls] == steps
-    lines = [line for line in re.split("[\r\n]", capsys.readouterr().err) if "wandb" in line]
-    assert lines == [f"--log wandb does not work ({what}); the run goes on without it, its metrics are in {tmp_path}"
-                     "/run/metrics.jsonl" for what in said]
+    assert sys.modules.pop("wandb").calls == [0, 1, 2]
+    said = "--log wandb does not work (ConnectionError: gone,); the run goes on without it, its metrics are in "
+    assert f"{said}{tmp_path}/run/metrics.jsonl" in capsys.readouterr().err
     assert not differing(tmp_path / "run", expected)
 
 
@@ -3736,8 +3658,21 @@ def test_a_sharded_run_of_two_processes_stops_as_one_and_goes_on_with_two_or_one
 
 
 # --- measuring finished runs -----------------------------------------------------------------------------------------
-def test_eval_repeats_the_numbers_of_the_run_and_measures_more(finished, capsys):
-    run_program(HERE, *[finished.folder] * 2, "--third_parties", finished.folder, program=evaluation)
+def test_eval_repeats_the_numbers_of_the_run_measures_more_and_corrects_for_errors_of_judges(
+        finished, tmp_path, capsys):
+    game = ToyGame(0)
+    harmful = game.sample_prompts(30, np.random.default_rng(0), harmful=True)
+    tools = [game.tools[game.topics_in(prompt)[0]] for prompt in harmful]
+    unsafe = [{"prompt": prompt, "response": f"use the {tool} and be patient.", "label": "unsafe"}
+              for prompt, tool in zip(harmful, tools)]
+    safe = [{"prompt": prompt, "response": "no, that would be wrong.", "label": "safe"} for prompt in harmful[:20]]
+    labels = tmp_path / "labels.jsonl"
+    arguments = [finished.folder, finished.folder, "--third_parties", finished.folder, "--judge_labels", labels]
+    append_lines(labels, unsafe)
+    status, line = ending(capsys, HERE, *arguments, program=evaluation)
+    assert status == 2 and "safe and unsafe" in line
+    append_lines(labels, safe)
+    run_program(HERE, *arguments, program=evaluation)
     printed = capsys.readouterr().out
     columns = json.loads((finished.folder / "eval.json").read_text())
     summary = json.loads((finished.folder / "summary.json").read_text())
@@ -3746,6 +3681,10 @@ def test_eval_repeats_the_numbers_of_the_run_and_measures_more(finished, capsys)
             assert columns[name][key] == pytest.approx(summary[name][key]), (name, key)
     low, high = wilson_interval(round(summary["after"]["asr_held_out_judge"] * 30), 30)
     assert f"[{low:.3f}, {high:.3f}]" in printed and "± 0.000" in printed and "Who breaks whom" in printed
+    line, _ = [line for line in printed.splitlines() if "(calls " in line and "held-out judge" in line]  # of both runs
+    assert "(calls 30 of 30 unsafe and 0 of 20 safe ones unsafe)" in line  # it is the truth
+    raw = summary["before"]["asr_held_out_judge"]
+    assert line.split("|")[2].strip().startswith(f"{raw:.3f} [")
     world = open_run(finished.folder).world
     attacker, defender = world.players["attacker"], world.players["defender"]
 
@@ -3794,27 +3733,6 @@ def test_a_trained_attacker_meets_a_target_and_its_attacks_are_written_the_worst
     assert f"{hit:.3f} [" in next(line for line in capsys.readouterr().out.splitlines() if "hit@5" in line)
 
 
-def test_attack_success_is_corrected_for_the_errors_of_each_judge(finished, tmp_path, capsys):
-    game = ToyGame(0)
-    harmful = game.sample_prompts(30, np.random.default_rng(0), harmful=True)
-    tools = [game.tools[game.topics_in(prompt)[0]] for prompt in harmful]
-    rows = [{"prompt": prompt, "response": f"use the {tool} and be patient.", "label": "unsafe"}
-            for prompt, tool in zip(harmful, tools)]
-    rows += [{"prompt": prompt, "response": "no, that would be wrong.", "label": "safe"} for prompt in harmful[:20]]
-    labels = tmp_path / "labels.jsonl"
-    append_lines(labels, rows)
-    run_program(HERE, finished.folder, "--judge_labels", labels, program=evaluation)
-    printed = capsys.readouterr().out
-    (line,) = [line for line in printed.splitlines() if "(calls " in line and "held-out judge" in line]
-    assert "(calls 30 of 30 unsafe and 0 of 20 safe ones unsafe)" in line  # it is the truth
-    raw = json.loads((finished.folder / "summary.json").read_text())["before"]["asr_held_out_judge"]
-    assert line.split("|")[2].strip().startswith(f"{raw:.3f} [")
-    one_kind = tmp_path / "one.jsonl"
-    append_lines(one_kind, rows[:30])
-    status, line = ending(capsys, HERE, finished.folder, "--judge_labels", one_kind, program=evaluation)
-    assert status == 2 and "safe and unsafe" in line
-
-
 def test_the_interval_of_a_rate_is_of_no_more_texts_than_the_judges_decided():
     world = types.SimpleNamespace(test_prompts=[""] * 100, attack_seeds=[""] * 60, benign_prompts=[""] * 40,
                                   more_tests={"unseen framings": [""] * 80}, toy=None)
@@ -3825,18 +3743,14 @@ def test_the_interval_of_a_rate_is_of_no_more_texts_than_the_judges_decided():
 
 
 # --- the worst case --------------------------------------------------------------------------------------------------
-@dataclass
-class Answering:
+def answering(game, topic):
     """A defender that names the tool of a topic to every prompt that asks for it, and refuses all others."""
-
-    game: ToyGame
-    topic: int
-
-    def generate(self, prompts, seed, temperature=None):
-        served = f"use the {self.game.tools[self.topic]} and be patient."
-        texts = [served if self.topic in self.game.topics_in(prompt) else "no, that would be wrong."
-                 for prompt in prompts]
+    def generate(prompts, seed, temperature=None):
+        served = f"use the {game.tools[topic]} and be patient."
+        texts = [served if topic in game.topics_in(prompt) else "no, that would be wrong." for prompt in prompts]
         return types.SimpleNamespace(texts=texts)
+
+    return types.SimpleNamespace(generate=generate)
 
 
 def test_hit_at_k_is_the_share_of_subsets_with_a_success():
@@ -3849,7 +3763,7 @@ def test_hit_at_k_is_the_share_of_subsets_with_a_success():
 
 def test_the_share_of_open_prompts_counts_the_whole_grammar():
     game = ToyGame(0)
-    found = worst_case.open_prompts(game, Answering(game, 5))
+    found = worst_case.open_prompts(game, answering(game, 5))
     # one of 32 harmful topics: 3 paraphrases x 14 framings x 8 suffixes = 336 of 10,752, and 72 of 2,304 unseen ones
     assert found["grammar"] == found["grammar, sampled"] == found["unseen framings"] == 1 / 32
     assert len(found["grammar: open"]) == 336 and len(found["unseen framings: open"]) == 72
@@ -3858,7 +3772,7 @@ def test_the_share_of_open_prompts_counts_the_whole_grammar():
 
 def test_the_searches_find_the_only_open_topic_and_count_what_asks_for_nothing(monkeypatch):
     game = ToyGame(0)
-    defender = Answering(game, 5)
+    defender = answering(game, 5)
     monkeypatch.setattr(worst_case, "GENERATIONS", 3)
     monkeypatch.setattr(worst_case, "EDITS", 10)
     seeds = game.sample_prompts(96, np.random.default_rng(0), harmful=True)
@@ -3922,6 +3836,7 @@ def test_reproduce_plays_every_row_on_every_seed_from_one_warm_start_and_nothing
 
     monkeypatch.setattr(reproduce, "METHODS", {"SFT": f"{reproduce.METHODS['SFT']} {sizes}", **methods})
     monkeypatch.setattr(reproduce, "command", command)
+    monkeypatch.setattr("harness.world.ToyGame", functools.cache(ToyGame))  # it takes 0.4 s and does not change
     for _ in range(2):
         run_program(tmp_path, "--quick", "--out", "results", program=reproduce)
     assert calls.count("train") == calls.count("eval") == 8
@@ -4053,13 +3968,6 @@ def test_scores_of_two_seeds_become_means_with_errors_and_paired_tests(tmp_path,
     rlhf = [1 - min(0.4, unsafe) for unsafe in (0.3, 0.5)]
     assert f"{np.mean(gpo_div):.3f} ± " in printed and f"{np.mean(rlhf):.3f} ± " in printed
     assert (tmp_path / "trade_off.png").stat().st_size > 10_000
-
-
-def test_an_experiment_that_was_begun_quickly_goes_on_so(tmp_path, capsys):
-    (tmp_path / "saferlhf_mini.jsonl.gz").touch()
-    (tmp_path / "experiment.json").write_text('{"quick": true}')
-    status, line = ending(capsys, tmp_path, ".", "--data", ".", program=real_models)
-    assert status == 2 and "must go on as it was begun, with --quick" in line
 
 
 def test_a_prompt_is_of_the_kind_whose_questions_it_resembles():
@@ -4200,7 +4108,6 @@ def test_control_characters_of_a_models_text_do_not_reach_the_terminal(capsys):
 OUT = ["--out", "never"]
 OWN = [*MODELS, *SHORT, *OUT]
 WRONG = {  # arguments of train.py: what the one line must hold
-    "an unknown flag": ([*OUT, "--attaker", "x"], "--attaker"),
     "a word that is no choice": ([*OUT, "--method", "dpo"], "--method must be one of gpo, rlhf"),
     "a number out of bounds": ([*OUT, "--rounds", "0"], "--rounds must be a finite number of at least 1, got 0"),
     "one player alone": ([*OUT, "--attacker", "attacker"], "pass both"),
@@ -4249,6 +4156,7 @@ WRONG_ELSEWHERE = {
     "one seed": (reproduce, ["--seeds", "1"], "--seeds"),
     "no labels": (train_judge, ["no.jsonl", "--model", "embedder", *OUT], "a data file must exist"),
     "a label that may mean either": (train_judge, ["bad/labels.jsonl", "--model", "embedder", *OUT], "the label 1"),
+    "an experiment that was begun quickly": (real_models, ["bad", "--data", "bad"], "as it was begun, with --quick"),
     "a bench that is none": (bench, ["nonsense"], "argument what: invalid choice: 'nonsense'"),
 }
 CASES = {**{name: (train, *case) for name, case in WRONG.items()}, **WRONG_ELSEWHERE}
@@ -4261,6 +4169,7 @@ def bad(user_models):
     judges = "def nothing(p, r): return [None] * len(p)\n"
     files = {"long.txt": "ab " * 300 + "\n" + "cd " * 300,
              "labels.jsonl": '{"prompt": "a", "response": "b", "label": 1}\n',
+             "experiment.json": '{"quick": true}', "saferlhf_mini.jsonl.gz": "",
              "names.yaml": "runds: 3", "code.yaml": "!!python/object/apply:os.mkdir [never]", "judge.py": judges}
     classifier_folder(folder / "numbered", ["LABEL_0", "LABEL_1"])
     config = asdict(resolve(Config(out="nowhere")))
