@@ -58,19 +58,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import eval as evaluation
 import gpo
@@ -81,67 +69,16 @@ import train
 from diversity import Diversity, load_embedder, self_bleu, set_similarity, word_embedder
 from experiments import bench, mart, probe, real_models, real_scores, reproduce, train_judge, worst_case
 from experiments.soak import outcome
-from gpo import (
-    Player,
-    PolicyAverage,
-    SFTSettings,
-    gae,
-    log_likelihoods,
-    nash_gap,
-    play,
-    ppo_update,
-    rank,
-    sft,
-    solve_matrix_game,
-)
-from harness import data
+from gpo import Player, PolicyAverage, SFTSettings, gae, nash_gap, play, ppo_update, sft, solve_matrix_game
+from harness import data, parallel
 from harness.config import Config, parse, resolve
-from harness.data import (
-    append_lines,
-    complete_folder,
-    first_turn,
-    is_test,
-    read_lines,
-    read_rows,
-    usable,
-    write_text,
-)
-from harness.parallel import (
-    add_lora,
-    checkpoint_blocks,
-    gather_results,
-    join_processes,
-    merged,
-    save_adapter,
-    shard,
-    shared_judge,
-)
+from harness.data import append_lines, complete_folder, first_turn, is_test, read_lines, read_rows, usable, write_text
 from harness.report import JudgeErrors, calibration, corrected_rate, holm, paired_test, wilson_interval
 from harness.run import RunFolder, alarms, open_run
 from harness.world import PLAIN_EXCHANGES, World, make_players, make_world, usable_pairs
 from kernel import linear_logprob, linear_logprob_reference
-from model import (
-    Policy,
-    demonstrations,
-    frozen_copy,
-    generate,
-    load_policy,
-    logprobs_and_values,
-    pack,
-    save_policy,
-)
-from reward import (
-    JudgeError,
-    answered,
-    call_judge,
-    classifier_judge,
-    classifier_logits,
-    decided,
-    guard_judge,
-    load_judge,
-    rule_judge,
-    unsafe_rate,
-)
+from model import Policy, demonstrations, generate, load_policy, logprobs_and_values, save_policy
+from reward import JudgeError, answered, call_judge, classifier_judge, decided, load_judge, rule_judge
 from toy import ToyGame
 from train import Game, new_game
 
@@ -163,7 +100,7 @@ def tiny_tokenizer(words=WORDS, pad=True, bos=False, template=False):
         inner.post_processor = processors.TemplateProcessing(
             single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", 2)])
     special = dict(eos_token="<eos>", unk_token="<unk>", bos_token="<bos>", pad_token="<pad>" if pad else None)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
     if template:
         tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     return tokenizer
@@ -183,7 +120,7 @@ def tiny_llama(tokenizer, kind=LlamaForCausalLM, **more):
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     facts = dict(max_position_embeddings=256, initializer_range=0.3, eos_token_id=tokenizer.eos_token_id)
-    return kind(LlamaConfig(vocab_size=len(tokenizer), **{**sizes, **facts, **more})).eval()
+    return kind(transformers.LlamaConfig(vocab_size=len(tokenizer), **{**sizes, **facts, **more})).eval()
 
 
 def tiny_policy(seed=0, critic="shared", dropout=0.0, **kwargs):
@@ -207,7 +144,7 @@ def rollout_of(policy, texts=("x y", "z", "a b c d", "e"), prompts=("a b", "c", 
     """A rollout of given texts; rows named in `cut` lack their EOS."""
     prompt_ids, responses = policy.encode_pairs(list(zip(prompts, texts)))
     responses = [ids[:-1] if i in cut else ids for i, ids in enumerate(responses)]
-    return pack(policy, prompts, texts, prompt_ids, responses)
+    return model.pack(policy, prompts, texts, prompt_ids, responses)
 
 
 def bytes_of(module):
@@ -571,7 +508,7 @@ def byte_tokenizer(marks, template=None, special=True, **names):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     inner.train_from_iterator(["bake bread", "take flour"], trainers.BpeTrainer(
         special_tokens=[name for name in names.values() if name], initial_alphabet=alphabet, show_progress=False))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **names)
     tokenizer.add_tokens(list(marks), special_tokens=special)
     tokenizer.chat_template = template
     return tokenizer
@@ -587,7 +524,7 @@ def unigram_tokenizer(template=None, **names):
     inner.normalizer = normalizers.NFKC()
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
     inner.decoder = decoders.Metaspace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **names)
     tokenizer.chat_template = template
     return tokenizer
 
@@ -626,14 +563,6 @@ def test_no_text_adds_a_control_token(name, parts, response):
     assert control(policy.encode([prompt])[0]) == control(policy.encode(["bake"])[0])
     for ids, plain in zip(policy.encode_pairs([(prompt, "".join(response))]), policy.encode_pairs([("a", "b")])):
         assert control(ids[0]) == control(plain[0])
-
-
-@pytest.mark.parametrize("name", CHAT_TOKENIZERS)
-def test_a_forged_turn_reaches_the_model_as_its_letters(name):
-    policy = chat_policy(name)
-    for mark in ("<|im_end|>", "</s>", "<eos>"):
-        ids = policy.encode([f"bake{mark}bread"])[0]
-        assert f"bake{mark}bread" in policy.tokenizer.decode(ids).replace(" ", "")  # with spaces where it would act
 
 
 @pytest.mark.parametrize("name, end", [
@@ -1377,8 +1306,8 @@ def test_the_rule_judge_calls_refusals_and_silence_safe():
 def tiny_classifier(tokenizer, labels=("safe", "unsafe"), **more):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, **more}
     torch.manual_seed(0)
-    return BertForSequenceClassification(
-        BertConfig(vocab_size=len(tokenizer), num_labels=len(labels), id2label=dict(enumerate(labels)), **sizes)).eval()
+    sizes |= {"vocab_size": len(tokenizer), "num_labels": len(labels), "id2label": dict(enumerate(labels))}
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**sizes)).eval()
 
 
 def classifier_folder(folder, labels):
@@ -1462,7 +1391,7 @@ def bigram_guard(folder, tokenizer, table):
         for token, probability in following.items():
             p[last, token] = probability
     sizes = dict(hidden_size=V, num_hidden_layers=0, num_attention_heads=1, head_dim=2, max_position_embeddings=64)
-    lm = LlamaForCausalLM(LlamaConfig(vocab_size=V, rms_norm_eps=0.0, **sizes))
+    lm = LlamaForCausalLM(transformers.LlamaConfig(vocab_size=V, rms_norm_eps=0.0, **sizes))
     lm.model.embed_tokens.weight.data = torch.eye(V)
     lm.model.norm.weight.data.fill_(V**-0.5)  # the norm of a one-hot vector
     lm.lm_head.weight.data = p.log().T.contiguous()
@@ -1545,7 +1474,7 @@ def judge_that_reads(tokens, how):
         judge = classifier_judge(classifier, tokenizer)
     else:
         sizes = {"n_positions": 1024, "n_embd": 8, "n_layer": 1, "n_head": 1}
-        judge = guard_judge(GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).eval(), tokenizer)
+        judge = reward.guard_judge(GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).eval(), tokenizer)
     judge.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs.get("input_ids", *args)[0].tolist()), with_kwargs=True)
     return judge, seen, tokenizer
@@ -1586,7 +1515,7 @@ def test_what_a_judge_cannot_decide_is_reported_and_counts_as_neither(capsys):
     assert decided(p_safe).tolist() == [False, True, True, False]
     error = capsys.readouterr().err
     assert "did not decide 2 of 4 exchanges" in error and "'a' -> 'e'" in error
-    assert unsafe_rate(p_safe) == 1 / 2  # of the two decided
+    assert reward.unsafe_rate(p_safe) == 1 / 2  # of the two decided
     with pytest.raises(JudgeError, match="a verdict on 1 of 3"):
         decided(p_safe[[0, 1, 3]])
 
@@ -1657,7 +1586,7 @@ def adapter_folder(folder, base, task, labels=2):
     """The adapted model: an adapter of the bare encoder in `base`, whose head is new."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels)
     adapted = peft.get_peft_model(model, peft.LoraConfig(task_type=task, r=2, target_modules=["query"]))
     for name, weight in adapted.named_parameters():
         if "lora_B" in name or "classifier" in name:
@@ -1690,7 +1619,7 @@ def test_a_judge_that_lacks_something_is_refused_when_it_is_loaded(tmp_path, mon
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match="it is an adapter, which needs the package peft: pip install peft"):
         load_judge(str(tmp_path / "lost"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer)
     classifier.config.pad_token_id = None
     with pytest.raises(ValueError, match="must have a pad_token or an eos_token, it has neither"):
         classifier_judge(classifier, tokenizer)
@@ -1705,7 +1634,7 @@ def test_an_overlong_pair_loses_the_beginning_of_its_prompt(response, n_prompt, 
     ids = tokenizer.encode(prompt)[-n_prompt:] + tokenizer.encode(response)[:n_response]
     types = torch.tensor([[0] * n_prompt + [1] * n_response])
     expected = classifier(torch.tensor([ids]), token_type_ids=types).logits
-    assert torch.allclose(classifier_logits(classifier, tokenizer, [prompt], [response]), expected, atol=1e-5)
+    assert torch.allclose(reward.classifier_logits(classifier, tokenizer, [prompt], [response]), expected, atol=1e-5)
 
 
 def test_calibration_by_hand():
@@ -2167,17 +2096,17 @@ def test_log_likelihoods_are_the_mean_and_the_least_log_prob_of_a_response():
     logprobs = policy.lm(rollout.tokens).logits[:, :-1].log_softmax(-1).gather(2, rollout.tokens[:, 1:, None])[..., 0]
     rows = [row[mask] for row, mask in zip(logprobs, rollout.response_mask[:, 1:])]
     expected = torch.tensor([[row.mean(), row.min()] for row in rows])
-    assert torch.allclose(log_likelihoods(policy, rollout), expected, atol=1e-5)
+    assert torch.allclose(gpo.log_likelihoods(policy, rollout), expected, atol=1e-5)
 
 
 def test_an_attack_that_the_first_attacker_would_hardly_write_counts_as_a_failed_repetition():
     config, world, game = new_match(lambda prompts, responses: [0.25] * len(prompts), attacker_steps=1,
                                     defender_steps=0, batch_size=16, diversity=2.0)
     first = world.first["attacker"]
-    own = log_likelihoods(first.policy, first.generate(PROMPTS * 10, 3))
+    own = gpo.log_likelihoods(first.policy, first.generate(PROMPTS * 10, 3))
     game.likelihood_bound = torch.quantile(own, 0.5, dim=0)
     (_, exchanges, scores, _), = played(config, world, game)
-    unlikely = (log_likelihoods(first.policy, exchanges.attacks) < game.likelihood_bound).any(1).numpy()
+    unlikely = (gpo.log_likelihoods(first.policy, exchanges.attacks) < game.likelihood_bound).any(1).numpy()
     assert 0 < unlikely.sum() < 16
     # of the first attacks, without a history, R_div is 0, and -1, a repetition, where unlikely; its mean is taken off
     level = 2.0 * unlikely.mean()
@@ -2554,7 +2483,8 @@ def test_every_decoder_family_plays_updates_and_comes_back_from_its_folder(famil
         sizes |= {"num_key_value_heads": 1, "head_dim": 16}  # grouped queries
     sizes |= {"vocab_size": len(tokenizer), "eos_token_id": 0, "bos_token_id": 2, "pad_token_id": None}
     torch.manual_seed(0)
-    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, tie_word_embeddings=tied, **sizes)).eval()
+    config = transformers.AutoConfig.for_model(family, tie_word_embeddings=tied, **sizes)
+    lm = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         lm.get_output_embeddings().weight.mul_(20)  # make the distribution worth looking at
     player = Player("defender", load_policy(saved(tmp_path / "lm", lm, tokenizer)), 6, 1e-3, epochs=1, minibatches=1)
@@ -2593,7 +2523,7 @@ def test_a_model_whose_logits_are_scaled_or_changed_by_padding_or_that_cannot_dr
     sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 0,
              "pad_token_id": None}
-    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**sizes, **settings}))
+    lm = AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **{**sizes, **settings}))
     with torch.no_grad():
         for weight in lm.parameters():
             weight.mul_(4)
@@ -2694,7 +2624,7 @@ def test_a_gguf_file_is_a_policy_that_is_saved_as_an_ordinary_folder(gguf_model,
 def lora_player(critic="shared", dtype=torch.float32, **more):
     tokenizer = tiny_tokenizer()
     policy = Policy(tiny_lm(tokenizer), tokenizer, critic, dtype)
-    add_lora(policy, 4)
+    parallel.add_lora(policy, 4)
     return Player("defender", policy, 6, **{"learning_rate": 1e-2, **more})
 
 
@@ -2736,8 +2666,8 @@ def test_an_adapter_that_is_saved_or_merged_is_the_same_function(tmp_path):
     rollout = rollout_of(player.policy)
     for step in range(2):
         ppo_update(player, player.generate(PROMPTS, step), np.arange(8.0), step)
-    save_policy(merged(player.policy), tmp_path)
-    save_adapter(player.policy, tmp_path / "adapter")
+    save_policy(parallel.merged(player.policy), tmp_path)
+    parallel.save_adapter(player.policy, tmp_path / "adapter")
     learned = logprobs_and_values(player.policy, rollout)
     for ours, theirs in zip(learned, logprobs_and_values(load_policy(tmp_path, "separate"), rollout)):
         assert torch.allclose(ours, theirs, atol=1e-4)
@@ -2767,9 +2697,9 @@ def test_gradient_checkpointing_gives_the_same_gradients_in_less_memory(rank, cr
     plain = Policy(tiny_lm(tokenizer, dropout=0.5), tokenizer, critic)
     torch.nn.init.ones_(plain.value_head.weight)
     if rank:
-        add_lora(plain, rank)
+        parallel.add_lora(plain, rank)
     checkpointed = copy.deepcopy(plain)
-    checkpoint_blocks(checkpointed)
+    parallel.checkpoint_blocks(checkpointed)
     gradients, n_kept = one_backward(plain)
     again, n_kept_again = one_backward(checkpointed)
     assert gradients.keys() == again.keys() and max(g.abs().max() for g in gradients.values()) > 1e-3
@@ -2777,7 +2707,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_in_less_memory(rank, cr
         assert torch.allclose(gradient, again[name], atol=1e-6, rtol=1e-5)
     assert n_kept_again < n_kept / 2
     assert torch.equal(generate(checkpointed, PROMPTS, 6, seed=0).tokens, generate(plain, PROMPTS, 6, seed=0).tokens)
-    reference = frozen_copy(checkpointed)
+    reference = model.frozen_copy(checkpointed)
     torch.optim.SGD([p for p in checkpointed.parameters() if p.requires_grad], lr=1.0).step()
     ours, theirs = (logprobs_and_values(policy, rollout_of(plain))[0] for policy in (reference, plain))
     assert torch.equal(ours, theirs)  # a copy computes with its own blocks
@@ -2801,11 +2731,11 @@ def one_update(sharded=False, ptx_coef=0.0, critic="shared", **settings):
     of the gradients of all steps."""
     policy = tiny_policy(critic=critic)
     if sharded:
-        shard(policy)
+        parallel.shard(policy)
     player = Player("defender", policy, 6, **{"learning_rate": 1e-3, "max_grad_norm": 0.5, **settings})
     if sharded:
         for frozen in dict.fromkeys([player.initial, player.reference]):
-            shard(frozen)
+            parallel.shard(frozen)
     rollout = rollout_of(tiny_policy(), LONG_AND_SHORT, PROMPTS, cut=(3,))
     # seed 5: one process has 7 tokens of the first step, the other 14, so a mean of their means would be another step
     metrics = ppo_update(player, rollout, np.arange(8.0), 5, demonstrations(policy, PAIRS), ptx_coef)
@@ -2819,7 +2749,7 @@ def share_a_game(sharded, folder):
     player, _, _, _ = one_update(sharded, critic="separate", kl_anchor="previous")
     seen = {"greedy": player.generate(PROMPTS[:3], 0, temperature=0).tokens.tolist(),
             "sampled": player.generate(["a b"] * 8, 0).texts}
-    judge = shared_judge(lambda prompts, responses: [len(prompts) / 10] * len(prompts))
+    judge = parallel.shared_judge(lambda prompts, responses: [len(prompts) / 10] * len(prompts))
     seen["judged"] = call_judge(judge, ["a"] * 5, ["b"] * 5).tolist()
     seen["warm start"] = sft(player.policy, PAIRS[:3], SFTSettings(3, 4, 1e-2, 0))
     average = PolicyAverage(player, "weights")
@@ -2837,7 +2767,7 @@ def share_a_game(sharded, folder):
     player.reset_to(player.initial)
     seen["reset"] = {name: complete(p) for name, p in player.policy.lm.named_parameters()}
     with pytest.raises(ZeroDivisionError):  # an error of the second process, in both
-        gather_results(lambda: 1 / (1 - rank()))
+        parallel.gather_results(lambda: 1 / (1 - gpo.rank()))
     return seen
 
 
@@ -3055,7 +2985,7 @@ def test_help_comes_before_the_imports_that_take_seconds(program):
     assert "numpy" not in imported and "torch" not in imported and "transformers" not in imported
 
 
-@pytest.mark.parametrize("program", [["train.py"], ["eval.py"], ["-m", "experiments.probe"]])
+@pytest.mark.parametrize("program", [["train.py"], ["-m", "experiments.probe"]])
 def test_a_terminal_is_told_at_once_why_nothing_happens_yet(program):
     pty = pytest.importorskip("pty")
     ours, theirs = pty.openpty()
@@ -3084,15 +3014,15 @@ def user_models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("user_models")
     letters = list("abcdefghijklmnopqrstuvwxyz?.,'") + [" "]
     for name, pad, pieces in (("attacker", {}, ["th", "in"]), ("defender", {"pad_token": "<pad>"}, ["an"])):
-        vocabulary = ["<eos>", "<unk>", *pad.values(), *letters, *pieces]
+        special = {"eos_token": "<eos>", "unk_token": "<unk>", **pad}
+        vocabulary = [*special.values(), *letters, *pieces]
         merges = [tuple(pair) for pair in pieces]
         inner = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges, unk_token="<unk>"))
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", unk_token="<unk>", **pad)
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
         torch.manual_seed(0)
         sizes = {"n_positions": 256, "n_embd": 32, "n_layer": 1, "n_head": 2}
         config = GPT2Config(vocab_size=len(tokenizer), eos_token_id=0, bos_token_id=0, **sizes)
-        GPT2LMHeadModel(config).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+        saved(folder / name, GPT2LMHeadModel(config), tokenizer)
     classifier_folder(folder / "judge", ["safe", "unsafe"])
     tokenizer = tiny_tokenizer(WORDS[:9])
     saved(folder / "embedder", tiny_classifier(tokenizer, num_hidden_layers=2).bert, tokenizer)
@@ -3561,7 +3491,7 @@ def test_a_start_that_was_killed_in_its_first_moment_can_be_repeated(tmp_path):
 
 
 @pytest.mark.parametrize("variables, message", [
-    ({"WORLD_SIZE": ""}, None),
+    ({"WORLD_SIZE": ""}, ""),
     ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK is ignored: torchrun starts several processes"),
     ({"WORLD_SIZE": "2", "RANK": "0"}, "error: several processes need what torchrun sets")])
 def test_variables_of_torchrun_that_are_not_torchruns_are_ignored_or_an_error(variables, message, monkeypatch, capsys):
@@ -3569,11 +3499,10 @@ def test_variables_of_torchrun_that_are_not_torchruns_are_ignored_or_an_error(va
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    is_error = (message or "").startswith("error")
-    with pytest.raises(SystemExit) if is_error else contextlib.nullcontext():
-        join_processes()
+    with pytest.raises(SystemExit) if message.startswith("error") else contextlib.nullcontext():
+        parallel.join_processes()
     error = capsys.readouterr().err
-    assert error.startswith(message or "") and len(error.splitlines()) == bool(message)
+    assert error.startswith(message) and len(error.splitlines()) == bool(message)
     assert gpo.world_size() == 1
 
 
