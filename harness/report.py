@@ -215,7 +215,7 @@ def draw_curves(folder: Path, log: list[dict], before: dict) -> None:
     ends = [0] + [m["round"] + 1 for m in evaluations]  # the start, and after each round
 
     def since_the_start(key):
-        return [before[key]] + [m[f"game/{key}"] for m in evaluations]
+        return [before[key]] + [m.get(f"game/{key}", np.nan) for m in evaluations]  # left out: not finite
 
     def per_round(player, name):  # the mean over the player's steps of each round
         steps = [m for m in log if m["role"] == player and name in m]
