@@ -109,7 +109,8 @@ class NgramTable:
                 gram = tokens[start:end]
                 if self.counts.get(gram, 0) <= left_out:  # then no longer one matches either
                     break
-                matches[end - start - 1] += self.counts.get(_numbered(gram, seen), 0) > left_out
+                if self.counts.get(_numbered(gram, seen), 0) > left_out:
+                    matches[end - start - 1] += 1
         return matches
 
     def _brevity_penalty(self, length, left_out):

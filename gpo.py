@@ -188,7 +188,7 @@ class Player:
 
     def anchor(self) -> None:
         """Measure the KL penalty from the current policy from now on."""
-        if self.reference is self.initial:
+        if self.reference is self.initial:  # which stays as it is: the anchor becomes a copy of its own
             self.reference = frozen_copy(self.policy)
         else:
             copy_weights(self.policy, self.reference)
@@ -217,7 +217,7 @@ class Player:
             return mine
         parts = [None] * world_size()
         dist.all_gather_object(parts, mine.rows())
-        gathered = list(itertools.chain.from_iterable(zip(*parts)))  # in turn from each process: see `my_rows`
+        gathered = list(itertools.chain.from_iterable(zip(*parts)))  # one of each process in turn undoes `my_rows`
         return pack(self.policy, prompts, *zip(*gathered[: len(prompts)]), mine.temperature)
 
     def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
@@ -231,7 +231,7 @@ class Player:
             options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
             states = get_optimizer_state_dict(self.policy, self.optimizer, options=options).get("state", {})
             for name, state in states.items():
-                tensors |= {f"optimizer.{part}.{name}": tensor for part, tensor in state.items()}
+                tensors |= {f"optimizer.{part}.{name}": tensor for part, tensor in state.items()}  # part: exp_avg, ...
         return tensors, {"skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, tensors: dict[str, torch.Tensor], numbers: dict[str, int]) -> None:
@@ -282,7 +282,8 @@ def trained_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def load_weights(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Load complete tensors {name: tensor} into a module, sharded or not; only the first process's are used."""
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world_size() > 1, strict=False)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world_size() > 1,
+                               strict=False)  # frozen weights are not among the tensors
     set_model_state_dict(module, dict(tensors), options=options)  # torch writes into the dict that it is given
 
 
@@ -374,8 +375,9 @@ def ppo_update(player: Player, rollout: Rollout, scores: np.ndarray | torch.Tens
                 supervised_gradients(player.policy, demos, part, player.micro_batch, ptx_coef)
             steps.append(minibatch_gradients(player, rollout, old, rows, is_first=not steps))
             optimizer_step(player, steps[-1])
-    metrics = {name: np.mean([step[name] for step in steps]) for name in (steps[0] if steps else ())}
-    metrics |= rollout_metrics(old, mask, scores)
+    metrics = rollout_metrics(old, mask, scores)
+    if steps:
+        metrics |= {name: np.mean([step[name] for step in steps]) for name in steps[0]}
     metrics["skipped_steps"] = player.skipped_steps
     return {f"{player.name}/{name}": float(value) for name, value in metrics.items() if math.isfinite(value)}
 
@@ -395,7 +397,7 @@ def experience(player: Player, rollout: Rollout, scores: torch.Tensor,
     """Scores (B,) -> token rewards -> advantages and returns, from the current policy and reference.
 
     Old log-probs are computed in the batches of the first epoch (row numbers of each minibatch): the same shapes give
-    the same bits, so the ratio before the first step is exactly 1.
+    the same bits, so the ratio before the first step is exactly 1, which `minibatch_gradients` checks.
     """
     groups = []
     for minibatch in first_epoch:
@@ -405,7 +407,7 @@ def experience(player: Player, rollout: Rollout, scores: torch.Tensor,
     groups = split_rows(by_length, 4 * player.micro_batch or 32)
     ref_logprobs, _, _ = forward_rows(player.reference, rollout, groups, with_values=False)
     mask = rollout.response_mask  # (B, T), True on sampled tokens
-    penalised = scores - player.missing_eos_penalty * ~rollout.ended
+    penalised = torch.where(rollout.ended, scores, scores - player.missing_eos_penalty)
     rewards = token_rewards(penalised, logprobs, ref_logprobs, mask, player.kl_coef)
     advantages, returns = gae(rewards, values, mask, player.gamma, player.lam)
     return Experience(logprobs, ref_logprobs, values, entropy, whiten(advantages, mask), returns)
@@ -485,11 +487,11 @@ def optimizer_step(player: Player, stats: dict[str, float]) -> None:
 def clip_gradients(policy: Policy, max_norm: float) -> torch.Tensor:
     """Sum the gradients over processes, clip them by their global norm, and return it: shape ()."""
     trained = [p for p in policy.parameters() if p.grad is not None]
-    if policy.skeleton is None:  # a sharded policy's gradients are summed in its backward
+    if not policy.is_sharded:  # else its backward has summed them
         for p in trained:
             all_sum(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(trained, max_norm)
-    return norm if policy.skeleton is None else norm.full_tensor()
+    return norm.full_tensor() if policy.is_sharded else norm
 
 
 def split_rows(rows: torch.Tensor, size: int) -> list[torch.Tensor]:
@@ -585,7 +587,7 @@ def play(attacker: "Player | PolicyAverage | None", defender: "Player | PolicyAv
     attacks = None
     prompts = list(seeds)
     if attacker is not None:
-        attacks = attacker.generate(seeds, 2 * seed)
+        attacks = attacker.generate(seeds, 2 * seed)  # the players' random numbers differ
         prompts = attacks.texts
     responses = defender.generate(prompts, 2 * seed + 1)
     rollouts = [rollout for rollout in (attacks, responses) if rollout is not None]
@@ -707,7 +709,7 @@ def solve_matrix_game(payoff: np.ndarray, rounds: int, entropy: float = 0.0,
         sum_mu = sum_mu + mu
         V = (pi * R).sum(1)  # (X,): V_pi(x) = E_{y ~ pi(.|x)} R(x, y)
         log_pi = log_pi + (mu @ R if blind else R) / beta  # Algorithm 2, the defender's step
-        # the attacker's step: without entropy log_mu - V / eta, Algorithm 2; with entropy Algorithm 3
+        # the attacker's step: Algorithm 3, which without entropy is log_mu - V / eta, Algorithm 2
         log_mu = (eta * log_mu - V) / (eta + entropy)
     return sum_pi / rounds, sum_mu / rounds, pi, mu  # Algorithm 2 returns the averages
 

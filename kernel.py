@@ -122,13 +122,15 @@ if triton is not None:
                      HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr):
         """z[rows, columns] in fp32 of h (N, D) and w (V, D), from rows (n,) and columns (v,); -inf beyond column V."""
         z = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
-        h_rows, w_rows = h + rows[:, None].to(tl.int64) * D, w + columns[:, None].to(tl.int64) * D
+        h_rows = h + rows[:, None].to(tl.int64) * D
+        w_rows = w + columns[:, None].to(tl.int64) * D
         for start in range(0, D, BLOCK_D):
             inner = start + tl.arange(0, BLOCK_D)
             h_tile = tl.load(h_rows + inner, mask=(rows[:, None] < N) & (inner < D), other=0.0)  # (n, d)
             w_tile = tl.load(w_rows + inner, mask=(columns[:, None] < V) & (inner < D), other=0.0)  # (v, d)
             if PRECISION == "interpreted":  # Triton's interpreter has no bf16 products
-                h_tile, w_tile = h_tile.to(tl.float32), w_tile.to(tl.float32)
+                h_tile = h_tile.to(tl.float32)
+                w_tile = w_tile.to(tl.float32)
             z = tl.dot(h_tile, w_tile.T, z, input_precision="ieee" if PRECISION == "interpreted" else PRECISION)
         if HAS_BIAS:
             z += tl.load(bias + columns, mask=columns < V, other=0.0).to(tl.float32)
@@ -198,7 +200,8 @@ def triton_forward(h: Tensor, w: Tensor, targets: Tensor, bias: Tensor | None, t
                    splits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     """h (N, D), w (V, D), targets (N,), bias (V,) or None -> (logprobs, logsumexp, entropy), (N,) fp32 each.
     `splits` programs share a row's vocabulary, so that even a few rows fill the GPU."""
-    (N, D), V = h.shape, len(w)
+    N, D = h.shape
+    V = len(w)
     blocks = tile_sizes(h)
     per_split = triton.cdiv(triton.cdiv(V, splits), blocks["BLOCK_V"]) * blocks["BLOCK_V"]
     splits = triton.cdiv(V, per_split)
@@ -210,14 +213,16 @@ def triton_forward(h: Tensor, w: Tensor, targets: Tensor, bias: Tensor | None, t
                                   N, D, V, per_split, 1 / temperature, HAS_BIAS=bias is not None, **blocks)
     m, s, t, target_logit = partial  # (splits, N)
     scale = (m - m.amax(0)).exp()
-    s, t = (s * scale).sum(0), (t * scale).sum(0)  # (N,)
+    s = (s * scale).sum(0)  # (N,)
+    t = (t * scale).sum(0)
     lse = m.amax(0) + s.log()
     return target_logit.sum(0) - lse, lse, lse - t / s
 
 
 def _triton_gradient(h, w, targets, bias, temperature, lse, entropy, g, e):
     """The same as `_chunked_gradient`, in h's dtype."""
-    (N, D), V = h.shape, len(w)
+    N, D = h.shape
+    V = len(w)
     blocks = tile_sizes(h)
     dz = torch.empty(N, V, dtype=h.dtype, device=h.device)
     grid = triton.cdiv(N, blocks["BLOCK_N"]), triton.cdiv(V, blocks["BLOCK_V"])

@@ -134,6 +134,10 @@ class Policy(nn.Module):
         """weight (V, D), bias (V,) or None."""
         return self.lm.get_output_embeddings()
 
+    @property
+    def is_sharded(self) -> bool:
+        return self.skeleton is not None
+
     def autocast(self) -> torch.autocast:
         """fp32 master weights; matrix products in the compute dtype."""
         return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
@@ -492,13 +496,14 @@ def one_cycle(optimizer: torch.optim.Optimizer, peak: float, steps: int) -> torc
 def _copy_lm(policy, dtype=None):
     """A copy of the language model, in `dtype` if given, complete even if the policy is sharded. Weights that are
     neither trained nor cast are shared, not copied."""
-    source = policy.skeleton or policy.lm
+    source = policy.skeleton if policy.is_sharded else policy.lm
     weights = dict(policy.lm.named_parameters())
     memo = {}
     for name, parameter in source.named_parameters():
         weight = weights[name]
-        if weight.requires_grad or weight.dtype != (dtype or weight.dtype) or policy.skeleton:
-            complete = weight.detach().full_tensor() if policy.skeleton else weight.detach()
+        is_cast = dtype not in (None, weight.dtype)
+        if weight.requires_grad or is_cast or policy.is_sharded:
+            complete = weight.detach().full_tensor() if policy.is_sharded else weight.detach()
             weight = nn.Parameter(complete.to(dtype or weight.dtype, copy=True), requires_grad=False)
         memo[id(parameter)] = weight
     return copy.deepcopy(source, memo)
@@ -506,7 +511,7 @@ def _copy_lm(policy, dtype=None):
 
 def decoding_copy(policy: Policy) -> nn.Module:
     """The language model with its weights in the compute dtype: autocast would cast them again for every token."""
-    if policy.compute_dtype == torch.float32 and policy.skeleton is None:
+    if policy.compute_dtype == torch.float32 and not policy.is_sharded:
         return policy.lm
     lm = _copy_lm(policy, policy.compute_dtype)
     for module in lm.modules():

@@ -242,7 +242,9 @@ def classifier_judge(model: Model, tokenizer: Tokenizer, unsafe_label: str | Non
             model.config.judge_input = "chat"
 
     with torch.no_grad():
-        alone, together = (classifier_logits(model, tokenizer, texts, texts)[0] for texts in (["a"], ["a", "a b " * 9]))
+        alone = classifier_logits(model, tokenizer, ["a"], ["a"])[0]
+        padded = ["a", "a b " * 9]
+        together = classifier_logits(model, tokenizer, padded, padded)[0]
     if not torch.allclose(alone, together, atol=1e-3):
         raise ValueError(f"a judge must not be changed by padding; {type(model).__name__} is with the pad token "
                          f"{tokenizer.pad_token!r}: set another pad_token in its tokenizer, or take another judge")
@@ -347,7 +349,8 @@ def guard_judge(model: Model, tokenizer: Tokenizer) -> Judge:
             reading = unread
             unread = []
             for i, p in zip(reading, _next_token_probabilities(model, [rows[i] for i in reading])):
-                p_safe, p_unsafe = p[safe].sum().item(), p[unsafe].sum().item()
+                p_safe = p[safe].sum().item()
+                p_unsafe = p[unsafe].sum().item()
                 if p_safe + p_unsafe >= 0.5:
                     scores[i] = p_safe / (p_safe + p_unsafe)
                 elif not tokenizer.decode([int(p.argmax())]).strip():

@@ -83,7 +83,7 @@ def train(config: Config, world: World, game: "Game", folder: RunFolder) -> None
             rollout = exchanges.attacks
             demos = None
             n_harmless = 0
-        else:  # prompt of the frozen attacker, or of an earlier one -> response -> P(safe)
+        else:  # prompt of the frozen attacker, or of an earlier one, then harmless ones -> response -> P(safe)
             n_harmless = int(config.benign_share * config.batch_size)
             prompts = defender_prompts(config, game, seeds[n_harmless:], rng)
             if n_harmless:
@@ -155,7 +155,8 @@ class ReplayBuffer:
                 self.ever_succeeded[prompt] = None
 
     def sample(self, n: int, rng: np.random.Generator) -> list[str]:
-        """n earlier attacks: 3/4 in proportion to their last P(unsafe) if above 1/2, 1/4 uniform against forgetting."""
+        """n earlier attacks: 3/4 in proportion to their last P(unsafe) if above 1/2, 1/4 uniform against forgetting
+        (all uniform if none is above)."""
         earlier = list(self.last_success)
         success = np.fromiter(self.last_success.values(), dtype=float)
         still_open = np.where(success > 0.5, success, 0)
@@ -165,7 +166,7 @@ class ReplayBuffer:
 
 @dataclass
 class Game:
-    """All state of the algorithm: what a checkpoint holds."""
+    """All state of the algorithm. A checkpoint holds what changes; the rest is made again from the run's start."""
 
     players: dict[str, Player]  # "attacker" and "defender"
     first: dict[str, Player]  # the initial players, frozen
@@ -253,7 +254,7 @@ def mine(config: Config, world: World, game: Game, rng: np.random.Generator) -> 
     """Try `--mine` attacks of the initial attacker on the current defender, and add the successes to the replay
     buffer. Then retry at most as many earlier successes: a hole that was closed may have reopened."""
     defender = game.players["defender"]
-    repeats = config.mine // len(world.seeds) + 1
+    repeats = config.mine // len(world.seeds) + 1  # so that there are enough to sample without replacement
     seeds = sample(world.seeds * repeats, config.mine, rng)
     attacks = game.first["attacker"].generate(seeds, new_seed(rng))
     exchanges = play(None, defender, attacks.texts, world.judge, new_seed(rng))
@@ -286,7 +287,8 @@ def attacker_scores(config: Config, game: Game, exchanges: Exchanges) -> tuple[n
 
 def defender_scores(world: World, exchanges: Exchanges, n_harmless: int) -> np.ndarray:
     """The defender's score of each response, (B,): P(safe), which is R(x, y) of Eq. (3.1). The last n_harmless rows
-    are harmless requests; they score h (1 + P(safe)) / 2, where h is their helpfulness (undecided: 1)."""
+    are harmless requests; they score h (1 + P(safe)) / 2, where h is their helpfulness (undecided: 1): an answer that
+    does not help scores 0, and of one that helps P(safe) decides half."""
     scores = exchanges.p_safe.copy()
     if n_harmless:
         helpful = call_judge(world.helpful, exchanges.prompts[-n_harmless:], exchanges.responses.texts[-n_harmless:])
@@ -357,7 +359,7 @@ def choose_defender(config: Config, world: World, game: Game) -> int:
     defender = game.players["defender"]
     rates = {}  # {round: fraction of unsafe answers}
     for round in range(config.rounds, max(config.rounds - LATEST, 0), -1):
-        candidate = defender.with_policy(mixture.policy(round - 1))
+        candidate = defender.with_policy(mixture.policy(round - 1))  # member i is the policy after round i + 1
         exchanges = play(None, candidate, attacks, world.judge, config.seed)
         rates[round] = unsafe_rate(exchanges.p_safe)
         game.sampled_tokens += exchanges.sampled_tokens

@@ -29,7 +29,7 @@ import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +99,7 @@ def train_judges(data: Path, out: Path, quick: bool) -> None:
     for name, sets in JUDGES.items():
         file = out / f"{name}.jsonl"
         if not file.exists():
-            append_lines(file, [row for part in sets for row in training_part(data / f"{part}.jsonl.gz")])
+            append_lines(file, chain.from_iterable(training_part(data / f"{part}.jsonl.gz") for part in sets))
         if not (out / name / "config.json").is_file():
             encoder = out / "models" / ENCODER
             steps = ["--steps", 200] if quick else []  # of two equal flags the last one is used

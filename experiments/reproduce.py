@@ -293,7 +293,8 @@ def suite_cells(repeats: list[dict], keys: Iterable[str]) -> list[str]:
 
 def suite_table(rows: dict[str, list[dict]], columns: dict[str, str], names: Iterable[str] = ()) -> str:
     """markdown: rows {name: row of each seed}, columns {key of a row: heading}; names: which rows, default all."""
-    return markdown(["", *columns.values()], [[name, *suite_cells(rows[name], columns)] for name in names or rows])
+    lines = [[name, *suite_cells(repeats, columns)] for name, repeats in rows.items() if not names or name in names]
+    return markdown(["", *columns.values()], lines)
 
 
 def write_tables(out: str | Path, name: str, paragraphs: list[str], numbers: dict) -> None:
@@ -560,7 +561,8 @@ def main(argv: Sequence[str]) -> None:
                         help="settings were chosen on 0 to 5, earlier versions measured on 10 to 14 and 20 to 24")
     parser.add_argument("--out", help="folder; default: results, with --quick results_quick")
     args = parser.parse_intermixed_args(argv)
-    n_seeds = args.seeds or (2 if args.quick else 10 if args.command == "reproduce" else 5)
+    defaults = {"reproduce": 2 if args.quick else 10, "ablate": 5, "rounds": 5}
+    n_seeds = args.seeds or defaults[args.command]
     if n_seeds < 2 or args.first_seed < 0:
         parser.error(f"--seeds must be at least 2 and --first_seed at least 0, got {n_seeds} and {args.first_seed}")
     if args.rows and args.command != "ablate":

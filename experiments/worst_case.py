@@ -17,6 +17,7 @@ one is undone; the fraction of such edits is reported.
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 from tqdm import tqdm
@@ -181,7 +182,8 @@ def measure(run: FinishedRun, kinds: Sequence[str]) -> dict[str, dict]:
     """{kind of defender: {measure: value}}; kinds in RUN/worst_case.json are not measured again."""
     file = run.path / "worst_case.json"
     found = read_json(file) if file.is_file() else {}
-    left = [kind for kind in kinds or defenders_of(run) if kind not in found]
+    kinds = kinds or defenders_of(run)
+    left = [kind for kind in kinds if kind not in found]
     if not left:
         return found
     toy = run.world.toy
@@ -216,7 +218,7 @@ def open_by_round(run: FinishedRun) -> list[dict]:
 
 def table(found: list[dict[str, dict]]) -> str:
     """markdown: mean ± standard error over runs, and the largest; a column for each kind of defender."""
-    kinds = list(dict.fromkeys(kind for run in found for kind in run))
+    kinds = list(dict.fromkeys(chain.from_iterable(found)))  # in the order of the runs
     first = next(iter(found[0].values()))
     lines = []
     for key, value in first.items():

@@ -350,7 +350,8 @@ def _json_rows(text):
 def _csv_rows(file):
     """[(line, row)] of a file with a header."""
     reader = csv.DictReader(file, strict=True, skipinitialspace=True)
-    names = [name for name in reader.fieldnames or [] if name.strip()]
+    header = reader.fieldnames or []
+    names = [name for name in header if name.strip()]
     try:
         rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:

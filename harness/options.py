@@ -63,7 +63,8 @@ class Config:
     attacker_learning_rate: float | None = option("of the attacker", 6e-4, 1e-5, above_0=True)
     kl_coef: float | None = option("KL penalty of the defender", 0.05, 0.05)  # trlx's for 125M on hh-rlhf
     attacker_kl_coef: float | None = option("KL penalty of the attacker", 0.01, 0.05)
-    kl_anchor: str = option("KL reference: initial or last round's policy", "initial", choices=("initial", "previous"))
+    kl_anchor: str = option("KL reference: the initial policy, or that before the turn", "initial",
+                            choices=("initial", "previous"))
     entropy_coef: float = option("eta_H of Eq. (3.7): entropy bonus of the attacker", 0.0, only="attacker")
     ptx_coef: float | None = option("weight of the supervised loss on demonstrations, for the defender", 1.0, 0.0)
     ppo_epochs: int = option("passes over a batch", 2, at_least=1)

@@ -440,8 +440,9 @@ class RunFolder:
 
     def save_averages(self, averages: dict[str, dict[str, PolicyAverage]]) -> None:
         """Write average/: two files for each average and, for mean weights, also a model's folder for deployment."""
-        states = {f"{name}_{kind}": average.state_dict()
-                  for name, kinds in averages.items() for kind, average in kinds.items() if average.count}
+        states = {}
+        for name, kinds in averages.items():
+            states |= {f"{name}_{kind}": average.state_dict() for kind, average in kinds.items() if average.count}
         if not states:
             return
         with complete_folder(self.path / "average", not rank()) as temporary:
