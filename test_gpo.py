@@ -343,7 +343,8 @@ def test_self_bleu_is_its_definition_and_does_not_depend_on_the_order_of_the_his
 @given(spans=SPANS, gamma=st.floats(0, 1), lam=st.floats(0, 1), seed=st.integers(0, 99))
 def test_gae_is_the_double_sum_of_its_definition(spans, gamma, lam, seed):
     rng = np.random.default_rng(seed)
-    B, T = len(spans), 10
+    B = len(spans)
+    T = 10
     mask = np.array([[start <= t < start + n for t in range(T)] for start, n in spans])
     rewards, values = (rng.normal(size=(B, T)) * mask for _ in range(2))
     advantages, returns = gae(*map(torch.tensor, (rewards, values, mask)), gamma, lam)
@@ -1013,7 +1014,8 @@ def test_each_player_has_its_own_critic_and_optimizer_and_the_idle_one_does_not_
     attacker, defender = tiny_player("attacker", 1, critic="separate"), tiny_player("defender", 2)
     for player in (attacker, defender):  # fill the moments, so that an idle optimizer would drift if it were stepped
         ppo_update(player, player.generate(PROMPTS, 0), ARANGE, 0)
-    idle, moving = copy.deepcopy(attacker.state_dict()[0]), bytes_of(defender.policy)
+    idle = copy.deepcopy(attacker.state_dict()[0])
+    moving = bytes_of(defender.policy)
     exchanges = play(attacker, defender, PROMPTS, lambda prompts, responses: [0.5] * len(prompts), 5)
     ppo_update(defender, exchanges.responses, ARANGE, 5)
     assert bytes_of(defender.policy) != moving
@@ -1143,7 +1145,8 @@ def encoder(tmp_path_factory):
 
 
 def test_an_encoder_folder_embeds_by_masked_mean_pooling(encoder):
-    body, tokenizer = transformers.BertModel.from_pretrained(encoder), tiny_tokenizer()
+    body = transformers.BertModel.from_pretrained(encoder)
+    tokenizer = tiny_tokenizer()
     texts = ["a b c d e f", "g"]
     for text, vector in zip(texts, load_embedder(encoder)(texts)):
         with torch.no_grad():
@@ -1553,7 +1556,8 @@ def test_two_files_of_one_name_are_two_judges_and_two_functions_of_one_file_shar
         (tmp_path / f"of {i}").mkdir()
         (tmp_path / f"of {i}" / "mine.py").write_text(
             f"class V:\n    pass\ndef judge(p, r): return [0.{i}] * len(r)\ndef other(p, r): return [V] * len(r)\n")
-    judges = [load_judge(f"{tmp_path}/of {i}/mine.py:{name}") for i in (1, 2) for name in ("judge", "other")]
+    judges = [load_judge(f"{tmp_path}/{spec}") for spec in (
+        "of 1/mine.py:judge", "of 1/mine.py:other", "of 2/mine.py:judge", "of 2/mine.py:other")]
     assert [judges[0]([""], [""]), judges[2]([""], [""])] == [[0.1], [0.2]]
     for judge in (judges[1], judges[3]):
         cls, = judge([""], [""])
@@ -2221,7 +2225,8 @@ def is_jailbreak(prompt):
 
 
 def test_no_training_sample_has_a_held_out_cell_and_only_the_sft_defender_meets_jailbreaks():
-    game, rng = ToyGame(3), np.random.default_rng(0)
+    game = ToyGame(3)
+    rng = np.random.default_rng(0)
     held_out = {game.prompt(cell) for cell in game.cells[game.held_out]}
     judged, _, _ = game.judge_samples(3000, rng)
     seeds, attacks = zip(*game.attacker_sft(3000, rng))
@@ -3110,7 +3115,7 @@ def test_without_room_in_memory_or_on_the_disk_a_run_ends_with_one_line_and_goes
 
 def test_two_players_of_one_base_with_lora_meet_harmless_requests(gguf_model, user_models, tmp_path, capsys):
     source, _, _ = gguf_model
-    requests = [f"how do i {verb} {what}?" for verb in ("cook", "wash", "fold") for what in QUESTIONS[:8]]
+    requests = [f"how do i {verb} {what}?" for verb, what in itertools.product(("cook", "wash", "fold"), QUESTIONS[:8])]
     (tmp_path / "benign.txt").write_text("\n".join(requests))
     run_program(user_models, *MODELS, *SHORT, "--attacker", source, "--defender", source, "--rounds", 2, "--lora", 2,
                 "--benign_prompts", tmp_path / "benign.txt", "--benign_share", "0.5", "--judge", "rule",
@@ -3790,8 +3795,11 @@ def test_the_effective_number_of_cells_is_n_for_n_equally_frequent_cells(tmp_pat
 
 def test_reproduce_corrects_the_training_judges_rate_and_compares_it_with_the_truth(tmp_path, monkeypatch):
     def labelled(run):  # of 100 unsafe exchanges the judge calls 90 unsafe, of 100 safe ones 10
-        return [{"prompt": "", "response": str(int(i < right)), "safe": safe}
-                for safe, right in ((0, 10), (1, 90)) for i in range(100)]
+        responses = {0: ["1"] * 10 + ["0"] * 90, 1: ["1"] * 90 + ["0"] * 10}  # {safe: the judge's verdicts}
+        rows = []
+        for safe, verdicts in responses.items():
+            rows += [{"prompt": "", "response": verdict, "safe": safe} for verdict in verdicts]
+        return rows
 
     (tmp_path / "eval.json").write_text(json.dumps({"after": {"asr_train_judge": 0.3, "asr_held_out_judge": 0.25}}))
     world = types.SimpleNamespace(test_prompts=[""] * 1000, judge=lambda _, responses: [float(r) for r in responses])
@@ -3897,7 +3905,9 @@ def test_scores_of_two_seeds_become_means_with_errors_and_paired_tests(tmp_path,
 
 def test_a_prompt_is_of_the_kind_whose_questions_it_resembles():
     kinds = {real_models.KINDS[0]: ["steal a car", "steal a bag"], "other": ["bake a cake", "bake bread"]}
-    beavertails = [{"category": kind, "instruction": text} for kind, texts in kinds.items() for text in texts]
+    beavertails = []
+    for kind, texts in kinds.items():
+        beavertails += [{"category": kind, "instruction": text} for text in texts]
     prompts = ["steal the bread", "bake it", "how do i steal a bag"]
     assert real_models.nearest_kind(prompts, beavertails, word_embedder) == ["steal the bread", "how do i steal a bag"]
 
@@ -3908,7 +3918,10 @@ class Page(HTMLParser):
 
     def __init__(self, file):
         super().__init__()
-        self.words, self.tags, self.scripts, self.inside = [], [], {}, ""
+        self.words = []
+        self.tags = []
+        self.scripts = {}
+        self.inside = ""
         self.feed(file.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
