@@ -521,12 +521,13 @@ def draw_methods(out: str | Path, rows: dict, attackers: dict, histories: dict) 
         cells.errorbar(x, y, xerr=dx, yerr=dy, fmt=look["marker"], color=look["color"], ms=5, capsize=2, label=name,
                        mfc="white" if i >= len(LOOKS) else None)
     bars.set_xticks(range(3), sets.values())
+    bars.margins(y=0.25)  # room for the legend
     bars.set(ylabel="attack success, held-out judge", title="finished defenders")
     curves.set(xlabel="defender updates", ylabel="attack success, held-out judge", ylim=(0, 1),
                title="defender, held-out prompts")
     cells.set(xlabel="distinct cells broken on third parties", ylabel="success on third parties", title="attackers")
-    for axis in (curves, bars, cells):
-        axis.legend(frameon=False, fontsize=7)
+    for axis, columns in ((curves, 1), (bars, 3), (cells, 2)):
+        axis.legend(frameon=False, fontsize=7, ncols=columns, loc="upper right")
     save_figure(canvas, Path(out) / "methods.png")
 
 
