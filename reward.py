@@ -8,7 +8,7 @@ called through `call_judge`, which validates its output. `load_judge` loads a ju
 
 Differs from the paper (numbers as in the README; rows are of docs/results.md):
 (15) Evaluation and training use different judges, because a player can learn to exploit the judge of its training.
-Both are in Table 1: the column *training judge* is beside that of the held-out judge.
+Table *the training judge errs* has the rates of both.
 (16) A judge returns None where it cannot decide (NaN is an error). Such an exchange keeps its row, but enters no update
 and no rate. The authors' code drops it, which moves later rewards to other rows. If most of a batch is undecided, the
 run ends (`decided`). No row measures this: the toy world's judges decide everything.
