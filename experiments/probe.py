@@ -60,7 +60,7 @@ def draw_probe(args: argparse.Namespace) -> None:
                   ls=":", lw=1)
     gaps.set(xlabel="round", ylabel=f"after {found['steps']} PPO steps of a fresh player", ylim=(0, 1),
              title="best responses", xticks=rounds)
-    gaps.legend(frameon=False, fontsize=8)
+    gaps.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))  # below the curves
     image = heat.imshow(100 * matrix, cmap="Greys", vmin=0, vmax=100, origin="lower", aspect="auto")
     for (i, j), value in np.ndenumerate(matrix):
         shade = "white" if value > 0.5 else "black"
