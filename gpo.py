@@ -543,10 +543,11 @@ def sft(policy: Policy, pairs: list[tuple[str, str]], settings: SFTSettings) -> 
     schedule = one_cycle(optimizer, settings.learning_rate, settings.steps)
     rng = np.random.default_rng(settings.seed)
     demos = demonstrations(policy, pairs)
+    batch_size = settings.batch_size + -settings.batch_size % world_size()  # as many rows for every process
     loss = math.nan
     bar = trange(settings.steps, desc=f"{settings.name:<22}", dynamic_ncols=True)
     for step in bar:
-        rows = torch.from_numpy(rng.integers(len(pairs), size=settings.batch_size)).to(policy.device)
+        rows = torch.from_numpy(rng.integers(len(pairs), size=batch_size)).to(policy.device)
         loss = supervised_gradients(policy, demos, rows, settings.micro_batch)
         if not_finite(gradient=clip_gradients(policy, 1.0)):
             raise NotFinite(f"supervised training stopped at step {step + 1}: its gradient is not finite; "

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from diversity import Embedder, load_embedder, set_similarity
-from gpo import Player, PolicyAverage, SFTSettings, sample, sft, world_size
+from gpo import Player, PolicyAverage, SFTSettings, sample, sft
 from harness.config import Config
 from harness.data import (
     HUB_DATA,
@@ -259,7 +259,7 @@ def _check_prompts(config, prompts):
 def _warm_start(config, policies, pairs):
     """SFT of both players on their (prompt, response) pairs. A player of the embedded game trains all of its weights
     here, and gets its adapter afterwards."""
-    batch_size = 64 + -64 % world_size()  # the same number of rows for every process
+    batch_size = 64
     rates = {"defender": 3e-3, "attacker": 3e-3}
     if config.attacker:
         batch_size = config.batch_size
