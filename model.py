@@ -113,11 +113,11 @@ class Policy(nn.Module):
         self.value_head = nn.Linear(lm.get_output_embeddings().in_features, 1, device=lm.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
-        self.eos_ids = _eos_ids(lm, tokenizer, self._render)  # demonstrations end with the first
         self.context = _context(lm.config.get_text_config())  # tokens
         last_token = max(tokenizer.get_vocab().values())
         rows = lm.get_output_embeddings().weight.shape[0]
         self.tokens = min(last_token + 1, rows)  # V: further rows of the head are padding, without a token
+        self.eos_ids = _eos_ids(lm, tokenizer, self._render, self.tokens)  # demonstrations end with the first
         self.skeleton = None  # if sharded: the language model's modules without weights, to copy from
         self.eval()
 
@@ -233,14 +233,13 @@ def _context(config):
     return getattr(config, "max_position_embeddings", None) or 2**30
 
 
-def _eos_ids(lm, tokenizer, render):
-    """All token ids that end a response: that with which the chat template ends an assistant's turn, the tokenizer's
-    EOS, and those of the model's generation config."""
+def _eos_ids(lm, tokenizer, render, V):
+    """All token ids below V that end a response: that with which the chat template ends an assistant's turn, the
+    tokenizer's EOS, and those of the model's generation config."""
     found = [_end_of_turn(tokenizer, render)] if tokenizer.chat_template else []
     more = lm.generation_config.eos_token_id if lm.generation_config else None
     found += [tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])]
-    last_token = max(tokenizer.get_vocab().values())  # further rows of the embeddings are padding
-    ids = list(dict.fromkeys(i for i in found if i is not None and i <= last_token))
+    ids = list(dict.fromkeys(i for i in found if i is not None and i < V))
     if not ids:
         name = lm.config.name_or_path or "the model"
         raise ValueError(f"a policy needs an end-of-sequence token, {name} has none; set eos_token in its tokenizer")
