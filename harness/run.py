@@ -16,7 +16,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import ChainMap
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -301,7 +300,9 @@ class RunFolder:
         {"alarm/...": 0 or 1}."""
         round = last["round"]
         lines = [*(line for line in self.metrics if line["round"] == round), last]
-        newest = dict(ChainMap(*reversed(lines)))
+        newest = {}
+        for line in lines:
+            newest |= line
         successes = [line["game/attack_success"] for line in lines if line["role"] == "attacker"]
         if successes and self.config.method == "gpo":
             newest["attacker/success_of_turn"] = float(np.mean(successes))
