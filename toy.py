@@ -140,6 +140,7 @@ class ToyGame:
         self.paraphrases = [topic[1:] for topic in topics]
         self.framings = list(FRAMINGS)
         self.suffixes = list(SUFFIXES)
+        self._framing_words = [set(words(template.format(""))) for template, _ in FRAMINGS.values()]
         self.shape = (len(topics), 3, len(FRAMINGS), len(SUFFIXES))
         self.cells = np.array(list(product(*map(range, self.shape))))  # (n, 4)
         rng = np.random.default_rng([seed, 0])
@@ -235,8 +236,7 @@ class ToyGame:
         one with the largest fraction of its words in the prompt."""
         topics = self.topics_in(prompt)
         found = set(words(prompt))
-        framings = [set(words(template.format(""))) for template, _ in FRAMINGS.values()]
-        overlap = [len(found & framing) / len(framing) for framing in framings]
+        overlap = [len(found & framing) / len(framing) for framing in self._framing_words]
         return (topics[0], int(np.argmax(overlap))) if topics else None
 
     # --- ground truth ------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ many at once as there are cores. Finished work is not repeated: after a stop, gi
 """
 
 import argparse
+import functools
 import os
 import shutil
 import subprocess
@@ -228,10 +229,16 @@ def suite_row(folder: Path) -> dict:
     return row
 
 
+@functools.cache
+def toy_game() -> ToyGame:
+    """The world, whose topics and framings do not depend on a run's seed."""
+    return ToyGame()
+
+
 def effective_cells(folder: Path) -> float | None:
     """The effective number of harmful cells that the defender was trained on: exp of the entropy of their frequencies
     in its batches, which is n for n equally frequent cells (Hill, 1973). None without a harmful prompt."""
-    toy = ToyGame(read_config(folder)["seed"])
+    toy = toy_game()
     prompts = Counter(exchange["attack"] for exchange in read_lines(folder / "games.jsonl")
                       if exchange["role"] == "defender")
     counts = Counter()
