@@ -3785,7 +3785,6 @@ def test_the_effective_number_of_cells_is_n_for_n_equally_frequent_cells(tmp_pat
     toy = ToyGame(0)
     harmful = sorted({toy.cell_of(toy.prompt(cell)): cell for cell in toy.cells[toy.harmful]}.items())[:3]
     prompts = [toy.prompt(cell) for _, cell in harmful] + [toy.prompt(toy.cells[~toy.harmful][0]), "the"]
-    (tmp_path / "config.json").write_text(json.dumps({"config": {"seed": 0}}))
     append_lines(tmp_path / "games.jsonl", [{"role": "attacker", "attack": prompts[2]}] + 2 * [
         {"role": "defender", "attack": prompt} for prompt in (*prompts[:2], *prompts[3:])])
     assert reproduce.effective_cells(tmp_path) == pytest.approx(2)  # not the attacker's, the harmless or the unreadable
