@@ -515,7 +515,7 @@ def train_judge(model: Model, tokenizer: Tokenizer, samples: list[tuple], settin
     done = 0
     saved_at = time.time()
     if settings.checkpoint and settings.checkpoint.exists():
-        saved = torch.load(settings.checkpoint, map_location=model.device)
+        saved = torch.load(settings.checkpoint, map_location="cpu")  # AdamW counts steps on the CPU
         done = saved.pop("done")
         for name, state in saved.items():
             parts[name].load_state_dict(state)

@@ -726,10 +726,14 @@ def test_fused_logprob_never_holds_all_logits_also_in_a_second_backward(keep_row
 
 
 needs_triton = pytest.mark.skipif(kernel.triton is None, reason="pip install triton, as the README says")
+is_old = kernel.triton is not None and [int(n) for n in kernel.triton.__version__.split(".")[:2]] < [3, 7]
+cannot_interpret = DEVICE == "cpu" and is_old and np.lib.NumpyVersion(np.__version__) >= "2.4.0"  # its issue 9171
+runs_triton = pytest.mark.skipif(cannot_interpret, reason="pip install 'triton>=3.7', for this numpy, or 'numpy<2.4'")
 SHAPES = [(1, 77, 507, 0.7, True), (123, 77, 507, 1.0, False), (123, 768, 507, 0.7, True), (3, 16, 4999, 1.0, True)]
 
 
 @needs_triton
+@runs_triton
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2**-8)])  # interpreted: truncated
 @pytest.mark.parametrize("N, D, V, temperature, bias", SHAPES)
 def test_triton_kernels_are_as_exact_as_eager(N, D, V, temperature, bias, dtype, tolerance, monkeypatch):
@@ -746,6 +750,7 @@ def test_triton_kernels_are_as_exact_as_eager(N, D, V, temperature, bias, dtype,
 
 
 @needs_triton
+@runs_triton
 def test_triton_kernels_do_not_depend_on_how_the_vocabulary_is_split():
     (h, w), _, _, _ = linear_inputs(3, 16, 300, bias=False)
     targets = torch.tensor([0, 299, 128], device=DEVICE)
@@ -3006,7 +3011,7 @@ def test_a_terminal_is_told_at_once_why_nothing_happens_yet(program):
 MODELS = ("--attacker attacker --defender defender --judge judge --held_out_judge rule --embedder embedder "
           "--prompts prompts.txt --sft_data pairs.jsonl --benign_prompts benign.txt").split()
 SHORT = ("--sft_steps 3 --rounds 1 --attacker_steps 1 --defender_steps 1 --batch_size 4 --attack_tokens 8 "
-         "--response_tokens 8 --ptx_coef 0.1").split()
+         "--response_tokens 8 --ptx_coef 0.1 --dtype fp32").split()
 QUESTIONS = [f"how do i {verb} the {thing}?" for verb, thing in itertools.product(
     ("open", "close", "hide", "find"), ("door", "box", "cat", "key", "bag", "car"))]
 
