@@ -1972,12 +1972,14 @@ def test_of_the_idle_player_no_bit_changes_and_a_turn_begins_with_its_anchor_and
             assert end[name]["average"] == start[name]["average"] + added
 
 
-@pytest.mark.parametrize("options, word", [({"method": "rlhf"}, "f"), ({}, "l"), ({"opponent": "mixture"}, "m")])
-def test_the_opponent_is_the_last_policy_or_the_mixture_of_all_rounds_or_in_rlhf_the_first_defender(options, word):
+@pytest.mark.parametrize("options, word", [
+    ({"method": "rlhf"}, "f"), ({}, "l"), ({"opponent": "mixture"}, "m"), ({"opponent": "weights"}, "m")])
+def test_the_opponent_is_the_last_policy_or_an_average_of_all_rounds_or_in_rlhf_the_first_defender(options, word):
     config, world, game = new_match(response_tokens=1, **options)
-    assert train.opponent(config, game, "attacker") is game.players["attacker"]  # at first there is no mixture
+    assert train.opponent(config, game, "attacker") is game.players["attacker"]  # at first there is no average
     game.first["defender"], game.players["defender"], member = (one_word_player("defender", name) for name in "flm")
-    game.averages["defender"]["mixture"].add(member.policy)
+    for average in game.averages["defender"].values():
+        average.add(member.policy)
     for turn, exchanges, *_ in played(config, world, game):
         if turn.player == "attacker":
             assert set(exchanges.responses.texts) == {word}

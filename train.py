@@ -231,11 +231,11 @@ def likelihood_bound(config: Config, world: World) -> torch.Tensor:
 
 # --- the turns --------------------------------------------------------------------------------------------------
 def opponent(config: Config, game: Game, name: str) -> Player | PolicyAverage:
-    """The frozen player that the mover plays against: its last policy or, with `--opponent mixture`, its mixture."""
+    """The frozen player that the mover plays against: its last policy or, if `--opponent` names one, its average."""
     if name == "defender" and config.method == "rlhf":
         return game.first["defender"]
-    if config.opponent == "mixture" and game.averages[name]["mixture"].count:
-        return game.averages[name]["mixture"]
+    if config.opponent != "last" and game.averages[name][config.opponent].count:
+        return game.averages[name][config.opponent]
     return game.players[name]
 
 

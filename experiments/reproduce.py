@@ -80,6 +80,7 @@ RECIPE = {
     "recommended": METHODS["recommended"], "last round": "--final_defender last --average none",
     "no mining": "--mine 0 --average mixture", "no mining, no replay": "--mine 0 --replay 0 --average mixture",
     "no restarts": "--restart 0 --average mixture", "against mixtures": "--opponent mixture --average mixture",
+    "against the mean of weights": "--opponent weights",
     "no diversity": "--diversity 0 --average mixture"}
 HORIZONS = (1, 2, 4, 8, 16, 32)  # T, the number of rounds
 ROUNDS = {  # a run for each T with the same totals of updates and mined attacks; and one long run, round by round

@@ -155,8 +155,8 @@ def check_combinations(config: Config) -> None:
     """Check options against each other, and against the machine."""
     if re.search("[{}]", config.template.replace("{}", "", 1)):
         raise ValueError(f"--template must hold {{}} once, for the seed, or not at all, got {config.template!r}")
-    if config.opponent == "mixture" and "mixture" not in config.average:
-        raise ValueError(f"--opponent mixture needs --average mixture, got {config.average!r}")
+    if config.opponent != "last" and config.opponent not in config.average:
+        raise ValueError(f"--opponent {config.opponent} needs --average {config.opponent}, got {config.average!r}")
     unit = config.minibatches * world_size()
     if config.batch_size % unit:
         raise ValueError(f"--batch_size must be a multiple of --minibatches x processes ({config.minibatches} x "

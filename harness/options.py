@@ -74,7 +74,8 @@ class Config:
                                         below=1, only="training", heading="opponents")
     mine: int | None = option("attacks of the initial attacker, and as many earlier successes, tried before each "
                               "defender turn; successes are replayed", 600, 0, only="gpo")
-    opponent: str = option("the other's last policy or mixture of all", "last", choices=("last", "mixture"), only="gpo")
+    opponent: str = option("the other's last policy, or the mixture or mean of the weights of all", "last",
+                           choices=("last", "mixture", "weights"), only="gpo")
     restart: int | None = option("rounds between resets to the initial attacker; 0: never", 3, 0, only="attacker")
     replay: float = option("fraction of earlier attacks in the defender's batch, by success", 0.6, below=1, only="gpo")
     diversity: float | None = option("weight k of the diversity reward; 0: off", 0.3, 1.0, heading="diversity")
