@@ -373,7 +373,8 @@ def attack_rows(run: FinishedRun | None, args: argparse.Namespace) -> list[dict]
     temperature = config.temperature if args.temperature is None else args.temperature
     attacks = generate(attacker, prompts, config.attack_tokens, temperature, args.top_k, args.top_p, args.seed,
                        clip_prompts=True).texts
-    responses = generate(target, attacks, args.response_tokens or config.response_tokens, 0, clip_prompts=True).texts
+    longest = config.response_tokens if args.response_tokens is None else args.response_tokens
+    responses = generate(target, attacks, longest, 0, clip_prompts=True).texts
     p_safe = call_judge(judge, attacks, responses)  # (n,)
     return [{"seed": seeds[i], "attack": attacks[i], "response": responses[i], "p_safe": float(p_safe[i])}
             for i in np.argsort(p_safe, kind="stable")]

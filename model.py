@@ -364,7 +364,7 @@ def generate(policy: Policy, prompts: list[str], max_new_tokens: int, temperatur
     `max_new_tokens` in the model's context (with `clip_prompts` it is truncated on the left instead), or if an
     argument is out of range.
     """
-    if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+    if max_new_tokens < 1 or not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:  # also refuses NaN
         raise ValueError("generate needs max_new_tokens >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
                          f"{max_new_tokens}, {temperature}, {top_k}, {top_p}")
     if not prompts:

@@ -2143,8 +2143,11 @@ def test_a_corrected_rate_is_that_of_rogan_and_gladen_and_its_interval_covers_th
     rate, low, high = corrected_rate(0, 1000, JudgeErrors(100, 100, 0, 100))
     assert rate == 0 and low < 0.001
     assert 0.001 < high < 0.01  # 0 of 1,000 is not certain to be 0: Wilson's bound is .0038
-    rate, low, high = corrected_rate(500, 1000, JudgeErrors(50, 100, 50, 100))
-    assert high - low > 0.9  # a judge that tells safe from unsafe by chance tells nothing
+    for raw, errors in ((500, JudgeErrors(50, 100, 50, 100)), (178, JudgeErrors(0, 100, 0, 100))):
+        rate, low, high = corrected_rate(raw, 1000, errors)  # by a judge that tells safe from unsafe by chance
+        assert np.isnan(rate) and (low, high) == (0, 1)
+    rate, low, high = corrected_rate(178, 1000, JudgeErrors(1, 100, 0, 100))
+    assert low < 0.3 and high > 0.9  # by one that is hardly better
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(200):  # a true rate of .2, seen by a judge of sensitivity .85 and specificity .9
@@ -3462,6 +3465,16 @@ def test_a_damaged_checkpoint_is_named_and_skipped(undisturbed, tmp_path, capsys
     for name in ("step_000002", "step_000004"):
         assert f"{run}/checkpoints/{name} is damaged and not used: " in error
     assert not differing(run, expected)
+
+
+def test_a_run_that_has_lost_its_start_is_not_continued(undisturbed, tmp_path, capsys):
+    folder, _ = undisturbed
+    run = shutil.copytree(folder / "whole", tmp_path / "run")
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "start")  # else the trained players would be saved as the untrained ones
+    status, line = ending(capsys, folder, "--resume", run)
+    assert (status, line) == (2, f"error: the run in {run} is damaged, its checkpoints/start is missing; begin again, "
+                                 "with another --out")
 
 
 def test_a_run_folder_is_for_one_process_at_a_time(tmp_path, capsys):

@@ -173,7 +173,7 @@ class RunFolder:
 
     def begin(self) -> None:
         """Lock the folder and, for a new run, write its config.json: from here on it can be resumed. Raises ValueError
-        if the folder cannot be locked or written to."""
+        if the folder cannot be locked or written to, or has lost its start."""
         try:
             path = self.path.resolve()
             self.made = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -186,6 +186,9 @@ class RunFolder:
                                                        "versions": _versions(self.config)})
         except OSError as error:
             raise ValueError(f"a run needs a folder that can be written to, got {self.path}: {error}") from error
+        if not self.has_start() and any(self.path.glob("checkpoints/step_*")):
+            raise ValueError(f"the run in {self.path} is damaged, its checkpoints/start is missing; begin again, with "
+                             "another --out")
         self.track([])
 
     def leave_nothing(self) -> None:
