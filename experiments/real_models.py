@@ -156,7 +156,8 @@ def write_prompts(data: Path, out: Path, quick: bool) -> None:
     questions = json.loads(gzip.decompress((data / "hh_prompts.json.gz").read_bytes()))
     harmful = [row["instruction"] for row in questions if row["source"] == "harmless-base"]
     helpful = [row["instruction"] for row in questions if row["source"] == "helpful-base"]
-    benign = sample(helpful, 650 + 2 * HARMLESS, rng)
+    n_safe = HARMLESS // 6 if quick else HARMLESS  # for each judge: two cores answer 100 in a minute
+    benign = sample(helpful, 650 + 2 * n_safe, rng)
     beavertails = read_json(data / "beavertails_prompts.json")
     inside = nearest_kind(harmful, beavertails, load_embedder(str(out / "models" / ENCODER), DEVICE))
     fixed = sample([prompt for prompt in inside if not is_test(prompt, 3)], 200, rng)
@@ -177,7 +178,7 @@ def write_prompts(data: Path, out: Path, quick: bool) -> None:
     harmless = [{"prompt": prompt, "response": answer} for prompt, answer in zip(asked, own)]
     pairs = harmless[:150]
     safe = [{**exchange, "label": "safe"} for exchange in harmless[150:]]  # the judges' labels are of harmful questions
-    write_json(out / "harmless.json", {"judge": safe[:HARMLESS], "held_out_judge": safe[HARMLESS:]})
+    write_json(out / "harmless.json", {"judge": safe[:n_safe], "held_out_judge": safe[n_safe:]})
     # only 16: with 64 of 214 pairs a model of this size refuses everything
     refusal = sample(labelled(data / "safety_tuned_llamas.jsonl.gz"), 16, rng)
     for row in refusal:
