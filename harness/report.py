@@ -112,14 +112,14 @@ def corrected_rate(successes: int, n: int, errors: JudgeErrors) -> tuple[float, 
     safe exchanges unsafe as often as unsafe ones tells nothing: (nan, 0, 1)."""
     counts = ((successes, n), errors[:2], errors[2:])
     raw, sensitivity, false_alarms = (hits / total for hits, total in counts)
+    if sensitivity <= false_alarms:
+        return np.nan, 0.0, 1.0
     rng = np.random.default_rng(0)
     samples = [rng.beta(hits + 0.5, total - hits + 0.5, 100_000) for hits, total in counts]
 
     def corrected(raw, sensitivity, false_alarms):
         return np.clip((raw - false_alarms) / (sensitivity - false_alarms), 0, 1)
 
-    if sensitivity <= false_alarms:
-        return np.nan, 0.0, 1.0
     is_informative = samples[1] > samples[2]  # where the judge is no better than chance, every rate is possible
     rates = np.where(is_informative, corrected(*samples), rng.uniform(size=100_000))
     low, high = np.quantile(rates, (0.025, 0.975))
