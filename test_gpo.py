@@ -4096,6 +4096,8 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "a classifier of safety as a judge of help": ([*OWN, "--helpful_judge", "judge"], "must be a reward model of one"),
     "harmless requests that nobody learns from": ([*OUT, "--method", "sft", "--benign_share", "0.4"],
                                                   "--benign_share 0.4 would do nothing: --method sft trains nobody"),
+    "a judge that fails": ([*OUT, "--helpful_judge", "bad/judge.py:fails"],
+                           "--helpful_judge: the judge raised ZeroDivisionError"),
     "a judge that decides nothing": ([*OWN, "--judge", "bad/judge.py:nothing"], "at least half of the exchanges"),
     "an embedder of no model": ([*OWN, "--embedder", "bad"], "cannot load the embedder '/"),
     "answers beyond a user's context": ([*OWN, "--response_tokens", "256"], "--response_tokens must leave room for a"),
@@ -4123,7 +4125,7 @@ CASES = {**{name: (train, *case) for name, case in WRONG.items()}, **WRONG_ELSEW
 def bad(user_models):
     """The folder of models with a folder `bad` of what is wrong."""
     folder = user_models / "bad"
-    judges = "def nothing(p, r): return [None] * len(p)\n"
+    judges = "def nothing(p, r): return [None] * len(p)\ndef fails(p, r): return 1 / 0\n"
     files = {"long.txt": "ab " * 300 + "\n" + "cd " * 300,
              "labels.jsonl": '{"prompt": "a", "response": "b", "label": 1}\n',
              "experiment.json": '{"quick": true}', "saferlhf_mini.jsonl.gz": "",

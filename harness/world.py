@@ -184,11 +184,16 @@ def _load_judges(config, toy, start):
         judge = _named("judge", load_judge, config.judge, config.unsafe_label, truth, *place)
     elif start:
         judge = load_judge(str(start / "judge"), device=config.device)
-    return {
+    judges = {
         "judge": judge,
         "held_out_judge": _named("held_out_judge", load_judge, config.held_out_judge, config.held_out_unsafe_label,
                                  truth, *place, "held_out_judge"),
         "helpful": _named("helpful_judge", load_judge, config.helpful_judge, None, helpful, *place, "helpful_judge")}
+    prompt, refusal = PLAIN_EXCHANGES[0]
+    for flag, loaded in zip(("judge", "held_out_judge", "helpful_judge"), judges.values()):
+        if loaded is not None:  # one that fails must not fail after the warm start
+            _named(flag, call_judge, loaded, [prompt], [refusal])
+    return judges
 
 
 # --- players ----------------------------------------------------------------------------------------------------
