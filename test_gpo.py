@@ -2999,17 +2999,18 @@ def test_help_comes_before_the_imports_that_take_seconds(program):
 
 
 @pytest.mark.parametrize("program", [["train.py"], ["-m", "experiments.probe"]])
-def test_a_terminal_is_told_at_once_why_nothing_happens_yet(program):
+def test_a_terminal_is_told_at_once_why_nothing_happens_yet_and_ctrl_c_ends_that(program):
     pty = pytest.importorskip("pty")
     ours, theirs = pty.openpty()
     environment = {**os.environ, "PYTHONPATH": str(HERE)}
     process = subprocess.Popen([sys.executable, *program], cwd=HERE, env=environment, stderr=theirs)
     os.close(theirs)
     first_words = os.read(ours, 1000)  # waits for them
-    process.kill()
-    process.wait()
+    process.send_signal(signal.SIGINT)
+    last_words = os.read(ours, 1000)
     os.close(ours)
-    assert first_words.startswith(b"loading PyTorch")
+    assert first_words.startswith(b"loading PyTorch") and last_words.strip() == b"interrupted"
+    assert process.wait() == -signal.SIGINT
 
 
 # --- models of the user's own ----------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from diversity import Embedder, load_embedder
 from eval import DEVICE, run_program
@@ -174,7 +175,9 @@ def write_prompts(data: Path, out: Path, quick: bool) -> None:
         (out / f"{name}.txt").write_text("\n".join(" ".join(prompt.split()) for prompt in prompts), encoding="utf-8")
     policy = load_policy(out / "player", dtype=best_dtype(DEVICE), device=DEVICE)
     asked = benign[500:]
-    own = generate(policy, asked, 40, temperature=0, clip_prompts=True).texts
+    own = []
+    for start in tqdm(range(0, len(asked), 50), desc="the model's own answers", dynamic_ncols=True):
+        own += generate(policy, asked[start : start + 50], 40, temperature=0, clip_prompts=True).texts
     harmless = [{"prompt": prompt, "response": answer} for prompt, answer in zip(asked, own)]
     pairs = harmless[:150]
     safe = [{**exchange, "label": "safe"} for exchange in harmless[150:]]  # the judges' labels are of harmful questions

@@ -144,10 +144,19 @@ def help_text() -> str:
 
 def before_slow_imports(help: str = "") -> None:
     """The first call of a program, before imports that take seconds: print the help if it is asked for, and end; or
-    tell a terminal why nothing happens yet."""
+    tell a terminal why nothing happens yet, and end quietly after Ctrl-C."""
     if help and sys.argv[1:] in (["--help"], ["-h"]):
         sys.stdout.reconfigure(errors="backslashreplace")  # as `as_a_program` does
         print(help.rstrip())
         sys.exit()
+    sys.excepthook = short_interrupt
     if sys.stderr.isatty():
         print("loading PyTorch and transformers", file=sys.stderr)
+
+
+def short_interrupt(kind: type, error: BaseException, trace: object) -> None:
+    """In place of sys.excepthook: Ctrl-C during the imports ends the program without a traceback."""
+    if kind is KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
