@@ -114,6 +114,8 @@ def run_folder(config: Config) -> Iterator["RunFolder"]:
         go_on = ""
         if (folder.path / "config.json").exists():
             go_on = f"; go on with: python train.py --resume {folder.path}"
+        else:
+            folder.leave_nothing()
         interrupted(stop, f"{when}{go_on}")
     finally:
         if folder.lock is not None:
