@@ -195,11 +195,16 @@ def _hf_generate(policy, prompts):
                                   top_p=1.0, max_new_tokens=NEW, min_new_tokens=NEW, pad_token_id=policy.eos_ids[0])
 
 
+def chosen_sizes(args: argparse.Namespace, batches: dict[str, int]) -> list[tuple[str, int]]:
+    """(size, batch) of `--size`, or of all."""
+    return [(args.size, batches[args.size])] if args.size else list(batches.items())
+
+
 def bench_sample(args: argparse.Namespace) -> Rows:
     """Against `generate` of a model stored in fp32: in fp32, and under bf16 autocast as a trainer runs it."""
     dtype = best_dtype(DEVICE)
     large = 16 if DEVICE == "cpu" else 64
-    for size, batch in (("4x128", 64), ("gpt2", large), ("smollm2", large)):
+    for size, batch in chosen_sizes(args, {"4x128": 64, "gpt2": large, "smollm2": large}):
         ours = _make_policy(size, dtype=dtype)
         prompts = _make_prompts(batch)
         name = f"sample {batch} x ({PROMPT} + {NEW}), {size}, {DTYPE_NAMES[dtype]}"
@@ -350,7 +355,7 @@ def _bench_ppo_size(size, batch, args):
 
 def bench_ppo(args: argparse.Namespace) -> Rows:
     """Sample, score with a reward model of the policy's size, and update: 2 epochs x 4 minibatches."""
-    for size, batch in (("4x128", 64), ("gpt2", 16), ("smollm2", 16)):
+    for size, batch in chosen_sizes(args, {"4x128": 64, "gpt2": 16, "smollm2": 16}):
         yield from _bench_ppo_size(size, batch, args)
 
 
@@ -410,6 +415,7 @@ def main(argv: list[str]) -> None:
     parser.error = fail
     parser.add_argument("what", nargs="?", default="all", choices=[*BENCHES, "all"])
     parser.add_argument("--repeats", type=int, default=5, help="turns of each pair (5)")
+    parser.add_argument("--size", choices=SIZES, help="the model of `sample` and `ppo` (all)")
     parser.add_argument("--trl_python", help="an interpreter with trl==0.23.1, whose PPOTrainer is the peer of `ppo`")
     args = parser.parse_args(argv)
     if args.repeats < 1:
