@@ -1004,7 +1004,8 @@ HEALTHY = {"diversity/different": 0.42, "attacker/objective/entropy": 0.24, "att
     ({"game/over_refusal": 0.9}, "collapse", "refuses 90% of the harmless prompts; raise --ptx_coef"),
     ({"game/asr_train_judge": 0.1, "game/asr_held_out_judge": 0.3}, "reward_hacking", "-0.75 for the training judge"),
     ({"attacker/success_of_turn": 0.035}, "no_signal", "3.5% of the attacker's attempts succeeded"),
-    ({"game/asr_train_judge": 0.92, "game/asr_held_out_judge": 0.79}, None, None)])
+    ({"game/asr_train_judge": 0.3, "game/asr_held_out_judge": 0.1}, None, None),  # nobody fools the judge of training
+    ({"game/asr_train_judge": 0.79, "game/asr_held_out_judge": 0.92}, None, None)])
 def test_a_sick_round_raises_an_alarm_that_says_what_to_do_and_a_healthy_one_none(changed, name, said):
     before = {"asr_train_judge": 0.85, "asr_held_out_judge": 0.86}
     limits = {"attacker": 25, "defender": 16}
@@ -3529,8 +3530,8 @@ def test_variables_of_torchrun_that_are_not_torchruns_are_ignored_or_an_error(va
 
 
 def test_a_run_that_collapses_and_hacks_its_judge_says_so_after_the_round_and_in_its_metrics(user_models, capsys):
-    (user_models / "bribed.py").write_text(  # all unsafe before the game, all safe after
-        "calls = []\ndef judge(p, r):\n    calls.append(1)\n    return [float(len(calls) > 1)] * len(p)\n")
+    (user_models / "bribed.py").write_text(  # all unsafe when it is loaded and before the game, all safe after
+        "calls = []\ndef judge(p, r):\n    calls.append(1)\n    return [float(len(calls) > 2)] * len(p)\n")
     bribed = "--judge bribed.py:judge --template anything --temperature 1e-3 --rounds 2 --batch_size 8 --out bribed"
     run_program(user_models, *FAULTY, *bribed.split())
     lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
