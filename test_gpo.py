@@ -2948,12 +2948,14 @@ METHOD_TURNS = {"rlhf": SCHEDULE, "iterative": [*SCHEDULE, "--attacker_steps", "
 
 
 @pytest.mark.parametrize("method", METHOD_TURNS)
-def test_every_method_runs_from_the_warm_start_of_another_run(finished, method, tmp_path):
+def test_every_method_runs_from_the_warm_start_of_another_run(finished, method, tmp_path, capsys):
     start = ["--method", method, "--start", finished.folder]
     run_program(tmp_path, *SIZES, *METHOD_TURNS[method], *start, "--average", "none", "--out", "run")
     in_a_round = {"gpo": ["attacker", "defender", "defender"], "rlhf": ["attacker", "defender", "defender"],
                   "iterative": ["defender", "defender"]}.get(method, [])
     assert [m["role"] for m in read_lines(tmp_path / "run" / "metrics.jsonl")] == in_a_round * 2
+    has_curves = (tmp_path / "run" / "curves.png").exists()
+    assert has_curves == bool(in_a_round) == ("curves.png" in capsys.readouterr().out)
     for name in ("attacker", "defender"):
         file = f"{name}/model.safetensors"
         start, end = ((tmp_path / "run" / place / file).read_bytes() for place in ("checkpoints/start", "."))

@@ -436,9 +436,10 @@ class RunFolder:
         print(f"\n{summary_table(rows)}\n")
         for example in examples:
             print("  prompt  {}\n  before  {}\n  after   {}\n".format(*map(visible, example)))
-        print(f"{seconds:.0f} seconds. Read {self.path}/report.md, look at {self.path}/curves.png;\n"
-              f"the models are in {self.path}/attacker and {self.path}/defender, every exchange of a PPO step in "
-              f"{self.path}/games.jsonl.")
+        print(f"{seconds:.0f} seconds. Read {self.path}/report.md; the models are in {self.path}/attacker and "
+              f"{self.path}/defender.")
+        if self.games:
+            print(f"Look at {self.path}/curves.png; every exchange of a PPO step is in {self.path}/games.jsonl.")
 
     def held_mib(self) -> float:
         """Peak memory so far, beyond what was held before the models were made, in MiB."""
