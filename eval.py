@@ -444,6 +444,7 @@ def nash(args: argparse.Namespace) -> None:
              "the same with entropy 0.1 (Algorithm 3)": (random, 0.1, False),
              "a defender that cannot tell prompts apart": (rps, 0.0, True)}
     horizons = 2 ** np.arange(4, 15)  # T
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     canvas, axes = figure(1, 4.8, rows=3)
     for axis, (title, (payoff, entropy, blind)) in zip(axes, games.items()):
         curves = nash_curves(payoff, horizons, entropy, blind)
@@ -454,7 +455,6 @@ def nash(args: argparse.Namespace) -> None:
             axis.loglog(horizons, np.maximum(values, 1e-6), label=name, ms=4, lw=1.5, **look)
         axis.set(title=title, xlabel="rounds T", ylabel="Nash gap, Eq. (3.6)", ylim=(1e-4, 2))
         axis.legend(frameon=False, fontsize=8)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     save_figure(canvas, Path(args.out) / "nash.png")
     print(f"written to {args.out}/nash.png")
 

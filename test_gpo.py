@@ -4119,6 +4119,7 @@ WRONG_ELSEWHERE = {
     "one seed": (reproduce, ["--seeds", "1"], "--seeds"),
     "no labels": (train_judge, ["no.jsonl", "--model", "embedder", *OUT], "a data file must exist"),
     "a label that may mean either": (train_judge, ["bad/labels.jsonl", "--model", "embedder", *OUT], "the label 1"),
+    "an experiment without a set": (real_models, ["never", "--data", "bad/hurt"], "bad/hurt without saferlhf_mini"),
     "an experiment that was begun quickly": (real_models, ["bad", "--data", "bad"], "as it was begun, with --quick"),
     "a bench that is none": (bench, ["nonsense"], "argument what: invalid choice: 'nonsense'"),
 }
@@ -4132,7 +4133,7 @@ def bad(user_models):
     judges = "def nothing(p, r): return [None] * len(p)\ndef fails(p, r): return 1 / 0\n"
     files = {"long.txt": "ab " * 300 + "\n" + "cd " * 300,
              "labels.jsonl": '{"prompt": "a", "response": "b", "label": 1}\n',
-             "experiment.json": '{"quick": true}', "saferlhf_mini.jsonl.gz": "",
+             "experiment.json": '{"quick": true}', **dict.fromkeys(real_models.FILES, ""),
              "names.yaml": "runds: 3", "code.yaml": "!!python/object/apply:os.mkdir [never]", "judge.py": judges}
     classifier_folder(folder / "numbered", ["LABEL_0", "LABEL_1"])
     config = asdict(resolve(Config(out="nowhere")))

