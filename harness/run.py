@@ -114,7 +114,7 @@ def run_folder(config: Config) -> Iterator["RunFolder"]:
         go_on = ""
         if (folder.path / "config.json").exists():
             go_on = f"; go on with: python train.py --resume {folder.path}"
-        else:
+        elif folder.path.exists():
             folder.leave_nothing()
         interrupted(stop, f"{when}{go_on}")
     finally:
