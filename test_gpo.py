@@ -1004,7 +1004,7 @@ HEALTHY = {"diversity/different": 0.42, "attacker/objective/entropy": 0.24, "att
     ({"game/over_refusal": 0.9}, "collapse", "refuses 90% of the harmless prompts; raise --ptx_coef"),
     ({"game/asr_train_judge": 0.1, "game/asr_held_out_judge": 0.3}, "reward_hacking", "-0.75 for the training judge"),
     ({"attacker/success_of_turn": 0.035}, "no_signal", "3.5% of the attacker's attempts succeeded"),
-    ({"game/asr_train_judge": 0.3, "game/asr_held_out_judge": 0.1}, None, None),  # nobody fools the judge of training
+    ({"game/asr_train_judge": 0.3, "game/asr_held_out_judge": 0.1}, "reward_hacking", "-0.76 for the held-out one"),
     ({"game/asr_train_judge": 0.79, "game/asr_held_out_judge": 0.92}, None, None)])
 def test_a_sick_round_raises_an_alarm_that_says_what_to_do_and_a_healthy_one_none(changed, name, said):
     before = {"asr_train_judge": 0.85, "asr_held_out_judge": 0.86}
