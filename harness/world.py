@@ -174,6 +174,14 @@ def _named(flag, load, *args):
         raise ValueError(f"--{flag}: {error}") from error
 
 
+def _working_judge(flag, *args):
+    """The judge that a flag asks for, tried on one exchange: one that fails must not fail after the warm start."""
+    judge = _named(flag, load_judge, *args)
+    prompt, refusal = PLAIN_EXCHANGES[0]
+    _named(flag, call_judge, judge, [prompt], [refusal])
+    return judge
+
+
 def _load_judges(config, toy, start):
     """{field of World: judge}. "judge" is None if it is to be trained here: that of the embedded game."""
     place = (config.device, config.trust_remote_code)
@@ -181,19 +189,14 @@ def _load_judges(config, toy, start):
     helpful = {"toy": toy.helpful} if toy else {}
     judge = None
     if config.judge != "toy":
-        judge = _named("judge", load_judge, config.judge, config.unsafe_label, truth, *place)
+        judge = _working_judge("judge", config.judge, config.unsafe_label, truth, *place)
     elif start:
         judge = load_judge(str(start / "judge"), device=config.device)
-    judges = {
+    return {
         "judge": judge,
-        "held_out_judge": _named("held_out_judge", load_judge, config.held_out_judge, config.held_out_unsafe_label,
-                                 truth, *place, "held_out_judge"),
-        "helpful": _named("helpful_judge", load_judge, config.helpful_judge, None, helpful, *place, "helpful_judge")}
-    prompt, refusal = PLAIN_EXCHANGES[0]
-    for flag, loaded in zip(("judge", "held_out_judge", "helpful_judge"), judges.values()):
-        if loaded is not None:  # one that fails must not fail after the warm start
-            _named(flag, call_judge, loaded, [prompt], [refusal])
-    return judges
+        "held_out_judge": _working_judge("held_out_judge", config.held_out_judge, config.held_out_unsafe_label, truth,
+                                         *place, "held_out_judge"),
+        "helpful": _working_judge("helpful_judge", config.helpful_judge, None, helpful, *place, "helpful_judge")}
 
 
 # --- players ----------------------------------------------------------------------------------------------------
