@@ -114,7 +114,7 @@ def run_folder(config: Config) -> Iterator["RunFolder"]:
         go_on = ""
         if (folder.path / "config.json").exists():
             go_on = f"; go on with: python train.py --resume {folder.path}"
-        elif folder.path.exists():
+        else:
             folder.leave_nothing()
         interrupted(stop, f"{when}{go_on}")
     finally:
@@ -195,7 +195,7 @@ class RunFolder:
 
     def leave_nothing(self) -> None:
         """After a failed start, restore the folder to what it was before, absent or empty."""
-        if not self.is_new or self.has_start():
+        if not self.is_new or self.has_start() or not self.path.exists():
             return
         for path in self.path.iterdir():
             if path.is_file():
