@@ -22,12 +22,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, StaticCache
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.activations import NewGELUActivation
+from transformers.cache_utils import StaticLayer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import find_adapter_config_file
@@ -399,28 +401,121 @@ def _decode(policy, lm, prompt_ids, max_new_tokens, pick):
     B = len(inputs)
     eos = torch.tensor(policy.eos_ids, device=policy.device)
     alive = torch.arange(B, device=policy.device)  # the rows that have not ended
-    cache = None
+    decoder = _FixedDecoder if _has_fixed_shapes(lm) else _GrowingDecoder
+    decoder = decoder(lm, mask, positions, max_new_tokens)
+    logits = decoder.prefill(inputs)  # (B, V)
     sampled = []
-    for _ in range(max_new_tokens):
-        out = lm.base_model(input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                            use_cache=True)
-        cache = out.past_key_values
-        logits = lm.get_output_embeddings()(out.last_hidden_state[:, -1])[:, : policy.tokens]  # (n, V)
-        token = pick(logits.float())  # (n,)
+    while True:
+        token = pick(logits[:, : policy.tokens].float())  # (n,)
         sampled.append(torch.full((B,), -1, device=policy.device).index_copy(0, alive, token))  # -1: after the end
         going = (~torch.isin(token, eos)).nonzero()[:, 0]
-        if not len(going):
+        if not len(going) or len(sampled) == max_new_tokens:
             break
-        if len(going) < len(alive):
-            alive = alive[going]
-            token = token[going]
-            mask = mask[going]
-            positions = positions[going]
-            cache.batch_select_indices(going)
-        inputs = token[:, None]
-        positions = positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
+        alive = alive[going]
+        logits = decoder.step(token[going], going)  # (n, V)
     return [[i for i in row if i >= 0] for row in torch.stack(sampled, 1).tolist()]
+
+
+class _GrowingDecoder:
+    """Next tokens' logits. Its cache grows by one token at each step, and the rows that have ended leave it."""
+
+    def __init__(self, lm, mask, positions, max_new_tokens):
+        self.lm = lm
+        self.mask = mask
+        self.positions = positions
+        self.cache = None
+
+    def prefill(self, inputs):
+        """Logits (n, V) after inputs (n, P), the next tokens of all rows."""
+        out = self.lm.base_model(input_ids=inputs, attention_mask=self.mask, position_ids=self.positions,
+                                 past_key_values=self.cache, use_cache=True)
+        self.cache = out.past_key_values
+        return self.lm.get_output_embeddings()(out.last_hidden_state[:, -1])
+
+    def step(self, token, going):
+        """Logits (n, V) after a token (n,) of each row that goes on: the last rows' indices `going` (n,)."""
+        if len(going) < len(self.mask):
+            self.mask = self.mask[going]
+            self.positions = self.positions[going]
+            self.cache.batch_select_indices(going)
+        self.positions = self.positions[:, -1:] + 1
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(going), 1)], 1)
+        return self.prefill(token[:, None])
+
+
+class _FixedDecoder:
+    """The same in shapes that never change: a cache of full length, which no row leaves. A GPU captures one step as a
+    graph and replays it, because launching a small model's kernels one by one takes longer than running them."""
+
+    def __init__(self, lm, mask, positions, max_new_tokens):
+        self.lm = lm
+        self.cache = StaticCache(lm.config, max_cache_len=mask.shape[1] + max_new_tokens)
+        self.seen = F.pad(mask.bool(), (0, max_new_tokens))[:, None, None]  # (B, 1, 1, L), True: a token is there
+        self.positions = positions
+        self.alive = torch.arange(len(mask), device=mask.device)
+        self.graph = None
+
+    def prefill(self, inputs):
+        """Logits (B, V) after inputs (B, P)."""
+        self.length = inputs.shape[1]  # tokens in the cache
+        past = torch.ones(self.length, self.seen.shape[-1], dtype=torch.bool, device=inputs.device).tril()  # (P, L)
+        itself = past.triu()  # padding attends to itself, since a softmax over nothing is NaN
+        logits = self._forward(inputs, self._bias(self.seen & past | itself), self.positions)
+        # what a step reads, always in the same place
+        self.token = torch.zeros_like(inputs[:, :1])
+        self.position = self.positions[:, -1:].clone()
+        self.bias = self._bias(self.seen)
+        return logits
+
+    def step(self, token, going):
+        """Logits (n, V) after a token (n,) of each row that goes on: the last rows' indices `going` (n,)."""
+        self.alive = self.alive[going]
+        self.token[self.alive, 0] = token
+        self.position += 1
+        self.bias[..., self.length] = 0
+        self.length += 1
+        if not self.token.is_cuda:
+            return self._next()[self.alive]
+        if self.graph is None:
+            self._capture()
+        self.graph.replay()
+        return self.logits[self.alive]
+
+    def _next(self):
+        return self._forward(self.token, self.bias, self.position)
+
+    def _forward(self, inputs, bias, positions):
+        out = self.lm.base_model(input_ids=inputs, attention_mask=bias, position_ids=positions,
+                                 past_key_values=self.cache, use_cache=True)
+        return self.lm.get_output_embeddings()(out.last_hidden_state[:, -1])
+
+    def _bias(self, sees):
+        """0 where a query sees a key, else the least number: (B, 1, queries, L)."""
+        dtype = self.lm.dtype
+        return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(dtype).min)
+
+    def _capture(self):
+        """Capture a step, without running it, as a CUDA graph whose replays write self.logits."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._next()  # a rehearsal, in which libraries set themselves up
+            for layer in self.cache.layers:
+                layer.cumulative_length.sub_(1)
+            self.graph = torch.cuda.CUDAGraph()
+            self.graph.capture_begin()
+            self.logits = self._next()
+            self.graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+
+
+def _has_fixed_shapes(lm):
+    """Whether `_FixedDecoder` decodes a model: on a GPU, if its code can be captured and no layer has a sliding window
+    or a state of its own."""
+    fits = lm.device.type == "cuda" and lm._can_compile_fullgraph and not getattr(lm.config, "alibi", False)
+    if not fits or lm.config._attn_implementation not in ("eager", "sdpa"):
+        return False
+    return all(type(layer) is StaticLayer for layer in StaticCache(lm.config, max_cache_len=1).layers)
 
 
 def _left_padded(policy, prompt_ids):

@@ -448,6 +448,19 @@ def test_the_greedy_sampler_agrees_with_transformers_generate(family, dtype):
         assert response == expected.tolist()[ids.shape[1]:]
 
 
+@pytest.mark.parametrize("family", [tiny_lm, tiny_llama])
+def test_a_step_of_fixed_shapes_as_a_gpu_captures_it_samples_the_same_tokens(family, monkeypatch):
+    policy = Policy(family(tiny_tokenizer()).to(DEVICE), tiny_tokenizer())
+    sampled = []
+    for fixed in (False, True):
+        monkeypatch.setattr(model, "_has_fixed_shapes", lambda lm, fixed=fixed: fixed)
+        options = [dict(temperature=0), dict(seed=1), dict(seed=2, top_k=5)]
+        sampled.append([generate(policy, PROMPTS * 5, 12, **more).token_ids() for more in options])
+    assert sampled[0] == sampled[1]
+    lengths = {len(ids) for _, responses in sampled[0] for ids in responses}
+    assert len(lengths) > 1  # some rows end before others
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_sampling_follows_the_full_softmax_at_the_stated_temperature(temperature):
     policy = tiny_policy()
