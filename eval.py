@@ -49,9 +49,9 @@ from harness.report import (
     write_page,
 )
 from harness.run import FinishedRun, open_run
-from harness.world import World, attacker_to_measure, attacks_to_measure, evaluate
+from harness.world import World, attacker_to_measure, attacks_to_measure, evaluate, working_judge
 from model import best_dtype, generate, keep_freed_memory, load_policy, logprobs_and_values
-from reward import Judge, call_judge, load_judge, unsafe_rate
+from reward import Judge, call_judge, unsafe_rate
 
 Side = Player | PolicyAverage  # what can generate
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -360,7 +360,7 @@ def attack_rows(run: FinishedRun | None, args: argparse.Namespace) -> list[dict]
     if args.prompts:
         seeds = [data.first_turn(row["prompt"]) for row in data.read_rows(args.prompts) if row["prompt"]]
     if args.judge:
-        judge = load_judge(args.judge, args.unsafe_label, device=DEVICE, trust_remote_code=remote)
+        judge = working_judge("judge", args.judge, args.unsafe_label, (), DEVICE, remote)
     source = Path(args.target) / "defender"  # if the target is a run
     if not source.is_dir():
         source = args.target

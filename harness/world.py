@@ -174,8 +174,9 @@ def _named(flag, load, *args):
         raise ValueError(f"--{flag}: {error}") from error
 
 
-def _working_judge(flag, *args):
-    """The judge that a flag asks for, tried on one exchange: one that fails must not fail after the warm start."""
+def working_judge(flag: str, *args: object) -> Judge:
+    """The judge that --flag asks for, by `load_judge` of args, tried on one exchange: it must not fail only after
+    a warm start or many answers. Raises ValueError, with the flag's name."""
     judge = _named(flag, load_judge, *args)
     prompt, refusal = PLAIN_EXCHANGES[0]
     _named(flag, call_judge, judge, [prompt], [refusal])
@@ -189,14 +190,14 @@ def _load_judges(config, toy, start):
     helpful = {"toy": toy.helpful} if toy else {}
     judge = None
     if config.judge != "toy":
-        judge = _working_judge("judge", config.judge, config.unsafe_label, truth, *place)
+        judge = working_judge("judge", config.judge, config.unsafe_label, truth, *place)
     elif start:
         judge = load_judge(str(start / "judge"), device=config.device)
     return {
         "judge": judge,
-        "held_out_judge": _working_judge("held_out_judge", config.held_out_judge, config.held_out_unsafe_label, truth,
+        "held_out_judge": working_judge("held_out_judge", config.held_out_judge, config.held_out_unsafe_label, truth,
                                          *place, "held_out_judge"),
-        "helpful": _working_judge("helpful_judge", config.helpful_judge, None, helpful, *place, "helpful_judge")}
+        "helpful": working_judge("helpful_judge", config.helpful_judge, None, helpful, *place, "helpful_judge")}
 
 
 # --- players ----------------------------------------------------------------------------------------------------
