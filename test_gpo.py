@@ -3902,6 +3902,35 @@ def test_the_area_under_the_curve_counts_pairs():
     assert real_models.auc(higher, lower) == pytest.approx(np.mean(pairs))
 
 
+def test_sigterm_ends_what_an_experiment_runs_side_by_side(tmp_path):
+    program = f"""
+import sys
+from pathlib import Path
+from experiments import real_models
+from harness.data import as_a_program
+as_a_program()
+for step in ("fetch", "write_prompts", "train_judges", "measure_judges"):
+    setattr(real_models, step, lambda *args: None)
+sleep = "import os, sys, time; print(os.getpid(), file=open(sys.argv[1], 'w'), flush=True); time.sleep(100)"
+def play(args, seed, method):
+    real_models.call("-c", sleep, args.out / f"{{seed}}.pid", log=args.out / "log")
+real_models.play = play
+real_models.FILES = []
+real_models.main([{str(tmp_path)!r}, "--data", {str(tmp_path)!r}, "--seeds", "3", "--jobs", "2"])
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=HERE, stderr=subprocess.PIPE, text=True)
+    files = [tmp_path / "1.pid", tmp_path / "2.pid"]
+    while process.poll() is None and not all(file.is_file() and file.read_text().strip() for file in files):
+        time.sleep(0.1)
+    process.terminate()
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 143 and "interrupted; call it again to go on" in error
+    for file in files:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.read_text()), 0)
+    assert not (tmp_path / "3.pid").exists()  # no further run begins
+
+
 def test_the_hypervolume_is_the_area_that_some_defender_dominates():
     assert real_scores.hypervolume([(0.25, 0.5)]) == pytest.approx(0.75 * 0.5)
     points = [(0.1, 0.6), (0.5, 0.2), (0.5, 0.7), (0.35, 0.3), (0.9, 0.15)]  # the third is dominated

@@ -26,9 +26,9 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import chain, product
 from pathlib import Path
 
@@ -69,13 +69,31 @@ QUICK = {"GPO+Div": f"{METHODS['GPO+Div']} --rounds 2", "RLHF": f"{METHODS['RLHF
 FRESH = "--method gpo --rounds 1 --attacker_steps 16 --defender_steps 0 --benign_share 0 --ptx_coef 0 --sft_steps 0"
 
 
+RUNNING = []  # processes that `call` has started
+
+
+@contextmanager
+def passing_on_sigterm() -> Iterator[None]:
+    """SIGTERM, unlike Ctrl-C, comes to this process alone: pass it on to what it has started, which saves its state."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if stop.args:
+            for process in RUNNING:
+                process.terminate()
+        raise
+
+
 def call(*arguments: object, log: Path | None = None) -> None:
     """Run one of our modules or programs, or pip, after printing the command as a user would type it. log: the file for
     its output, instead of the screen. Raises ValueError if it fails."""
     command = [sys.executable, *map(str, arguments)]
     print(f"\npython {shlex.join(command[1:])}" + (f" > {shlex.quote(str(log))}" if log else ""), flush=True)
-    with open(log, "a", encoding="utf-8") if log else nullcontext() as lines:
-        status = subprocess.run(command, stdout=lines, stderr=lines).returncode
+    with (open(log, "a", encoding="utf-8") if log else nullcontext() as lines,
+          subprocess.Popen(command, stdout=lines, stderr=lines) as process):
+        RUNNING.append(process)
+        with passing_on_sigterm():
+            status = process.wait()
     if status:
         raise ValueError(f"the command ended with status {status}: {shlex.join(command[1:])}; when it can go on, call "
                          "this program again")
@@ -284,7 +302,7 @@ def real_models(args: argparse.Namespace) -> None:
         print(f"{seed} {method} is done, {time.time() - clock:.0f} seconds after the start", flush=True)
 
     for work, names in stages:
-        with ThreadPoolExecutor(args.jobs) as pool:  # after an error or Ctrl-C no further run begins
+        with ThreadPoolExecutor(args.jobs) as pool, passing_on_sigterm():  # after an error no further run begins
             list(pool.map(timed, product([work], names, seeds)))
     for seed in seeds:
         if not args.quick and not (args.out / f"seed_{seed}" / "attackers.json").is_file():
