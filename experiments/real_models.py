@@ -26,9 +26,9 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import chain, product
 from pathlib import Path
 
@@ -38,7 +38,17 @@ from tqdm import tqdm
 from diversity import Embedder, load_embedder
 from eval import DEVICE, run_program
 from gpo import sample
-from harness.data import append_lines, as_a_program, fail, first_turn, is_test, read_json, read_rows, write_json
+from harness.data import (
+    append_lines,
+    as_a_program,
+    fail,
+    first_turn,
+    is_test,
+    passing_on_sigterm,
+    read_json,
+    read_rows,
+    write_json,
+)
 from harness.report import markdown
 from model import best_dtype, generate, load_policy, save_policy
 from reward import call_judge, load_judge
@@ -67,21 +77,7 @@ METHODS = {  # SFT is the row "before"
     "RLHF, equal tokens": "--method rlhf --diversity 0 --rounds 4 --attacker_steps 0 --defender_steps 14"}
 QUICK = {"GPO+Div": f"{METHODS['GPO+Div']} --rounds 2", "RLHF": f"{METHODS['RLHF']} --rounds 2 --attacker_steps 0"}
 FRESH = "--method gpo --rounds 1 --attacker_steps 16 --defender_steps 0 --benign_share 0 --ptx_coef 0 --sft_steps 0"
-
-
-RUNNING = []  # processes that `call` has started
-
-
-@contextmanager
-def passing_on_sigterm() -> Iterator[None]:
-    """SIGTERM, unlike Ctrl-C, comes to this process alone: pass it on to what it has started, which saves its state."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        if stop.args:
-            for process in RUNNING:
-                process.terminate()
-        raise
+RUNNING = []  # processes that `call` has started, to be ended with this one
 
 
 def call(*arguments: object, log: Path | None = None) -> None:
@@ -92,7 +88,7 @@ def call(*arguments: object, log: Path | None = None) -> None:
     with (open(log, "a", encoding="utf-8") if log else nullcontext() as lines,
           subprocess.Popen(command, stdout=lines, stderr=lines) as process):
         RUNNING.append(process)
-        with passing_on_sigterm():
+        with passing_on_sigterm(RUNNING):
             status = process.wait()
     if status:
         raise ValueError(f"the command ended with status {status}: {shlex.join(command[1:])}; when it can go on, call "
@@ -302,7 +298,8 @@ def real_models(args: argparse.Namespace) -> None:
         print(f"{seed} {method} is done, {time.time() - clock:.0f} seconds after the start", flush=True)
 
     for work, names in stages:
-        with ThreadPoolExecutor(args.jobs) as pool, passing_on_sigterm():  # after an error no further run begins
+        with ThreadPoolExecutor(args.jobs) as pool, passing_on_sigterm(RUNNING):
+            # after an error or a signal no further run begins
             list(pool.map(timed, product([work], names, seeds)))
     for seed in seeds:
         if not args.quick and not (args.out / f"seed_{seed}" / "attackers.json").is_file():

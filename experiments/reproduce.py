@@ -28,7 +28,17 @@ from tqdm import tqdm
 from eval import after_round, greedy, judge_errors, kl, measure, run_program
 from gpo import sample
 from harness.config import parse, resolve
-from harness.data import as_a_program, fail, read_config, read_json, read_lines, visible, write_json, write_text
+from harness.data import (
+    as_a_program,
+    fail,
+    passing_on_sigterm,
+    read_config,
+    read_json,
+    read_lines,
+    visible,
+    write_json,
+    write_text,
+)
 from harness.report import (
     LABELS,
     LOOKS,
@@ -207,12 +217,10 @@ def do_jobs(stage: str, jobs: dict[Path, tuple]) -> None:
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         futures = [pool.submit(*job) for file, job in jobs.items() if not file.is_file()]
         try:
-            for future in tqdm(as_completed(futures), desc=stage, total=len(futures), dynamic_ncols=True):
-                future.result()
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt) and error.args:  # SIGTERM came to this process alone
-                for process in RUNNING:
-                    process.terminate()
+            with passing_on_sigterm(RUNNING):
+                for future in tqdm(as_completed(futures), desc=stage, total=len(futures), dynamic_ncols=True):
+                    future.result()
+        except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 

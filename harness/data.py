@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -51,6 +52,18 @@ def interrupted(stop: KeyboardInterrupt, what_next: str) -> NoReturn:
     """End the program after Ctrl-C or SIGTERM: one line, and the exit status that shells use, 130 or 143."""
     print(f"\ninterrupted{what_next}", file=sys.stderr)
     sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
+
+
+@contextlib.contextmanager
+def passing_on_sigterm(processes: list[subprocess.Popen]) -> Iterator[None]:
+    """Ctrl-C reaches the processes that this one has started by the terminal. SIGTERM does not: end them with it."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if stop.args:
+            for process in processes:
+                process.terminate()
+        raise
 
 
 def quiet_libraries() -> None:
