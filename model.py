@@ -416,6 +416,13 @@ def _decode(policy, lm, prompt_ids, max_new_tokens, pick):
     return [[i for i in row if i >= 0] for row in torch.stack(sampled, 1).tolist()]
 
 
+def _next_logits(lm, inputs, mask, positions, cache):
+    """(logits (n, V) of the token after inputs (n, P), the cache with these inputs)."""
+    out = lm.base_model(input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                        use_cache=True)
+    return lm.get_output_embeddings()(out.last_hidden_state[:, -1]), out.past_key_values
+
+
 class _GrowingDecoder:
     """Next tokens' logits. Its cache grows by one token at each step, and the rows that have ended leave it."""
 
@@ -427,10 +434,8 @@ class _GrowingDecoder:
 
     def prefill(self, inputs):
         """Logits (n, V) after inputs (n, P), the next tokens of all rows."""
-        out = self.lm.base_model(input_ids=inputs, attention_mask=self.mask, position_ids=self.positions,
-                                 past_key_values=self.cache, use_cache=True)
-        self.cache = out.past_key_values
-        return self.lm.get_output_embeddings()(out.last_hidden_state[:, -1])
+        logits, self.cache = _next_logits(self.lm, inputs, self.mask, self.positions, self.cache)
+        return logits
 
     def step(self, token, going):
         """Logits (n, V) after a token (n,) of each row that goes on: the last rows' indices `going` (n,)."""
@@ -460,7 +465,8 @@ class _FixedDecoder:
         self.length = inputs.shape[1]  # tokens in the cache
         past = torch.ones(self.length, self.seen.shape[-1], dtype=torch.bool, device=inputs.device).tril()  # (P, L)
         itself = past.triu()  # padding attends to itself, since a softmax over nothing is NaN
-        logits = self._forward(inputs, self._bias(self.seen & past | itself), self.positions)
+        bias = self._bias(self.seen & past | itself)
+        logits, _ = _next_logits(self.lm, inputs, bias, self.positions, self.cache)
         # what a step reads, always in the same place
         self.token = torch.zeros_like(inputs[:, :1])
         self.position = self.positions[:, -1:].clone()
@@ -482,12 +488,8 @@ class _FixedDecoder:
         return self.logits[self.alive]
 
     def _next(self):
-        return self._forward(self.token, self.bias, self.position)
-
-    def _forward(self, inputs, bias, positions):
-        out = self.lm.base_model(input_ids=inputs, attention_mask=bias, position_ids=positions,
-                                 past_key_values=self.cache, use_cache=True)
-        return self.lm.get_output_embeddings()(out.last_hidden_state[:, -1])
+        logits, _ = _next_logits(self.lm, self.token, self.bias, self.position, self.cache)
+        return logits
 
     def _bias(self, sees):
         """0 where a query sees a key, else the least number: (B, 1, queries, L)."""
