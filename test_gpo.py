@@ -3902,6 +3902,16 @@ def test_the_area_under_the_curve_counts_pairs():
     assert real_models.auc(higher, lower) == pytest.approx(np.mean(pairs))
 
 
+def test_a_judge_learns_as_much_of_a_response_as_a_game_has(tmp_path):
+    long = " ".join(WORDS[i % 7] for i in range(real_models.ANSWER_TOKENS + 1))  # a word is a token
+    rows = [{"prompt": WORDS[0], "response": response, "label": "unsafe", "split": split}
+            for response, split in ((long, "train"), (WORDS[1], "train"), (WORDS[2], "test"))]
+    file = tmp_path / "set.jsonl.gz"
+    file.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    learned = real_models.training_part(file, tiny_tokenizer(bos=True))
+    assert [row["response"] for row in learned] == [long.rsplit(" ", 1)[0], WORDS[1]]
+
+
 def test_sigterm_ends_what_an_experiment_runs_side_by_side(tmp_path):
     program = f"""
 import sys
