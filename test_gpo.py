@@ -3929,7 +3929,7 @@ real_models.FILES = []
 real_models.main([{str(tmp_path)!r}, "--data", {str(tmp_path)!r}, "--seeds", "3", "--jobs", "2"])
 """
     process = subprocess.Popen([sys.executable, "-c", program], cwd=HERE, stderr=subprocess.PIPE, text=True)
-    files = [tmp_path / "1.pid", tmp_path / "2.pid"]
+    *files, later = [tmp_path / f"{real_models.FIRST_SEED + i}.pid" for i in range(3)]
     while process.poll() is None and not all(file.is_file() and file.read_text().strip() for file in files):
         time.sleep(0.1)
     process.terminate()
@@ -3938,7 +3938,7 @@ real_models.main([{str(tmp_path)!r}, "--data", {str(tmp_path)!r}, "--seeds", "3"
     for file in files:
         with pytest.raises(ProcessLookupError):
             os.kill(int(file.read_text()), 0)
-    assert not (tmp_path / "3.pid").exists()  # no further run begins
+    assert not later.exists()  # no further run begins
 
 
 def test_the_hypervolume_is_the_area_that_some_defender_dominates():

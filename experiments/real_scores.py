@@ -44,7 +44,9 @@ CLAIMS = [  # (claim, key of the scores, the larger row, the smaller row)
     ("refused, harmless: GPO+Div, last above its mean of weights", "refused/harmless", "GPO+Div, last",
      "GPO+Div, mean of weights"),
     ("attack success, other kinds: GPO+Div, last above its mean of weights", OTHER_KINDS, "GPO+Div, last",
-     "GPO+Div, mean of weights")]
+     "GPO+Div, mean of weights"),
+    ("success of a fresh attacker: against RLHF's defender above GPO+Div's", 0,
+     "fresh, against RLHF's own finished defender", "fresh, against GPO+Div's own finished defender")]
 
 
 def load(folder: Path) -> Policy:
