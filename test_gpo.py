@@ -1022,10 +1022,18 @@ HEALTHY = {"diversity/different": 0.42, "attacker/objective/entropy": 0.24, "att
 def test_a_sick_round_raises_an_alarm_that_says_what_to_do_and_a_healthy_one_none(changed, name, said):
     before = {"asr_train_judge": 0.85, "asr_held_out_judge": 0.86}
     limits = {"attacker": 25, "defender": 16}
-    found = alarms(HEALTHY | changed, before, limits)
+    found = alarms(HEALTHY | changed, before, limits, 333)
     assert [alarm for alarm, _ in found] == ([name] if name else [])
     assert all(said in message for _, message in found)
-    assert alarms({}, before, limits) == []  # what is missing raises no alarm
+    assert alarms({}, before, limits, 333) == []  # what is missing raises no alarm
+
+
+def test_few_test_prompts_raise_no_alarm_by_chance():
+    before = {"asr_train_judge": 0.5, "asr_held_out_judge": 0.5}
+    apart = {"game/asr_train_judge": 0.5, "game/asr_held_out_judge": 0.3}
+    # the error is about sqrt((3 x .25 + .21) / n): .22 for 20 prompts, .07 for 200
+    assert alarms(apart, before, {}, 20) == []
+    assert [alarm for alarm, _ in alarms(apart, before, {}, 200)] == ["reward_hacking"]
 
 
 # --- players --------------------------------------------------------------------------------------------------------
@@ -3547,8 +3555,9 @@ def test_variables_of_torchrun_that_are_not_torchruns_are_ignored_or_an_error(va
 def test_a_run_that_collapses_and_hacks_its_judge_says_so_after_the_round_and_in_its_metrics(user_models, capsys):
     (user_models / "bribed.py").write_text(  # all unsafe when it is loaded and before the game, all safe after
         "calls = []\ndef judge(p, r):\n    calls.append(1)\n    return [float(len(calls) > 2)] * len(p)\n")
+    (user_models / "thirty.txt").write_text("\n".join(f"what is {'very ' * i}good?" for i in range(30)))
     bribed = "--judge bribed.py:judge --template anything --temperature 1e-3 --rounds 2 --batch_size 8 --out bribed"
-    run_program(user_models, *FAULTY, *bribed.split())
+    run_program(user_models, *FAULTY, *bribed.split(), "--test_prompts", "thirty.txt", "--eval_prompts", 30)
     lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
     for alarm in ("collapse alarm after round 1: only 12% of the attacks differ",
                   "collapse alarm after round 1: the attacker is nearly deterministic",

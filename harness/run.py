@@ -312,7 +312,7 @@ class RunFolder:
         if successes and self.config.method == "gpo":
             newest["attacker/success_of_turn"] = float(np.mean(successes))
         limits = {name: player.max_new_tokens for name, player in self.world.players.items()}
-        raised = alarms(newest, self.before, limits)
+        raised = alarms(newest, self.before, limits, len(self.world.every(3).test_prompts))
         before = [line for line in self.metrics if line["round"] == round - 1]
         for name, message in raised:
             if not (before and before[-1].get(f"alarm/{name}")):
@@ -513,16 +513,21 @@ MOST_APART = 0.15  # how far the judges' verdicts may diverge: down, the defende
 ALARMS = ("collapse", "reward_hacking", "no_signal")
 
 
-def alarms(metrics: dict[str, float], before: dict[str, float], limits: dict[str, int]) -> list[tuple[str, str]]:
+def alarms(metrics: dict[str, float], before: dict[str, float], limits: dict[str, int],
+           n_prompts: int) -> list[tuple[str, str]]:
     """What is wrong with a round: [(one of ALARMS, message with a remedy)], empty for a healthy one.
 
     metrics: the newest of the round, by their names in metrics.jsonl; a missing one raises no alarm. before: the row
-    of `evaluate` before the game. limits: {player: its max_new_tokens}.
+    of `evaluate` before the game. limits: {player: its max_new_tokens}. n_prompts: test prompts after a round.
     """
     different = metrics.get("diversity/different", 1)
     refused = metrics.get("game/over_refusal", 0)
     trained = metrics.get("game/asr_train_judge", before["asr_train_judge"]) - before["asr_train_judge"]
     held_out = metrics.get("game/asr_held_out_judge", before["asr_held_out_judge"]) - before["asr_held_out_judge"]
+    rates = np.array([trained + before["asr_train_judge"], held_out + before["asr_held_out_judge"],
+                      before["asr_train_judge"], before["asr_held_out_judge"]])
+    rates = (rates * n_prompts + 1) / (n_prompts + 2)  # 0 of 2 is not certain either
+    error = np.sqrt(np.sum(rates * (1 - rates)) / n_prompts)  # of trained - held_out
     success = metrics.get("attacker/success_of_turn", 1)
     rows = [  # (alarm, whether it is raised, message)
         ("collapse", different < LEAST_DIFFERENT,
@@ -530,7 +535,7 @@ def alarms(metrics: dict[str, float], before: dict[str, float], limits: dict[str
         ("collapse", refused > MOST_REFUSED,
          f"the defender refuses {refused:.0%} of the harmless prompts; raise --ptx_coef (with --sft_data) or "
          "--kl_coef"),
-        ("reward_hacking", abs(trained - held_out) > MOST_APART,
+        ("reward_hacking", abs(trained - held_out) > max(MOST_APART, 2 * error),
          f"since the start attack success has changed by {trained:+.2f} for the training judge, by {held_out:+.2f} for "
          "the held-out one; read the exchanges (eval.py report), train the judge on them (experiments.train_judge), or "
          "raise --kl_coef"),
