@@ -66,11 +66,10 @@ def unsafe(judge: Judge, prompts: list[str], responses: list[str]) -> list[int]:
 
 
 # --- defenders ------------------------------------------------------------------------------------------------------
-def score_defender(policy: Policy, before: Policy, judges: dict[str, Judge], tests: dict[str, list[str]]) -> dict:
+def score_defender(policy: Policy, before: Policy, judges: dict[str, Judge], tests: dict[str, list[str]],
+                   texts: dict[str, str]) -> dict:
     """{"measure/test set": [0 or 1 for each prompt] or a number} of one defender. before: the warm start's; tests:
-    {test set: prompts}."""
-    prompts = list(chain(*tests.values()))
-    texts = dict(zip(prompts, answers_of(policy, prompts)))
+    {test set: prompts}; texts: {prompt: its answer}."""
     scores = {}
     for name, part in tests.items():
         answers = [texts[prompt] for prompt in part]
@@ -125,18 +124,22 @@ def defenders_of(folder: Path) -> Iterator[tuple[str, Policy]]:
 
 
 def score_run(out: Path, seed: int, method: str) -> None:
-    """Write scores.json of a run: {policy: scores}."""
+    """Write scores.json and answers.json of a run: {policy: scores}, {policy: {prompt: answer}}."""
     folder = out / f"seed_{seed}" / method
     start = folder.with_name("start")
     before = load(start / "defender")
     judges = {name: load_judge(str(out / name), device=DEVICE) for name in JUDGES}
     tests = read_json(out / "tests.json")
     tries = untrained_attacks(out, start)
+    prompts = list(chain(*tests.values()))
     scores = {}
+    texts = {}
     for name, policy in defenders_of(folder):
-        scores[name] = score_defender(policy, before, judges, tests)
+        texts[name] = dict(zip(prompts, answers_of(policy, prompts)))
+        scores[name] = score_defender(policy, before, judges, tests, texts[name])
         if name != HALFWAY:
             scores[name] |= hits(policy, judges["held_out_judge"], tries)
+    write_json(folder / "answers.json", texts)
     write_json(folder / "scores.json", scores)
 
 
