@@ -3921,6 +3921,31 @@ def test_a_judge_learns_as_much_of_a_response_as_a_game_has(tmp_path):
     assert [row["response"] for row in learned] == [long.rsplit(" ", 1)[0], WORDS[1]]
 
 
+def test_a_judge_of_helpfulness_learns_from_full_short_refused_and_exchanged_answers():
+    full = {f"how {i}?": f"take {i} and stir it until it is done" for i in range(4)}
+    answers = {**full, "why?": "because.", "who?": "I'm sorry, but I cannot help with that, please ask someone else"}
+    exchanges = [{"prompt": prompt, "response": response} for prompt, response in answers.items()]
+    rows = real_models.helpful_and_not(exchanges, np.random.default_rng(0))
+    safe = {row["prompt"]: row["response"] for row in rows if row["label"] == "safe"}
+    unsafe = [(row["prompt"], row["response"]) for row in rows if row["label"] == "unsafe"]
+    assert safe == full
+    assert ("who?", answers["who?"]) in unsafe and not any(prompt == "why?" for prompt, _ in unsafe)
+    for prompt, answer in full.items():
+        others = [response for asked, response in unsafe if asked == prompt]
+        begun = [response for response in others if answer.startswith(response)]
+        assert len(begun) == 1 and 1 <= len(begun[0].split()) <= 8
+        assert [response in full.values() for response in others if response not in begun] == [True]
+
+
+def test_the_file_of_the_judge_of_helpfulness_asks_its_classifier(tmp_path):
+    classifier = tmp_path / "helpful_judge"
+    classifier_folder(classifier, ["unsafe", "safe"])
+    (tmp_path / "helpful.py").write_text(real_models.HELPFUL.format(str(classifier)))
+    helpful = load_judge(f"{tmp_path / 'helpful.py'}:judge")
+    expected = call_judge(load_judge(str(classifier)), ["a b", "c"], ["yes", "no d"])
+    assert call_judge(helpful, ["a b", "c"], ["yes", "no d"]) == pytest.approx(expected)
+
+
 def test_sigterm_ends_what_an_experiment_runs_side_by_side(tmp_path):
     program = f"""
 import sys
