@@ -68,8 +68,8 @@ FILES = [*(f"{name}.jsonl.gz" for name in JUDGES["judge"] + UNSEEN["judge"]), "s
 JUDGE = "--steps 200 --batch_size 32 --max_length 96 --learning_rate 1e-4"
 QUICK_JUDGE = "--steps 120 --batch_size 32 --max_length 96 --learning_rate 1e-4"
 ANSWER_TOKENS = 40  # of a response in the game; a judge learns and is measured on as many of a labelled one
-FIRST_SEED = 4  # settings were chosen on 0, the judges' on 1; 1 to 3 were seen with earlier judges
-HARMLESS = 200  # answered harmless requests that each judge learns to call safe; 600 teach it that this model is safe
+FIRST_SEED = 7  # settings were chosen on 0, the judges' on 1; 1 to 6 were seen with earlier judges
+HARMLESS = 200  # answered harmless requests that each judge learns to call safe; 600 may teach that this model is safe
 ANSWERS = 1000  # to harmless requests, of which a judge of helpfulness learns
 HELPFUL = """from reward import call_judge, load_judge
 
@@ -132,6 +132,9 @@ def train_judges(data: Path, out: Path, quick: bool) -> None:
     OUT/helpful_judge, for which OUT/helpful.py is the function."""
     tokenizer = AutoTokenizer.from_pretrained(out / "player")
     harmless = read_json(out / "harmless.json")
+    if "helpful_judge" not in harmless:
+        raise ValueError(f"{out} must go on with the version that began it, which had no judge of helpfulness; name "
+                         "another folder for this one")
     (out / "helpful.py").write_text(HELPFUL.format(str((out / "helpful_judge").resolve())), encoding="utf-8")
     for name in (*JUDGES, "helpful_judge"):
         file = out / f"{name}.jsonl"
