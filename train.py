@@ -391,7 +391,8 @@ def game_metrics(game: Game, turn: Turn, exchanges: Exchanges, similarity: dict[
 
 def round_metrics(config: Config, world: World) -> dict[str, float]:
     """`evaluate` of the last policies after a round, on a third of the test prompts."""
-    row = evaluate(world.every(3), attacker_to_measure(config, world.players["attacker"]), world.players["defender"])
+    attacker = attacker_to_measure(config, world.players["attacker"])
+    row = evaluate(world.after_a_round(), attacker, world.players["defender"])
     names = ("asr_held_out_judge", "asr_train_judge", "over_refusal", "attacker_success", "self_bleu", "cosine")
     return {f"game/{name}": row[name] for name in names if row[name] is not None and np.isfinite(row[name])}
 

@@ -312,7 +312,7 @@ class RunFolder:
         if successes and self.config.method == "gpo":
             newest["attacker/success_of_turn"] = float(np.mean(successes))
         limits = {name: player.max_new_tokens for name, player in self.world.players.items()}
-        raised = alarms(newest, self.before, limits, len(self.world.every(3).test_prompts))
+        raised = alarms(newest, self.before, limits, len(self.world.after_a_round().test_prompts))
         before = [line for line in self.metrics if line["round"] == round - 1]
         for name, message in raised:
             if not (before and before[-1].get(f"alarm/{name}")):
@@ -522,11 +522,10 @@ def alarms(metrics: dict[str, float], before: dict[str, float], limits: dict[str
     """
     different = metrics.get("diversity/different", 1)
     refused = metrics.get("game/over_refusal", 0)
-    trained = metrics.get("game/asr_train_judge", before["asr_train_judge"]) - before["asr_train_judge"]
-    held_out = metrics.get("game/asr_held_out_judge", before["asr_held_out_judge"]) - before["asr_held_out_judge"]
-    rates = np.array([trained + before["asr_train_judge"], held_out + before["asr_held_out_judge"],
-                      before["asr_train_judge"], before["asr_held_out_judge"]])
-    rates = (rates * n_prompts + 1) / (n_prompts + 2)  # 0 of 2 is not certain either
+    first = np.array([before["asr_train_judge"], before["asr_held_out_judge"]])
+    last = np.array([metrics.get("game/asr_train_judge", first[0]), metrics.get("game/asr_held_out_judge", first[1])])
+    trained, held_out = last - first
+    rates = (np.concatenate([first, last]) * n_prompts + 1) / (n_prompts + 2)  # 0 of 2 is not certain either
     error = np.sqrt(np.sum(rates * (1 - rates)) / n_prompts)  # of trained - held_out
     success = metrics.get("attacker/success_of_turn", 1)
     rows = [  # (alarm, whether it is raised, message)

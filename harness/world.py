@@ -82,10 +82,10 @@ class World(Prompts):
     judge_to_save: Judge | None = None  # a judge that was trained here
     toy: ToyGame | None = None  # the embedded game
 
-    def every(self, n: int) -> "World":
-        """This world with every n-th test prompt, harmless prompt and seed of an attack."""
-        return replace(self, test_prompts=self.test_prompts[::n], benign_prompts=self.benign_prompts[::n],
-                       attack_seeds=self.attack_seeds[::n])
+    def after_a_round(self) -> "World":
+        """This world with a third of the test prompts, harmless prompts and seeds of attacks."""
+        return replace(self, test_prompts=self.test_prompts[::3], benign_prompts=self.benign_prompts[::3],
+                       attack_seeds=self.attack_seeds[::3])
 
     def held_out(self) -> set[str]:
         """All prompts that are only for evaluation."""
@@ -196,7 +196,7 @@ def _load_judges(config, toy, start):
     return {
         "judge": judge,
         "held_out_judge": working_judge("held_out_judge", config.held_out_judge, config.held_out_unsafe_label, truth,
-                                         *place, "held_out_judge"),
+                                        *place, "held_out_judge"),
         "helpful": working_judge("helpful_judge", config.helpful_judge, None, helpful, *place, "helpful_judge")}
 
 
