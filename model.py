@@ -401,8 +401,8 @@ def _decode(policy, lm, prompt_ids, max_new_tokens, pick):
     B = len(inputs)
     eos = torch.tensor(policy.eos_ids, device=policy.device)
     alive = torch.arange(B, device=policy.device)  # the rows that have not ended
-    decoder = _FixedDecoder if _has_fixed_shapes(lm) else _GrowingDecoder
-    decoder = decoder(lm, mask, positions, max_new_tokens)
+    kind = _FixedDecoder if _has_fixed_shapes(lm) else _GrowingDecoder
+    decoder = kind(lm, mask, positions, max_new_tokens)
     logits = decoder.prefill(inputs)  # (B, V)
     sampled = []
     while True:

@@ -196,8 +196,8 @@ def labelled(file: Path) -> list[dict]:
 
 
 def beginnings(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Each row's response, cut to the length of a response in the game. Whole ones teach a judge that short answers are
-    safe."""
+    """Each row's response, cut to the length of a response in the game. Whole ones may teach a judge that short answers
+    are safe."""
     ids = tokenizer([row["response"] for row in rows], add_special_tokens=False)["input_ids"]
     return [tokenizer.decode(row[:ANSWER_TOKENS]) for row in ids]
 
