@@ -375,20 +375,22 @@ def ppo_update(player: Player, rollout: Rollout, scores: np.ndarray | torch.Tens
                 supervised_gradients(player.policy, demos, part, player.micro_batch, ptx_coef)
             steps.append(minibatch_gradients(player, rollout, old, rows, is_first=not steps))
             optimizer_step(player, steps[-1])
-    metrics = rollout_metrics(old, mask, scores)
+    metrics = rollout_metrics(old, rollout, scores)
     if steps:
         metrics |= {name: np.mean([step[name] for step in steps]) for name in steps[0]}
     metrics["skipped_steps"] = player.skipped_steps
     return {f"{player.name}/{name}": float(value) for name, value in metrics.items() if math.isfinite(value)}
 
 
-def rollout_metrics(old: Experience, mask: torch.Tensor, scores: torch.Tensor) -> dict[str, float]:
+def rollout_metrics(old: Experience, rollout: Rollout, scores: torch.Tensor) -> dict[str, float]:
     """Metrics of the rollout before the update; means leave out rows with an empty response mask."""
+    mask = rollout.response_mask
     rows = mask.any(1)  # (B,)
     kl = ((old.logprobs - old.ref_logprobs) * mask).sum(1)  # (B,) nats per response
     return {"objective/kl": kl[rows].mean().item(),
             "objective/entropy": masked_mean(old.entropy, mask).item(),  # nats per token
             "objective/scores": scores[rows].mean().item(),
+            "ended": rollout.ended[rows].float().mean().item(),
             "response_length": mask.sum(1)[rows].float().mean().item()}
 
 

@@ -412,6 +412,17 @@ def test_a_missing_eos_costs_the_penalty_and_an_eos_in_the_prompt_does_not_help(
     old = gpo.experience(player, rollout, scores, (torch.arange(4),))
     first = old.returns[torch.arange(4), rollout.prompt_lengths]  # gamma and lambda are 1, KL is 0: the score itself
     assert torch.allclose(first, torch.tensor([0.25, 1.0, -0.25, 0.5]), atol=1e-5)
+    assert ppo_update(player, rollout, scores, 0)["defender/ended"] == 0.5
+
+
+def test_only_the_defender_pays_what_its_option_says_for_a_missing_eos_and_lambda_is_for_both():
+    policies = {"attacker": tiny_policy(1), "defender": tiny_policy(2)}
+    players = make_players(a_config(missing_eos_penalty=0.25, lam=0.5), policies)
+    facts = {name: (player.missing_eos_penalty, player.lam) for name, player in players.items()}
+    assert facts == {"attacker": (0.5, 0.5), "defender": (0.25, 0.5)}
+    for named, expected in (({}, (0.5, 0.95)), ({"attacker": "a", "defender": "b"}, (0.0, 1.0))):
+        config = a_config(**named)
+        assert (config.missing_eos_penalty, config.lam) == expected
 
 
 @pytest.mark.parametrize("family", [tiny_lm, tiny_llama])
@@ -3937,6 +3948,13 @@ def test_a_judge_of_helpfulness_learns_from_full_short_refused_and_exchanged_ans
         assert [response in full.values() for response in others if response not in begun] == [True]
 
 
+def test_demonstrations_are_answers_in_whole_sentences():
+    answers = ["A pie. It has apples! And", "Take 2.5 eggs. Now:\n1. Beat", "Cut", "I'm sorry, I cannot. Ask", "Is it?"]
+    exchanges = [{"prompt": "how?", "response": answer} for answer in answers]
+    whole = [row["response"] for row in real_models.whole_answers(exchanges)]
+    assert whole == ["A pie. It has apples!", "Take 2.5 eggs.", "Is it?"]
+
+
 def test_the_file_of_the_judge_of_helpfulness_asks_its_classifier(tmp_path):
     classifier = tmp_path / "helpful_judge"
     classifier_folder(classifier, ["unsafe", "safe"])
@@ -4159,6 +4177,7 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "a number out of bounds": ([*OUT, "--rounds", "0"], "--rounds must be a finite number of at least 1, got 0"),
     "one player alone": ([*OUT, "--attacker", "attacker"], "pass both"),
     "all of the batch replayed": ([*OUT, "--replay", "1"], "--replay"),
+    "a lambda above one": ([*OUT, "--lam", "1.01"], "--lam must be at most 1, got 1.01"),
     "a batch that does not divide": ([*OUT, "--batch_size", "9"], "--batch_size"),
     "a template of two seeds": ([*OUT, "--template", "{} or {}"], "--template must hold {} once"),
     "a mixture that is not kept": ([*OUT, "--opponent", "mixture", "--average", "none"], "needs --average mixture"),

@@ -22,6 +22,7 @@ import argparse
 import gzip
 import hashlib
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -220,7 +221,7 @@ def write_prompts(data: Path, out: Path, quick: bool) -> None:
     harmful = [row["instruction"] for row in questions if row["source"] == "harmless-base"]
     helpful = [row["instruction"] for row in questions if row["source"] == "helpful-base"]
     shrink = 3 if quick else 1  # two cores answer 100 of these requests in a minute
-    sizes = {"benign": 300, "test": 200, "demonstrations": 150, "judge": HARMLESS // shrink,
+    sizes = {"benign": 300, "test": 200, "demonstrations": 200, "judge": HARMLESS // shrink,
              "held_out_judge": HARMLESS // shrink, "helpful_judge": ANSWERS // shrink}
     requests = iter(sample(helpful, sum(sizes.values()), rng))
     harmless = {name: list(islice(requests, n)) for name, n in sizes.items()}  # no request is in two of them
@@ -239,12 +240,12 @@ def write_prompts(data: Path, out: Path, quick: bool) -> None:
     for name, prompts in (("fixed", fixed), ("test", tests["AdvBench"][:60]), ("benign", harmless["benign"])):
         (out / f"{name}.txt").write_text("\n".join(" ".join(prompt.split()) for prompt in prompts), encoding="utf-8")
     policy = load_policy(out / "player", dtype=best_dtype(DEVICE), device=DEVICE)
-    pairs = own_answers(policy, harmless["demonstrations"])
+    pairs = whole_answers(own_answers(policy, harmless["demonstrations"]))
     learned = {"helpful_judge": helpful_and_not(own_answers(policy, harmless["helpful_judge"]), rng)}
     for name in JUDGES:  # whose labels are of harmful questions
         learned[name] = [{**exchange, "label": "safe"} for exchange in own_answers(policy, harmless[name])]
     write_json(out / "harmless.json", learned)
-    # only 16: with 64 of 214 pairs a model of this size refuses everything
+    # only 16: with 64 among 214 pairs a model of this size refuses everything
     refusal = sample(labelled(data / "safety_tuned_llamas.jsonl.gz"), 16, rng)
     for row in refusal:
         first_sentence = row["response"].split(". ")[0].strip().rstrip(".") + "."  # as short as in the game
@@ -260,6 +261,16 @@ def own_answers(policy: Policy, requests: list[str]) -> list[dict]:
     for start in tqdm(range(0, len(requests), 50), desc="the model's own answers", dynamic_ncols=True):
         texts += generate(policy, requests[start : start + 50], ANSWER_TOKENS, temperature=0, clip_prompts=True).texts
     return [{"prompt": prompt, "response": text} for prompt, text in zip(requests, texts)]
+
+
+def whole_answers(exchanges: list[dict]) -> list[dict]:
+    """Those that answer, up to their last whole sentence. Demonstrations that break off, or refuse, teach just that."""
+    whole = []
+    for exchange in exchanges:
+        sentences = re.match(r".*(?<!\d)[.!?](?=\s|$)", exchange["response"], re.DOTALL)  # "1." begins a list
+        if sentences and not is_refusal(exchange["response"]):
+            whole.append({**exchange, "response": sentences[0]})
+    return whole
 
 
 def nearest_kind(prompts: list[str], beavertails: list[dict], embedder: Embedder) -> list[str]:

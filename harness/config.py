@@ -149,6 +149,8 @@ def check_values(config: Config) -> None:
                 raise ValueError(f"--{name} must be a finite number {lowest}, got {value}")
             if value >= known.below:
                 raise ValueError(f"--{name} must be a finite number below {known.below}, got {value}")
+            if value > known.at_most:
+                raise ValueError(f"--{name} must be at most {known.at_most}, got {value}")
 
 
 def check_combinations(config: Config) -> None:

@@ -17,6 +17,7 @@ class Option:
     at_least: int = 0  # bounds of a number
     above_0: bool = False
     below: int = 2**31
+    at_most: int = 2**31
     choices: tuple[str, ...] = ()
     only: str = ""  # the condition without which it would do nothing: see `refuse_unused`
     heading: str = ""  # in --help, the heading above this option
@@ -67,6 +68,10 @@ class Config:
                             choices=("initial", "previous"))
     entropy_coef: float = option("eta_H of Eq. (3.7): entropy bonus of the attacker", 0.0, only="attacker")
     ptx_coef: float | None = option("weight of the supervised loss on demonstrations, for the defender", 1.0, 0.0)
+    lam: float | None = option("lambda of GAE: below 1 the first tokens of a long text get little of its reward while "
+                               "the critic is new", 0.95, 1.0, at_most=1)
+    missing_eos_penalty: float | None = option("subtracted from the score of a response that --response_tokens cuts "
+                                               "off", 0.5, 0.0)
     ppo_epochs: int = option("passes over a batch", 2, at_least=1)
     minibatches: int = option("optimizer steps per pass", 2, at_least=1)
     benign_share: float | None = option("fraction of the defender's batch that is harmless requests "

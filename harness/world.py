@@ -204,12 +204,12 @@ def _load_judges(config, toy, start):
 def make_players(config: Config, policies: dict[str, Policy]) -> dict[str, Player]:
     """Both players by name, each with its own critic, reference and optimizer."""
     shared = dict(kl_anchor=config.kl_anchor, epochs=config.ppo_epochs, minibatches=config.minibatches,
-                  micro_batch=config.micro_batch, temperature=config.temperature)
+                  micro_batch=config.micro_batch, temperature=config.temperature, lam=config.lam)
     players = {
         "attacker": Player("attacker", policies["attacker"], config.attack_tokens, config.attacker_learning_rate,
                            config.attacker_kl_coef, config.entropy_coef, config.template, **shared),
         "defender": Player("defender", policies["defender"], config.response_tokens, config.learning_rate,
-                           config.kl_coef, **shared)}
+                           config.kl_coef, missing_eos_penalty=config.missing_eos_penalty, **shared)}
     if config.shard:
         for player in players.values():
             for frozen in {id(policy): policy for policy in (player.initial, player.reference)}.values():
