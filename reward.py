@@ -450,8 +450,11 @@ def load_judge(spec: str, unsafe_label: str | None = None, known: Mapping[str, J
         names = ", ".join([*known, "file.py:function", "guard:MODEL", "a sequence-classification folder or hub id"])
         raise ValueError(f"cannot load the judge {spec!r}; --{flag} takes {names}: {first_line(error)}") from error
     if flag == "helpful_judge" and model.config.num_labels > 1:
-        raise ValueError("a classifier as a judge of helpfulness must be a reward model of one output, got the labels "
-                         f"{', '.join(map(str, model.config.id2label.values()))}; pass file.py:function")
+        labels = [str(label) for label in model.config.id2label.values()]
+        if sorted(labels) != ["helpful", "unhelpful"]:
+            raise ValueError("a classifier as a judge of helpfulness must have one output, or the labels helpful and "
+                             f"unhelpful, got {', '.join(labels)}; pass file.py:function")
+        unsafe_label = "unhelpful"
     return classifier_judge(model, tokenizer, unsafe_label, label_flag)
 
 

@@ -3955,13 +3955,14 @@ def test_demonstrations_are_answers_in_whole_sentences():
     assert whole == ["A pie. It has apples!", "Take 2.5 eggs.", "Is it?"]
 
 
-def test_the_file_of_the_judge_of_helpfulness_asks_its_classifier(tmp_path):
-    classifier = tmp_path / "helpful_judge"
-    classifier_folder(classifier, ["unsafe", "safe"])
-    (tmp_path / "helpful.py").write_text(real_models.HELPFUL.format(str(classifier)))
-    helpful = load_judge(f"{tmp_path / 'helpful.py'}:judge")
-    expected = call_judge(load_judge(str(classifier)), ["a b", "c"], ["yes", "no d"])
-    assert call_judge(helpful, ["a b", "c"], ["yes", "no d"]) == pytest.approx(expected)
+def test_a_classifier_of_helpfulness_is_a_judge_of_it_by_its_labels(tmp_path):
+    for labels, helpful in ((["unhelpful", "helpful"], 1), (["helpful", "unhelpful"], 0)):
+        classifier, tokenizer = classifier_folder(tmp_path / labels[0], labels)
+        judge = load_judge(str(tmp_path / labels[0]), flag="helpful_judge")
+        classifier.config.judge_input = "response"  # what such a model reads
+        with torch.no_grad():
+            logits = reward.classifier_logits(classifier.eval(), tokenizer, ["a b", "c"], ["yes", "no d"])
+        assert call_judge(judge, ["a b", "c"], ["yes", "no d"]) == pytest.approx(logits.softmax(1)[:, helpful].numpy())
 
 
 def test_sigterm_ends_what_an_experiment_runs_side_by_side(tmp_path):
@@ -4202,7 +4203,7 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "a judge's file that is not there": ([*OWN, "--judge", "x/judge.py:f"], "the judge's file must exist"),
     "a label of the judge that is trained": ([*OUT, "--unsafe_label", "bad"], "--unsafe_label bad would do nothing"),
     "labels of the other judge": ([*OWN, "--held_out_judge", "bad/numbered"], "with --held_out_unsafe_label LABEL"),
-    "a classifier of safety as a judge of help": ([*OWN, "--helpful_judge", "judge"], "must be a reward model of one"),
+    "a classifier of safety as a judge of help": ([*OWN, "--helpful_judge", "judge"], "must have one output, or the"),
     "harmless requests that nobody learns from": ([*OUT, "--method", "sft", "--benign_share", "0.4"],
                                                   "--benign_share 0.4 would do nothing: --method sft trains nobody"),
     "a judge that fails": ([*OUT, "--helpful_judge", "bad/judge.py:fails"],
