@@ -3474,6 +3474,17 @@ def test_all_state_of_a_game_survives_a_stop_in_mid_turn(undisturbed, faulty, mo
     assert answers == [game["response"] for game in probes]
 
 
+def test_a_run_from_before_an_option_keeps_the_value_that_was_built_in(finished, tmp_path):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    whole = json.loads(file.read_text())
+    for name in ("lam", "missing_eos_penalty"):
+        del whole["config"][name]
+    file.write_text(json.dumps(whole))
+    defender = open_run(tmp_path / "run").world.players["defender"]
+    assert (defender.lam, defender.missing_eos_penalty) == (0.95, 0.5)
+
+
 def test_a_killed_program_ends_with_the_same_bytes_after_it_is_resumed(finished, tmp_path):
     run = tmp_path / "run"
     log = run / "metrics.jsonl"
