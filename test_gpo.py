@@ -4241,6 +4241,7 @@ WRONG_ELSEWHERE = {
     "a label that may mean either": (train_judge, ["bad/labels.jsonl", "--model", "embedder", *OUT], "the label 1"),
     "an experiment without a set": (real_models, ["never", "--data", "bad/hurt"], "bad/hurt without saferlhf_mini"),
     "an experiment that was begun quickly": (real_models, ["bad", "--data", "bad"], "as it was begun, with --quick"),
+    "one of an older version": (real_models, ["bad", "--data", "bad", "--quick"], "the version that began it"),
     "a bench that is none": (bench, ["nonsense"], "argument what: invalid choice: 'nonsense'"),
 }
 CASES = {**{name: (train, *case) for name, case in WRONG.items()}, **WRONG_ELSEWHERE}

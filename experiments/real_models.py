@@ -70,6 +70,7 @@ JUDGE = "--steps 200 --batch_size 32 --max_length 96 --learning_rate 1e-4"
 QUICK_JUDGE = "--steps 120 --batch_size 32 --max_length 96 --learning_rate 1e-4"
 ANSWER_TOKENS = 40  # of a response in the game; a judge learns and is measured on as many of a labelled one
 FIRST_SEED = 7  # settings were chosen on 0, the judges' on 1; 1 to 6 were seen with earlier judges
+VERSION = 2  # of data, judges and settings: runs of two versions are not compared
 HARMLESS = 200  # answered harmless requests that each judge learns to call safe; 600 may teach that this model is safe
 ANSWERS = 1000  # to harmless requests, of which a judge of helpfulness learns
 KINDS = ("financial_crime,property_crime,theft", "privacy_violation", "drug_abuse,weapons,banned_substance")
@@ -125,9 +126,6 @@ def train_judges(data: Path, out: Path, quick: bool) -> None:
     OUT/helpful_judge."""
     tokenizer = AutoTokenizer.from_pretrained(out / "player")
     harmless = read_json(out / "harmless.json")
-    if "helpful_judge" not in harmless:
-        raise ValueError(f"{out} must go on with the version that began it, which had no judge of helpfulness; name "
-                         "another folder for this one")
     for name in (*JUDGES, "helpful_judge"):
         file = out / f"{name}.jsonl"
         if not file.exists():
@@ -338,11 +336,16 @@ def real_models(args: argparse.Namespace) -> None:
                          f"{', '.join(missing)}")
     clock = time.time()
     args.out.mkdir(parents=True, exist_ok=True)
-    begun = args.out / "experiment.json"
-    if begun.is_file() and read_json(begun)["quick"] != args.quick:
+    file = args.out / "experiment.json"
+    facts = {"quick": args.quick, "version": VERSION}
+    begun = read_json(file) if file.is_file() else facts
+    if begun["quick"] != args.quick:
         raise ValueError(f"{args.out} must go on as it was begun, {'without' if args.quick else 'with'} --quick; name "
                          "another folder for this")
-    write_json(begun, {"quick": args.quick})
+    if begun != facts:
+        raise ValueError(f"{args.out} must go on with the version that began it, whose data were others; name another "
+                         "folder for this one")
+    write_json(file, facts)
     fetch(args.out)
     write_prompts(args.data, args.out, args.quick)
     train_judges(args.data, args.out, args.quick)
