@@ -425,6 +425,20 @@ def _function_from_file(spec):
     return function
 
 
+def _rename_helpful_labels(config):
+    """Call "helpful" safe and "unhelpful" unsafe, for `classifier_judge`. Raises ValueError if the labels of a judge of
+    helpfulness are others: a judge of safety would be taken for one."""
+    labels = {str(label).lower() for label in config.id2label.values()}
+    is_reward = len(labels) == 1 and labels <= {"helpful", "unhelpful", "reward", "label_0"}
+    if config.problem_type == "regression" or (labels != {"helpful", "unhelpful"} and not is_reward):
+        raise ValueError("a classifier as a judge of helpfulness must have the labels helpful and unhelpful, or one "
+                         "output that is called helpful, unhelpful or reward, and must be no regression, got "
+                         f"{', '.join(map(str, config.id2label.values()))}; rename them in id2label of its "
+                         "config.json, or pass file.py:function")
+    meanings = {"helpful": "safe", "unhelpful": "unsafe"}
+    config.id2label = {i: meanings.get(str(label).lower(), label) for i, label in config.id2label.items()}
+
+
 def load_judge(spec: str, unsafe_label: str | None = None, known: Mapping[str, Judge] | tuple = (),
                device: str = "cpu", trust_remote_code: bool = False, flag: str = "judge") -> Judge:
     """Load a judge from the value of --flag: `rule` or `answered`; a name in the dict `known` (the toy world's judges);
@@ -449,12 +463,8 @@ def load_judge(spec: str, unsafe_label: str | None = None, known: Mapping[str, J
     except Exception as error:
         names = ", ".join([*known, "file.py:function", "guard:MODEL", "a sequence-classification folder or hub id"])
         raise ValueError(f"cannot load the judge {spec!r}; --{flag} takes {names}: {first_line(error)}") from error
-    if flag == "helpful_judge" and model.config.num_labels > 1:
-        labels = [str(label) for label in model.config.id2label.values()]
-        if sorted(labels) != ["helpful", "unhelpful"]:
-            raise ValueError("a classifier as a judge of helpfulness must have one output, or the labels helpful and "
-                             f"unhelpful, got {', '.join(labels)}; pass file.py:function")
-        unsafe_label = "unhelpful"
+    if flag == "helpful_judge":
+        _rename_helpful_labels(model.config)
     return classifier_judge(model, tokenizer, unsafe_label, label_flag)
 
 

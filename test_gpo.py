@@ -3966,14 +3966,27 @@ def test_demonstrations_are_answers_in_whole_sentences():
     assert whole == ["A pie. It has apples!", "Take 2.5 eggs.", "Is it?"]
 
 
-def test_a_classifier_of_helpfulness_is_a_judge_of_it_by_its_labels(tmp_path):
-    for labels, helpful in ((["unhelpful", "helpful"], 1), (["helpful", "unhelpful"], 0)):
-        classifier, tokenizer = classifier_folder(tmp_path / labels[0], labels)
-        judge = load_judge(str(tmp_path / labels[0]), flag="helpful_judge")
-        classifier.config.judge_input = "response"  # what such a model reads
-        with torch.no_grad():
-            logits = reward.classifier_logits(classifier.eval(), tokenizer, ["a b", "c"], ["yes", "no d"])
-        assert call_judge(judge, ["a b", "c"], ["yes", "no d"]) == pytest.approx(logits.softmax(1)[:, helpful].numpy())
+@pytest.mark.parametrize("labels, p_helpful", [
+    (["unhelpful", "helpful"], lambda logits: logits.softmax(1)[:, 1]),
+    (["Helpful", "Unhelpful"], lambda logits: logits.softmax(1)[:, 0]),
+    (["helpful"], lambda logits: logits[:, 0].sigmoid()),
+    (["LABEL_0"], lambda logits: logits[:, 0].sigmoid()),
+    (["unhelpful"], lambda logits: 1 - logits[:, 0].sigmoid())])
+def test_a_classifier_of_helpfulness_is_a_judge_of_it_by_its_labels(tmp_path, labels, p_helpful):
+    classifier, tokenizer = classifier_folder(tmp_path, labels)
+    judge = load_judge(str(tmp_path), flag="helpful_judge")
+    classifier.config.judge_input = judge.model.config.judge_input
+    with torch.no_grad():
+        logits = reward.classifier_logits(classifier.eval(), tokenizer, ["a b", "c"], ["yes", "no d"])
+    assert call_judge(judge, ["a b", "c"], ["yes", "no d"]) == pytest.approx(p_helpful(logits).numpy(), abs=1e-6)
+
+
+@pytest.mark.parametrize("labels", [["safe", "unsafe"], ["safe"], ["score"], ["helpful", "harmless"],
+                                    ["helpful", "unhelpful", "other"]])
+def test_a_classifier_of_anything_else_is_no_judge_of_helpfulness(tmp_path, labels):
+    classifier_folder(tmp_path, labels)
+    with pytest.raises(ValueError, match=f"must have the labels helpful and unhelpful, or .*got {', '.join(labels)};"):
+        load_judge(str(tmp_path), flag="helpful_judge")
 
 
 def test_sigterm_ends_what_an_experiment_runs_side_by_side(tmp_path):
@@ -4214,7 +4227,7 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "a judge's file that is not there": ([*OWN, "--judge", "x/judge.py:f"], "the judge's file must exist"),
     "a label of the judge that is trained": ([*OUT, "--unsafe_label", "bad"], "--unsafe_label bad would do nothing"),
     "labels of the other judge": ([*OWN, "--held_out_judge", "bad/numbered"], "with --held_out_unsafe_label LABEL"),
-    "a classifier of safety as a judge of help": ([*OWN, "--helpful_judge", "judge"], "must have one output, or the"),
+    "a classifier of safety as a judge of help": ([*OWN, "--helpful_judge", "judge"], "must have the labels helpful"),
     "harmless requests that nobody learns from": ([*OUT, "--method", "sft", "--benign_share", "0.4"],
                                                   "--benign_share 0.4 would do nothing: --method sft trains nobody"),
     "a judge that fails": ([*OUT, "--helpful_judge", "bad/judge.py:fails"],
