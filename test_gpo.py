@@ -1924,6 +1924,13 @@ TEXTS = {
     "braces and percents": "{} {0} %s {{x}}"}
 
 
+def test_a_log_that_ends_within_a_character_loses_only_its_last_line(tmp_path):
+    whole = '{"prompt": "один"}\n'.encode()
+    for n in range(1, len(whole)):
+        (tmp_path / "rows.jsonl").write_bytes(whole + whole[:n])
+        assert read_lines(tmp_path / "rows.jsonl") == [{"prompt": "один"}]
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_any_text_is_logged_generated_judged_compared_and_learned_from(name, tmp_path):
     text = TEXTS[name].strip()

@@ -87,7 +87,7 @@ def read_config(folder: str | Path) -> dict:
 
 def read_lines(path: Path) -> list:
     """The values in a JSON lines file. Text after the last newline is an incomplete line and is left out."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]  # it may end within a character
 
 
 def finite(value: Any) -> Any:
