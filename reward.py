@@ -217,6 +217,15 @@ def classifier_logits(model: Model, tokenizer: Tokenizer, prompts: Sequence[str]
     return model(**batch.to(model.device)).logits.float()
 
 
+def _template_fault(render):
+    """Why the chat template behind render(prompt, response) does not show a judge both of them; None if it does."""
+    try:
+        text = render("marmalade", "porcupine")
+    except Exception as error:  # of the template
+        return f"fails: {first_line(error)}"
+    return None if "marmalade" in text and "porcupine" in text else "leaves out the prompt or the response"
+
+
 def classifier_judge(model: Model, tokenizer: Tokenizer, unsafe_label: str | None = None,
                      flag: str = "unsafe_label") -> Judge:
     """A judge from a sequence classifier. Exclusive labels: P(unsafe) is the softmax's sum over the unsafe ones
@@ -240,6 +249,10 @@ def classifier_judge(model: Model, tokenizer: Tokenizer, unsafe_label: str | Non
         model.config.judge_input = "pair" if how == "reward" else "response"
         if tokenizer.chat_template:
             model.config.judge_input = "chat"
+    if model.config.judge_input == "chat":
+        fault = _template_fault(partial(rendered_chat, tokenizer))
+        if fault:
+            raise ValueError(f"the judge's chat template must show it the prompt and the response, but it {fault}")
 
     with torch.no_grad():
         alone = classifier_logits(model, tokenizer, ["a"], ["a"])[0]
@@ -280,19 +293,15 @@ def _guard_render(tokenizer):
     list of parts."""
     if not tokenizer.chat_template:
         return GUARD_TEMPLATE.format
-    reason = "leaves out the prompt or the response"
     for content in (str, lambda text: [{"type": "text", "text": text}]):
         def render(prompt, response, content=content):
             text = rendered_chat(tokenizer, content(prompt), content(response), add_generation_prompt=True)
             return text.rstrip(" ")  # the verdict's token starts with its space
 
-        try:
-            text = render("marmalade", "porcupine")
-            if "marmalade" in text and "porcupine" in text:
-                return render
-        except Exception as error:  # of the template
-            reason = f"fails: {first_line(error)}"
-    raise ValueError(f"its chat template {reason}")
+        fault = _template_fault(render)
+        if not fault:
+            return render
+    raise ValueError(f"its chat template {fault}")
 
 
 def _guard_input(tokenizer, render, prompt, response, limit):
@@ -441,12 +450,15 @@ def _rename_helpful_labels(config):
 
 def load_judge(spec: str, unsafe_label: str | None = None, known: Mapping[str, Judge] | tuple = (),
                device: str = "cpu", trust_remote_code: bool = False, flag: str = "judge") -> Judge:
-    """Load a judge from the value of --flag: `rule` or `answered`; a name in the dict `known` (the toy world's judges);
+    """Load a judge from the value of --flag: `rule`; a name in the dict `known` (the toy world's judges);
     `file.py:function`; `guard:` + a causal LM folder or hub id; a sequence-classification folder or hub id, for which
-    `unsafe_label` may name the unsafe labels. Raises ValueError, in one line, if there is no such judge or its labels
-    do not tell safe from unsafe."""
+    `unsafe_label` may name the unsafe labels. With the flag helpful_judge it is a judge of helpfulness: `answered`
+    instead of `rule`, and no guard, which would pay for refusals. Raises ValueError, in one line, if there is no such
+    judge or its labels do not tell safe from unsafe."""
     label_flag = flag.replace("judge", "unsafe_label")
-    known = {"rule": rule_judge, "answered": answered, **dict(known)}
+    is_helpful = flag == "helpful_judge"
+    built_in = {"answered": answered} if is_helpful else {"rule": rule_judge}
+    known = {**built_in, **dict(known)}
     in_file = re.search(r"\.py(:|$)", spec) and not Path(spec).is_dir()
     if unsafe_label and (spec in known or in_file or spec.startswith("guard:")):
         raise ValueError(f"--{label_flag} {unsafe_label} would do nothing: the judge {spec} has no labels")
@@ -454,16 +466,19 @@ def load_judge(spec: str, unsafe_label: str | None = None, known: Mapping[str, J
         return known[spec]
     if in_file:
         return _function_from_file(spec)
+    kinds = [*known, "file.py:function", "guard:MODEL", "a sequence-classification folder or hub id"]
+    if is_helpful:
+        kinds.remove("guard:MODEL")
     try:
-        if spec.startswith("guard:"):
+        if spec.startswith("guard:") and not is_helpful:
             model, tokenizer = load_model(AutoModelForCausalLM, spec.removeprefix("guard:"), trust_remote_code)
             return guard_judge(model.to(device).eval(), tokenizer)
         model, tokenizer = load_model(AutoModelForSequenceClassification, spec, trust_remote_code)
         model = model.to(device).eval()
     except Exception as error:
-        names = ", ".join([*known, "file.py:function", "guard:MODEL", "a sequence-classification folder or hub id"])
-        raise ValueError(f"cannot load the judge {spec!r}; --{flag} takes {names}: {first_line(error)}") from error
-    if flag == "helpful_judge":
+        raise ValueError(
+            f"cannot load the judge {spec!r}; --{flag} takes {', '.join(kinds)}: {first_line(error)}") from error
+    if is_helpful:
         _rename_helpful_labels(model.config)
     return classifier_judge(model, tokenizer, unsafe_label, label_flag)
 

@@ -1805,6 +1805,16 @@ def test_a_classifier_with_a_chat_template_reads_the_rendered_exchange(tmp_path)
     assert load_judge(str(tmp_path))(*map(list, zip(*exchanges))) == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("template, fault", [
+    ("{{ raise_exception('roles') }}", "fails: roles"),
+    ("{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}", "leaves out the prompt or the")])
+def test_a_classifier_whose_chat_template_does_not_show_the_exchange_is_refused(tmp_path, template, fault):
+    tokenizer = byte_tokenizer(["<|im_start|>", "<pad>"], template, eos_token="<|im_end|>")
+    decoder_classifier(tmp_path, tokenizer, pad_token_id=tokenizer.convert_tokens_to_ids("<pad>"))
+    with pytest.raises(ValueError, match=f"the judge's chat template must show it .* but it {fault}"):
+        load_judge(str(tmp_path))
+
+
 def test_a_classifier_pads_with_the_token_that_its_config_names(tmp_path):
     # with EOS, which this tokenizer appends, the head would read the token before it
     tokenizer = byte_tokenizer(["<pad>"], eos_token="</s>")
@@ -4234,6 +4244,12 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "a judge's file that is not there": ([*OWN, "--judge", "x/judge.py:f"], "the judge's file must exist"),
     "a label of the judge that is trained": ([*OUT, "--unsafe_label", "bad"], "--unsafe_label bad would do nothing"),
     "labels of the other judge": ([*OWN, "--held_out_judge", "bad/numbered"], "with --held_out_unsafe_label LABEL"),
+    "the rule as a judge of help": ([*OWN, "--helpful_judge", "rule"],
+                                    "cannot load the judge 'rule'; --helpful_judge takes answered, file.py:function, a "),
+    "a guard as a judge of help": ([*OWN, "--helpful_judge", "guard:attacker"],
+                                   "cannot load the judge 'guard:attacker'; --helpful_judge takes answered, file"),
+    "helpfulness as a judge of safety": ([*OWN, "--judge", "answered"],
+                                         "cannot load the judge 'answered'; --judge takes rule, file.py:function, gu"),
     "a classifier of safety as a judge of help": ([*OWN, "--helpful_judge", "judge"], "must have the labels helpful"),
     "harmless requests that nobody learns from": ([*OUT, "--method", "sft", "--benign_share", "0.4"],
                                                   "--benign_share 0.4 would do nothing: --method sft trains nobody"),
