@@ -498,17 +498,18 @@ class _FixedDecoder:
 
     def _capture(self):
         """Capture a step, without running it, as a CUDA graph whose replays write self.logits."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._next()  # a rehearsal, in which libraries set themselves up
-            for layer in self.cache.layers:
-                layer.cumulative_length.sub_(1)
-            self.graph = torch.cuda.CUDAGraph()
-            self.graph.capture_begin()
-            self.logits = self._next()
-            self.graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.device_of(self.token):  # streams are of the current GPU, which need not be the model's
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._next()  # a rehearsal, in which libraries set themselves up
+                for layer in self.cache.layers:
+                    layer.cumulative_length.sub_(1)
+                self.graph = torch.cuda.CUDAGraph()
+                self.graph.capture_begin()
+                self.logits = self._next()
+                self.graph.capture_end()
+            torch.cuda.current_stream().wait_stream(stream)
 
 
 def _has_fixed_shapes(lm):
