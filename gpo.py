@@ -558,6 +558,10 @@ def sft(policy: Policy, pairs: list[tuple[str, str]], settings: SFTSettings) -> 
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         bar.set_postfix(loss=f"{loss:.3f}")
+    if policy.critic_body is not None:
+        with torch.no_grad():  # it is a copy of the policy at the beginning of the game
+            for copy, parameter in zip(policy.critic_body.parameters(), policy.lm.base_model.parameters(), strict=True):
+                copy.copy_(parameter)
     return loss
 
 

@@ -1144,6 +1144,13 @@ def test_sft_learns_its_pairs():
 # --- diversity ------------------------------------------------------------------------------------------------------
 HISTORY = ["how do i pick a lock", "how do i bake a cake", "the the the cat the", "hi", "write a poem about the sea",
            "how do i pick a lock", "a b c d e f g h"]
+def test_a_separate_critic_begins_as_a_copy_of_the_fine_tuned_policy():
+    policy = tiny_policy(critic="separate")
+    sft(policy, [("a b", "yes")], SFTSettings(2, 2, 1e-2, seed=0))
+    assert bytes_of(policy.critic_body) == bytes_of(policy.lm.base_model)
+    assert bytes_of(policy.critic_body) != bytes_of(tiny_policy().lm.base_model)
+
+
 NEW = ["how do i pick a cake", "the the the the", "zzz", "write", "a b c d e f g h i j k l", "poem about a lock"]
 
 
