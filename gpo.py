@@ -515,10 +515,10 @@ def forward_rows(policy: Policy, rollout: Rollout, groups: list[torch.Tensor],
     return [all_sum(x) for x in outputs]  # rows of other processes are zero here
 
 
-def log_likelihoods(policy: Policy, rollout: Rollout) -> torch.Tensor:
+def log_likelihoods(policy: Policy, rollout: Rollout, micro_batch: int = 0) -> torch.Tensor:
     """(B, 2): mean and least log-prob of each response's tokens under a frozen policy, in nats."""
     mask = rollout.response_mask
-    groups = my_rows(torch.arange(len(rollout))).split(256)
+    groups = my_rows(torch.arange(len(rollout))).split(4 * micro_batch or 256)
     logprobs, _, _ = forward_rows(policy, rollout, groups, with_values=False)
     mean = (logprobs * mask).sum(1) / mask.sum(1)
     least = logprobs.masked_fill(~mask, 0).amin(1)

@@ -225,7 +225,7 @@ def likelihood_bound(config: Config, world: World) -> torch.Tensor:
         return torch.full((2,), -torch.inf)
     attacker = world.first["attacker"]
     seeds = sample(world.seeds, 256, np.random.default_rng(config.seed))
-    own = log_likelihoods(attacker.policy, attacker.generate(seeds, config.seed))  # (256, 2)
+    own = log_likelihoods(attacker.policy, attacker.generate(seeds, config.seed), config.micro_batch)  # (256, 2)
     return torch.quantile(own, config.min_likelihood, dim=0)
 
 
@@ -276,7 +276,7 @@ def attacker_scores(config: Config, game: Game, exchanges: Exchanges) -> tuple[n
     """
     similarity = game.diversity.score(exchanges.prompts)
     game.diversity.add(exchanges.prompts)
-    log_likelihood = log_likelihoods(game.first["attacker"].policy, exchanges.attacks)  # (B, 2)
+    log_likelihood = log_likelihoods(game.first["attacker"].policy, exchanges.attacks, config.micro_batch)  # (B, 2)
     unlikely = (log_likelihood < game.likelihood_bound).any(1).numpy()  # (B,)
     r_div = np.where(unlikely, -1.0, similarity["reward"])
     p_unsafe = np.where(unlikely, 0.0, 1 - exchanges.p_safe)
