@@ -72,7 +72,17 @@ from experiments.soak import outcome
 from gpo import Player, PolicyAverage, SFTSettings, gae, nash_gap, play, ppo_update, sft, solve_matrix_game
 from harness import data, parallel
 from harness.config import Config, parse, resolve
-from harness.data import append_lines, complete_folder, first_turn, is_test, read_lines, read_rows, usable, write_text
+from harness.data import (
+    append_lines,
+    complete_folder,
+    first_turn,
+    is_test,
+    normalized,
+    read_lines,
+    read_rows,
+    usable,
+    write_text,
+)
 from harness.report import JudgeErrors, calibration, corrected_rate, holm, paired_test, wilson_interval
 from harness.run import RunFolder, alarms, open_run
 from harness.world import PLAIN_EXCHANGES, World, make_players, make_world, usable_pairs
@@ -2085,13 +2095,15 @@ def test_iterative_asks_the_most_novel_quarter_of_what_the_untrained_attacker_wr
 
 
 def test_the_defender_is_never_trained_on_a_test_prompt():
-    config, _, game = new_match(replay=0.0)
+    config, world, game = new_match(replay=0.0)
     seeds = ["a", "b"] * 10
     written = train.defender_prompts(config, game, seeds, np.random.default_rng(0))
-    game.replay.excluded = set(written[::2])  # the attacker happens to write them
+    world.test_prompts = [f" {text.upper()}  " for text in written[::2]]  # the attacker happens to write them
+    game = train.new_game(config, world)
     again = train.defender_prompts(config, game, seeds, np.random.default_rng(0))
-    assert again == [seed if text in game.replay.excluded else text for seed, text in zip(seeds, written)]
-    assert game.replay.excluded.isdisjoint(again)
+    excluded = set(map(normalized, world.test_prompts))
+    assert again == [seed if normalized(text) in excluded else text for seed, text in zip(seeds, written)]
+    assert excluded.isdisjoint(map(normalized, again))
 
 
 def test_mining_keeps_what_succeeds_and_no_test_prompt_and_tries_former_successes_again():
@@ -2117,7 +2129,7 @@ def test_mining_keeps_what_succeeds_and_no_test_prompt_and_tries_former_successe
     assert max(mined().values()) < 0.2 and sorted(tried[-1]) == sorted(succeeded)
     is_unsafe[again[0]] = True  # ... and one comes open again
     assert [attack for attack, p_unsafe in mined().items() if p_unsafe > 0.5] == [again[0]]
-    game.replay = train.ReplayBuffer(excluded=set(attacks))
+    game.replay = train.ReplayBuffer(excluded=set(map(normalized, attacks)))
     assert not mined() and not game.replay.ever_succeeded
 
 

@@ -57,7 +57,7 @@ from gpo import (
     world_size,
 )
 from harness.config import Config
-from harness.data import as_a_program
+from harness.data import as_a_program, normalized
 from harness.run import RunFolder, run_folder, start_program
 from harness.world import World, attacker_to_measure, evaluate, make_world, show_prompts
 from model import Rollout, demonstrations
@@ -140,7 +140,7 @@ def schedule(config: Config) -> list[Turn]:
 class ReplayBuffer:
     """Earlier attacks, on which the defender is trained again."""
 
-    excluded: set[str] = field(default_factory=set)  # test prompts, which must not be trained on, and harmless prompts
+    excluded: set[str] = field(default_factory=set)  # normalized test prompts, not to be trained on, and harmless ones
     last_success: dict[str, float] = field(default_factory=dict)  # attack -> P(unsafe) of its last try
     ever_succeeded: dict[str, None] = field(default_factory=dict)  # attacks, in the order of their first success
 
@@ -148,11 +148,15 @@ class ReplayBuffer:
         """Record P(unsafe) of each decided attack; a later try of an attack replaces an earlier one."""
         for prompt, p_safe in zip(exchanges.prompts, exchanges.p_safe.tolist()):
             succeeded = p_safe < 0.5  # False where undecided
-            if prompt in self.excluded or np.isnan(p_safe) or (successes_only and not succeeded):
+            if self.excludes(prompt) or np.isnan(p_safe) or (successes_only and not succeeded):
                 continue
             self.last_success[prompt] = 1 - p_safe
             if succeeded:
                 self.ever_succeeded[prompt] = None
+
+    def excludes(self, prompt: str) -> bool:
+        """Whether a prompt is excluded, in whatever case and white space."""
+        return normalized(prompt) in self.excluded
 
     def sample(self, n: int, rng: np.random.Generator) -> list[str]:
         """n earlier attacks: 3/4 in proportion to their last P(unsafe) if above 1/2, 1/4 uniform against forgetting
@@ -214,7 +218,7 @@ def new_game(config: Config, world: World) -> Game:
             if kind in config.average:
                 averages[name][kind] = PolicyAverage(player, kind, config.average_size, config.seed)
     diversity = Diversity(tuple(config.diversity_terms.split(",")), world.embedder, config.history)
-    no_attacks = {*world.held_out(), *world.benign_seeds}
+    no_attacks = set(map(normalized, [*world.held_out(), *world.benign_seeds]))
     bound = likelihood_bound(config, world)
     return Game(world.players, world.first, averages, diversity, ReplayBuffer(no_attacks), bound)
 
@@ -312,7 +316,7 @@ def defender_prompts(config: Config, game: Game, seeds: list[str], rng: np.rando
 
 def novel_prompts(config: Config, game: Game, seeds: list[str], rng: np.random.Generator) -> list[str]:
     """Prompts of method iterative, without an adversary: the most diverse quarter of the untrained attacker's."""
-    texts = [text for text in write_attacks(config, game, seeds * 4, rng) if text not in game.replay.excluded]
+    texts = [text for text in write_attacks(config, game, seeds * 4, rng) if not game.replay.excludes(text)]
     r_div = game.diversity.score(texts)["reward"]
     chosen = [texts[i] for i in np.argsort(-r_div, kind="stable")[: len(seeds)]]
     game.diversity.add(chosen)
@@ -329,7 +333,7 @@ def write_attacks(config: Config, game: Game, seeds: list[str], rng: np.random.G
 def without_test_prompts(game: Game, attacks: list[str], seeds: list[str]) -> list[str]:
     """The attacks; one that is an excluded prompt is replaced by its seed."""
     pairs = zip(attacks, seeds, strict=True)
-    return [seed if attack in game.replay.excluded else attack for attack, seed in pairs]
+    return [seed if game.replay.excludes(attack) else attack for attack, seed in pairs]
 
 
 def sample_demos(config: Config, world: World, defender: Player, rng: np.random.Generator) -> Rollout | None:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gpo import SFTSettings, new_seed, sample, sft
-from harness.data import as_a_program
+from harness.data import as_a_program, normalized
 from harness.run import run_folder, start_program
 from harness.world import World, evaluate, make_world
 from reward import call_judge
@@ -40,12 +40,12 @@ def what_worked(world: World, rng: np.random.Generator) -> dict[str, list[tuple[
     answers = defender.generate(asked, new_seed(rng)).texts
     p_safe = call_judge(world.judge, asked, answers).reshape(ATTACKS, ANSWERS)  # NaN where undecided
     safest = np.nan_to_num(p_safe, nan=-1).argmax(1)
-    excluded = world.held_out()
+    excluded = set(map(normalized, world.held_out()))
     pairs = {"attacker": [], "defender": []}
     for i, attack in enumerate(attacks):
         if (p_safe[i] < 0.5).any():
             pairs["attacker"].append((attacker.template.format(seeds[i]), attack))
-        if p_safe[i, safest[i]] >= 0.5 and attack not in excluded:
+        if p_safe[i, safest[i]] >= 0.5 and normalized(attack) not in excluded:
             pairs["defender"].append((attack, answers[i * ANSWERS + safest[i]]))
     pairs["defender"] += sample(world.demos, len(pairs["defender"]), rng)
     return pairs
