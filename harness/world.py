@@ -287,7 +287,7 @@ def _finish_world(config, toy, policies, prompts, judges, embedder):
     players = make_players(config, policies)
     first = {name: player.with_policy(player.initial) for name, player in players.items()}
     judge_to_save = judges["judge"] if config.judge == "toy" else None
-    for name in ("judge", "held_out_judge"):
+    for name in ("judge", "held_out_judge", "helpful"):
         judges[name] = shared_judge(judges[name])
     seeds = sample(prompts.seeds, min(MOST_ATTACKS, config.eval_prompts), np.random.default_rng(config.seed))
     return World(**vars(prompts), **judges, players=players, first=first, embedder=embedder, attack_seeds=seeds,
