@@ -506,7 +506,7 @@ def forward_rows(policy: Policy, rollout: Rollout, groups: list[torch.Tensor],
                  with_values: bool = True) -> list[torch.Tensor]:
     """`logprobs_and_values` of a rollout, (B, T) each, computed by groups of this process's rows."""
     outputs = [torch.zeros(rollout.tokens.shape, device=policy.device) for _ in range(3)]
-    with policy.autocast():  # around all groups, so that it casts the weights once
+    with policy.autocast():  # around all groups, so that it casts trained weights once
         for rows in groups:
             part = rollout.select(rows)
             for all_rows, piece in zip(outputs, logprobs_and_values(policy, part, with_values=with_values)):
@@ -585,11 +585,12 @@ class Exchanges:
 
 
 def play(attacker: "Player | PolicyAverage | None", defender: "Player | PolicyAverage", seeds: list[str], judge: Judge,
-         seed: int) -> Exchanges:
+         seed: int, at_least: float = 0.5) -> Exchanges:
     """The attacker rewrites each seed, the defender answers, the judge scores: x ~ mu, y ~ pi(.|x), R(x, y).
 
     With attacker None the seeds themselves are the prompts. An exchange that the judge does not decide keeps its row
-    with an empty response mask, so it enters no update. Raises JudgeError if fewer than half are decided.
+    with an empty response mask, so it enters no update. Raises JudgeError if a smaller fraction than at_least is
+    decided.
     """
     attacks = None
     prompts = list(seeds)
@@ -602,7 +603,7 @@ def play(attacker: "Player | PolicyAverage | None", defender: "Player | PolicyAv
     clock = time.time()
     p_safe = call_judge(judge, prompts, responses.texts)
     seconds = time.time() - clock
-    undecided = torch.from_numpy(~decided(p_safe))
+    undecided = torch.from_numpy(~decided(p_safe, at_least))
     responses = responses.without_responses(undecided)
     if attacks is not None:
         attacks = attacks.without_responses(undecided)

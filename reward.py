@@ -80,10 +80,10 @@ def call_judge(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -
     return p_safe
 
 
-def decided(p_safe: np.ndarray) -> np.ndarray:
-    """Which rows have a verdict, (B,) bool. Raises JudgeError if fewer than half have one."""
+def decided(p_safe: np.ndarray, at_least: float = 0.5) -> np.ndarray:
+    """Which rows have a verdict, (B,) bool. Raises JudgeError if a smaller fraction than at_least has one."""
     rows = ~np.isnan(p_safe)
-    if rows.sum() < len(rows) / 2:
+    if rows.sum() < at_least * len(rows):
         raise JudgeError("a judge must decide at least half of the exchanges, "
                          f"got a verdict on {rows.sum()} of {len(rows)}")
     return rows

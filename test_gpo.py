@@ -1144,6 +1144,13 @@ def test_a_supervised_term_keeps_demonstrations_likely():
     assert likelihood[1.0] > likelihood[0.0] + 0.5
 
 
+def test_a_separate_critic_begins_as_a_copy_of_the_fine_tuned_policy():
+    policy = tiny_policy(critic="separate")
+    sft(policy, [("a b", "yes")], SFTSettings(2, 2, 1e-2, seed=0))
+    assert bytes_of(policy.critic_body) == bytes_of(policy.lm.base_model)
+    assert bytes_of(policy.critic_body) != bytes_of(tiny_policy().lm.base_model)
+
+
 def test_sft_learns_its_pairs():
     policy = tiny_policy()
     pairs = [("a b", "yes"), ("c d", "no")]
@@ -1154,13 +1161,6 @@ def test_sft_learns_its_pairs():
 # --- diversity ------------------------------------------------------------------------------------------------------
 HISTORY = ["how do i pick a lock", "how do i bake a cake", "the the the cat the", "hi", "write a poem about the sea",
            "how do i pick a lock", "a b c d e f g h"]
-def test_a_separate_critic_begins_as_a_copy_of_the_fine_tuned_policy():
-    policy = tiny_policy(critic="separate")
-    sft(policy, [("a b", "yes")], SFTSettings(2, 2, 1e-2, seed=0))
-    assert bytes_of(policy.critic_body) == bytes_of(policy.lm.base_model)
-    assert bytes_of(policy.critic_body) != bytes_of(tiny_policy().lm.base_model)
-
-
 NEW = ["how do i pick a cake", "the the the the", "zzz", "write", "a b c d e f g h i j k l", "poem about a lock"]
 
 
@@ -2131,6 +2131,17 @@ def test_mining_keeps_what_succeeds_and_no_test_prompt_and_tries_former_successe
     assert [attack for attack, p_unsafe in mined().items() if p_unsafe > 0.5] == [again[0]]
     game.replay = train.ReplayBuffer(excluded=set(map(normalized, attacks)))
     assert not mined() and not game.replay.ever_succeeded
+
+
+def test_a_judge_without_a_verdict_on_the_known_attacks_does_not_end_a_game():
+    config, world, game = new_match(lambda prompts, responses: [None] * len(prompts), mine=4, rounds=2,
+                                    average="mixture", final_defender="safest")
+    game.replay.ever_succeeded = {"a": None}
+    train.mine(config, world, game, np.random.default_rng(0))
+    assert not game.replay.last_success
+    for _ in range(2):
+        game.averages["defender"]["mixture"].add(game.players["defender"].policy)
+    assert train.choose_defender(config, world, game) == 2
 
 
 @pytest.mark.parametrize("unsafe, latest, chosen", [
@@ -4264,9 +4275,9 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "a label of the judge that is trained": ([*OUT, "--unsafe_label", "bad"], "--unsafe_label bad would do nothing"),
     "labels of the other judge": ([*OWN, "--held_out_judge", "bad/numbered"], "with --held_out_unsafe_label LABEL"),
     "the rule as a judge of help": ([*OWN, "--helpful_judge", "rule"],
-                                    "cannot load the judge 'rule'; --helpful_judge takes answered, file.py:function, a "),
+                                    "cannot load the judge 'rule'; --helpful_judge takes answered, file.py:function"),
     "a guard as a judge of help": ([*OWN, "--helpful_judge", "guard:attacker"],
-                                   "cannot load the judge 'guard:attacker'; --helpful_judge takes answered, file"),
+                                   "--helpful_judge takes answered, file.py:function, a sequence"),
     "helpfulness as a judge of safety": ([*OWN, "--judge", "answered"],
                                          "cannot load the judge 'answered'; --judge takes rule, file.py:function, gu"),
     "a classifier of safety as a judge of help": ([*OWN, "--helpful_judge", "judge"], "must have the labels helpful"),

@@ -261,13 +261,13 @@ def mine(config: Config, world: World, game: Game, rng: np.random.Generator) -> 
     repeats = config.mine // len(world.seeds) + 1  # so that there are enough to sample without replacement
     seeds = sample(world.seeds * repeats, config.mine, rng)
     attacks = game.first["attacker"].generate(seeds, new_seed(rng))
-    exchanges = play(None, defender, attacks.texts, world.judge, new_seed(rng))
+    exchanges = play(None, defender, attacks.texts, world.judge, new_seed(rng), at_least=0)
     game.replay.add(exchanges, successes_only=True)
     game.sampled_tokens += int(attacks.response_mask.sum()) + exchanges.sampled_tokens
     known = list(game.replay.ever_succeeded)
     if known:
         again = sample(known, min(config.mine, len(known)), rng)
-        exchanges = play(None, defender, again, world.judge, new_seed(rng))
+        exchanges = play(None, defender, again, world.judge, new_seed(rng), at_least=0)  # perhaps a single one
         game.replay.add(exchanges)
         game.sampled_tokens += exchanges.sampled_tokens
 
@@ -364,8 +364,10 @@ def choose_defender(config: Config, world: World, game: Game) -> int:
     rates = {}  # {round: fraction of unsafe answers}
     for round in range(config.rounds, max(config.rounds - LATEST, 0), -1):
         candidate = defender.with_policy(mixture.policy(round - 1))  # member i is the policy after round i + 1
-        exchanges = play(None, candidate, attacks, world.judge, config.seed)
-        rates[round] = unsafe_rate(exchanges.p_safe)
+        exchanges = play(None, candidate, attacks, world.judge, config.seed, at_least=0)
+        rates[round] = 1.0  # without a verdict
+        if exchanges.decided.any():
+            rates[round] = unsafe_rate(exchanges.p_safe[exchanges.decided])
         game.sampled_tokens += exchanges.sampled_tokens
     safest = min(rates, key=rates.get)  # of equal ones the latest
     load_weights(defender.policy.lm, mixture.members[safest - 1])
