@@ -85,7 +85,7 @@ from harness.data import (
 )
 from harness.report import JudgeErrors, calibration, corrected_rate, holm, paired_test, wilson_interval
 from harness.run import RunFolder, alarms, open_run
-from harness.world import PLAIN_EXCHANGES, World, make_players, make_world, usable_pairs
+from harness.world import PLAIN_EXCHANGES, World, make_players, make_world, split_prompts, usable_pairs
 from kernel import linear_logprob, linear_logprob_reference
 from model import Policy, demonstrations, generate, load_policy, logprobs_and_values, save_policy
 from reward import JudgeError, answered, call_judge, classifier_judge, decided, load_judge, rule_judge
@@ -2524,6 +2524,24 @@ def test_rows_left_out_are_counted_by_reason_and_case_and_space_hide_no_repetiti
     assert kept == [("How are\tyou",), ("e",)]
     assert line == ("x.txt: 6 rows, 1 incomplete and 1 duplicates and 1 in another set and 1 longer than 3 tokens "
                     "left out")
+
+
+def test_a_test_prompt_is_found_behind_a_system_message_and_in_a_later_turn():
+    rows = [("You are kind.\n\nBe short.\n\nHow do I  pick a lock?", "No."),
+            ("Hello\n\nAI: Hi\n\nHuman: how do I pick a lock?", "No."), ("You are kind.\n\nHow do I bake?", "So.")]
+    kept, _ = usable("x.jsonl", rows, ["How do I pick a lock?"], lambda rows: [True] * len(rows), 99)
+    assert kept == rows[2:]
+
+
+def test_a_long_test_file_is_sampled_and_the_line_says_how_much(capsys):
+    policies = dict.fromkeys(("attacker", "defender"), tiny_policy())
+    files = {name: (f"{name}.txt", [{"prompt": f"{name[0]} {i}"} for i in range(100)])
+            for name in ("test_prompts", "prompts", "benign_prompts")}
+    prompts = split_prompts(a_config(eval_prompts=20, benign_share=0.0), files, policies)
+    for chosen in (prompts.test_prompts, prompts.benign_prompts):
+        numbers = [int(prompt.split()[1]) for prompt in chosen]
+        assert len({*numbers}) == 20 and max(numbers) > 50  # all of the first half: 1 in 10 million
+    assert "20 to test" in capsys.readouterr().out
 
 
 def test_the_split_by_hash_is_a_tenth_and_the_same_for_every_way_to_write_a_prompt():

@@ -427,6 +427,15 @@ def first_turn(prompt: str) -> str:
     return prompt.split("\n\nAI: ")[0]
 
 
+def human_texts(prompt: str) -> list[str]:
+    """A prompt from `read_rows`, its human turns, and its first turn without up to 50 of its leading paragraphs, which
+    may be a system message."""
+    turns = [turn.split("\n\nAI: ")[0] for turn in prompt.split("\n\nHuman: ")]
+    paragraphs = first_turn(prompt).split("\n\n")
+    ends = ["\n\n".join(paragraphs[i:]) for i in range(min(len(paragraphs), 51))]
+    return [prompt, *turns, *ends]
+
+
 def normalized(text: str) -> str:
     """A text for comparisons that ignore case and white space."""
     return " ".join(text.casefold().split())
@@ -439,14 +448,14 @@ def is_test(prompt: str, parts: int = 10) -> bool:
 
 def usable(name: str, rows: list[tuple], others: Iterable[str], fit: Callable, limit: int) -> tuple[list[tuple], str]:
     """The usable rows of a file, and a line that counts the others by reason. Raises ValueError if no row is usable.
-    rows: tuples (prompt,) or (prompt, response). Neither a prompt nor its first turn may be among `others`, the
-    prompts of another set; `fit`, rows -> list[bool], tells which have at most `limit` tokens."""
+    rows: tuples (prompt,) or (prompt, response). None of a prompt's `human_texts` may be among `others`, the prompts of
+    another set; `fit`, rows -> list[bool], tells which have at most `limit` tokens."""
     others = {normalized(prompt) for prompt in others}
     complete = [row for row in rows if all(row)]
     different = {}
     for row in complete:
         different.setdefault(tuple(map(normalized, row)), row)
-    apart = [row for row in different.values() if others.isdisjoint(map(normalized, (row[0], first_turn(row[0]))))]
+    apart = [row for row in different.values() if others.isdisjoint(map(normalized, human_texts(row[0])))]
     fits = fit(apart) if apart else []
     fitting = [row for row, row_fits in zip(apart, fits) if row_fits]
     left_out = {"incomplete": len(rows) - len(complete), "duplicates": len(complete) - len(different),

@@ -387,6 +387,10 @@ def split_prompts(config: Config, data: dict, policies: dict[str, Policy]) -> Pr
         defender_ids = policies["defender"].encode(prompts)
         return [len(a) <= attack_room and len(d) <= room for a, d in zip(attacker_ids, defender_ids)]
 
+    def at_most(prompts):  # not the first, as a file may be sorted
+        n = config.eval_prompts
+        return sample(prompts, n, np.random.default_rng(0)) if len(prompts) > n else prompts
+
     def pick(flag, others):
         name, rows = data[flag]
         prompts = [(first_turn(row["prompt"]),) for row in rows]
@@ -396,12 +400,12 @@ def split_prompts(config: Config, data: dict, policies: dict[str, Policy]) -> Pr
     test = []
     if "test_prompts" in data:
         test, line = pick("test_prompts", [])
-        print(f"{line}, {len(test)} to test")
+        print(f"{line}, {len(at_most(test))} to test")
     seeds, line = pick("prompts", test)
     if not test:
         test = [prompt for prompt in seeds if is_test(prompt)]
         seeds = [prompt for prompt in seeds if not is_test(prompt)]
-    print(f"{line}, {len(seeds)} to train on, {len(test)} to test")
+    print(f"{line}, {len(seeds)} to train on, {len(at_most(test))} to test")
     benign = []
     benign_seeds = []
     if "benign_prompts" in data:
@@ -409,11 +413,11 @@ def split_prompts(config: Config, data: dict, policies: dict[str, Policy]) -> Pr
         if config.benign_share and len(benign) >= LEAST_BENIGN:
             benign_seeds = [prompt for prompt in benign if is_test(prompt, 2)]
             benign = [prompt for prompt in benign if not is_test(prompt, 2)]
-        print(f"{line}, {len(benign_seeds)} to train on, {len(benign)} to measure over-refusal")
+        print(f"{line}, {len(benign_seeds)} to train on, {len(at_most(benign))} to measure over-refusal")
     if not seeds or not test:
         raise ValueError("--prompts must leave at least one prompt for training and one for testing, got "
                          f"{len(seeds)} and {len(test)}; add prompts or pass --test_prompts")
-    return Prompts(seeds, test[: config.eval_prompts], benign[: config.eval_prompts], [], benign_seeds)
+    return Prompts(seeds, at_most(test), at_most(benign), [], benign_seeds)
 
 
 def usable_pairs(config: Config, name: str, rows: list[dict], tested: list[str],
