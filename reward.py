@@ -543,10 +543,14 @@ def train_judge(model: Model, tokenizer: Tokenizer, samples: list[tuple], settin
     done = 0
     saved_at = time.time()
     if settings.checkpoint and settings.checkpoint.exists():
-        saved = torch.load(settings.checkpoint, map_location="cpu")  # AdamW counts steps on the CPU
-        done = saved.pop("done")
-        for name, state in saved.items():
-            parts[name].load_state_dict(state)
+        try:
+            saved = torch.load(settings.checkpoint, map_location="cpu")  # AdamW counts steps on the CPU
+            done = saved.pop("done")
+            for name, state in saved.items():
+                parts[name].load_state_dict(state)
+        except Exception as error:
+            raise ValueError(f"cannot go on from {settings.checkpoint}: {first_line(error)}; remove it to begin the "
+                             "training again") from error
     batches = judge_batches(samples, settings)
     bar = tqdm(range(done, settings.steps), desc="training the judge    ", dynamic_ncols=True, initial=done,
                total=settings.steps, disable=settings.steps == 0)

@@ -84,11 +84,12 @@ def _make_judge(args):
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
             args.model, dtype=torch.float32, num_labels=2, ignore_mismatched_sizes=True,
-            trust_remote_code=args.trust_remote_code).to(args.device)
+            trust_remote_code=args.trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
         check_embeddings(model, tokenizer)
     except Exception as e:
         raise ValueError(f"--model must be a model's folder or hub id, got {args.model!r}: {first_line(e)}") from e
+    model.to(args.device)
     args.out.mkdir(parents=True, exist_ok=True)  # fail now if it cannot be written
     write_json(args.out / "training.json", options)
     tokenizer.model_max_length = min(tokenizer.model_max_length, args.max_length)
@@ -100,9 +101,10 @@ def _make_judge(args):
     judge = train_judge(model, tokenizer, training, settings)
     judge.model.save_pretrained(args.out)
     save_tokenizer(judge.tokenizer, args.out)
+    measured = measure_judge(judge, held_out, args.seed)
     settings.checkpoint.unlink(missing_ok=True)
     (args.out / "training.json").unlink()
-    return measure_judge(judge, held_out, args.seed)
+    return measured
 
 
 def make_judge(args: argparse.Namespace) -> None:
