@@ -63,19 +63,21 @@ def play_rounds(world: World, seed: int) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Play all rounds and finish the run folder; Ctrl-C leaves no folder."""
+    """Play all rounds and finish the run folder; Ctrl-C and errors leave no folder."""
     clock = time.time()
     config = start_program([*argv, "--method", "paraphrase", "--average", "none"])
     with run_folder(config) as folder:
         world = make_world(config, folder.start)
+        if not world.demos:
+            raise ValueError("MART needs demonstrations, got none; pass --sft_data with (prompt, response) pairs")
         folder.open(world, None, 0)
         try:
             play_rounds(world, config.seed)
-        except KeyboardInterrupt:
+            after = evaluate(world, world.players["attacker"], world.players["defender"])
+            folder.finish(world, {}, {"after": after}, {"round": config.rounds}, clock)
+        except BaseException:
             shutil.rmtree(folder.path)  # train.py --resume would end it without its rounds
             raise
-        after = evaluate(world, world.players["attacker"], world.players["defender"])
-        folder.finish(world, {}, {"after": after}, {"round": config.rounds}, clock)
 
 
 if __name__ == "__main__":

@@ -98,13 +98,13 @@ def run_folder(config: Config) -> Iterator["RunFolder"]:
             folder.leave_nothing()
             fail(error)
         if isinstance(error, (JudgeError, NotFinite, OSError, SafetensorError)):
-            fail(f"{error}; the run can go on with --resume {folder.path}")
+            fail(f"{error}; the run can go on with --resume {folder.path}" if folder.has_config() else error)
         raise  # a bug
     except RuntimeError as error:
         if "out of memory" not in str(error) and "not enough memory" not in str(error):
             raise
         go_on = " or begin again with --lora or --gradient_checkpointing"
-        if folder.is_playing:
+        if folder.is_playing and folder.has_config():
             go_on = f": train.py --resume {folder.path} --micro_batch N;{go_on}"
         folder.leave_nothing()
         fail(f"out of memory with --micro_batch {config.micro_batch}; take a smaller one (0 is a whole minibatch)"
@@ -112,7 +112,7 @@ def run_folder(config: Config) -> Iterator["RunFolder"]:
     except KeyboardInterrupt as stop:
         when = "" if folder.is_playing else " before the game began"
         go_on = ""
-        if (folder.path / "config.json").exists():
+        if folder.has_config():
             go_on = f"; go on with: python train.py --resume {folder.path}"
         else:
             folder.leave_nothing()
@@ -205,6 +205,10 @@ class RunFolder:
         with contextlib.suppress(OSError):  # another run may have begun in one of them
             for folder in self.made:
                 folder.rmdir()
+
+    def has_config(self) -> bool:
+        """Whether the run has begun and not been removed again (by experiments.mart): it can be resumed."""
+        return (self.path / "config.json").exists()
 
     def has_start(self) -> bool:
         """Whether the game's initial state has been saved; all input has been checked by then."""
