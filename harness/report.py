@@ -10,7 +10,6 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -142,8 +141,10 @@ def paired_test(differences: Sequence[float]) -> tuple[float, float]:
     """One-sided p-values of n >= 2 paired differences > 0: (t-test of Student, 1908; exact sign-flip test of Fisher,
     1935). The second assumes no distribution, but with n pairs it cannot fall below 2^-n."""
     d = np.asarray(differences, dtype=np.float64)
-    signs = np.array(list(product((1, -1), repeat=len(d))))  # (2^n, n), all patterns
-    flips = float(np.mean(signs @ d >= d.sum() - 1e-12))
+    sums = np.zeros(1)  # of d under all 2^n patterns of signs
+    for difference in d:
+        sums = np.concatenate([sums + difference, sums - difference])
+    flips = float(np.mean(sums >= d.sum() - 1e-12))
     if not d.any():
         return 1.0, flips
     t = d.mean() / max(standard_error(d), 1e-300)
@@ -277,6 +278,8 @@ def write_report(folder: Path, games: list[dict], rows: dict[str, dict], final_r
         lines += [f"> **{quoted(prompt)}**  ", f"> before: {quoted(first)}  ", f"> after: {quoted(now)}", ""]
     if games:
         lines += ["## Round by round", ""]
+        harmless = set(read_json(folder / "checkpoints" / "start" / "prompts.json")["benign_seeds"])
+        games = [game for game in games if game["role"] != "defender" or game["attack"] not in harmless]
     for round in sorted({game["round"] for game in games}):
         lines += round_lines(round, [game for game in games if game["round"] == round])
     write_text(folder / "report.md", "\n".join(lines))
