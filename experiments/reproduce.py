@@ -11,27 +11,26 @@ many at once as there are cores. Finished work is not repeated: after a stop, gi
 import argparse
 import functools
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from eval import after_round, greedy, judge_errors, kl, measure, run_program
 from gpo import sample
 from harness.config import parse, resolve
 from harness.data import (
     as_a_program,
+    do_jobs,
     fail,
-    passing_on_sigterm,
     read_config,
     read_json,
     read_lines,
@@ -135,7 +134,8 @@ RUNNING = []  # processes that `command` has started, to be ended with this one
 
 def command(program: str, arguments: list[str], log: Path) -> None:
     """Run one of our programs with one thread and append its output to a log. Raises ValueError if it fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # unbuffered, so that its last line is its error
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     with open(log, "a") as file:
         process = subprocess.Popen([sys.executable, "-m", program, *arguments], env=environment, stdout=file,
                                    stderr=subprocess.STDOUT)
@@ -153,7 +153,7 @@ def finish(folder: Path, flags: str, log: Path, program: str) -> None:
     else:
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        command(program, [*flags.split(), "--out", str(folder)], log)
+        command(program, [*shlex.split(flags), "--out", str(folder)], log)
 
 
 def run_folder(out: str | Path, name: str, seed: int) -> Path:
@@ -195,7 +195,7 @@ def run_suite(out: str | Path, rows: dict[str, str], seeds: Sequence[int],
             stage = warm_starts
             if name != "SFT" and "--template" not in flags:  # the attacker's warm start depends on its template
                 stage = games
-                flags += f" --start {run_folder(out, 'SFT', seed)}"
+                flags += f" --start {shlex.quote(str(run_folder(out, 'SFT', seed)))}"
             stage[folder / "summary.json"] = (finish, folder, flags, log, program)
             others = [str(run_folder(out, other, neighbour)) for other in THIRD_PARTIES]
             table = folder / "eval.json"
@@ -204,25 +204,19 @@ def run_suite(out: str | Path, rows: dict[str, str], seeds: Sequence[int],
             measurements[table] = (command, "eval", [str(folder), "--third_parties", *others], log)
             for round in probes.get(name, ()):
                 arguments = [str(folder), "--steps", str(PROBE_STEPS), "--round", str(round)]
-                measurements[folder / f"best_{round}.json"] = (command, "experiments.probe", arguments, log)
-    do_jobs("warm starts", warm_starts)
-    do_jobs("games", games)
-    do_jobs("measurements", measurements)
+                best = folder / f"best_{round}.json"
+                if best.is_file() and read_json(best)["steps"] != PROBE_STEPS:  # from a call by hand
+                    best.unlink()
+                measurements[best] = (command, "experiments.probe", arguments, log)
+    do_missing("warm starts", warm_starts)
+    do_missing("games", games)
+    do_missing("measurements", measurements)
     return {name: [suite_row(run_folder(out, name, seed)) for seed in seeds] for name in rows}
 
 
-def do_jobs(stage: str, jobs: dict[Path, tuple]) -> None:
-    """Do the jobs that are not done, as many at once as there are cores (at most 8). If one fails, its error is raised
-    and no further job begins; finished ones are kept."""
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        futures = [pool.submit(*job) for file, job in jobs.items() if not file.is_file()]
-        try:
-            with passing_on_sigterm(RUNNING):
-                for future in tqdm(as_completed(futures), desc=stage, total=len(futures), dynamic_ncols=True):
-                    future.result()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+def do_missing(stage: str, jobs: dict[Path, tuple]) -> None:
+    """Do the jobs whose file is missing, as many at once as there are cores (at most 8)."""
+    do_jobs([job for file, job in jobs.items() if not file.is_file()], min(os.cpu_count() or 1, 8), RUNNING, stage)
 
 
 # --- rows of tables, from the files of the runs ---------------------------------------------------------------------
@@ -579,7 +573,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", help="folder; default: results, with --quick results_quick")
     args = parser.parse_intermixed_args(argv)
     defaults = {"reproduce": 2 if args.quick else 10, "ablate": 5, "rounds": 5}
-    n_seeds = args.seeds or defaults[args.command]
+    n_seeds = defaults[args.command] if args.seeds is None else args.seeds
     if n_seeds < 2 or args.first_seed < 0:
         parser.error(f"--seeds must be at least 2 and --first_seed at least 0, got {n_seeds} and {args.first_seed}")
     if args.rows and args.command != "ablate":

@@ -12,12 +12,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NoReturn
 
 import huggingface_hub
 import transformers
+from tqdm import tqdm
 
 from model import first_line
 
@@ -64,6 +67,29 @@ def passing_on_sigterm(processes: list[subprocess.Popen]) -> Iterator[None]:
             for process in processes:
                 process.terminate()
         raise
+
+
+def do_jobs(jobs: list[tuple], workers: int, processes: list[subprocess.Popen], label: str | None = None) -> None:
+    """Do jobs (function, *arguments), `workers` at a time, with a progress bar if there is a label. After an error or a
+    signal no further job begins; it is raised when those at work have ended. processes: what the jobs have started."""
+    failed = threading.Event()
+
+    def work(function, *arguments):
+        if failed.is_set():
+            return
+        try:
+            function(*arguments)
+        except BaseException:
+            failed.set()
+            raise
+
+    with ThreadPoolExecutor(workers) as pool, passing_on_sigterm(processes):
+        futures = [pool.submit(work, *job) for job in jobs]
+        try:
+            for future in tqdm(as_completed(futures), label, len(futures), disable=label is None, dynamic_ncols=True):
+                future.result()
+        finally:
+            failed.set()
 
 
 def quiet_libraries() -> None:
