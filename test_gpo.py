@@ -49,6 +49,7 @@ import unicodedata
 from dataclasses import asdict, replace
 from difflib import SequenceMatcher
 from html.parser import HTMLParser
+from unittest.mock import Mock
 
 import torch.distributed as dist
 from hypothesis import given, settings
@@ -1776,6 +1777,16 @@ def test_a_judge_whose_training_was_stopped_goes_on_to_the_same_weights(tmp_path
     assert status == 130 and "the same command goes on" in line
     status, line = ending(capsys, tmp_path, *stopped, "--learning_rate", 0.02, program=train_judge)
     assert status == 2 and "of another learning_rate" in line
+    checkpoint = tmp_path / "stopped" / "training.pt"
+    saved = checkpoint.read_bytes()
+    checkpoint.write_bytes(b"")
+    status, line = ending(capsys, tmp_path, *stopped, program=train_judge)
+    assert status == 2 and "cannot go on from stopped/training.pt" in line
+    checkpoint.write_bytes(saved)
+    with monkeypatch.context() as patched:
+        patched.setattr(train_judge, "measure_judge", Mock(side_effect=KeyboardInterrupt))
+        status, line = ending(capsys, tmp_path, *stopped, program=train_judge)
+    assert status == 130 and "the same command goes on" in line
     run_program(tmp_path, *stopped, program=train_judge)
     assert len(calls) == 8 + 6 + 3
     files = [{path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} for out in ("whole", "stopped")]
@@ -3040,7 +3051,8 @@ def test_a_run_leaves_a_complete_folder_with_every_step_and_every_exchange(finis
     assert not stopped.value.code and capsys.readouterr().out == "the run in run is finished: read run/report.md\n"
 
 
-METHOD_TURNS = {"rlhf": SCHEDULE, "iterative": [*SCHEDULE, "--attacker_steps", "0"], "paraphrase": [],
+METHOD_TURNS = {"rlhf": SCHEDULE, "paraphrase": [],
+                "iterative": [*SCHEDULE, "--attacker_steps", "0", "--benign_share", "0.5"],
                 "gpo": [*SCHEDULE, "--mine", "8"]}
 
 
@@ -3058,6 +3070,8 @@ def test_every_method_runs_from_the_warm_start_of_another_run(finished, method, 
         start, end = ((tmp_path / "run" / place / file).read_bytes() for place in ("checkpoints/start", "."))
         assert start == (finished.folder / "checkpoints" / "start" / file).read_bytes()
         assert (end != start) == (name in in_a_round)
+    if method == "iterative":  # half of each batch of 8 are harmless requests
+        assert (tmp_path / "run" / "report.md").read_text().count("\n8 exchanges, ") == 2
     if method == "gpo":  # from the same start, the same game
         games = [(folder / "games.jsonl").read_bytes() for folder in (finished.folder, tmp_path / "run")]
         assert games[0] == games[1]
@@ -3901,9 +3915,9 @@ def test_reproduce_plays_every_row_on_every_seed_from_one_warm_start_and_nothing
     monkeypatch.setattr(reproduce, "command", command)
     monkeypatch.setattr("harness.world.ToyGame", functools.cache(ToyGame))  # it takes 0.4 s and does not change
     for _ in range(2):
-        run_program(tmp_path, "--quick", "--out", "results", program=reproduce)
+        run_program(tmp_path, "--quick", "--out", "the results", program=reproduce)
     assert calls.count("train") == calls.count("eval") == 8
-    results = tmp_path / "results"
+    results = tmp_path / "the results"
     rows = json.loads((results / "table.json").read_text())["rows"]
     assert {name: [row["updates"] for row in repeats] for name, repeats in rows.items()} == {
         "SFT": [0, 0], "RLHF": [2, 2], "GPO": [2, 2], "GPO+Div": [2, 2]}
@@ -3970,13 +3984,12 @@ def test_mart_leaves_a_run_that_can_be_evaluated(finished, tmp_path, monkeypatch
     summary = json.loads((tmp_path / "mart" / "summary.json").read_text())
     assert {"before", "after"} <= set(summary)
 
-    def stop(world, rng):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(mart, "what_worked", stop)
     again = [*SIZES, "--start", finished.folder, "--out", "stopped"]
-    assert ending(capsys, tmp_path, *again, program=mart) == (130, "interrupted")
-    assert not (tmp_path / "stopped").exists()
+    errors = ((KeyboardInterrupt(), (130, "interrupted")), (OSError("no space left"), (2, "error: no space left")))
+    for place, (error, expected) in itertools.product(("evaluate", "what_worked"), errors):  # the last part first
+        monkeypatch.setattr(mart, place, Mock(side_effect=error))
+        assert ending(capsys, tmp_path, *again, program=mart) == expected  # no advice to resume a run without rounds
+        assert not (tmp_path / "stopped").exists()
 
 
 def test_best_responses_bound_the_nash_gap_after_each_round(undisturbed, tmp_path, capsys):
@@ -4052,6 +4065,37 @@ def test_a_classifier_of_anything_else_is_no_judge_of_helpfulness(tmp_path, labe
     classifier_folder(tmp_path, labels)
     with pytest.raises(ValueError, match=f"must have the labels helpful and unhelpful, or .*got {', '.join(labels)};"):
         load_judge(str(tmp_path), flag="helpful_judge")
+
+
+def test_after_a_failed_job_no_further_one_begins():
+    begun = []
+
+    def job(i):
+        begun.append(i)
+        if i == 1:
+            raise ValueError("failed")
+
+    for _ in range(20):
+        begun.clear()
+        with pytest.raises(ValueError, match="failed"):
+            data.do_jobs([(job, i) for i in range(5)], 1, [])
+        assert begun == [0, 1]
+
+
+def test_a_best_response_of_another_length_is_measured_again(tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(reproduce, "do_missing", lambda stage, jobs: measured.extend(
+        file for file in jobs if stage == "measurements" and not file.is_file()))
+    monkeypatch.setattr(reproduce, "suite_row", lambda folder: {})
+    folder = reproduce.run_folder(tmp_path, "SFT", 0)
+    folder.mkdir(parents=True)
+    (folder / "eval.json").write_text(json.dumps({"third_parties": [
+        str(reproduce.run_folder(tmp_path, other, 1)) for other in reproduce.THIRD_PARTIES]}))
+    for steps in (reproduce.PROBE_STEPS, 300):
+        (folder / "best_0.json").write_text(json.dumps({"steps": steps}))
+        reproduce.run_suite(tmp_path, {}, [0, 1], {"SFT": [0]})
+        assert (folder / "best_0.json" in measured) == (steps == 300)
+        measured.clear()
 
 
 def test_sigterm_ends_what_an_experiment_runs_side_by_side(tmp_path):
