@@ -191,10 +191,11 @@ def measure(run: FinishedRun, kinds: Sequence[str]) -> dict[str, dict]:
     asked = np.repeat(seeds, TRIES).tolist()
     first = run.world.first["attacker"]
     attacks = {temperature: first.generate(asked, 0, temperature=temperature).texts for temperature in TEMPERATURES}
+    some = sample(attacks[1.0], 4 * CHILDREN, np.random.default_rng(run.config.seed))
     for kind in left:
         defender = defenders_of(run)[kind]
         found[kind] = {**open_prompts(toy, defender), **best_of_n(toy, defender, attacks),
-                       **archive(toy, defender, seeds + attacks[1.0][: 4 * CHILDREN], run.config.seed),
+                       **archive(toy, defender, seeds + some, run.config.seed),
                        **token_search(toy, defender, run.world.seeds, run.config.seed), **ppo_attacker(run, defender)}
         write_json(file, found)
     return found
