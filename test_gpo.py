@@ -4343,6 +4343,8 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "helpfulness as a judge of safety": ([*OWN, "--judge", "answered"],
                                          "cannot load the judge 'answered'; --judge takes rule, file.py:function, gu"),
     "a classifier of safety as a judge of help": ([*OWN, "--helpful_judge", "judge"], "must have the labels helpful"),
+    "less than one harmless request a batch": ([*OUT, "--batch_size", "32", "--benign_share", "0.03"],
+                                               "--benign_share must be 0 or at least 1 / --batch_size"),
     "harmless requests that nobody learns from": ([*OUT, "--method", "sft", "--benign_share", "0.4"],
                                                   "--benign_share 0.4 would do nothing: --method sft trains nobody"),
     "a judge that fails": ([*OUT, "--helpful_judge", "bad/judge.py:fails"],

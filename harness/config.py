@@ -164,6 +164,9 @@ def check_combinations(config: Config) -> None:
         raise ValueError(f"--batch_size must be a multiple of --minibatches x processes ({config.minibatches} x "
                          f"{world_size()}), got {config.batch_size}; try {unit * (config.batch_size // unit + 1)} or, "
                          "in a run that is resumed, another number of processes")
+    if "benign_share" in config.given and 0 < config.benign_share * config.batch_size < 1:
+        raise ValueError(f"--benign_share must be 0 or at least 1 / --batch_size, a row of each batch of "
+                         f"{config.batch_size}, got {config.benign_share}")
     if config.shard and world_size() == 1 and not config.resume:
         raise ValueError("--shard needs several processes, got one; start torchrun --nproc_per_node=N train.py ...")
     if config.shard and config.lora:
