@@ -235,7 +235,8 @@ def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool
 
 # --- the reward -------------------------------------------------------------------------------------------------
 class Diversity:
-    """The history X of attacks and the reward against it. Score first, then add: a repetition scores BLEU 1.
+    """The history X of attacks and the reward against it. Score first, then add: a repetition scores BLEU 1, or less if
+    it has fewer than five words, some of whose n-grams do not exist.
 
     terms: "bleu", "embedding" or both. embedder: B texts -> (B, D), needed for "embedding"; normalised here. window:
     the number of latest attacks in X; 0: all, as in the paper. Raises ValueError for invalid terms or embedder."""
