@@ -397,10 +397,13 @@ def _csv_rows(file):
     except csv.Error as error:
         raise ValueError(f"{error} at line {reader.line_num}: close each quote, and double quotes in a text") from error
     wide = [n for n, row in rows if None in row]
+    short = [n for n, row in rows if None in row.values()]
     if len({*names}) < len(names):
         raise ValueError(f"two columns have one name in the header {', '.join(names)}: rename or remove one")
     if wide:
         raise ValueError(f"line {wide[0]} has more cells than the header: put a text with commas in quotes")
+    if short:
+        raise ValueError(f"line {short[0]} has fewer cells than the header: complete or remove it")
     return rows
 
 
