@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
             after = evaluate(world, world.players["attacker"], world.players["defender"])
             folder.finish(world, {}, {"after": after}, {"round": config.rounds}, clock)
         except BaseException:
-            shutil.rmtree(folder.path)  # train.py --resume would end it without its rounds
+            shutil.rmtree(folder.path, ignore_errors=True)  # train.py --resume would end it without its rounds
             raise
 
 

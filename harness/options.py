@@ -43,7 +43,7 @@ class Config:
                                       "names do not tell")
     held_out_unsafe_label: str | None = option("the same for --held_out_judge")
     helpful_judge: str | None = option("judge of answers to harmless requests: answered (no refusal, not empty, not "
-                                       "repetitive) or as --judge, 1 for helpful", "toy", "answered")
+                                       "repetitive), folder or hub id, file.py:function", "toy", "answered")
     prompts: str | None = option("seed prompts: .jsonl .json .csv .txt, each also .gz; default: hh-rlhf's red-team "
                                  "attempts", only="user", heading="data and warm start", warm_start=True)
     test_prompts: str | None = option("held-out prompts; default: a tenth of --prompts", only="user", warm_start=True)
