@@ -32,7 +32,18 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from diversity import Embedder, word_embedder
-from gpo import Player, PolicyAverage, nash_gap, new_seed, play, ppo_update, sample, solve_matrix_game
+from gpo import (
+    Player,
+    PolicyAverage,
+    forward_rows,
+    nash_gap,
+    new_seed,
+    play,
+    ppo_update,
+    sample,
+    solve_matrix_game,
+    split_rows,
+)
 from harness import data
 from harness.config import Config
 from harness.options import PAPER_TEMPLATE
@@ -50,7 +61,7 @@ from harness.report import (
 )
 from harness.run import FinishedRun, open_run
 from harness.world import World, attacker_to_measure, attacks_to_measure, evaluate, working_judge
-from model import best_dtype, generate, keep_freed_memory, load_policy, logprobs_and_values
+from model import best_dtype, generate, keep_freed_memory, load_policy
 from reward import Judge, call_judge, unsafe_rate
 
 Side = Player | PolicyAverage  # what can generate
@@ -130,6 +141,7 @@ def fresh_player(run: FinishedRun, name: str) -> Player:
     """An initial player, which can learn as it did in its run."""
     player = copy.deepcopy(run.world.players[name])
     player.reset_to(run.world.first[name].policy)
+    player.policy.copy_to_critic()
     torch.nn.init.zeros_(player.policy.value_head.weight)
     torch.nn.init.zeros_(player.policy.value_head.bias)
     return player
@@ -193,8 +205,9 @@ def third_party_success(world: World, attacker: Side | None, third_parties: Sequ
 def kl(world: World, defender: Player) -> float:
     """KL(defender || first defender) on held-out prompts, sampled, in nats per response."""
     rollout = defender.generate(world.test_prompts[:300] + world.benign_prompts[:150], 0)
-    now, _, _ = logprobs_and_values(defender.policy, rollout, with_values=False)  # (B, T)
-    first, _, _ = logprobs_and_values(world.first["defender"].policy, rollout, with_values=False)  # (B, T)
+    groups = split_rows(torch.arange(len(rollout)), 4 * defender.micro_batch)
+    now, _, _ = forward_rows(defender.policy, rollout, groups, with_values=False)  # (B, T)
+    first, _, _ = forward_rows(world.first["defender"].policy, rollout, groups, with_values=False)  # (B, T)
     return ((now - first) * rollout.response_mask).sum(1).mean().item()
 
 
