@@ -13,6 +13,7 @@ import contextlib
 import copy
 import functools
 import os
+import pickle
 import re
 import sys
 import traceback
@@ -59,14 +60,24 @@ def join_processes() -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
 
 
+def _sendable(error):
+    """An error for all processes: itself or, if it would end them silently or cannot be pickled, what it says."""
+    try:
+        if isinstance(error, Exception) and pickle.loads(pickle.dumps(error)):
+            return error
+    except Exception:
+        pass
+    return RuntimeError(f"{type(error).__name__}: {first_line(error)}")
+
+
 def gather_results(work: Callable[[], object]) -> list:
     """The results of work() in all processes, for each of them. An error in one is raised in all, against deadlocks."""
     if world_size() == 1:
         return [work()]
     try:
         result = work()
-    except Exception as error:
-        result = error
+    except (Exception, SystemExit) as error:
+        result = _sendable(error)
     results = [None] * world_size()
     dist.all_gather_object(results, result)
     for result in results:
@@ -187,10 +198,11 @@ def save_adapter(policy: Policy, folder: Path, base: str | None = None) -> None:
 
 
 def load_adapter(policy: Policy, folder: Path) -> None:
-    """Load what `save_adapter` wrote."""
+    """Load what `save_adapter` wrote, also into a separate critic, as at the beginning of a game."""
     tensors = load_file(folder / "adapter_model.safetensors")
     load_weights(policy.lm, {name.removeprefix(PEFT_PREFIX).replace(".weight", ".default.weight"): tensor
                              for name, tensor in tensors.items()})
+    policy.copy_to_critic()
 
 
 def save_start(policies: dict[str, Policy], folder: Path) -> None:
@@ -216,13 +228,13 @@ def base_in_start(folder: Path, lora_rank: int) -> Path:
     return folder
 
 
-def load_trained(policy: Policy, folder: Path) -> None:
+def load_trained(policy: Policy, folder: Path, trust_remote_code: bool) -> None:
     """Load what a run has trained: the adapter in folder/adapter or, without LoRA, the model in `folder`."""
     if _lora_layers(policy.lm):
         load_adapter(policy, folder / "adapter")
     else:
         critic = "shared" if policy.critic_body is None else "separate"
-        source = load_policy(folder, critic, policy.compute_dtype, str(policy.device), trust_remote_code=False)
+        source = load_policy(folder, critic, policy.compute_dtype, str(policy.device), trust_remote_code)
         policy.load_state_dict(source.state_dict())
 
 

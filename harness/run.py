@@ -107,6 +107,8 @@ def run_folder(config: Config) -> Iterator["RunFolder"]:
         if folder.is_playing and folder.has_config():
             go_on = f": train.py --resume {folder.path} --micro_batch N;{go_on}"
         folder.leave_nothing()
+        if rank():  # the others may have enough
+            sys.stderr = sys.__stderr__
         fail(f"out of memory with --micro_batch {config.micro_batch}; take a smaller one (0 is a whole minibatch)"
              f"{go_on} ({first_line(error)[:100]})")
     except KeyboardInterrupt as stop:
@@ -580,7 +582,7 @@ def open_run(path: str | Path) -> FinishedRun:
         config = replace(Config(**read_config(path)), device=device, shard=False, dry_run=False)
         world = make_world(config, path / "checkpoints" / "start")
         for name, player in world.players.items():
-            load_trained(player.policy, path / name)
+            load_trained(player.policy, path / name, config.trust_remote_code)
         return FinishedRun(path, config, world, load_averages(path / "average", world))
     except Exception as error:
         raise ValueError(f"cannot read the run in {path}: {type(error).__name__}: {first_line(error)}") from error
