@@ -144,6 +144,13 @@ class Policy(nn.Module):
         """fp32 master weights; matrix products in the compute dtype."""
         return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
 
+    @torch.no_grad()
+    def copy_to_critic(self) -> None:
+        """Make the body of a separate critic a copy of the policy, as it is at the beginning of a game."""
+        if self.critic_body is not None:
+            for copied, parameter in zip(self.critic_body.parameters(), self.lm.base_model.parameters(), strict=True):
+                copied.copy_(parameter)
+
     def hidden(self, tokens: torch.Tensor, body: nn.Module | None = None) -> torch.Tensor:
         """Last hidden states (B, T, D) of right-padded tokens (B, T)."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
@@ -207,7 +214,8 @@ class Policy(nn.Module):
         return rendered_chat(self.tokenizer, prompt, *response, add_generation_prompt=not response)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of a response's token ids."""
+        """The text of a response's token ids, without the token that ended it, which need not be a special one."""
+        ids = [i for i in ids if i not in self.eos_ids]
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
