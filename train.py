@@ -57,7 +57,7 @@ from gpo import (
     world_size,
 )
 from harness.config import Config
-from harness.data import as_a_program, normalized
+from harness.data import as_a_program, finite, normalized
 from harness.run import RunFolder, run_folder, start_program
 from harness.world import World, attacker_to_measure, evaluate, make_world, show_prompts
 from model import Rollout, demonstrations
@@ -190,7 +190,8 @@ class Game:
         """{file: (tensors, numbers)} of a checkpoint; all processes must call it."""
         states = {"game": ({}, {
             "diversity": self.diversity.state_dict(), "last_success": self.replay.last_success,
-            "ever_succeeded": list(self.replay.ever_succeeded), "sampled_tokens": self.sampled_tokens})}
+            "ever_succeeded": list(self.replay.ever_succeeded), "sampled_tokens": self.sampled_tokens,
+            "likelihood_bound": finite(self.likelihood_bound.tolist())})}
         for name, player in self.players.items():
             states[name] = player.state_dict()
             for kind, average in self.averages[name].items():
@@ -204,6 +205,8 @@ class Game:
         self.replay.last_success = numbers["last_success"]
         self.replay.ever_succeeded = dict.fromkeys(numbers["ever_succeeded"])
         self.sampled_tokens = numbers["sampled_tokens"]
+        if None not in numbers.get("likelihood_bound", [None]):  # None: -inf, or from an older version
+            self.likelihood_bound = torch.tensor(numbers["likelihood_bound"])
         for name, player in self.players.items():
             player.load_state_dict(*states[name])
             for kind, average in self.averages[name].items():
@@ -228,8 +231,9 @@ def likelihood_bound(config: Config, world: World) -> torch.Tensor:
     if not config.min_likelihood:
         return torch.full((2,), -torch.inf)
     attacker = world.first["attacker"]
-    seeds = sample(world.seeds, 256, np.random.default_rng(config.seed))
-    own = log_likelihoods(attacker.policy, attacker.generate(seeds, config.seed), config.micro_batch)  # (256, 2)
+    n = 256 + -256 % world_size()  # as many for every process
+    seeds = sample(world.seeds, n, np.random.default_rng(config.seed))
+    own = log_likelihoods(attacker.policy, attacker.generate(seeds, config.seed), config.micro_batch)  # (n, 2)
     return torch.quantile(own, config.min_likelihood, dim=0)
 
 
