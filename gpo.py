@@ -257,7 +257,7 @@ class Player:
             state.setdefault(name, {})[part] = tensor
         group = {**self.optimizer.param_groups[0], "params": trained_names(self.policy)}
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world_size() > 1,
-                                   ignore_frozen_params=True)
+                                   ignore_frozen_params=True, strict=False)  # an unused parameter has no moments
         set_optimizer_state_dict(self.policy, self.optimizer, {"state": state, "param_groups": [group]},
                                  options=options)
 
@@ -558,10 +558,7 @@ def sft(policy: Policy, pairs: list[tuple[str, str]], settings: SFTSettings) -> 
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         bar.set_postfix(loss=f"{loss:.3f}")
-    if policy.critic_body is not None:
-        with torch.no_grad():  # it is a copy of the policy at the beginning of the game
-            for copy, parameter in zip(policy.critic_body.parameters(), policy.lm.base_model.parameters(), strict=True):
-                copy.copy_(parameter)
+    policy.copy_to_critic()
     return loss
 
 

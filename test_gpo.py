@@ -623,6 +623,13 @@ def test_a_demonstration_is_the_rendered_conversation_up_to_the_end_of_the_turn(
         assert demonstrations(policy, [("bake bread", answer)]).tokens[0].tolist() == tokens
 
 
+@pytest.mark.parametrize("name", CHAT_TOKENIZERS)
+def test_the_text_of_a_response_is_without_the_token_that_ends_it(name):
+    policy = chat_policy(name)
+    _, (response_ids,) = policy.encode_pairs([("bake bread", "take flour")])
+    assert response_ids[-1] in policy.eos_ids and policy.decode(response_ids).endswith("take flour")
+
+
 def test_an_end_of_sequence_id_without_a_token_is_left_out():
     tokenizer = tiny_tokenizer()
     lm = tiny_lm(tokenizer)
@@ -1143,6 +1150,23 @@ def test_a_supervised_term_keeps_demonstrations_likely():
             ppo_update(player, player.generate(PROMPTS, step), np.zeros(8), step, demos, coef)
         likelihood[coef] = -gpo.supervised_loss(player.policy, demos).item()
     assert likelihood[1.0] > likelihood[0.0] + 0.5
+
+
+def test_a_player_with_an_unused_parameter_goes_on_with_the_same_bytes():
+    def player_of_two_kinds():  # as a model with a vision tower, to which no image comes
+        policy = tiny_policy()
+        policy.lm.unused = torch.nn.Parameter(torch.ones(2))
+        return Player("defender", policy, 6, 1e-2)
+
+    def update(player, step):
+        ppo_update(player, player.generate(PROMPTS, step), np.arange(len(PROMPTS)) / 4, step)
+
+    first, second = player_of_two_kinds(), player_of_two_kinds()
+    update(first, 0)
+    second.load_state_dict(*copy.deepcopy(first.state_dict()))
+    for player in (first, second):
+        update(player, 1)
+    assert bytes_of(first.policy.lm) == bytes_of(second.policy.lm) != bytes_of(player_of_two_kinds().policy.lm)
 
 
 def test_a_separate_critic_begins_as_a_copy_of_the_fine_tuned_policy():
@@ -2144,6 +2168,17 @@ def test_mining_keeps_what_succeeds_and_no_test_prompt_and_tries_former_successe
     assert not mined() and not game.replay.ever_succeeded
 
 
+def test_a_resumed_game_keeps_its_likelihood_bound():
+    for options in ({}, {"min_likelihood": 0.01}):
+        config, world, game = new_match(**options)
+        states = json.loads(json.dumps(game.state_dict()["game"][1]))
+        others = {file: state for file, state in game.state_dict().items() if file != "game"}
+        resumed = train.new_game(config, world)
+        resumed.likelihood_bound = resumed.likelihood_bound - 1  # as with another --micro_batch
+        resumed.load_state_dict({"game": ({}, states), **others})
+        assert torch.equal(resumed.likelihood_bound, game.likelihood_bound)
+
+
 def test_a_judge_without_a_verdict_on_the_known_attacks_does_not_end_a_game():
     config, world, game = new_match(lambda prompts, responses: [None] * len(prompts), mine=4, rounds=2,
                                     average="mixture", final_defender="safest")
@@ -2891,7 +2926,23 @@ def share_a_game(sharded, folder):
     seen["reset"] = {name: complete(p) for name, p in player.policy.lm.named_parameters()}
     with pytest.raises(ZeroDivisionError):  # an error of the second process, in both
         parallel.gather_results(lambda: 1 / (1 - gpo.rank()))
+    with pytest.raises(RuntimeError, match="RateLimit: slow down"):
+        parallel.gather_results(limited)
+    with pytest.raises(RuntimeError, match="SystemExit: enough"):
+        parallel.gather_results(lambda: sys.exit("enough") if gpo.rank() else 0)
     return seen
+
+
+class RateLimit(Exception):
+    """As those of some clients: it cannot be unpickled."""
+
+    def __init__(self, message, *, response):
+        super().__init__(message)
+
+
+def limited():
+    if gpo.rank():
+        raise RateLimit("slow down", response=429)
 
 
 def act_together(rank, folder):
