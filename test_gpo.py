@@ -4344,6 +4344,25 @@ def test_code_that_comes_with_a_model_runs_by_its_flag_only(user_models, tmp_pat
     assert (tmp_path / "ran").exists()
 
 
+def test_a_finished_run_is_read_with_the_trust_that_it_was_made_with(finished, tmp_path, monkeypatch):
+    folder = shutil.copytree(finished.folder, tmp_path / "run")
+    file = folder / "config.json"
+    trusted = []
+
+    def load(path, critic, dtype, device, trust_remote_code):
+        trusted.append(trust_remote_code)
+        return load_policy(path, critic, dtype, device)
+
+    monkeypatch.setattr(parallel, "load_policy", load)
+    for trust in (False, True):
+        facts = json.loads(file.read_text())
+        facts["config"]["trust_remote_code"] = trust
+        file.write_text(json.dumps(facts))
+        open_run(folder)
+        assert trusted == [trust, trust]
+        trusted.clear()
+
+
 def test_control_characters_of_a_models_text_do_not_reach_the_terminal(capsys):
     ugly = "\x1b[2Jclear\x9b1m \u202eleft \u2066in\r\x00"
     seen = r"\x1b[2Jclear\x9b1m \u202eleft \u2066in\r\x00"
