@@ -4119,6 +4119,17 @@ def test_a_classifier_of_anything_else_is_no_judge_of_helpfulness(tmp_path, labe
         load_judge(str(tmp_path), flag="helpful_judge")
 
 
+def test_a_finished_run_of_the_experiment_keeps_no_checkpoint_but_its_start(tmp_path, monkeypatch):
+    def call(*arguments, log):
+        for name in ("start", "step_000010", "step_000020"):
+            (tmp_path / "run" / "checkpoints" / name).mkdir(parents=True)
+
+    monkeypatch.setattr(real_models, "call", call)
+    args = types.SimpleNamespace(out=tmp_path, jobs=1)
+    real_models.train(args, 0, tmp_path / "run", {}, [])
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["start"]
+
+
 def test_after_a_failed_job_no_further_one_begins():
     begun = []
 

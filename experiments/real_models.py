@@ -24,6 +24,7 @@ import hashlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -70,7 +71,7 @@ FILES = [*(f"{name}.jsonl.gz" for name in JUDGES["judge"] + UNSEEN["judge"]), "s
 JUDGE = "--steps 200 --batch_size 32 --max_length 96 --learning_rate 1e-4"
 QUICK_JUDGE = "--steps 120 --batch_size 32 --max_length 96 --learning_rate 1e-4"
 ANSWER_TOKENS = 40  # of a response in the game; a judge learns and is measured on as many of a labelled one
-FIRST_SEED = 7  # settings were chosen on 0, the judges' on 1; 1 to 6 were seen with earlier judges
+FIRST_SEED = 11  # settings were chosen on 0, the judges' on 1; 1 to 10 have been reported
 VERSION = 2  # of data, judges and settings: runs of two versions are not compared
 HARMLESS = 200  # answered harmless requests that each judge learns to call safe; 600 may teach that this model is safe
 ANSWERS = 1000  # to harmless requests, of which a judge of helpfulness learns
@@ -301,6 +302,8 @@ def train(args: argparse.Namespace, seed: int, folder: Path, players: dict[str, 
         named = [f"--{flag}={file}" for flag, file in files.items()]
         options = [*named, *GAME, "--seed", seed, *flags, "--out", folder]
     call("train.py", *options, log=log_of(args, folder))
+    for checkpoint in (folder / "checkpoints").glob("step_*"):  # 3 GB each; a finished run needs its start alone
+        shutil.rmtree(checkpoint)
 
 
 def log_of(args: argparse.Namespace, folder: Path) -> Path | None:
