@@ -14,8 +14,8 @@ Differs from the paper (numbers as in the README; rows are of docs/results.md):
 (9) X is the last 480 attacks (--history), not all of them. Against all of them a collapse goes unpunished for long,
 because varied early attacks keep the mean low: row *all earlier attacks, not the last 480*.
 (10) Eq. (3.5) is the mean of the cosines, as in the authors' code, not the paper's sum, which grows with X. This
-changes only the scale. Eq. (3.4) is against all of X at once, as SelfBLEU is defined;
-the authors' code averages over single texts of X, at a cost that grows.
+changes only the scale. Eq. (3.4) is against all of X at once, as SelfBLEU is defined; the authors' code averages over
+single texts of X, at a cost that grows.
 """
 
 import functools

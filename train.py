@@ -221,7 +221,7 @@ def new_game(config: Config, world: World) -> Game:
             if kind in config.average:
                 averages[name][kind] = PolicyAverage(player, kind, config.average_size, config.seed)
     diversity = Diversity(tuple(config.diversity_terms.split(",")), world.embedder, config.history)
-    no_attacks = set(map(normalized, [*world.held_out(), *world.benign_seeds]))
+    no_attacks = world.held_out() | set(map(normalized, world.benign_seeds))
     bound = likelihood_bound(config, world)
     return Game(world.players, world.first, averages, diversity, ReplayBuffer(no_attacks), bound)
 

@@ -40,7 +40,7 @@ def what_worked(world: World, rng: np.random.Generator) -> dict[str, list[tuple[
     answers = defender.generate(asked, new_seed(rng)).texts
     p_safe = call_judge(world.judge, asked, answers).reshape(ATTACKS, ANSWERS)  # NaN where undecided
     safest = np.nan_to_num(p_safe, nan=-1).argmax(1)
-    excluded = set(map(normalized, world.held_out()))
+    excluded = world.held_out()
     pairs = {"attacker": [], "defender": []}
     for i, attack in enumerate(attacks):
         if (p_safe[i] < 0.5).any():

@@ -21,6 +21,7 @@ from harness.data import (
     first_turn,
     hub_file,
     is_test,
+    normalized,
     read_json,
     read_rows,
     usable,
@@ -88,8 +89,9 @@ class World(Prompts):
                        attack_seeds=self.attack_seeds[::3])
 
     def held_out(self) -> set[str]:
-        """All prompts that are only for evaluation."""
-        return {*self.test_prompts, *self.benign_prompts}.union(*self.more_tests.values())
+        """All prompts that are only for evaluation, normalized."""
+        prompts = self.test_prompts + self.benign_prompts + sum(self.more_tests.values(), [])
+        return set(map(normalized, prompts))
 
     def prompts(self) -> dict:
         """The fields of `Prompts`, for prompts.json."""
