@@ -42,7 +42,6 @@ from gpo import (
     ppo_update,
     sample,
     solve_matrix_game,
-    split_rows,
 )
 from harness import data
 from harness.config import Config
@@ -205,7 +204,7 @@ def third_party_success(world: World, attacker: Side | None, third_parties: Sequ
 def kl(world: World, defender: Player) -> float:
     """KL(defender || first defender) on held-out prompts, sampled, in nats per response."""
     rollout = defender.generate(world.test_prompts[:300] + world.benign_prompts[:150], 0)
-    groups = split_rows(torch.arange(len(rollout)), 4 * defender.micro_batch)
+    groups = torch.arange(len(rollout)).split(4 * defender.micro_batch or len(rollout))
     now, _, _ = forward_rows(defender.policy, rollout, groups, with_values=False)  # (B, T)
     first, _, _ = forward_rows(world.first["defender"].policy, rollout, groups, with_values=False)  # (B, T)
     return ((now - first) * rollout.response_mask).sum(1).mean().item()

@@ -403,10 +403,10 @@ def experience(player: Player, rollout: Rollout, scores: torch.Tensor,
     """
     groups = []
     for minibatch in first_epoch:
-        groups += split_rows(my_rows(minibatch), player.micro_batch)
+        groups += my_rows(minibatch).split(player.micro_batch or len(rollout))
     logprobs, values, entropy = forward_rows(player.policy, rollout, groups)
     by_length = my_rows(rollout.lengths.argsort(stable=True))  # no gradients: larger groups, little padding
-    groups = split_rows(by_length, 4 * player.micro_batch or 32)
+    groups = by_length.split(4 * player.micro_batch or 32)
     ref_logprobs, _, _ = forward_rows(player.reference, rollout, groups, with_values=False)
     mask = rollout.response_mask  # (B, T), True on sampled tokens
     penalised = torch.where(rollout.ended, scores, scores - player.missing_eos_penalty)
@@ -420,7 +420,7 @@ def supervised_gradients(policy: Policy, demos: Rollout, rows: torch.Tensor, mic
     """Add the gradient of coef times `supervised_loss` on the given rows (n,); returns what it is the gradient of."""
     n_tokens = demos.response_mask[rows].sum()
     total = torch.zeros((), device=policy.device)
-    for some in split_rows(my_rows(rows), micro_batch):
+    for some in my_rows(rows).split(micro_batch or len(rows)):
         part = demos.select(some)
         loss = coef * supervised_loss(policy, part) * (part.response_mask.sum() / n_tokens)
         loss.backward()
@@ -434,7 +434,7 @@ def minibatch_gradients(player: Player, rollout: Rollout, old: Experience, minib
     processes, as means per token. Raises RuntimeError if the ratio is not exactly 1 before the first step."""
     n_tokens = rollout.response_mask[minibatch].sum().clamp(min=1)
     total = {}
-    for rows in split_rows(my_rows(minibatch), player.micro_batch):
+    for rows in my_rows(minibatch).split(player.micro_batch or len(rollout)):
         part = rollout.select(rows)
         before = old.select(rows, part.tokens.shape[1])
         mask = part.response_mask
@@ -494,11 +494,6 @@ def clip_gradients(policy: Policy, max_norm: float) -> torch.Tensor:
             all_sum(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(trained, max_norm)
     return norm.full_tensor() if policy.is_sharded else norm
-
-
-def split_rows(rows: torch.Tensor, size: int) -> list[torch.Tensor]:
-    """Row numbers (n,) in groups of at most `size`; 0: all in one."""
-    return list(rows.split(size)) if size else [rows]
 
 
 @torch.no_grad()
@@ -616,13 +611,9 @@ class PolicyAverage:
     kind "weights": one policy, whose weights are the mean of theirs. It is cheap, but only an approximation.
     Members are the language model's trained weights, without critic, on the CPU of the first process; with LoRA they
     are its adapters (whose mean is not the mean of their products: a second approximation).
-    Raises ValueError for another kind or a capacity below 1.
     """
 
     def __init__(self, player: Player, kind: str = "mixture", capacity: int = 16, seed: int = 0):
-        if kind not in ("mixture", "weights") or capacity < 1:
-            raise ValueError("PolicyAverage needs kind 'mixture' or 'weights' and capacity >= 1, "
-                             f"got {kind!r} and {capacity}")
         self.player = player  # provides architecture, tokenizer and sampling
         self.kind = kind
         self.capacity = capacity if kind == "mixture" else 1

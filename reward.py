@@ -14,9 +14,7 @@ and no rate. The authors' code drops it, which moves later rewards to other rows
 run ends (`decided`). No row measures this: the toy world's judges decide everything.
 """
 
-import ast
-import hashlib
-import importlib.util
+import importlib
 import os
 import re
 import sys
@@ -374,58 +372,23 @@ def guard_judge(model: Model, tokenizer: Tokenizer) -> Judge:
 
 
 # --- loading a judge --------------------------------------------------------------------------------------------
-def _file_of(name):
-    """The file that `import name` reads, or another origin such as "built-in"; None: there is no such module."""
-    try:
-        origin = importlib.util.find_spec(name).origin
-        return Path(origin).resolve() if Path(origin).is_file() else origin
-    except (AttributeError, ImportError, TypeError, ValueError):
-        return None
-
-
-def _imported(tree):
-    """Names of the modules that a syntax tree's import statements begin with."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield node.module.partition(".")[0]
-
-
-def _load_file(path):
-    """The module of a Python file. It is in sys.modules, so that its classes can be pickled, under its own name unless
-    another module has that name. Its folder stays at the end of sys.path, for helpers beside it and for processes that
-    it starts. Raises ValueError if another module hides such a helper."""
-    source = path.read_bytes()
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    importlib.invalidate_caches()
-    for name in _imported(ast.parse(source)):
-        helper = path.parent / f"{name}.py"
-        if helper.is_file() and _file_of(name) != helper:
-            raise ValueError(f"it imports {name}, which is {_file_of(name)} here, not {helper}; rename the latter")
-    name = path.stem
-    if _file_of(name) != path:
-        name = re.sub(r"\W", "_", name) + "_" + hashlib.sha256(bytes(path)).hexdigest()[:8]
-    module = sys.modules.get(name)
-    if getattr(module, "judge_source", None) != source:  # functions of one file share its module
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        module.judge_source = source  # only of a file that ran to its end
-    return module
-
-
 def _function_from_file(spec):
-    """The function that `path/to/file.py:function` names."""
+    """The function that `path/to/file.py:function` names. Its file is imported as a module, so that its classes can be
+    pickled; its folder stays at the end of sys.path, for helpers beside it and for processes that it starts."""
     match = re.fullmatch(r"(.+\.py):(\w+)", spec)
     if not match:
         raise ValueError(f"a judge from a file is written path/to/file.py:function, got {spec!r}")
     path, name = match.groups()
-    if not Path(path).is_file():
-        raise ValueError(f"the judge's file must exist, got {path!r}")
+    path = Path(path).resolve()
+    if not path.is_file() or "." in path.stem:
+        raise ValueError(f"the judge's file must exist, with no dot before .py, got {path}")
     try:
-        function = getattr(_load_file(Path(path).resolve()), name)
+        sys.path.append(str(path.parent))
+        importlib.invalidate_caches()
+        module = importlib.import_module(path.stem)
+        if not (module.__spec__.origin and Path(module.__spec__.origin).resolve() == path):
+            raise ValueError(f"another module is called {path.stem}; rename the file")
+        function = getattr(module, name)
         if not callable(function):
             raise ValueError(f"it is no function but {type(function).__name__}")
     except (Exception, SystemExit) as error:

@@ -315,7 +315,8 @@ def defender_prompts(config: Config, game: Game, seeds: list[str], rng: np.rando
         replayed = game.replay.sample(int(config.replay * len(seeds)), rng)
     seeds = seeds[len(replayed) :]
     fresh = write_attacks(config, game, seeds, rng)
-    return without_test_prompts(game, fresh, seeds) + replayed
+    fresh = [seed if game.replay.excludes(attack) else attack for attack, seed in zip(fresh, seeds, strict=True)]
+    return fresh + replayed
 
 
 def novel_prompts(config: Config, game: Game, seeds: list[str], rng: np.random.Generator) -> list[str]:
@@ -332,12 +333,6 @@ def write_attacks(config: Config, game: Game, seeds: list[str], rng: np.random.G
     rollout = opponent(config, game, "attacker").generate(seeds, new_seed(rng))
     game.sampled_tokens += int(rollout.response_mask.sum())
     return rollout.texts
-
-
-def without_test_prompts(game: Game, attacks: list[str], seeds: list[str]) -> list[str]:
-    """The attacks; one that is an excluded prompt is replaced by its seed."""
-    pairs = zip(attacks, seeds, strict=True)
-    return [seed if game.replay.excludes(attack) else attack for attack, seed in pairs]
 
 
 def sample_demos(config: Config, world: World, defender: Player, rng: np.random.Generator) -> Rollout | None:
