@@ -629,16 +629,6 @@ def test_the_text_of_a_response_is_without_the_token_that_ends_it(name):
     assert response_ids[-1] in policy.eos_ids and policy.decode(response_ids).endswith("take flour")
 
 
-def test_an_end_of_sequence_id_without_a_token_is_left_out():
-    tokenizer = tiny_tokenizer()
-    lm = tiny_lm(tokenizer)
-    lm.resize_token_embeddings(len(tokenizer) + 64)  # rows that only pad the matrix
-    lm.generation_config.eos_token_id = [0, len(tokenizer) + 3]
-    policy = Policy(lm, tokenizer)
-    assert policy.eos_ids == [0]
-    assert policy.encode_pairs([("a", "b")])[1] == [[*tokenizer.encode("b", add_special_tokens=False), 0]]
-
-
 def test_equal_demonstrations_are_rendered_once_and_keep_their_places(monkeypatch):
     policy = chat_policy("ChatML")
     one, other = ("bake bread", "take flour"), ("sell a car", "wash it")
@@ -1065,23 +1055,6 @@ def test_few_test_prompts_raise_no_alarm_by_chance():
 
 
 # --- players --------------------------------------------------------------------------------------------------------
-def test_each_player_has_its_own_critic_and_optimizer_and_the_idle_one_does_not_move():
-    attacker, defender = tiny_player("attacker", 1, critic="separate"), tiny_player("defender", 2)
-    for player in (attacker, defender):  # fill the moments, so that an idle optimizer would drift if it were stepped
-        ppo_update(player, player.generate(PROMPTS, 0), ARANGE, 0)
-    idle = copy.deepcopy(attacker.state_dict()[0])
-    moving = bytes_of(defender.policy)
-    exchanges = play(attacker, defender, PROMPTS, lambda prompts, responses: [0.5] * len(prompts), 5)
-    ppo_update(defender, exchanges.responses, ARANGE, 5)
-    assert bytes_of(defender.policy) != moving
-    after, _ = attacker.state_dict()  # weights, critic and optimizer
-    assert after.keys() == idle.keys()
-    assert all(torch.equal(after[name], idle[name]) for name in idle)
-    owned = [{id(p) for p in player.optimizer.param_groups[0]["params"]} for player in (attacker, defender)]
-    assert owned == [{id(p) for p in player.policy.parameters()} for player in (attacker, defender)]
-    assert not owned[0] & owned[1]
-
-
 def test_the_reference_is_a_frozen_copy_and_anchor_moves_it_but_not_the_initial_policy():
     player = tiny_player()
     first = bytes_of(player.policy.lm)
@@ -1299,16 +1272,6 @@ def test_a_window_compares_with_the_last_attacks_only(terms):
         diversity.add(texts[40:])
         assert diversity.history == texts[-25:]
         assert same_scores(diversity, last, texts)
-
-
-@bounded(30)
-@given(texts=st.lists(SENTENCE, min_size=4, max_size=12), new=SENTENCE, batch=st.integers(1, 5))
-def test_a_window_scores_by_the_definition_on_its_own_texts(texts, new, batch):
-    windowed = Diversity(("bleu",), window=3)
-    for i in range(0, len(texts), batch):
-        windowed.add(texts[i:i + batch])
-    expected = mean_bleu(new, texts[-3:]) if new else 0
-    assert windowed.score([new])["bleu"][0] == pytest.approx(expected, abs=1e-9)
 
 
 def test_adding_to_a_window_takes_the_time_of_the_batch():
@@ -2620,7 +2583,8 @@ def test_the_tokenizers_eos_is_taught_and_those_of_the_model_are_known():
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = "b"
     lm = tiny_lm(tokenizer)
-    lm.generation_config.eos_token_id = [0, 4, 10**6]  # several, one of them beyond the vocabulary
+    lm.resize_token_embeddings(len(tokenizer) + 64)  # rows that only pad the matrix
+    lm.generation_config.eos_token_id = [0, 4, len(tokenizer) + 3, 10**6]  # a padding row, and one beyond the matrix
     policy = Policy(lm, tokenizer)
     b = tokenizer.convert_tokens_to_ids("b")
     assert set(policy.eos_ids) == {b, 0, 4} and policy.encode_pairs([("a", "c")])[1][0][-1] == b
