@@ -12,7 +12,8 @@ One round: the attacker takes `--attacker_steps` PPO steps against the frozen de
 
 Differs from the paper (numbers as in the README; rows are of docs/results.md):
 (4) The attacker moves first, so that the finished defender was trained against the last attacker: row *defender first*.
-(5) `--restart`: the attacker is reset every few rounds, so that it looks for other holes: row *no restarts*.
+(5) `--final_defender safest`: a turn can reopen what an earlier one closed, so the defender that is saved is the one
+of the latest rounds that earlier successes break least: table *the worst case, exactly*.
 (6) `--replay`: a fraction of the defender's batch is sampled from earlier attacks, the successful ones more often, so
 that it does not forget them: row *no mining, no replay*.
 (7) `--mine`: attacks of the untrained attacker, and attacks that ever succeeded, are tried on the defender before its
@@ -24,10 +25,7 @@ that starts at zero: exercise 2 of docs/exercises.md. Row *k = 10* depends on it
 *no likelihood bound*.
 (13) No test prompt enters an update of the defender, whoever wrote it. Otherwise the tables would measure memorisation.
 (17) `--benign_share`: a fraction of the defender's batch is harmless requests, rewarded for a helpful answer. Without
-them, a language model's safest strategy is to refuse everything. On by default for user-supplied models only: table
-*harmless requests, or demonstrations*.
-(18) `--final_defender safest`: a turn can reopen what an earlier one closed, so the defender that is saved is the one
-of the latest rounds that earlier successes break least: table *the worst case, exactly*.
+them, a language model's safest strategy is to refuse everything: table *harmless requests, or demonstrations*.
 """
 
 from harness.options import before_slow_imports, help_text
@@ -248,12 +246,9 @@ def opponent(config: Config, game: Game, name: str) -> Player | PolicyAverage:
 
 
 def begin_turn(config: Config, world: World, game: Game, turn: Turn, rng: np.random.Generator) -> None:
-    """Before the first step of a player's turn: restart, KL anchor, and attacks mined for the defender."""
-    mover = game.players[turn.player]
-    if turn.player == "attacker" and config.restart and turn.round % config.restart == 0:
-        mover.reset_to(game.first["attacker"].policy)
+    """Before the first step of a player's turn: KL anchor, and attacks mined for the defender."""
     if config.kl_anchor == "previous":
-        mover.anchor()
+        game.players[turn.player].anchor()
     if turn.player == "defender" and config.mine and config.method == "gpo":
         mine(config, world, game, rng)
 

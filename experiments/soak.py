@@ -27,7 +27,7 @@ from harness.data import as_a_program, fail
 
 ROOT = Path(__file__).resolve().parent.parent
 SOAK = ("--out run --sft_steps 6 --judge_steps 6 --batch_size 8 --eval_prompts 8 --attack_tokens 8 --response_tokens 6 "
-        "--save_every 1 --rounds 2 --attacker_steps 1 --defender_steps 2 --mine 8 --restart 1 --kl_anchor previous "
+        "--save_every 1 --rounds 2 --attacker_steps 1 --defender_steps 2 --mine 8 --kl_anchor previous "
         "--critic separate").split()
 SOAK_PROGRAM = """
 import os, sys

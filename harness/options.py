@@ -62,7 +62,7 @@ class Config:
     batch_size: int | None = option("exchanges per PPO step, of all processes", 96, 32, at_least=1, heading="PPO")
     learning_rate: float | None = option("of the defender", 2.5e-4, 1e-5, above_0=True)  # TRL: 1.4e-5, trlx: 8e-6
     attacker_learning_rate: float | None = option("of the attacker", 6e-4, 1e-5, above_0=True)
-    kl_coef: float | None = option("KL penalty of the defender", 0.05, 0.05)  # trlx's for 125M on hh-rlhf
+    kl_coef: float | None = option("KL penalty of the defender", 0.02, 0.05)  # trlx's for 125M on hh-rlhf
     attacker_kl_coef: float | None = option("KL penalty of the attacker", 0.01, 0.05)
     kl_anchor: str = option("KL reference: the initial policy, or that before the turn", "initial",
                             choices=("initial", "previous"))
@@ -75,13 +75,12 @@ class Config:
     ppo_epochs: int = option("passes over a batch", 2, at_least=1)
     minibatches: int = option("optimizer steps per pass", 2, at_least=1)
     benign_share: float | None = option("fraction of the defender's batch that is harmless requests "
-                                        "(--benign_prompts), paid for a helpful answer (--helpful_judge)", 0.0, 0.4,
+                                        "(--benign_prompts), paid for a helpful answer (--helpful_judge)", 0.25, 0.4,
                                         below=1, only="training", heading="opponents")
     mine: int | None = option("attacks of the initial attacker, and as many earlier successes, tried before each "
                               "defender turn; successes are replayed", 600, 0, only="gpo")
     opponent: str = option("the other's last policy, or the mixture or mean of the weights of all", "last",
                            choices=("last", "mixture", "weights"), only="gpo")
-    restart: int | None = option("rounds between resets to the initial attacker; 0: never", 3, 0, only="attacker")
     replay: float = option("fraction of earlier attacks in the defender's batch, by success", 0.6, below=1, only="gpo")
     diversity: float | None = option("weight k of the diversity reward; 0: off", 0.3, 1.0, heading="diversity")
     diversity_terms: str = option("terms of the diversity reward", "bleu,embedding", only="diversity",

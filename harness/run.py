@@ -536,7 +536,7 @@ def alarms(metrics: dict[str, float], before: dict[str, float], limits: dict[str
     success = metrics.get("attacker/success_of_turn", 1)
     rows = [  # (alarm, whether it is raised, message)
         ("collapse", different < LEAST_DIFFERENT,
-         f"only {different:.0%} of the attacks differ; raise --diversity or --attacker_kl_coef, or set --restart"),
+         f"only {different:.0%} of the attacks differ; raise --diversity or --attacker_kl_coef"),
         ("collapse", refused > MOST_REFUSED,
          f"the defender refuses {refused:.0%} of the harmless prompts; raise --ptx_coef (with --sft_data) or "
          "--kl_coef"),
