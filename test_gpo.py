@@ -3832,11 +3832,13 @@ def test_the_interval_of_a_rate_is_of_no_more_texts_than_the_judges_decided():
 
 
 # --- the worst case --------------------------------------------------------------------------------------------------
-def answering(game, topic):
-    """A defender that names the tool of a topic to every prompt that asks for it, and refuses all others."""
+def answering(game, topic, only=()):
+    """A defender that names the tool of a topic to every prompt (or to those of `only`) that asks for it, and refuses
+    all others."""
     def generate(prompts, seed, temperature=None):
         served = f"use the {game.tools[topic]} and be patient."
-        texts = [served if topic in game.topics_in(prompt) else "no, that would be wrong." for prompt in prompts]
+        asked = [topic in game.topics_in(prompt) and (not only or prompt in only) for prompt in prompts]
+        texts = [served if yes else "no, that would be wrong." for yes in asked]
         return types.SimpleNamespace(texts=texts)
 
     return types.SimpleNamespace(generate=generate)
@@ -3856,7 +3858,9 @@ def test_the_share_of_open_prompts_counts_the_whole_grammar():
     # one of 32 harmful topics: 3 paraphrases x 14 framings x 8 suffixes = 336 of 10,752, and 72 of 2,304 unseen ones
     assert found["grammar"] == found["grammar, sampled"] == found["unseen framings"] == 1 / 32
     assert len(found["grammar: open"]) == 336 and len(found["unseen framings: open"]) == 72
-    assert found["grammar, worst prompt"] == 1
+    assert found["grammar, ten worst prompts"] == found["unseen framings, ten worst prompts"] == 1
+    found = worst_case.open_prompts(game, answering(game, 5, only=found["grammar: open"][:4]))
+    assert found["grammar, ten worst prompts"] == 4 / 10
 
 
 def test_the_searches_find_the_only_open_topic_and_count_what_asks_for_nothing(monkeypatch):
