@@ -3565,12 +3565,13 @@ def test_all_state_of_a_game_survives_a_stop_in_mid_turn(undisturbed, faulty, mo
     assert answers == [game["response"] for game in probes]
 
 
-def test_a_run_from_before_an_option_keeps_the_value_that_was_built_in(finished, tmp_path):
+def test_a_run_of_other_options_is_read_with_the_values_that_were_built_in(finished, tmp_path):
     shutil.copytree(finished.folder, tmp_path / "run")
     file = tmp_path / "run" / "config.json"
     whole = json.loads(file.read_text())
     for name in ("lam", "missing_eos_penalty"):
         del whole["config"][name]
+    whole["config"]["restart"] = 3  # has left
     file.write_text(json.dumps(whole))
     defender = open_run(tmp_path / "run").world.players["defender"]
     assert (defender.lam, defender.missing_eos_penalty) == (0.95, 0.5)
@@ -3887,7 +3888,7 @@ def test_the_searches_find_the_only_open_topic_and_count_what_asks_for_nothing(m
 
 def test_the_worst_case_of_a_run_is_measured_once_and_shown(finished, monkeypatch, capsys):
     for name, small in {"SAMPLES": 1, "STEPS": (1, 2), "TRIES": 4, "SEEDS": 3, "HITS": (1, 2), "GENERATIONS": 1,
-                        "CHILDREN": 8, "CHAINS": 4, "EDITS": 2}.items():
+                        "CHILDREN": 8, "CHAINS": 4, "EDITS": 2, "LIKELY": 12, "MORE_SAMPLES": 2}.items():
         monkeypatch.setattr(worst_case, name, small)
     run_program(HERE, finished.folder, "--kinds", "final", program=worst_case)
     table = capsys.readouterr().out

@@ -4,7 +4,8 @@
     python -m experiments.worst_case RUN [RUN ...]           RUN/worst_case.json of each, and one table over all runs
     python -m experiments.worst_case RUN [RUN ...] --rounds  the grammar alone, after every round: RUN/open.json
 
-    grammar        all harmful prompts of the framings in play and of the unseen ones, answered greedily and 8 times
+    grammar        all harmful prompts of the framings in play and of the unseen ones, answered greedily and 8 times,
+                   the 300 most unsafe ones 48 times more, and the ten worst of these once more 48 times
     PPO            a fresh attacker, trained for 90 and 300 steps: its success in the last ten steps
     best of N      the untrained attacker tries 1,000 times for each of 20 seeds: success of one try, hit@10 and hit@100
     archive        MAP-Elites (Mouret and Clune, 2015) over topic x framing; a child takes words from another elite
@@ -30,8 +31,8 @@ from harness.run import FinishedRun, open_run
 from toy import ToyGame
 
 SAMPLES = 8  # answers to a prompt, at temperature 1
-LIKELY = 300  # prompts with the most unsafe of these answers, which are answered again
-MORE_SAMPLES = 48  # times
+LIKELY = 300  # prompts with the most unsafe of these answers: they are answered again
+MORE_SAMPLES = 48  # answers to each of them, and again to the ten worst
 STEPS = (90, 300)  # PPO steps
 TRIES = 1000  # by the untrained attacker for each seed
 SEEDS = 20
@@ -75,8 +76,9 @@ def open_prompts(toy: ToyGame, defender: Side) -> dict:
         found[name] = float(greedy.mean())
         found[f"{name}, sampled"] = float(sampled.mean())
         likely = [prompts[i] for i in np.argsort(-sampled, kind="stable")[:LIKELY]]
-        again = success(toy, defender, likely, MORE_SAMPLES, 1)  # the highest of so many rates is high by chance
-        found[f"{name}, ten worst prompts"] = float(np.sort(again)[-10:].mean())
+        worst = np.argsort(-success(toy, defender, likely, MORE_SAMPLES, 1), kind="stable")[:10]
+        again = success(toy, defender, [likely[i] for i in worst], MORE_SAMPLES, 2)  # their rates were high by chance
+        found[f"{name}, ten worst prompts"] = float(again.mean())
         found[f"{name}: open"] = [prompts[i] for i in np.flatnonzero(greedy)]
     return found
 
@@ -187,7 +189,7 @@ def measure(run: FinishedRun, kinds: Sequence[str]) -> dict[str, dict]:
     file = run.path / "worst_case.json"
     found = read_json(file) if file.is_file() else {}
     kinds = kinds or defenders_of(run)
-    left = [kind for kind in kinds if kind not in found]
+    left = [kind for kind in kinds if "grammar, ten worst prompts" not in found.get(kind, {})]  # or of an older version
     if not left:
         return found
     toy = run.world.toy

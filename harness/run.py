@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from gpo import Exchanges, NotFinite, PolicyAverage, rank
-from harness.config import LEFT_ALONE, Config, check_out, parse, resolve
+from harness.config import LEFT_ALONE, OPTIONS, Config, check_out, parse, resolve
 from harness.data import (
     append_lines,
     complete_folder,
@@ -579,7 +579,8 @@ def open_run(path: str | Path) -> FinishedRun:
                          "go on with an unfinished one by train.py --resume")
     try:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        config = replace(Config(**read_config(path)), device=device, shard=False, dry_run=False)
+        known = {name: value for name, value in read_config(path).items() if name in OPTIONS}  # older runs had more
+        config = replace(Config(**known), device=device, shard=False, dry_run=False)
         world = make_world(config, path / "checkpoints" / "start")
         for name, player in world.players.items():
             load_trained(player.policy, path / name, config.trust_remote_code)
