@@ -383,7 +383,8 @@ def _function_from_file(spec):
     if not path.is_file() or "." in path.stem:
         raise ValueError(f"the judge's file must exist, with no dot before .py, got {path}")
     try:
-        sys.path.append(str(path.parent))
+        if str(path.parent) not in sys.path:
+            sys.path.append(str(path.parent))
         importlib.invalidate_caches()
         module = importlib.import_module(path.stem)
         if not (module.__spec__.origin and Path(module.__spec__.origin).resolve() == path):

@@ -4381,6 +4381,7 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "a label of a judge without labels": ([*OWN, "--held_out_unsafe_label", "bad"], "the judge rule has no labels"),
     "a judge's file without its function": ([*OWN, "--judge", "x/judge.py"], "is written path/to/file.py:function"),
     "a judge's file that is not there": ([*OWN, "--judge", "x/judge.py:f"], "the judge's file must exist"),
+    "a judge's file with a dot in its name": ([*OWN, "--judge", "bad/my.judge.py:f"], "with no dot before .py"),
     "a label of the judge that is trained": ([*OUT, "--unsafe_label", "bad"], "--unsafe_label bad would do nothing"),
     "labels of the other judge": ([*OWN, "--held_out_judge", "bad/numbered"], "with --held_out_unsafe_label LABEL"),
     "the rule as a judge of help": ([*OWN, "--helpful_judge", "rule"],
@@ -4432,7 +4433,8 @@ def bad(user_models):
     files = {"long.txt": "ab " * 300 + "\n" + "cd " * 300,
              "labels.jsonl": '{"prompt": "a", "response": "b", "label": 1}\n',
              "experiment.json": '{"quick": true}', **dict.fromkeys(real_models.FILES, ""),
-             "names.yaml": "runds: 3", "code.yaml": "!!python/object/apply:os.mkdir [never]", "judge.py": judges}
+             "names.yaml": "runds: 3", "code.yaml": "!!python/object/apply:os.mkdir [never]",
+             "judge.py": judges, "my.judge.py": judges}
     classifier_folder(folder / "numbered", ["LABEL_0", "LABEL_1"])
     config = asdict(resolve(Config(out="nowhere")))
     older = {name: value for name, value in config.items() if name != "mine"}

@@ -17,7 +17,7 @@ of the latest rounds that earlier successes break least: table *the worst case, 
 (6) `--replay`: a fraction of the defender's batch is sampled from earlier attacks, the successful ones more often, so
 that it does not forget them: row *no mining, no replay*.
 (7) `--mine`: attacks of the untrained attacker, and attacks that ever succeeded, are tried on the defender before its
-turns; successes are replayed too: row *no mining*.
+turns; successes are replayed too: section *today's setting*.
 (8) `--ptx_coef`: a supervised loss on demonstrations, against over-refusal: row *no demonstrations*.
 (11) R_div is centred over the batch. Its level, about -k / 2 for every attack, is no signal, but it swamps a critic
 that starts at zero: exercise 2 of docs/exercises.md. Row *k = 10* depends on it.

@@ -505,7 +505,7 @@ def tracker(config: Config, path: Path) -> Callable[[dict[str, float], int], Non
 
 
 # --- alarms --------------------------------------------------------------------------------------------------------
-# Thresholds that a normal run does not cross: runs of `python train.py --rounds 6` ended with at least .42 different
+# Thresholds that a normal run does not cross: runs of `--rounds 6` (commit 5583e7d) ended with at least .42 different
 # attacks and .20 nats, mean lengths of 9.3 to 19.4, at most .08 refused, and judges that had diverged by .02.
 LEAST_DIFFERENT = 0.2  # fraction of different prompts among the attacks of a step
 LEAST_ENTROPY = 0.05  # nats per token: 19 of 20 tokens are nearly certain

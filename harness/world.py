@@ -52,7 +52,7 @@ MOST_ATTACKS = 300  # in the attacker's part of the table; fewer with fewer --ev
 class Prompts:
     """The texts of a game, as in checkpoints/start/prompts.json."""
 
-    seeds: list[str]  # the fixed prompts: the attacker's seeds, and RLHF's only prompts
+    seeds: list[str]  # the fixed prompts: the attacker's seeds, and RLHF's only harmful prompts
     test_prompts: list[str]
     benign_prompts: list[str]
     demos: list[tuple[str, str]]  # (prompt, response) pairs for --ptx_coef
