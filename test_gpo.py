@@ -4017,7 +4017,7 @@ def test_best_responses_bound_the_nash_gap_after_each_round(undisturbed, tmp_pat
     assert [(row["round"], row["kind"]) for row in found["gaps"]] == [(1, "last"), (1, "mixture"), (1, "weights")]
     assert all(0 <= row["best_defence"] <= row["value"] <= row["best_attack"] <= 1 for row in found["gaps"])
     run_program(folder, run, "--steps", 2, "--round", 1, program=probe)
-    row = json.loads((run / "best_1.json").read_text())
+    row = json.loads((run / "best_1_2.json").read_text())
     assert len(row["curve"]) == 2 and 0 <= row["before"] <= 1
     assert f"in {row['after']:.1%}" in capsys.readouterr().out
 
@@ -4108,22 +4108,6 @@ def test_after_a_failed_job_no_further_one_begins():
         with pytest.raises(ValueError, match="failed"):
             data.do_jobs([(job, i) for i in range(5)], 1, [])
         assert begun == [0, 1]
-
-
-def test_a_best_response_of_another_length_is_measured_again(tmp_path, monkeypatch):
-    measured = []
-    monkeypatch.setattr(reproduce, "do_missing", lambda stage, jobs: measured.extend(
-        file for file in jobs if stage == "measurements" and not file.is_file()))
-    monkeypatch.setattr(reproduce, "suite_row", lambda folder: {})
-    folder = reproduce.run_folder(tmp_path, "SFT", 0)
-    folder.mkdir(parents=True)
-    (folder / "eval.json").write_text(json.dumps({"third_parties": [
-        str(reproduce.run_folder(tmp_path, other, 1)) for other in reproduce.THIRD_PARTIES]}))
-    for steps in (reproduce.PROBE_STEPS, 300):
-        (folder / "best_0.json").write_text(json.dumps({"steps": steps}))
-        reproduce.run_suite(tmp_path, {}, [0, 1], {"SFT": [0]})
-        assert (folder / "best_0.json" in measured) == (steps == 300)
-        measured.clear()
 
 
 def test_sigterm_ends_what_an_experiment_runs_side_by_side(tmp_path):

@@ -1,6 +1,6 @@
 """How far a fresh attacker gets against the frozen defender of a finished run: a best response, found by PPO.
 
-    python -m experiments.probe RUN [--steps 90] [--round R]     the defender after round R; default: the finished one
+    python -m experiments.probe RUN [--steps S] [--round R]      RUN/best_R_S.json; R = 0: the finished defender
     python -m experiments.probe RUN --figure                     draws what `eval.py probe RUN` has measured
 
 The gain in its success is a lower bound of the attacker's part of the Nash gap, Eq. (3.6). The held-out judge is used
@@ -39,7 +39,7 @@ def probe(args: argparse.Namespace) -> None:
     exchanges = play(attacker, defender, settings.seeds, settings.judge, settings.seed)
     broken = Counter(prompt for prompt, p in zip(exchanges.prompts, exchanges.p_safe) if p < 0.5).most_common(3)
     found = {"steps": args.steps, "before": before, "after": after, "curve": curve, "exploits": broken}
-    write_json(run.path / f"best_{args.round}.json", found)
+    write_json(run.path / f"best_{args.round}_{args.steps}.json", found)
     print(f"a fresh attacker breaks the defender in {before:.1%} of 500 tries, after {args.steps} PPO steps "
           f"on the held-out judge in {after:.1%}: gap {after - before:+.1%}")
     print(f"success in the batch of every tenth step: {' '.join(f'{rate:.2f}' for rate in curve[::10])}")

@@ -204,9 +204,7 @@ def run_suite(out: str | Path, rows: dict[str, str], seeds: Sequence[int],
             measurements[table] = (command, "eval", [str(folder), "--third_parties", *others], log)
             for round in probes.get(name, ()):
                 arguments = [str(folder), "--steps", str(PROBE_STEPS), "--round", str(round)]
-                best = folder / f"best_{round}.json"
-                if best.is_file() and read_json(best)["steps"] != PROBE_STEPS:  # from a call by hand
-                    best.unlink()
+                best = folder / f"best_{round}_{PROBE_STEPS}.json"
                 measurements[best] = (command, "experiments.probe", arguments, log)
     do_missing("warm starts", warm_starts)
     do_missing("games", games)
@@ -257,7 +255,7 @@ def effective_cells(folder: Path) -> float | None:
 
 def best_response_row(folder: Path, round: int) -> dict[str, float]:
     """{"best_response": success of a fresh attacker against the defender after a round}; {} if none was trained."""
-    file = folder / f"best_{round}.json"
+    file = folder / f"best_{round}_{PROBE_STEPS}.json"
     return {"best_response": read_json(file)["after"]} if file.is_file() else {}
 
 
@@ -404,7 +402,7 @@ def best_responses(out: str | Path, seeds: Iterable[int], names: Iterable[str]) 
     lines = []
     canvas, (axis,) = figure(1, 4.8, 3.6)
     for name, look in zip(names, LOOKS):
-        found = {seed: read_json(run_folder(out, name, seed) / "best_0.json") for seed in seeds}
+        found = {seed: read_json(run_folder(out, name, seed) / f"best_0_{PROBE_STEPS}.json") for seed in seeds}
         curves = [row["curve"] for row in found.values()]
         band(axis, range(1, 1 + len(curves[0])), curves, name, {**look, "marker": None})
         for seed, row in found.items():
