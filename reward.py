@@ -387,7 +387,7 @@ def _function_from_file(spec):
             sys.path.append(str(path.parent))
         importlib.invalidate_caches()
         module = importlib.import_module(path.stem)
-        if not (module.__spec__.origin and Path(module.__spec__.origin).resolve() == path):
+        if Path(module.__spec__.origin or "").resolve() != path:
             raise ValueError(f"another module is called {path.stem}; rename the file")
         function = getattr(module, name)
         if not callable(function):

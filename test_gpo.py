@@ -3537,7 +3537,7 @@ def test_a_stopped_run_says_in_one_line_how_to_go_on_and_ends_like_one_left_alon
     assert not differing(folder / "faulty", expected)
 
 
-# Restarts, a moving KL anchor, a separate critic, replay, mining, averages: all that a game remembers.
+# A moving KL anchor, a separate critic, replay, mining, averages: all that a game remembers.
 STATEFUL = ("--rounds 2 --critic separate --kl_anchor previous --mine 4 --replay 0.5 --average both "
             "--min_likelihood 0.01 --embedder embedder --save_every 1").split()
 

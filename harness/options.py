@@ -63,7 +63,7 @@ class Config:
     batch_size: int | None = option("exchanges per PPO step, of all processes", 96, 32, at_least=1, heading="PPO")
     learning_rate: float | None = option("of the defender", 2.5e-4, 1e-5, above_0=True)  # TRL: 1.4e-5, trlx: 8e-6
     attacker_learning_rate: float | None = option("of the attacker", 6e-4, 1e-5, above_0=True)
-    kl_coef: float | None = option("KL penalty of the defender", 0.02, 0.05)  # trlx's for 125M on hh-rlhf
+    kl_coef: float | None = option("KL penalty of the defender", 0.02, 0.05)  # 0.05: trlx's for 125M on hh-rlhf
     attacker_kl_coef: float | None = option("KL penalty of the attacker", 0.01, 0.05)
     kl_anchor: str = option("KL reference: the initial policy, or that before the turn", "initial",
                             choices=("initial", "previous"))
