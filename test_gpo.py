@@ -3233,7 +3233,7 @@ def test_a_tilde_that_the_shell_has_left_is_the_home_folder(monkeypatch):
 
 @pytest.mark.parametrize("place, error, message", [
     ("gpo.policy_loss", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-     "error: out of memory with --micro_batch 0; take a smaller one"),
+     "error: out of memory with --micro_batch 16; take a smaller one"),
     ("harness.run.append_lines", OSError(errno.ENOSPC, "No space left on device"),
      "error: [Errno 28] No space left on device; the run can go on with --resume full")])
 def test_without_room_in_memory_or_on_the_disk_a_run_ends_with_one_line_and_goes_on_with_more(

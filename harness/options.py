@@ -60,11 +60,11 @@ class Config:
     defender_steps: int | None = option("PPO steps per round (N_d)", 6, 20, only="training")  # the authors: 400
     attacker_steps: int | None = option("PPO steps per round (N_a)", 12, 10, only="attacker")  # the authors: 200
     first: str = option("who moves first in a round", "attacker", choices=("attacker", "defender"))
-    batch_size: int | None = option("exchanges per PPO step, of all processes", 96, 32, at_least=1, heading="PPO")
+    batch_size: int = option("exchanges per PPO step, of all processes", 96, at_least=1, heading="PPO")
     learning_rate: float | None = option("of the defender", 2.5e-4, 1e-5, above_0=True)  # TRL: 1.4e-5, trlx: 8e-6
     attacker_learning_rate: float | None = option("of the attacker", 6e-4, 1e-5, above_0=True)
-    kl_coef: float | None = option("KL penalty of the defender", 0.02, 0.05)  # 0.05: trlx's for 125M on hh-rlhf
-    attacker_kl_coef: float | None = option("KL penalty of the attacker", 0.01, 0.05)
+    kl_coef: float = option("KL penalty of the defender", 0.02)
+    attacker_kl_coef: float | None = option("KL penalty of the attacker", 0.01, 0.02)
     kl_anchor: str = option("KL reference: the initial policy, or that before the turn", "initial",
                             choices=("initial", "previous"))
     entropy_coef: float = option("eta_H of Eq. (3.7): entropy bonus of the attacker", 0.0, only="attacker")
@@ -101,7 +101,8 @@ class Config:
     attack_tokens: int | None = option("longest attack", 25, 48, at_least=1)  # holds nearly all of the authors' prompts
     response_tokens: int | None = option("longest response", 16, 64, at_least=1)  # holds 3/4 of hh-rlhf's answers
     template: str | None = option("prompt of the attacker; {} is the seed", "{}", PAPER_TEMPLATE, warm_start=True)
-    micro_batch: int = option("rows per forward and backward, four times as many without gradients; 0: a minibatch", 0)
+    micro_batch: int | None = option("rows per forward and backward, four times as many without gradients; 0: a "
+                                     "minibatch", 0, 16)
     gradient_checkpointing: bool = option("keep only block inputs for the backward: less memory, a third slower", False)
     lora: int = option("rank of LoRA adapters (needs peft), which alone are then trained and saved; 0: off", 0)
     dtype: str | None = option("auto: bf16 if the processor has it", "fp32", "auto", choices=("fp32", "bf16", "auto"))
