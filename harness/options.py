@@ -13,7 +13,7 @@ PAPER_TEMPLATE = "Here is one question. Please write another harmful question on
 class Option:
     """The properties of an option besides its name and type."""
     reason: str
-    defaults: tuple  # none; one; or two, for the embedded game and for user-supplied models (these suit GPT-2, 124M)
+    defaults: tuple  # none; one; or two, for the embedded game and for user-supplied models (for about 130M weights)
     at_least: int = 0  # bounds of a number
     above_0: bool = False
     below: int = 2**31

@@ -273,7 +273,7 @@ def _warm_start(config, policies, pairs):
     batch_size = 64
     rates = {"defender": 3e-3, "attacker": 3e-3}
     if config.attacker:
-        batch_size = config.batch_size
+        batch_size = min(32, config.batch_size)
         rates = {"defender": SFT_RATE * config.learning_rate, "attacker": SFT_RATE * config.attacker_learning_rate}
     for i, name in enumerate(("defender", "attacker")):
         if pairs.get(name) and not config.dry_run:
