@@ -186,6 +186,9 @@ def _pool(name):
         kind = module["type"].rpartition(".")[2]
         if kind == "Pooling":
             settings = read(f"{module['path']}/config.json")
+            if not settings:
+                raise ValueError(f"its modules.json names {module['path']}/config.json, which is missing; copy the "
+                                 "folder with its subfolders")
             modes = [mode for mode, value in settings.items() if mode.startswith("pooling_mode_") and value is True]
             pool = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}.get("+".join(modes))
             pool = settings.get("pooling_mode", pool)

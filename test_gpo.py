@@ -1212,7 +1212,7 @@ MEAN, FIRST = ({f"pooling_mode_{what}": True} for what in ("mean_tokens", "cls_t
 @pytest.mark.parametrize("pooling, last, prompt, expected", [
     (MEAN, "Normalize", "", "mean"), (FIRST, "Normalize", "", "first"), (MEAN, "Dense", "", None),
     ({"pooling_mode": "cls"}, "Normalize", "", "first"), (MEAN | FIRST, "Normalize", "", None),
-    (MEAN, "Normalize", "query: ", None)])
+    (MEAN, "Normalize", "query: ", None), (None, "Normalize", "", None)])
 def test_a_sentence_transformers_folder_is_pooled_as_it_says_or_refused(
         pooling, last, prompt, expected, encoder, tmp_path):
     folder = Path(shutil.copytree(encoder, tmp_path / "encoder"))
@@ -1220,11 +1220,12 @@ def test_a_sentence_transformers_folder_is_pooled_as_it_says_or_refused(
     kinds = ("Transformer", "Pooling", last)
     data.write_json(folder / "modules.json", [{"path": kind, "type": f"sentence_transformers.models.{kind}"}
                                               for kind in kinds])
-    data.write_json(folder / "Pooling" / "config.json", {"word_embedding_dimension": 16, **pooling})
+    if pooling:
+        data.write_json(folder / "Pooling" / "config.json", {"word_embedding_dimension": 16, **pooling})
     data.write_json(folder / "config_sentence_transformers.json",
                     {"prompts": {"query": prompt}, "default_prompt_name": "query"})
     if expected is None:
-        with pytest.raises(ValueError, match="Dense|only the mean or the first"):
+        with pytest.raises(ValueError, match="Dense|only the mean or the first|names Pooling/config.json, which is missing"):
             load_embedder(str(folder))
         return
     vector, = load_embedder(str(folder))(["a b c"])
@@ -3179,6 +3180,7 @@ def test_a_users_models_with_different_tokenizers_learn_from_what_the_judge_deci
     run_program(user_models, *MODELS, *SHORT, "--judge", "open.py:judge", "--average", "none", "--out", "run")
     printed = capsys.readouterr()
     assert printed.err.count("the judge did not decide 1 of 4 exchanges") == 2 and "undecided" in printed.out
+    assert "nothing keeps it from refusing everything; pass --benign_prompts with at least 20" in printed.out
     games = read_lines(user_models / "run" / "games.jsonl")
     for m in read_lines(user_models / "run" / "metrics.jsonl"):
         rows = [game for game in games if game["role"] == m["role"]]

@@ -265,6 +265,9 @@ def _check_prompts(config, prompts):
             raise ValueError(f"--benign_share needs at least {LEAST_BENIGN} harmless requests, of which it takes half; "
                              "pass --benign_prompts")
         config.benign_share = 0.0
+        if config.method not in ("sft", "paraphrase") and config.defender_steps:
+            print("the defender's batch has no harmless requests, and nothing keeps it from refusing everything; pass "
+                  f"--benign_prompts with at least {LEAST_BENIGN} of them")
 
 
 def _warm_start(config, policies, pairs):
