@@ -164,7 +164,7 @@ def bytes_of(module):
 def a_config(**kwargs):
     """Resolved options of a short game between tiny players."""
     sizes = dict(rounds=1, attacker_steps=2, defender_steps=1, batch_size=8, attack_tokens=6, response_tokens=6)
-    off = dict(mine=0, benign_share=0.0, ptx_coef=0.0, min_likelihood=0.0)
+    off = dict(mine=0, word_edits=0.0, benign_share=0.0, ptx_coef=0.0, min_likelihood=0.0)
     rates = dict(learning_rate=1e-3, attacker_learning_rate=1e-3)
     return resolve(Config(**{"out": f"nowhere_{os.getpid()}", **sizes, **off, **rates, **kwargs}))
 
@@ -1225,7 +1225,7 @@ def test_a_sentence_transformers_folder_is_pooled_as_it_says_or_refused(
     data.write_json(folder / "config_sentence_transformers.json",
                     {"prompts": {"query": prompt}, "default_prompt_name": "query"})
     if expected is None:
-        with pytest.raises(ValueError, match="Dense|only the mean or the first|names Pooling/config.json, which is missing"):
+        with pytest.raises(ValueError, match="Dense|only the mean or the first|config.json, which is missing"):
             load_embedder(str(folder))
         return
     vector, = load_embedder(str(folder))(["a b c"])
@@ -2099,6 +2099,31 @@ def test_the_defender_is_never_trained_on_a_test_prompt():
     excluded = set(map(normalized, world.test_prompts))
     assert again == [seed if normalized(text) in excluded else text for seed, text in zip(seeds, written)]
     assert excluded.isdisjoint(map(normalized, again))
+
+
+def test_word_edits_replace_or_add_one_word_of_another_attack_and_give_no_test_prompt():
+    config, _, game = new_match(replay=0.0)
+    texts = ["a b c", "d e", "f", ""] * 50
+    policy = tiny_policy()
+    game.players["attacker"] = types.SimpleNamespace(generate=lambda prompts, seed: rollout_of(policy, texts, prompts))
+    edited, half = (train.defender_prompts(replace(config, word_edits=fraction), game, texts, np.random.default_rng(0))
+                    for fraction in (1.0, 0.5))
+    added = 0
+    for before, after in zip((text.split() for text in texts), (text.split() for text in edited)):
+        if len(after) > len(before):
+            assert before in [after[:i] + after[i + 1:] for i in range(len(after))]
+            added += 1
+        else:
+            assert len(after) == len(before) and sum(old != new for old, new in zip(before, after)) <= 1
+        assert set(after) <= set("abcdef")
+    tries = 150 * 3 / 4  # an empty attack has no word to replace, and none to give
+    assert abs(added - tries / 2) < 4 * math.sqrt(tries / 4) + 8
+    changed = sum(before != after for before, after in zip(texts, half))
+    # one edit in ten replaces a word by the same one
+    assert abs(changed - tries / 2 * 0.9) < 4 * math.sqrt(tries / 4) + 8
+    texts = ["a"] * 200
+    game.replay.excluded = {"a a"}
+    assert train.defender_prompts(replace(config, word_edits=1.0), game, texts, np.random.default_rng(0)) == texts
 
 
 def test_mining_keeps_what_succeeds_and_no_test_prompt_and_tries_former_successes_again():
