@@ -2101,29 +2101,43 @@ def test_the_defender_is_never_trained_on_a_test_prompt():
     assert excluded.isdisjoint(map(normalized, again))
 
 
-def test_word_edits_replace_or_add_one_word_of_another_attack_and_give_no_test_prompt():
-    config, _, game = new_match(replay=0.0)
-    texts = ["a b c", "d e", "f", ""] * 50
+def test_word_edits_replace_or_add_a_word_of_the_batch_and_give_no_test_prompt():
+    config, _, game = new_match(replay=0.5)
+    texts = ["a b c", "d e f"] * 3000
+    game.replay.last_success = {"g h i": 0.9}
     policy = tiny_policy()
-    game.players["attacker"] = types.SimpleNamespace(generate=lambda prompts, seed: rollout_of(policy, texts, prompts))
-    edited, half = (train.defender_prompts(replace(config, word_edits=fraction), game, texts, np.random.default_rng(0))
-                    for fraction in (1.0, 0.5))
-    added = 0
-    for before, after in zip((text.split() for text in texts), (text.split() for text in edited)):
-        if len(after) > len(before):
-            assert before in [after[:i] + after[i + 1:] for i in range(len(after))]
-            added += 1
-        else:
-            assert len(after) == len(before) and sum(old != new for old, new in zip(before, after)) <= 1
-        assert set(after) <= set("abcdef")
-    tries = 150 * 3 / 4  # an empty attack has no word to replace, and none to give
-    assert abs(added - tries / 2) < 4 * math.sqrt(tries / 4) + 8
-    changed = sum(before != after for before, after in zip(texts, half))
-    # one edit in ten replaces a word by the same one
-    assert abs(changed - tries / 2 * 0.9) < 4 * math.sqrt(tries / 4) + 8
+    game.players["attacker"] = types.SimpleNamespace(
+        generate=lambda prompts, seed: rollout_of(policy, texts[:len(prompts)], prompts))
+
+    def prompts(fraction):
+        return train.defender_prompts(replace(config, word_edits=fraction), game, texts, np.random.default_rng(0))
+
+    before = [text.split() for text in prompts(0.0)]  # 3,000 fresh ones, then 3,000 times the replayed one
+    for fraction in (0.5, 1.0):
+        after = [text.split() for text in prompts(fraction)]
+        added = Counter()
+        replaced = Counter()
+        for i, (old, new) in enumerate(zip(before, after)):
+            if len(new) == 4:
+                at = next((j for j in range(3) if old[j] != new[j]), 3)
+                assert new[:at] + new[at + 1:] == old
+                added[i < 3000, new[at]] += 1
+            elif old != new:
+                at, = (j for j in range(3) if old[j] != new[j])
+                replaced[i < 3000, at, new[at]] += 1
+        for is_fresh in (True, False):
+            n = fraction * 3000 / 2  # added; as many replaced, some by the same word: 1/3 of 1/4 or of 1/2 of them
+            same = n * (1 / 3) * (1 / 4 if is_fresh else 1 / 2)
+            assert abs(sum(added[is_fresh, word] for word in "abcdefghi") - n) < 4 * math.sqrt(3000 / 4)
+            found = [replaced[is_fresh, at, word] for at in range(3) for word in "abcdefghi"]
+            assert abs(sum(found) - (n - same)) < 4 * math.sqrt(3000 / 4)
+            ours = "abcdef" if is_fresh else "ghi"
+            for at in range(3):  # every place, and every word of the batch
+                assert all(replaced[is_fresh, at, word] for word in "abcdefghi" if is_fresh or word not in ours)
     texts = ["a"] * 200
+    game.replay.last_success = {}
     game.replay.excluded = {"a a"}
-    assert train.defender_prompts(replace(config, word_edits=1.0), game, texts, np.random.default_rng(0)) == texts
+    assert prompts(1.0) == texts
 
 
 def test_mining_keeps_what_succeeds_and_no_test_prompt_and_tries_former_successes_again():
@@ -3205,7 +3219,8 @@ def test_a_users_models_with_different_tokenizers_learn_from_what_the_judge_deci
     run_program(user_models, *MODELS, *SHORT, "--judge", "open.py:judge", "--average", "none", "--out", "run")
     printed = capsys.readouterr()
     assert printed.err.count("the judge did not decide 1 of 4 exchanges") == 2 and "undecided" in printed.out
-    assert "nothing keeps it from refusing everything; pass --benign_prompts with at least 20" in printed.out
+    warning = "the defender's batch has no harmless requests, against refusing everything"
+    assert f"{warning}: that takes --benign_share and --benign_prompts with at least 20" in printed.out
     games = read_lines(user_models / "run" / "games.jsonl")
     for m in read_lines(user_models / "run" / "metrics.jsonl"):
         rows = [game for game in games if game["role"] == m["role"]]
@@ -3221,7 +3236,8 @@ def test_a_users_models_with_different_tokenizers_learn_from_what_the_judge_deci
         ours, theirs = (AutoTokenizer.from_pretrained(folder / name) for folder in (user_models / "run", user_models))
         assert ours.encode("the") == theirs.encode("the")
     run_program(user_models, "run", program=evaluation)
-    assert "0.000" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "0.000" in printed and warning not in printed
 
 
 def test_alarms_see_a_rounds_last_step_and_a_metric_that_does_not_exist_is_left_out(user_models):
@@ -3260,7 +3276,7 @@ def test_a_tilde_that_the_shell_has_left_is_the_home_folder(monkeypatch):
 
 @pytest.mark.parametrize("place, error, message", [
     ("gpo.policy_loss", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-     "error: out of memory with --micro_batch 16; take a smaller one"),
+     "error: out of memory with --micro_batch 24; take a smaller one"),
     ("harness.run.append_lines", OSError(errno.ENOSPC, "No space left on device"),
      "error: [Errno 28] No space left on device; the run can go on with --resume full")])
 def test_without_room_in_memory_or_on_the_disk_a_run_ends_with_one_line_and_goes_on_with_more(

@@ -26,8 +26,8 @@ that starts at zero: exercise 2 of docs/exercises.md. Row *k = 10* depends on it
 (13) No test prompt enters an update of the defender, whoever wrote it. Otherwise the tables would measure memorisation.
 (17) `--benign_share`: a fraction of the defender's batch is harmless requests, rewarded for a helpful answer. Without
 them, a language model's safest strategy is to refuse everything: table *harmless requests, or demonstrations*.
-(18) `--word_edits`: one word is replaced or added in half of the attacks that the defender answers, so that it also
-refuses what lies a word beyond the attacker's reach: section *today's setting*.
+(18) `--word_edits`: a word is replaced or added in half of the attacks that the defender answers (again, when they are
+replayed), so that it also refuses what lies beyond the attacker's reach: section *word edits*.
 """
 
 from harness.options import before_slow_imports, help_text
@@ -317,8 +317,8 @@ def defender_prompts(config: Config, game: Game, seeds: list[str], rng: np.rando
 
 
 def with_word_edits(config: Config, game: Game, attacks: list[str], rng: np.random.Generator) -> list[str]:
-    """The attacks; in a fraction `--word_edits` of them one word is replaced by one of another attack, or one is added
-    (after "EDA", Wei and Zou, 2019), unless that gives a test prompt."""
+    """The attacks; in a fraction `--word_edits` of them a word is replaced by one of a random attack of the batch, or
+    one is added before it (after "EDA", Wei and Zou, 2019), unless that gives a test prompt or a harmless request."""
     if not config.word_edits:
         return attacks
     edited = []

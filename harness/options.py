@@ -104,7 +104,7 @@ class Config:
     response_tokens: int | None = option("longest response", 16, 64, at_least=1)  # holds 3/4 of hh-rlhf's answers
     template: str | None = option("prompt of the attacker; {} is the seed", "{}", PAPER_TEMPLATE, warm_start=True)
     micro_batch: int | None = option("rows per forward and backward, four times as many without gradients; 0: a "
-                                     "minibatch", 0, 16)
+                                     "minibatch", 0, 24)
     gradient_checkpointing: bool = option("keep only block inputs for the backward: less memory, a third slower", False)
     lora: int = option("rank of LoRA adapters (needs peft), which alone are then trained and saved; 0: off", 0)
     dtype: str | None = option("auto: bf16 if the processor has it", "fp32", "auto", choices=("fp32", "bf16", "auto"))

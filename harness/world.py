@@ -121,6 +121,9 @@ def make_world(config: Config, start: Path | None = None) -> World:
         prompts = _user_prompts(config, data, policies)
         pairs = _user_pairs(config, prompts, embedder, rng)
     _check_prompts(config, prompts)
+    if not start and config.attacker and not (config.benign_share or config.method in ("sft", "paraphrase")):
+        print("the defender's batch has no harmless requests, against refusing everything: that takes --benign_share "
+              f"and --benign_prompts with at least {LEAST_BENIGN}")
     if config.shard:
         for policy in policies.values():
             shard(policy)
@@ -265,9 +268,6 @@ def _check_prompts(config, prompts):
             raise ValueError(f"--benign_share needs at least {LEAST_BENIGN} harmless requests, of which it takes half; "
                              "pass --benign_prompts")
         config.benign_share = 0.0
-        if config.method not in ("sft", "paraphrase") and config.defender_steps:
-            print("the defender's batch has no harmless requests, and nothing keeps it from refusing everything; pass "
-                  f"--benign_prompts with at least {LEAST_BENIGN} of them")
 
 
 def _warm_start(config, policies, pairs):
