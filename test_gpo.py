@@ -164,7 +164,7 @@ def bytes_of(module):
 def a_config(**kwargs):
     """Resolved options of a short game between tiny players."""
     sizes = dict(rounds=1, attacker_steps=2, defender_steps=1, batch_size=8, attack_tokens=6, response_tokens=6)
-    off = dict(mine=0, word_edits=0.0, benign_share=0.0, ptx_coef=0.0, min_likelihood=0.0)
+    off = dict(mine=0, benign_share=0.0, ptx_coef=0.0, min_likelihood=0.0)
     rates = dict(learning_rate=1e-3, attacker_learning_rate=1e-3)
     return resolve(Config(**{"out": f"nowhere_{os.getpid()}", **sizes, **off, **rates, **kwargs}))
 
@@ -2099,45 +2099,6 @@ def test_the_defender_is_never_trained_on_a_test_prompt():
     excluded = set(map(normalized, world.test_prompts))
     assert again == [seed if normalized(text) in excluded else text for seed, text in zip(seeds, written)]
     assert excluded.isdisjoint(map(normalized, again))
-
-
-def test_word_edits_replace_or_add_a_word_of_the_batch_and_give_no_test_prompt():
-    config, _, game = new_match(replay=0.5)
-    texts = ["a b c", "d e f"] * 3000
-    game.replay.last_success = {"g h i": 0.9}
-    policy = tiny_policy()
-    game.players["attacker"] = types.SimpleNamespace(
-        generate=lambda prompts, seed: rollout_of(policy, texts[:len(prompts)], prompts))
-
-    def prompts(fraction):
-        return train.defender_prompts(replace(config, word_edits=fraction), game, texts, np.random.default_rng(0))
-
-    before = [text.split() for text in prompts(0.0)]  # 3,000 fresh ones, then 3,000 times the replayed one
-    for fraction in (0.5, 1.0):
-        after = [text.split() for text in prompts(fraction)]
-        added = Counter()
-        replaced = Counter()
-        for i, (old, new) in enumerate(zip(before, after)):
-            if len(new) == 4:
-                at = next((j for j in range(3) if old[j] != new[j]), 3)
-                assert new[:at] + new[at + 1:] == old
-                added[i < 3000, new[at]] += 1
-            elif old != new:
-                at, = (j for j in range(3) if old[j] != new[j])
-                replaced[i < 3000, at, new[at]] += 1
-        for is_fresh in (True, False):
-            n = fraction * 3000 / 2  # added; as many replaced, some by the same word: 1/3 of 1/4 or of 1/2 of them
-            same = n * (1 / 3) * (1 / 4 if is_fresh else 1 / 2)
-            assert abs(sum(added[is_fresh, word] for word in "abcdefghi") - n) < 4 * math.sqrt(3000 / 4)
-            found = [replaced[is_fresh, at, word] for at in range(3) for word in "abcdefghi"]
-            assert abs(sum(found) - (n - same)) < 4 * math.sqrt(3000 / 4)
-            ours = "abcdef" if is_fresh else "ghi"
-            for at in range(3):  # every place, and every word of the batch
-                assert all(replaced[is_fresh, at, word] for word in "abcdefghi" if is_fresh or word not in ours)
-    texts = ["a"] * 200
-    game.replay.last_success = {}
-    game.replay.excluded = {"a a"}
-    assert prompts(1.0) == texts
 
 
 def test_mining_keeps_what_succeeds_and_no_test_prompt_and_tries_former_successes_again():

@@ -26,8 +26,6 @@ that starts at zero: exercise 2 of docs/exercises.md. Row *k = 10* depends on it
 (13) No test prompt enters an update of the defender, whoever wrote it. Otherwise the tables would measure memorisation.
 (17) `--benign_share`: a fraction of the defender's batch is harmless requests, rewarded for a helpful answer. Without
 them, a language model's safest strategy is to refuse everything: table *harmless requests, or demonstrations*.
-(18) `--word_edits`: a word is replaced or added in half of the attacks that the defender answers (again, when they are
-replayed), so that it also refuses what lies beyond the attacker's reach: section *word edits*.
 """
 
 from harness.options import before_slow_imports, help_text
@@ -313,25 +311,7 @@ def defender_prompts(config: Config, game: Game, seeds: list[str], rng: np.rando
     seeds = seeds[len(replayed) :]
     fresh = write_attacks(config, game, seeds, rng)
     fresh = [seed if game.replay.excludes(attack) else attack for attack, seed in zip(fresh, seeds, strict=True)]
-    return with_word_edits(config, game, fresh + replayed, rng)
-
-
-def with_word_edits(config: Config, game: Game, attacks: list[str], rng: np.random.Generator) -> list[str]:
-    """The attacks; in a fraction `--word_edits` of them a word is replaced by one of a random attack of the batch, or
-    one is added before it (after "EDA", Wei and Zou, 2019), unless that gives a test prompt or a harmless request."""
-    if not config.word_edits:
-        return attacks
-    edited = []
-    for attack in attacks:
-        words = attack.split()
-        others = attacks[rng.integers(len(attacks))].split()
-        if words and others and rng.random() < config.word_edits:
-            at = rng.integers(len(words))
-            words[at : at + rng.integers(2)] = [others[rng.integers(len(others))]]
-            if not game.replay.excludes(" ".join(words)):
-                attack = " ".join(words)
-        edited.append(attack)
-    return edited
+    return fresh + replayed
 
 
 def novel_prompts(config: Config, game: Game, seeds: list[str], rng: np.random.Generator) -> list[str]:

@@ -59,8 +59,8 @@ from toy import ToyGame
 ROOT = Path(__file__).resolve().parent.parent
 
 # --- rows: {name: flags of train.py}; of two equal flags the last one is used ---------------------------------------
-# Algorithm 1 as in the paper: long turns; no replay, mining, word edits, harmless requests or choice of a defender
-PAPER = ("--replay 0 --mine 0 --word_edits 0 --benign_share 0 --rounds 2 --attacker_steps 30 --defender_steps 20 "
+# Algorithm 1 as in the paper: long turns; no replay, mining, harmless requests or choice of the final defender
+PAPER = ("--replay 0 --mine 0 --benign_share 0 --rounds 2 --attacker_steps 30 --defender_steps 20 "
          "--kl_coef 0.1 --attacker_kl_coef 0.01 --diversity 3 --final_defender last")
 METHODS = {
     "SFT": "--method sft --average none",
@@ -89,7 +89,6 @@ RECIPE = {
     "recommended": METHODS["recommended"], "last round": "--final_defender last --average none",
     "no mining": "--mine 0 --average mixture", "no mining, no replay": "--mine 0 --replay 0 --average mixture",
     "no harmless requests": "--benign_share 0 --average mixture",
-    "no word edits": "--word_edits 0 --average mixture",
     "against mixtures": "--opponent mixture --average mixture", "against the mean of weights": "--opponent weights",
     "no diversity": "--diversity 0 --average mixture"}
 HORIZONS = (1, 2, 4, 8, 16, 32)  # T, the number of rounds

@@ -83,8 +83,6 @@ class Config:
     opponent: str = option("the other's last policy, or the mixture or mean of the weights of all", "last",
                            choices=("last", "mixture", "weights"), only="gpo")
     replay: float = option("fraction of earlier attacks in the defender's batch, by success", 0.6, below=1, only="gpo")
-    word_edits: float | None = option("fraction of the attacks in the defender's batch in which one word is replaced "
-                                      "or added", 0.5, 0.0, at_most=1, only="gpo")
     diversity: float | None = option("weight k of the diversity reward; 0: off", 0.3, 1.0, heading="diversity")
     diversity_terms: str = option("terms of the diversity reward", "bleu,embedding", only="diversity",
                                   choices=("bleu,embedding", "embedding,bleu", "bleu", "embedding"))
