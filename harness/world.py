@@ -121,9 +121,6 @@ def make_world(config: Config, start: Path | None = None) -> World:
         prompts = _user_prompts(config, data, policies)
         pairs = _user_pairs(config, prompts, embedder, rng)
     _check_prompts(config, prompts)
-    if not start and config.attacker and not (config.benign_share or config.method in ("sft", "paraphrase")):
-        print("the defender's batch has no harmless requests, against refusing everything: that takes --benign_share "
-              f"and --benign_prompts with at least {LEAST_BENIGN}")
     if config.shard:
         for policy in policies.values():
             shard(policy)
@@ -374,6 +371,9 @@ def _user_prompts(config, data, policies):
     for flag, what in consequences.items():
         if flag not in data and not getattr(config, flag):
             print(f"without --{flag} {what}")
+    if config.method not in ("sft", "paraphrase") and not (config.benign_share and prompts.benign_seeds):
+        print("the defender's batch has no harmless requests, against refusing everything: that takes --benign_share "
+              f"and --benign_prompts with at least {LEAST_BENIGN}")
     return prompts
 
 
