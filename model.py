@@ -718,6 +718,8 @@ def merge_adapter(kind: type, name: str | Path, options: dict) -> tuple[PreTrain
     if heads:
         options = {**options, "num_labels": len(heads[-1]), "ignore_mismatched_sizes": True}
     try:
+        if base and find_adapter_config_file(base):  # peft would put both in one place
+            raise ValueError("it is an adapter too; merge that one into its own base first, and save the result")
         model, info = kind.from_pretrained(base, **options)
     except Exception as error:
         raise ValueError(f"it is an adapter, and its base {base!r} cannot be loaded: {first_line(error)}") from error

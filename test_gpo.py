@@ -2687,6 +2687,10 @@ def test_an_adapters_folder_is_loaded_as_its_base_with_the_adapter_added(has_tok
     put_on_hub(tmp_path / "hub", "models--me--adapter", tmp_path / "adapter")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     assert bytes_of(load_policy("me/adapter").lm) == bytes_of(policy.lm)
+    parallel.add_lora(policy, 2)
+    parallel.save_adapter(policy, tmp_path / "second", str(tmp_path / "adapter"))
+    with pytest.raises(ValueError, match="its base .*adapter' cannot be loaded: it is an adapter too; merge that one"):
+        load_policy(tmp_path / "second")
 
 
 def write_gguf(path, lm, tokenizer):
@@ -3320,6 +3324,9 @@ def test_a_warm_started_adapter_is_the_anchor_of_its_player(one_base):
         policies = (player.policy, load_policy(start / name))
         ours, theirs = (logprobs_and_values(policy, rollout)[0] for policy in policies)
         assert torch.allclose(ours, theirs, atol=1e-5)  # as anybody else loads it
+        finished = [load_policy(one_base / name / part) for part in ("", "adapter")]  # the latter names its base
+        merged, adapted = (logprobs_and_values(policy, rollout)[0] for policy in finished)
+        assert torch.allclose(merged, adapted, atol=1e-5) and not torch.allclose(merged, ours, atol=1e-5)
 
 
 def test_a_run_on_one_base_goes_on_elsewhere_to_the_same_bytes_and_others_start_from_it(one_base, tmp_path):

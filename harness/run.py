@@ -426,7 +426,7 @@ class RunFolder:
                 which = f"the policy after round {facts['round']} of {last}"
             with complete_folder(self.path / name, not rank()) as temporary:
                 save_policy(merged(player.policy, "cpu"), temporary, model_card(name, self.config, which))
-                save_adapter(player.policy, temporary / "adapter")
+                save_adapter(player.policy, temporary / "adapter", getattr(self.config, name))
         self.save_averages(averages)
         if rank():
             return
