@@ -3178,6 +3178,16 @@ def user_models(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("flags, rows", [(["--batch_size", "4"], 4), (["--batch_size", "96"], 32)])
+def test_a_warm_start_takes_a_ppo_batch_but_at_most_32_rows_a_step(flags, rows, user_models, monkeypatch, capsys):
+    taken = []
+    monkeypatch.setattr("harness.world.sft", lambda policy, pairs, settings: taken.append(settings.batch_size))
+    monkeypatch.chdir(user_models)
+    make_world(resolve(parse([*MODELS, *SHORT, *flags, "--benign_share", "0"])))
+    assert taken == [rows, rows]  # of both players
+    assert "harmless requests" not in capsys.readouterr().out  # that there are none, the user has chosen
+
+
 def test_a_users_models_with_different_tokenizers_learn_from_what_the_judge_decides(user_models, capsys):
     (user_models / "open.py").write_text(
         "def judge(p, r):\n    return [None if i == 1 else len(text) % 7 / 7 for i, text in enumerate(r)]\n")

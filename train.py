@@ -117,7 +117,7 @@ class Turn(NamedTuple):
 
 def schedule(config: Config) -> list[Turn]:
     """The PPO steps in the order of Algorithm 1: in each round, all steps of one player, then all of the other."""
-    if config.method in ("sft", "paraphrase"):
+    if not config.trains:
         return []
     steps = {"attacker": config.attacker_steps, "defender": config.defender_steps}
     if config.method == "iterative":

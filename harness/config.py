@@ -180,7 +180,7 @@ def refuse_unused(config: Config) -> None:
     conditions = {  # Option.only: (whether it holds, the message if it does not)
         "toy": (not config.attacker, "only the embedded game trains its judge"),
         "user": (config.attacker, "the embedded game has its own; pass --attacker and --defender"),
-        "training": (config.method not in ("sft", "paraphrase"), f"--method {config.method} trains nobody"),
+        "training": (config.trains, f"--method {config.method} trains nobody"),
         "attacker": (config.method in ("gpo", "rlhf"), f"--method {config.method} trains no attacker"),
         "gpo": (config.method == "gpo", f"it belongs to --method gpo, not to {config.method}"),
         "mixture": ("mixture" in config.average, "--average keeps no mixture"),

@@ -120,6 +120,11 @@ class Config:
     resume: str | None = option("continue the run in this folder, with its own configuration")
     given = frozenset()  # not an option: the names of the options that the user gave
 
+    @property
+    def trains(self) -> bool:
+        """Whether the method updates any player."""
+        return self.method not in ("sft", "paraphrase")
+
 
 OPTIONS = {entry.name: entry.metadata["option"] for entry in fields(Config)}
 

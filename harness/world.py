@@ -371,7 +371,7 @@ def _user_prompts(config, data, policies):
     for flag, what in consequences.items():
         if flag not in data and not getattr(config, flag):
             print(f"without --{flag} {what}")
-    if config.method not in ("sft", "paraphrase") and not (config.benign_share and prompts.benign_seeds):
+    if config.trains and "benign_share" not in config.given and not prompts.benign_seeds:
         print("the defender's batch has no harmless requests, against refusing everything: that takes --benign_share "
               f"and --benign_prompts with at least {LEAST_BENIGN}")
     return prompts
