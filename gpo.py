@@ -37,7 +37,17 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from tqdm import tqdm, trange
 
-from model import Policy, Rollout, demonstrations, frozen_copy, generate, logprobs_and_values, one_cycle, pack
+from model import (
+    Policy,
+    Rollout,
+    demonstrations,
+    frozen_copy,
+    generate,
+    logprobs_and_values,
+    one_cycle,
+    pack,
+    sample_batches,
+)
 from reward import Judge, call_judge, decided
 
 
@@ -531,6 +541,7 @@ class SFTSettings:
     seed: int | list[int]
     micro_batch: int = 0  # rows per forward and backward; 0: the whole batch
     name: str = "SFT"  # label of the progress bar
+    by_length: bool = False  # pairs of similar length share a batch: less padding
 
 
 def sft(policy: Policy, pairs: list[tuple[str, str]], settings: SFTSettings) -> float:
@@ -538,13 +549,13 @@ def sft(policy: Policy, pairs: list[tuple[str, str]], settings: SFTSettings) -> 
     optimizer = torch.optim.AdamW([p for p in policy.lm.parameters() if p.requires_grad], lr=settings.learning_rate,
                                   betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     schedule = one_cycle(optimizer, settings.learning_rate, settings.steps)
-    rng = np.random.default_rng(settings.seed)
     demos = demonstrations(policy, pairs)
     batch_size = settings.batch_size + -settings.batch_size % world_size()  # as many rows for every process
+    batches = sample_batches(demos.lengths.tolist(), settings.steps, batch_size, settings.seed, settings.by_length)
     loss = math.nan
     bar = trange(settings.steps, desc=f"{settings.name:<22}", dynamic_ncols=True)
     for step in bar:
-        rows = torch.from_numpy(rng.integers(len(pairs), size=batch_size)).to(policy.device)
+        rows = torch.from_numpy(batches[step]).to(policy.device)
         loss = supervised_gradients(policy, demos, rows, settings.micro_batch)
         if not_finite(gradient=clip_gradients(policy, 1.0)):
             raise NotFinite(f"supervised training stopped at step {step + 1}: its gradient is not finite; "

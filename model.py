@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -595,6 +596,22 @@ def one_cycle(optimizer: torch.optim.Optimizer, peak: float, steps: int) -> torc
     if total == 10:
         total = 11  # for 10, OneCycleLR would divide by 0.1 * 10 - 1
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total, pct_start=0.1)
+
+
+def sample_batches(lengths: Sequence[int], steps: int, batch_size: int, seed: int | list[int],
+                   by_length: bool) -> np.ndarray:
+    """Row numbers of each supervised step's batch, (steps, batch_size), sampled uniformly from len(lengths) rows.
+    by_length: rows of similar length share a batch, which then has little padding. To this end the rows of 32 steps are
+    sorted and split into batches again, in random order."""
+    rng = np.random.default_rng(seed)
+    batches = np.array([rng.integers(len(lengths), size=batch_size) for _ in range(steps)])
+    if by_length:
+        lengths = np.asarray(lengths)
+        for start in range(0, steps, 32):
+            chosen = batches[start : start + 32]
+            sorted_rows = chosen.ravel()[np.argsort(lengths[chosen.ravel()], kind="stable")]
+            batches[start : start + 32] = rng.permutation(sorted_rows.reshape(chosen.shape))
+    return batches
 
 
 # --- copies -----------------------------------------------------------------------------------------------------

@@ -32,7 +32,16 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from model import encode_rendered, first_line, inert_texts, load_model, longest_input, one_cycle, rendered_chat
+from model import (
+    encode_rendered,
+    first_line,
+    inert_texts,
+    load_model,
+    longest_input,
+    one_cycle,
+    rendered_chat,
+    sample_batches,
+)
 
 Judge = Callable[[list[str], list[str]], list[float | None]]  # (prompts, responses) -> P(safe); None: cannot decide
 
@@ -477,20 +486,6 @@ class JudgeTraining:
     checkpoint: Path | None = None  # written every minute; training continues from it if the file exists
 
 
-def judge_batches(samples: list[tuple], settings: JudgeTraining) -> np.ndarray:
-    """Indices of the samples of each step, (steps, batch_size), sampled uniformly. By length: those of 32 steps are
-    sorted by their number of characters and split into batches again, in random order."""
-    rng = np.random.default_rng(settings.seed)
-    batches = np.array([rng.integers(len(samples), size=settings.batch_size) for _ in range(settings.steps)])
-    if settings.by_length:
-        lengths = np.array([sum(len(text) for text in sample if isinstance(text, str)) for sample in samples])
-        for start in range(0, settings.steps, 32):
-            chosen = batches[start:start + 32]
-            by_length = chosen.ravel()[np.argsort(lengths[chosen.ravel()], kind="stable")]
-            batches[start:start + 32] = rng.permutation(by_length.reshape(chosen.shape))
-    return batches
-
-
 def train_judge(model: Model, tokenizer: Tokenizer, samples: list[tuple], settings: JudgeTraining) -> Judge:
     """Train a two-label sequence classifier into a judge of (prompt, response) pairs, by a score s = logit(safe) -
     logit(unsafe). samples: triples (prompt, response, safe in [0, 1]), trained by cross-entropy; or (prompt, chosen,
@@ -515,7 +510,8 @@ def train_judge(model: Model, tokenizer: Tokenizer, samples: list[tuple], settin
         except Exception as error:
             raise ValueError(f"cannot go on from {settings.checkpoint}: {first_line(error)}; remove it to begin the "
                              "training again") from error
-    batches = judge_batches(samples, settings)
+    lengths = [sum(len(text) for text in sample if isinstance(text, str)) for sample in samples]  # characters
+    batches = sample_batches(lengths, settings.steps, settings.batch_size, settings.seed, settings.by_length)
     bar = tqdm(range(done, settings.steps), desc="training the judge    ", dynamic_ncols=True, initial=done,
                total=settings.steps, disable=settings.steps == 0)
     for step in bar:

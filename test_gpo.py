@@ -87,7 +87,7 @@ from harness.report import JudgeErrors, calibration, corrected_rate, holm, paire
 from harness.run import RunFolder, alarms, open_run
 from harness.world import PLAIN_EXCHANGES, World, make_players, make_world, split_prompts, usable_pairs
 from kernel import linear_logprob, linear_logprob_reference
-from model import Policy, demonstrations, generate, load_policy, logprobs_and_values, save_policy
+from model import Policy, demonstrations, generate, load_policy, logprobs_and_values, sample_batches, save_policy
 from reward import JudgeError, answered, call_judge, classifier_judge, decided, load_judge, rule_judge
 from toy import ToyGame
 from train import Game, new_game
@@ -1780,14 +1780,10 @@ def test_a_judge_whose_training_was_stopped_goes_on_to_the_same_weights(tmp_path
 
 
 def test_batches_by_length_take_every_sample_as_often_and_pad_less():
-    rng = np.random.default_rng(0)
-    samples = [("p" * int(rng.integers(1, 50)), "r" * int(rng.integers(1, 200)), 1.0) for _ in range(300)]
-    settings = reward.JudgeTraining(steps=70, batch_size=8)  # two groups of 32 steps, and one of 6
-    mixed = reward.judge_batches(samples, settings)
-    sorted_ = reward.judge_batches(samples, replace(settings, by_length=True))
+    lengths = np.random.default_rng(0).integers(2, 250, size=300)
+    mixed, sorted_ = (sample_batches(lengths, 70, 8, 0, by_length) for by_length in (False, True))  # 32 + 32 + 6 steps
     assert mixed.shape == sorted_.shape == (70, 8)
     assert Counter(mixed.ravel()) == Counter(sorted_.ravel())
-    lengths = np.array([len(prompt + response) for prompt, response, _ in samples])
     padding = [(lengths[batches].max(1, keepdims=True) - lengths[batches]).sum() for batches in (mixed, sorted_)]
     assert padding[1] < padding[0] / 3
     longest = lengths[sorted_].max(1)
