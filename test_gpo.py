@@ -3926,6 +3926,23 @@ def test_the_worst_case_of_a_run_is_measured_once_and_shown(finished, monkeypatc
     assert status == 2 and "are final, mixture, weights, got fianl" in line
 
 
+def test_two_processes_measure_two_kinds_of_defender_of_one_run(finished, tmp_path, monkeypatch):
+    run = open_run(shutil.copytree(finished.folder, tmp_path / "run"))
+    file = run.path / "worst_case.json"
+    other = {"mixture": {"archive": 0.5}}
+
+    def meanwhile(run, defender):  # the other process ends first
+        data.write_json(file, other)
+        return {"PPO": 0.25}
+
+    for name in ("open_prompts", "best_of_n", "archive", "token_search"):
+        monkeypatch.setattr(worst_case, name, lambda *args: {})
+    for name, value in {"ppo_attacker": meanwhile, "TRIES": 130, "SEEDS": 4}.items():
+        monkeypatch.setattr(worst_case, name, value)
+    expected = other | {"final": {"PPO": 0.25}}
+    assert worst_case.measure(run, ["final"]) == json.loads(file.read_text()) == expected
+
+
 def test_nash_prints_the_slopes_of_the_theory(tmp_path, capsys):
     run_program(tmp_path, "nash", "--out", "nash", program=evaluation)
     slopes = [float(slope) for slope in re.findall(r"slope of the average's gap (-?[\d.]+)", capsys.readouterr().out)]

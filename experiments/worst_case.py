@@ -186,8 +186,7 @@ def defenders_of(run: FinishedRun) -> dict[str, Side]:
 
 def measure(run: FinishedRun, kinds: Sequence[str]) -> dict[str, dict]:
     """{kind of defender: {measure: value}}; kinds in RUN/worst_case.json are not measured again."""
-    file = run.path / "worst_case.json"
-    found = read_json(file) if file.is_file() else {}
+    found = measured_so_far(run)
     kinds = kinds or defenders_of(run)
     left = [kind for kind in kinds if "grammar, ten worst prompts" not in found.get(kind, {})]  # or of an older version
     if not left:
@@ -200,11 +199,18 @@ def measure(run: FinishedRun, kinds: Sequence[str]) -> dict[str, dict]:
     some = sample(attacks[1.0], 4 * CHILDREN, np.random.default_rng(run.config.seed))
     for kind in left:
         defender = defenders_of(run)[kind]
-        found[kind] = {**open_prompts(toy, defender), **best_of_n(toy, defender, attacks),
-                       **archive(toy, defender, seeds + some, run.config.seed),
-                       **token_search(toy, defender, run.world.seeds, run.config.seed), **ppo_attacker(run, defender)}
-        write_json(file, found)
+        row = {**open_prompts(toy, defender), **best_of_n(toy, defender, attacks),
+               **archive(toy, defender, seeds + some, run.config.seed),
+               **token_search(toy, defender, run.world.seeds, run.config.seed), **ppo_attacker(run, defender)}
+        found = measured_so_far(run) | {kind: row}  # another process may have measured another kind meanwhile
+        write_json(run.path / "worst_case.json", found)
     return found
+
+
+def measured_so_far(run: FinishedRun) -> dict[str, dict]:
+    """What RUN/worst_case.json holds."""
+    file = run.path / "worst_case.json"
+    return read_json(file) if file.is_file() else {}
 
 
 def open_by_round(run: FinishedRun) -> list[dict]:
