@@ -51,8 +51,8 @@ class Config:
                                         "test set, without --prompts", only="user", warm_start=True)
     sft_data: str | None = option("(prompt, response) pairs for the defender's warm start and --ptx_coef; default: "
                                   "hh-rlhf's harmless-base, without --prompts", only="user", warm_start=True)
-    sft_steps: int | None = option("supervised steps of each player", 600, 400, warm_start=True)  # 400: 30% of hh-rlhf
-    judge_steps: int = option("training steps of the toy judge", 600, at_least=1, only="toy", warm_start=True)
+    sft_steps: int | None = option("supervised steps of each player", 900, 400, warm_start=True)  # 400: 30% of hh-rlhf
+    judge_steps: int = option("training steps of the toy judge", 900, at_least=1, only="toy", warm_start=True)
     method: str = option("rlhf: defender on fixed prompts and harmless requests, attacker against the initial one; "
                          "iterative: prompts by the initial attacker; paraphrase, sft: no updates", "gpo",
                          choices=METHODS, heading="game")

@@ -271,14 +271,14 @@ def _warm_start(config, policies, pairs):
     """SFT of both players on their (prompt, response) pairs. A player of the embedded game trains all of its weights
     here, and gets its adapter afterwards."""
     batch_size = 64
-    rates = {"defender": 4.5e-3, "attacker": 4.5e-3}
+    rates = {"defender": 3e-3, "attacker": 3e-3}
     if config.attacker:
         batch_size = min(32, config.batch_size)
         rates = {"defender": SFT_RATE * config.learning_rate, "attacker": SFT_RATE * config.attacker_learning_rate}
     for i, name in enumerate(("defender", "attacker")):
         if pairs.get(name) and not config.dry_run:
             settings = SFTSettings(config.sft_steps, batch_size, rates[name], [config.seed, i], config.micro_batch,
-                                   f"SFT of the {name}", by_length=True)
+                                   f"SFT of the {name}", by_length=not config.attacker)
             sft(policies[name], pairs[name], settings)
         if not config.attacker:
             _save_memory(policies[name], config)
