@@ -601,9 +601,8 @@ def one_cycle(optimizer: torch.optim.Optimizer, peak: float, steps: int) -> torc
 def sample_batches(lengths: Sequence[int], steps: int, batch_size: int, seed: int | list[int],
                    by_length: bool) -> np.ndarray:
     """Row numbers of each supervised step's batch, (steps, batch_size), sampled uniformly from len(lengths) rows.
-    by_length: the rows of 32 steps are sorted and split into batches again, in random order: rows of similar length then
-    share a batch, which has little padding. (A loss that is a mean over a batch's tokens then weighs the tokens of
-    short rows more.)"""
+    by_length: the rows of 32 steps are sorted and split into batches again, in random order. Rows of similar length
+    then share a batch, which has little padding (but the mean over its tokens weighs those of short rows more)."""
     rng = np.random.default_rng(seed)
     batches = np.array([rng.integers(len(lengths), size=batch_size) for _ in range(steps)])
     if by_length:

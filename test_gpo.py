@@ -1790,6 +1790,33 @@ def test_batches_by_length_take_every_sample_as_often_and_pad_less():
     assert abs(np.corrcoef(longest[:32], np.arange(32))[0, 1]) < 0.5  # in no order
 
 
+@pytest.mark.parametrize("by_length", [False, True])
+def test_supervised_training_takes_the_batches_that_it_is_asked_for(by_length, monkeypatch):
+    pairs = [("a", "b " * n) for n in range(1, 21)]
+    batches = sample_batches(range(20), 3, 4, 7, by_length)  # the longer, the later: in tokens and in characters
+    expected = [[pairs[i][1] for i in rows] for rows in batches]
+    seen = []
+
+    def loss(policy, demos):
+        seen.append(demos.texts)
+        return policy.head.weight.sum()
+
+    def logits(model, tokenizer, prompts, responses):
+        seen.append(list(responses))
+        return classifier_logits(model, tokenizer, prompts, responses)
+
+    monkeypatch.setattr("gpo.supervised_loss", loss)
+    sft(tiny_policy(), pairs, SFTSettings(3, 4, 1e-3, 7, by_length=by_length))
+    assert seen == expected
+    tokenizer = tiny_tokenizer()
+    classifier_logits = reward.classifier_logits
+    monkeypatch.setattr("reward.classifier_logits", logits)
+    triples = [(prompt, response, 1.0) for prompt, response in pairs]
+    settings = reward.JudgeTraining(3, 4, 1e-3, 7, by_length=by_length)
+    reward.train_judge(tiny_classifier(tokenizer), tokenizer, triples, settings)
+    assert seen[-3:] == expected
+
+
 def decoder_classifier(folder, tokenizer, **settings):
     model = tiny_llama(tokenizer, transformers.LlamaForSequenceClassification, bos_token_id=None,
                        id2label={0: "safe", 1: "unsafe"}, label2id={"safe": 0, "unsafe": 1}, **settings)
@@ -3177,10 +3204,10 @@ def user_models(tmp_path_factory):
 @pytest.mark.parametrize("flags, rows", [(["--batch_size", "4"], 4), (["--batch_size", "96"], 32)])
 def test_a_warm_start_takes_a_ppo_batch_but_at_most_32_rows_a_step(flags, rows, user_models, monkeypatch, capsys):
     taken = []
-    monkeypatch.setattr("harness.world.sft", lambda policy, pairs, settings: taken.append(settings.batch_size))
+    monkeypatch.setattr("harness.world.sft", lambda policy, pairs, settings: taken.append(settings))
     monkeypatch.chdir(user_models)
     make_world(resolve(parse([*MODELS, *SHORT, *flags, "--benign_share", "0"])))
-    assert taken == [rows, rows]  # of both players
+    assert [(settings.batch_size, settings.by_length) for settings in taken] == [(rows, False)] * 2  # of both players
     assert "harmless requests" not in capsys.readouterr().out  # that there are none, the user has chosen
 
 
@@ -3330,9 +3357,13 @@ def test_a_warm_started_adapter_is_the_anchor_of_its_player(one_base):
         policies = (player.policy, load_policy(start / name))
         ours, theirs = (logprobs_and_values(policy, rollout)[0] for policy in policies)
         assert torch.allclose(ours, theirs, atol=1e-5)  # as anybody else loads it
-        finished = [load_policy(one_base / name / part) for part in ("", "adapter")]  # the latter names its base
-        merged, adapted = (logprobs_and_values(policy, rollout)[0] for policy in finished)
+        merged, adapted = merged_and_adapted(one_base / name, rollout)
         assert torch.allclose(merged, adapted, atol=1e-5) and not torch.allclose(merged, ours, atol=1e-5)
+
+
+def merged_and_adapted(player, rollout):
+    """Log-probs by a finished player's whole model, and by its adapter, which names the base that its run has saved."""
+    return [logprobs_and_values(load_policy(folder), rollout)[0] for folder in (player, player / "adapter")]
 
 
 def test_a_run_on_one_base_goes_on_elsewhere_to_the_same_bytes_and_others_start_from_it(one_base, tmp_path):
@@ -3345,6 +3376,9 @@ def test_a_run_on_one_base_goes_on_elsewhere_to_the_same_bytes_and_others_start_
     run_program(one_base.parent, *ONE_BASE, "--lora", 3, "--rounds", 1, "--start", one_base, "--out", other)
     before, after = (json.loads((run / "summary.json").read_text())["before"] for run in (one_base, other))
     assert before == after
+    rollout = open_run(other).world.first["defender"].generate(QUESTIONS[:4], 0)
+    merged, adapted = merged_and_adapted(other / "defender", rollout)  # its base is not that of --defender
+    assert torch.allclose(merged, adapted, atol=1e-5)
 
 
 def test_a_dry_run_prints_what_the_models_read_and_writes_nothing(user_models, capsys):
@@ -3929,18 +3963,18 @@ def test_the_worst_case_of_a_run_is_measured_once_and_shown(finished, monkeypatc
 def test_two_processes_measure_two_kinds_of_defender_of_one_run(finished, tmp_path, monkeypatch):
     run = open_run(shutil.copytree(finished.folder, tmp_path / "run"))
     file = run.path / "worst_case.json"
-    other = {"mixture": {"archive": 0.5}}
+    newest = {"grammar, ten worst prompts": 0.5}
+    other = {"mixture": newest, "weights": {"archive": 0.5}}  # the latter by an older version: not shown
 
     def meanwhile(run, defender):  # the other process ends first
         data.write_json(file, other)
-        return {"PPO": 0.25}
+        return newest
 
     for name in ("open_prompts", "best_of_n", "archive", "token_search"):
         monkeypatch.setattr(worst_case, name, lambda *args: {})
     for name, value in {"ppo_attacker": meanwhile, "TRIES": 130, "SEEDS": 4}.items():
         monkeypatch.setattr(worst_case, name, value)
-    expected = other | {"final": {"PPO": 0.25}}
-    assert worst_case.measure(run, ["final"]) == json.loads(file.read_text()) == expected
+    assert worst_case.measure(run, ["final"]) == json.loads(file.read_text()) == {"mixture": newest, "final": newest}
 
 
 def test_nash_prints_the_slopes_of_the_theory(tmp_path, capsys):

@@ -3,6 +3,7 @@
 
     python -m experiments.worst_case RUN [RUN ...]           RUN/worst_case.json of each, and one table over all runs
     python -m experiments.worst_case RUN [RUN ...] --rounds  the grammar alone, after every round: RUN/open.json
+    python -m experiments.worst_case RUN --kinds mixture     one kind of defender; other processes may measure others
 
     grammar        all harmful prompts of the framings in play and of the unseen ones, answered greedily and 8 times,
                    the 300 most unsafe ones 48 times more, and the ten worst of these once more 48 times
@@ -188,7 +189,7 @@ def measure(run: FinishedRun, kinds: Sequence[str]) -> dict[str, dict]:
     """{kind of defender: {measure: value}}; kinds in RUN/worst_case.json are not measured again."""
     found = measured_so_far(run)
     kinds = kinds or defenders_of(run)
-    left = [kind for kind in kinds if "grammar, ten worst prompts" not in found.get(kind, {})]  # or of an older version
+    left = [kind for kind in kinds if kind not in found]
     if not left:
         return found
     toy = run.world.toy
@@ -208,9 +209,10 @@ def measure(run: FinishedRun, kinds: Sequence[str]) -> dict[str, dict]:
 
 
 def measured_so_far(run: FinishedRun) -> dict[str, dict]:
-    """What RUN/worst_case.json holds."""
+    """What RUN/worst_case.json holds, without the rows of older versions, which lack a measure."""
     file = run.path / "worst_case.json"
-    return read_json(file) if file.is_file() else {}
+    rows = read_json(file) if file.is_file() else {}
+    return {kind: row for kind, row in rows.items() if "grammar, ten worst prompts" in row}
 
 
 def open_by_round(run: FinishedRun) -> list[dict]:

@@ -186,8 +186,8 @@ def merged(module: nn.Module, device: str | None = None, with_adapters: bool = T
 
 
 def save_adapter(policy: Policy, folder: Path, base: str | None = None) -> None:
-    """Save the adapter of a policy with LoRA in peft's format; do nothing without LoRA. base: where its base is, as a
-    hub id or a path, which may be relative to `folder`; None: the embedded game's, which has no name."""
+    """Save the adapter of a policy with LoRA in peft's format; do nothing without LoRA. base: the folder of its base,
+    relative to `folder`."""
     if _lora_layers(policy.lm) and not rank():
         settings = policy.lm.peft_config["default"]
         settings.base_model_name_or_path = base

@@ -45,6 +45,7 @@ from harness.data import (
     write_text,
 )
 from harness.parallel import (
+    base_in_start,
     first_decides,
     gather_results,
     join_processes,
@@ -426,7 +427,8 @@ class RunFolder:
                 which = f"the policy after round {facts['round']} of {last}"
             with complete_folder(self.path / name, not rank()) as temporary:
                 save_policy(merged(player.policy, "cpu"), temporary, model_card(name, self.config, which))
-                save_adapter(player.policy, temporary / "adapter", getattr(self.config, name))
+                base = base_in_start(self.path / "checkpoints" / "start" / name, self.config.lora)
+                save_adapter(player.policy, temporary / "adapter", f"../../checkpoints/start/{base.name}")
         self.save_averages(averages)
         if rank():
             return
