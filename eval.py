@@ -324,6 +324,8 @@ def means_table(rows: dict[str, list[dict]]) -> str:
 
 # --- eval.py attack -------------------------------------------------------------------------------------------------
 SAME = 0.8  # the least cosine between an attack and its cluster's leader
+NO_JUDGES = {"judge": "rule", "unsafe_label": None, "held_out_judge": "rule", "held_out_unsafe_label": None,
+             "helpful_judge": "answered"}  # with --judge those of a run are not needed, and may be elsewhere
 
 
 def leaders(texts: Sequence[str], embedder: Embedder) -> list[int]:
@@ -344,7 +346,10 @@ def attack(args: argparse.Namespace) -> None:
     folder = Path(args.attacker)
     if folder.name == "attacker":
         folder = folder.parent
-    run = open_run(folder) if (folder / "games.jsonl").is_file() else None  # else a model's folder or a hub id
+    options = NO_JUDGES if args.judge else {}
+    run = None  # a model's folder or a hub id
+    if (folder / "games.jsonl").is_file():
+        run = open_run(folder, **options)
     if not run and not (args.prompts and args.judge):
         raise ValueError(f"an attacker that is not from a run needs --prompts and --judge, got {args.attacker}")
     if args.n < 1 or args.tries < 1:

@@ -3874,6 +3874,18 @@ def test_a_trained_attacker_meets_a_target_and_its_attacks_are_written_the_worst
     assert f"{hit:.3f} [" in next(line for line in capsys.readouterr().out.splitlines() if "hit@5" in line)
 
 
+def test_a_run_attacks_by_another_judge_where_its_own_is_missing(one_base, tmp_path, capsys):
+    run = shutil.copytree(one_base, tmp_path / "run")
+    made = json.loads((run / "config.json").read_text())
+    made["config"] |= {"judge": "/elsewhere/judge", "unsafe_label": "bad"}
+    data.write_json(run / "config.json", made)
+    arguments = ["attack", run, run, "-n", 4, "--out", tmp_path / "attacks.jsonl"]
+    status, line = ending(capsys, HERE, *arguments, program=evaluation)
+    assert status == 2 and "cannot load the judge '/elsewhere/judge'" in line
+    run_program(HERE, *arguments, "--judge", "rule", program=evaluation)
+    assert len(read_lines(tmp_path / "attacks.jsonl")) == 4
+
+
 def test_the_interval_of_a_rate_is_of_no_more_texts_than_the_judges_decided():
     world = types.SimpleNamespace(test_prompts=[""] * 100, attack_seeds=[""] * 60, benign_prompts=[""] * 40,
                                   more_tests={"unseen framings": [""] * 80}, toy=None)

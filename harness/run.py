@@ -573,8 +573,9 @@ class FinishedRun:
     averages: dict[str, dict[str, PolicyAverage]]  # {player: {kind: average}}
 
 
-def open_run(path: str | Path) -> FinishedRun:
-    """A finished run. Raises ValueError if it is unfinished, or if part of it is missing or damaged."""
+def open_run(path: str | Path, **options: object) -> FinishedRun:
+    """A finished run, with `options` in place of its own. Raises ValueError if it is unfinished, or if part of it is
+    missing or damaged."""
     path = Path(path)
     if not (path / "summary.json").is_file():
         raise ValueError(f"a finished run folder with summary.json is needed, got {path}; "
@@ -582,7 +583,7 @@ def open_run(path: str | Path) -> FinishedRun:
     try:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         known = {name: value for name, value in read_config(path).items() if name in OPTIONS}  # older runs had more
-        config = replace(Config(**known), device=device, shard=False, dry_run=False)
+        config = replace(Config(**known), device=device, shard=False, dry_run=False, **options)
         world = make_world(config, path / "checkpoints" / "start")
         for name, player in world.players.items():
             load_trained(player.policy, path / name, config.trust_remote_code)
