@@ -72,17 +72,7 @@ from experiments.soak import outcome
 from gpo import Player, PolicyAverage, SFTSettings, gae, nash_gap, play, ppo_update, sft, solve_matrix_game
 from harness import data, parallel
 from harness.config import Config, parse, resolve
-from harness.data import (
-    append_lines,
-    complete_folder,
-    first_turn,
-    is_test,
-    normalized,
-    read_lines,
-    read_rows,
-    usable,
-    write_text,
-)
+from harness.data import append_lines, complete_folder, first_turn, is_test, normalized, read_lines, read_rows, usable
 from harness.report import JudgeErrors, calibration, corrected_rate, holm, paired_test, wilson_interval
 from harness.run import RunFolder, alarms, open_run
 from harness.world import PLAIN_EXCHANGES, World, make_players, make_world, split_prompts, usable_pairs
@@ -90,7 +80,6 @@ from kernel import linear_logprob, linear_logprob_reference
 from model import Policy, demonstrations, generate, load_policy, logprobs_and_values, sample_batches, save_policy
 from reward import JudgeError, answered, call_judge, classifier_judge, decided, load_judge, rule_judge
 from toy import ToyGame
-from train import Game, new_game
 
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -167,39 +156,6 @@ def a_config(**kwargs):
     off = dict(mine=0, benign_share=0.0, ptx_coef=0.0, min_likelihood=0.0)
     rates = dict(learning_rate=1e-3, attacker_learning_rate=1e-3)
     return resolve(Config(**{"out": f"nowhere_{os.getpid()}", **sizes, **off, **rates, **kwargs}))
-
-
-def a_world(config=None, **parts):
-    """A world of tiny players; `parts` are fields of World that a test wants otherwise."""
-    config = config or a_config()
-    policies = {"attacker": tiny_policy(1, config.critic), "defender": tiny_policy(2, config.critic)}
-    players = make_players(config, policies)
-    first = {name: player.with_policy(player.initial) for name, player in players.items()}
-    texts = dict(seeds=PROMPTS, test_prompts=["yes no yes safe", "no no safe yes"], benign_prompts=["safe yes yes no"],
-                 demos=[("a b", "yes"), ("c d", "no")], attack_seeds=PROMPTS)
-    judges = dict(judge=lambda prompts, responses: [0.25 if "a" in response else 0.75 for response in responses],
-                  held_out_judge=rule_judge, refused=lambda responses: [0.0] * len(responses), helpful=answered)
-    return World(**{"players": players, "first": first, "embedder": word_embedder, **texts, **judges, **parts})
-
-
-def a_game(config=None, world=None) -> Game:
-    """The state of a game before its first step."""
-    config = config or a_config()
-    return new_game(config, world or a_world(config))
-
-
-class Recorder:
-    """In place of a RunFolder: `train` tells it every step, and it keeps all in memory."""
-
-    def __init__(self):
-        self.steps_done = 0
-        self.steps = []  # (turn, exchanges, scores, metrics)
-
-    def log(self, step, turn, exchanges, scores, metrics):
-        self.steps.append((turn, exchanges, scores, metrics))
-
-    def save(self, step, game):
-        pass
 
 
 # --- the theory on tables -------------------------------------------------------------------------------------------
@@ -610,7 +566,8 @@ def test_a_demonstration_is_the_rendered_conversation_up_to_the_end_of_the_turn(
     for answer in ("take flour", f"take flour{end}", f"take flour{end}\n"):  # its end is not taught twice
         (prompt_ids,), (response_ids,) = policy.encode_pairs([("bake bread", answer)])
         tokens = prompt_ids + response_ids
-        assert response_ids.count(policy.eos_ids[0]) == 1
+        assert response_ids.index(policy.eos_ids[0]) == len(response_ids) - 1
+        assert policy.decode(response_ids).endswith("take flour")  # without the token that ends it
         if tokenizer.chat_template == PLAIN_TURNS:
             continue
         text = "Human: bake bread AI: take flour"
@@ -622,24 +579,15 @@ def test_a_demonstration_is_the_rendered_conversation_up_to_the_end_of_the_turn(
         assert demonstrations(policy, [("bake bread", answer)]).tokens[0].tolist() == tokens
 
 
-@pytest.mark.parametrize("name", CHAT_TOKENIZERS)
-def test_the_text_of_a_response_is_without_the_token_that_ends_it(name):
-    policy = chat_policy(name)
-    _, (response_ids,) = policy.encode_pairs([("bake bread", "take flour")])
-    assert response_ids[-1] in policy.eos_ids and policy.decode(response_ids).endswith("take flour")
-
-
 def test_equal_demonstrations_are_rendered_once_and_keep_their_places(monkeypatch):
     policy = chat_policy("ChatML")
     one, other = ("bake bread", "take flour"), ("sell a car", "wash it")
     expected = [policy.encode_pairs([pair]) for pair in (one, other)]
-    rendered = []
-    render = policy._render
-    monkeypatch.setattr(policy, "_render", lambda *texts: rendered.append(texts) or render(*texts))
+    monkeypatch.setattr(policy, "_render", Mock(side_effect=policy._render))
     prompt_ids, response_ids = policy.encode_pairs([one, other, one, one])
     for i, which in enumerate((0, 1, 0, 0)):
         assert ([prompt_ids[i]], [response_ids[i]]) == expected[which]
-    assert max(Counter(rendered).values()) == 1
+    assert max(Counter(call.args for call in policy._render.call_args_list).values()) == 1
 
 
 def test_a_tokenizer_that_closes_every_text_does_not_close_a_prompt():
@@ -1196,30 +1144,20 @@ def encoder(tmp_path_factory):
     return str(saved(tmp_path_factory.mktemp("encoder"), body, tiny_tokenizer()))
 
 
-def test_an_encoder_folder_embeds_by_masked_mean_pooling(encoder):
-    body = transformers.BertModel.from_pretrained(encoder)
-    tokenizer = tiny_tokenizer()
-    texts = ["a b c d e f", "g"]
-    for text, vector in zip(texts, load_embedder(encoder)(texts)):
-        with torch.no_grad():
-            mean = body(torch.tensor([tokenizer.encode(text)])).last_hidden_state[0].mean(0)
-        assert np.allclose(vector, (mean / mean.norm()).numpy(), atol=1e-5)
-
-
 MEAN, FIRST = ({f"pooling_mode_{what}": True} for what in ("mean_tokens", "cls_token"))
 
 
 @pytest.mark.parametrize("pooling, last, prompt, expected", [
     (MEAN, "Normalize", "", "mean"), (FIRST, "Normalize", "", "first"), (MEAN, "Dense", "", None),
     ({"pooling_mode": "cls"}, "Normalize", "", "first"), (MEAN | FIRST, "Normalize", "", None),
-    (MEAN, "Normalize", "query: ", None), (None, "Normalize", "", None)])
-def test_a_sentence_transformers_folder_is_pooled_as_it_says_or_refused(
+    (MEAN, "Normalize", "query: ", None), (None, "Normalize", "", None), (None, None, "", "mean")])
+def test_an_encoders_states_are_pooled_as_its_folder_says_or_averaged_or_it_is_refused(
         pooling, last, prompt, expected, encoder, tmp_path):
     folder = Path(shutil.copytree(encoder, tmp_path / "encoder"))
     (folder / "Pooling").mkdir()
-    kinds = ("Transformer", "Pooling", last)
-    data.write_json(folder / "modules.json", [{"path": kind, "type": f"sentence_transformers.models.{kind}"}
-                                              for kind in kinds])
+    if last:
+        data.write_json(folder / "modules.json", [{"path": kind, "type": f"sentence_transformers.models.{kind}"}
+                                                  for kind in ("Transformer", "Pooling", last)])
     if pooling:
         data.write_json(folder / "Pooling" / "config.json", {"word_embedding_dimension": 16, **pooling})
     data.write_json(folder / "config_sentence_transformers.json",
@@ -1290,18 +1228,13 @@ def test_adding_to_a_window_takes_the_time_of_the_batch():
 
 
 def test_attacks_that_are_scored_and_then_added_are_embedded_once():
-    embedded = []
-
-    def embedder(texts):
-        embedded.extend(texts)
-        return word_embedder(texts)
-
+    embedder = Mock(side_effect=word_embedder)
     once = Diversity(embedder=embedder)
     apart = Diversity(embedder=word_embedder)
     once.score(NEW)
     once.add(NEW[1:3])  # as `novel_prompts` does
     apart.add(NEW[1:3])
-    assert embedded == NEW
+    embedder.assert_called_once_with(NEW)
     assert same_scores(once, apart, HISTORY)
 
 
@@ -1801,20 +1734,16 @@ def test_supervised_training_takes_the_batches_that_it_is_asked_for(by_length, m
         seen.append(demos.texts)
         return policy.head.weight.sum()
 
-    def logits(model, tokenizer, prompts, responses):
-        seen.append(list(responses))
-        return classifier_logits(model, tokenizer, prompts, responses)
-
     monkeypatch.setattr("gpo.supervised_loss", loss)
     sft(tiny_policy(), pairs, SFTSettings(3, 4, 1e-3, 7, by_length=by_length))
     assert seen == expected
     tokenizer = tiny_tokenizer()
-    classifier_logits = reward.classifier_logits
+    logits = Mock(side_effect=reward.classifier_logits)
     monkeypatch.setattr("reward.classifier_logits", logits)
     triples = [(prompt, response, 1.0) for prompt, response in pairs]
     settings = reward.JudgeTraining(3, 4, 1e-3, 7, by_length=by_length)
     reward.train_judge(tiny_classifier(tokenizer), tokenizer, triples, settings)
-    assert seen[-3:] == expected
+    assert [list(call.args[3]) for call in logits.call_args_list[-3:]] == expected
 
 
 def decoder_classifier(folder, tokenizer, **settings):
@@ -1832,8 +1761,7 @@ def p_safe_alone(model, ids):
 def test_a_classifier_with_a_chat_template_reads_the_rendered_exchange(tmp_path):
     tokenizer = byte_tokenizer(["<|im_start|>", "<pad>"], CHATML, eos_token="<|im_end|>")
     model = decoder_classifier(tmp_path, tokenizer, pad_token_id=tokenizer.convert_tokens_to_ids("<pad>"))
-    exchanges = [("bake bread", "sure"), ("fold a boat", "sure, and then go slowly"), ("hide", "no"),
-                 ("hide", "")]
+    exchanges = [("bake bread", "sure"), ("fold a boat", "sure, and then go slowly"), ("hide", "no"), ("hide", "")]
     expected = []
     for prompt, response in exchanges:
         chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
@@ -1842,14 +1770,11 @@ def test_a_classifier_with_a_chat_template_reads_the_rendered_exchange(tmp_path)
     assert load_judge(str(tmp_path))(*map(list, zip(*exchanges))) == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("template, fault", [
-    ("{{ raise_exception('roles') }}", "fails: roles"),
-    ("{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}", "leaves out the prompt or the")])
-def test_a_classifier_whose_chat_template_does_not_show_the_exchange_is_refused(tmp_path, template, fault):
-    tokenizer = byte_tokenizer(["<|im_start|>", "<pad>"], template, eos_token="<|im_end|>")
-    decoder_classifier(tmp_path, tokenizer, pad_token_id=tokenizer.convert_tokens_to_ids("<pad>"))
-    with pytest.raises(ValueError, match=f"the judge's chat template must show it .* but it {fault}"):
-        load_judge(str(tmp_path))
+def test_a_classifier_whose_chat_template_does_not_show_the_exchange_is_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    with pytest.raises(ValueError, match="the judge's chat template must show it .* but it leaves out the prompt or"):
+        classifier_judge(tiny_classifier(tokenizer), tokenizer)
 
 
 def test_a_classifier_pads_with_the_token_that_its_config_names(tmp_path):
@@ -1907,18 +1832,24 @@ def one_word_player(name, word):
 
 # --- the game --------------------------------------------------------------------------------------------------------
 def new_match(judge=None, **options):
-    """(config, world, game) before the first step."""
+    """(config, world, game) of tiny players before the first step."""
     config = a_config(**options)
-    world = a_world(config)
-    world.judge = judge or world.judge
-    return config, world, a_game(config, world)
+    policies = {"attacker": tiny_policy(1, config.critic), "defender": tiny_policy(2, config.critic)}
+    players = make_players(config, policies)
+    first = {name: player.with_policy(player.initial) for name, player in players.items()}
+    texts = dict(seeds=PROMPTS, test_prompts=["yes no yes safe", "no no safe yes"], benign_prompts=["safe yes yes no"],
+                 demos=[("a b", "yes"), ("c d", "no")], attack_seeds=PROMPTS)
+    judges = dict(judge=judge or (lambda prompts, responses: [0.25 if "a" in text else 0.75 for text in responses]),
+                  held_out_judge=rule_judge, refused=lambda responses: [0.0] * len(responses), helpful=answered)
+    world = World(players=players, first=first, embedder=word_embedder, **texts, **judges)
+    return config, world, train.new_game(config, world)
 
 
-def played(config, world, game):
-    """[(turn, exchanges, scores, metrics)] of all steps."""
-    recorder = Recorder()
-    train.train(config, world, game, recorder)
-    return recorder.steps
+def played(config, world, game, **methods):
+    """[(turn, exchanges, scores, metrics)] of all steps; methods: of what stands in place of the RunFolder."""
+    folder = Mock(["steps_done", "log", "save"], steps_done=0, **methods)
+    train.train(config, world, game, folder)
+    return [call.args[1:] for call in folder.log.call_args_list]
 
 
 def test_the_attacker_is_paid_for_unsafe_and_diverse_attacks_and_each_learns_from_its_own_tokens():
@@ -1952,7 +1883,7 @@ def test_a_harmless_request_is_paid_for_a_helpful_answer_and_is_no_attack():
     config, world, game = new_match(benign_share=0.4, attacker_steps=0, defender_steps=3)
     world.benign_seeds = ["safe a", "safe b"]
     world.helpful = helpful
-    game = a_game(config, world)
+    game = train.new_game(config, world)
     for _, exchanges, scores, metrics in played(config, world, game):
         assert exchanges.prompts[5:] and set(exchanges.prompts[5:]) <= {"safe a", "safe b"}  # int(0.4 * 8) of 8
         texts = exchanges.responses.texts
@@ -2039,11 +1970,9 @@ def test_of_the_idle_player_no_bit_changes_and_a_turn_begins_with_its_anchor(anc
     config, world, game = new_match(judge, rounds=3, attacker_steps=2, defender_steps=2, mine=4, critic="separate",
                                     average="mixture", kl_anchor=anchor)
     note_end()
-    recorder = Recorder()
-    recorder.save = note_end
-    train.train(config, world, game, recorder)
-    assert len(recorder.steps) == len(before_update) == 12
-    for (turn, *_), start, before, end in zip(recorder.steps, after, before_update, after[1:]):
+    steps = played(config, world, game, save=note_end)
+    assert len(steps) == len(before_update) == 12
+    for (turn, *_), start, before, end in zip(steps, after, before_update, after[1:]):
         mover, idle = ("attacker", "defender") if turn.player == "attacker" else ("defender", "attacker")
         expected = dict(start[mover])
         if anchor == "previous" and turn.is_first:
@@ -2457,7 +2386,7 @@ def test_no_turn_becomes_the_words_of_another_and_the_seed_is_the_first_human_on
     for roles in itertools.product(sides, repeat=5):
         if roles[-1] != "user":  # so every turn belongs to the prompt
             continue
-        write_text(tmp_path / "a.json", json.dumps([by(role, f"word{i}") for i, role in enumerate(roles)]))
+        data.write_text(tmp_path / "a.json", json.dumps([by(role, f"word{i}") for i, role in enumerate(roles)]))
         prompt = read_rows(tmp_path / "a.json")[0]["prompt"]
         whole = prompt if prompt.startswith("AI: ") else f"Human: {prompt}"
         for i, role in enumerate(roles):
@@ -2536,7 +2465,7 @@ def test_a_file_or_folder_is_complete_or_absent_and_on_the_disk_before_it_has_it
 
     note("fsync", os.fsync)
     note("replace", os.replace)
-    write_text(tmp_path / "a.md", "old")
+    data.write_text(tmp_path / "a.md", "old")
     with complete_folder(tmp_path / "folder") as temporary:
         (temporary / "b").write_text("b")
         assert not (tmp_path / "folder").exists()
@@ -2637,9 +2566,7 @@ def test_every_decoder_family_plays_updates_and_comes_back_from_its_folder(famil
     theirs = lm(rollout.tokens).logits[:, :-1].log_softmax(-1).gather(2, rollout.tokens[:, 1:, None])  # (B, T - 1, 1)
     assert torch.allclose(logprobs[mask], theirs[..., 0][mask[:, 1:]], atol=1e-4)
     before = bytes_of(player.policy)
-    metrics = ppo_update(player, rollout, np.arange(8.0), 0)
-    assert metrics["defender/policy/approxkl"] == 0.0  # before its one step
-    assert metrics["defender/policy/ratio"] == pytest.approx(1.0, abs=1e-6)
+    ppo_update(player, rollout, ARANGE, 0)  # raises unless the ratio is exactly 1 before its one step
     save_policy(player.policy, tmp_path / "saved")
     again = load_policy(tmp_path / "saved")
     assert bytes_of(again) == bytes_of(player.policy) != before
@@ -3230,9 +3157,6 @@ def test_a_users_models_with_different_tokenizers_learn_from_what_the_judge_deci
     row = json.loads((user_models / "run" / "summary.json").read_text())["after"]
     assert 0 <= row["over_refusal"] + row["helpfulness"] <= 1  # what refuses does not answer
     assert row["undecided"] == 1
-    for name in ("attacker", "defender"):
-        ours, theirs = (AutoTokenizer.from_pretrained(folder / name) for folder in (user_models / "run", user_models))
-        assert ours.encode("the") == theirs.encode("the")
     run_program(user_models, "run", program=evaluation)
     printed = capsys.readouterr().out
     assert "0.000" in printed and warning not in printed
@@ -3275,16 +3199,13 @@ def test_a_tilde_that_the_shell_has_left_is_the_home_folder(monkeypatch):
 @pytest.mark.parametrize("place, error, message", [
     ("gpo.policy_loss", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
      "error: out of memory with --micro_batch 24; take a smaller one"),
-    ("harness.run.append_lines", OSError(errno.ENOSPC, "No space left on device"),
+    ("harness.data.append_lines", OSError(errno.ENOSPC, "No space left on device"),
      "error: [Errno 28] No space left on device; the run can go on with --resume full")])
 def test_without_room_in_memory_or_on_the_disk_a_run_ends_with_one_line_and_goes_on_with_more(
         user_models, place, error, message, monkeypatch, capsys):
-    def no_room(*args, **kwargs):
-        raise error
-
     shutil.rmtree(user_models / "full", ignore_errors=True)
     with monkeypatch.context() as patch:
-        patch.setattr(place, no_room)
+        patch.setattr(place, Mock(side_effect=error))
         status, line = ending(capsys, user_models, *MODELS, *SHORT, "--out", "full")
     assert status == 2 and line.startswith(message) and "--resume full" in line
     run_program(user_models, "--resume", "full", "--micro_batch", "2")
@@ -3684,10 +3605,7 @@ def test_a_run_folder_is_for_one_process_at_a_time(tmp_path, capsys):
 
 
 def test_a_file_system_without_locks_is_no_error(tmp_path, monkeypatch, capsys):
-    def flock(descriptor, operation):
-        raise OSError(errno.ENOTSUP, "Operation not supported")
-
-    monkeypatch.setattr("fcntl.flock", flock)
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOTSUP, "Operation not supported")))
     RunFolder(resolve(Config(out=str(tmp_path / "run")))).begin()
     assert (tmp_path / "run" / "config.json").exists()
     warning = "run cannot be locked ([Errno 95] Operation not supported): let no other process work in it"
@@ -3746,27 +3664,14 @@ def test_tensorboard_has_each_step_once_also_of_a_run_that_was_stopped(undisturb
         assert [(event.step, event.value) for event in events.Scalars(name)] == expected
 
 
-FAKE_WANDB = """
-import sys
-calls = []
-
-def init(**kwargs):
-    return sys.modules["wandb"]
-
-def log(metrics, step):
-    calls.append(step)
-    if step == 2: raise ConnectionError("gone,\\nfor good")
-"""
-
-
 def test_weights_and_biases_gets_each_step_once_and_its_errors_do_not_end_a_run(
         undisturbed, tmp_path, monkeypatch, capsys):
     folder, expected = undisturbed
-    (tmp_path / "wandb.py").write_text(FAKE_WANDB)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    log = Mock(side_effect=[None, None, ConnectionError("gone,\nfor good")])
+    wandb = types.SimpleNamespace(init=lambda **options: types.SimpleNamespace(log=log), __spec__="it is there")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     run_program(folder, *FAULTY, "--log", "wandb", "--out", tmp_path / "run")
-    assert sys.modules.pop("wandb").calls == [0, 1, 2]
+    assert [step for (_, step), _ in log.call_args_list] == [0, 1, 2]
     said = "--log wandb does not work (ConnectionError: gone,); the run goes on without it, its metrics are in "
     assert f"{said}{tmp_path}/run/metrics.jsonl" in capsys.readouterr().err
     assert not differing(tmp_path / "run", expected)
@@ -4387,20 +4292,15 @@ def test_code_that_comes_with_a_model_runs_by_its_flag_only(user_models, tmp_pat
 def test_a_finished_run_is_read_with_the_trust_that_it_was_made_with(finished, tmp_path, monkeypatch):
     folder = shutil.copytree(finished.folder, tmp_path / "run")
     file = folder / "config.json"
-    trusted = []
-
-    def load(path, critic, dtype, device, trust_remote_code):
-        trusted.append(trust_remote_code)
-        return load_policy(path, critic, dtype, device)
-
+    load = Mock(side_effect=load_policy)
     monkeypatch.setattr(parallel, "load_policy", load)
     for trust in (False, True):
         facts = json.loads(file.read_text())
         facts["config"]["trust_remote_code"] = trust
         file.write_text(json.dumps(facts))
         open_run(folder)
-        assert trusted == [trust, trust]
-        trusted.clear()
+        assert [call.args[4] for call in load.call_args_list] == [trust, trust]
+        load.reset_mock()
 
 
 def test_control_characters_of_a_models_text_do_not_reach_the_terminal(capsys):

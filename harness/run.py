@@ -28,33 +28,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from gpo import Exchanges, NotFinite, PolicyAverage, rank
+from harness import data, parallel
 from harness.config import LEFT_ALONE, OPTIONS, Config, check_out, parse, resolve
-from harness.data import (
-    append_lines,
-    complete_folder,
-    fail,
-    finite,
-    interrupted,
-    quiet_libraries,
-    read_config,
-    read_json,
-    read_lines,
-    sync,
-    visible,
-    write_json,
-    write_text,
-)
-from harness.parallel import (
-    base_in_start,
-    first_decides,
-    gather_results,
-    join_processes,
-    load_trained,
-    merged,
-    peak_memory,
-    save_adapter,
-    save_start,
-)
 from harness.report import draw_curves, model_card, summary_table, write_report
 from harness.world import World, attacker_to_measure, evaluate, make_world
 from model import first_line, keep_freed_memory, save_policy, save_tokenizer
@@ -68,8 +43,8 @@ def start_program(argv: list[str]) -> Config:
     """Join the other processes and read the options. Ends the process with one line if they are wrong, or if the run
     to resume is finished."""
     keep_freed_memory()
-    join_processes()
-    quiet_libraries()
+    parallel.join_processes()
+    data.quiet_libraries()
     config = parse(argv)
     if config.deterministic:  # docs/running.md states its limits
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it before its first product
@@ -79,11 +54,11 @@ def start_program(argv: list[str]) -> Config:
         print(f"the run in {config.out} is finished: read {config.out}/report.md")
         sys.exit(0)
     try:
-        return first_decides(lambda: resolve(config))
+        return parallel.first_decides(lambda: resolve(config))
     except (ValueError, OSError) as error:
-        fail(error)
+        data.fail(error)
     except KeyboardInterrupt as stop:
-        interrupted(stop, " before the run began")
+        data.interrupted(stop, " before the run began")
 
 
 @contextlib.contextmanager
@@ -92,14 +67,14 @@ def run_folder(config: Config) -> Iterator["RunFolder"]:
     folder = RunFolder(config)
     try:
         if not config.dry_run:
-            first_decides(folder.begin)
+            parallel.first_decides(folder.begin)
         yield folder
     except (ValueError, OSError, SafetensorError) as error:
         if not folder.is_playing:
             folder.leave_nothing()
-            fail(error)
+            data.fail(error)
         if isinstance(error, (JudgeError, NotFinite, OSError, SafetensorError)):
-            fail(f"{error}; the run can go on with --resume {folder.path}" if folder.has_config() else error)
+            data.fail(f"{error}; the run can go on with --resume {folder.path}" if folder.has_config() else error)
         raise  # a bug
     except RuntimeError as error:
         if "out of memory" not in str(error) and "not enough memory" not in str(error):
@@ -110,8 +85,8 @@ def run_folder(config: Config) -> Iterator["RunFolder"]:
         folder.leave_nothing()
         if rank():  # the others may have enough
             sys.stderr = sys.__stderr__
-        fail(f"out of memory with --micro_batch {config.micro_batch}; take a smaller one (0 is a whole minibatch)"
-             f"{go_on} ({first_line(error)[:100]})")
+        data.fail(f"out of memory with --micro_batch {config.micro_batch}; take a smaller one (0 is a whole minibatch)"
+                  f"{go_on} ({first_line(error)[:100]})")
     except KeyboardInterrupt as stop:
         when = "" if folder.is_playing else " before the game began"
         go_on = ""
@@ -119,7 +94,7 @@ def run_folder(config: Config) -> Iterator["RunFolder"]:
             go_on = f"; go on with: python train.py --resume {folder.path}"
         else:
             folder.leave_nothing()
-        interrupted(stop, f"{when}{go_on}")
+        data.interrupted(stop, f"{when}{go_on}")
     finally:
         if folder.lock is not None:
             os.close(folder.lock)
@@ -174,7 +149,7 @@ class RunFolder:
         self.tracks = config.log != "none" and not rank()
         self.tracker = None  # tracker(metrics, step): to TensorBoard or Weights & Biases
         self.bar = None
-        self.idle_memory = peak_memory(config.device)  # bytes held before the models are made
+        self.idle_memory = parallel.peak_memory(config.device)  # bytes held before the models are made
 
     def begin(self) -> None:
         """Lock the folder and, for a new run, write its config.json: from here on it can be resumed. Raises ValueError
@@ -187,8 +162,8 @@ class RunFolder:
             if not self.config.resume:
                 check_out(self.path)  # another run may have just begun here
                 self.is_new = True
-                write_json(self.path / "config.json", {"config": asdict(self.config),
-                                                       "versions": _versions(self.config)})
+                data.write_json(self.path / "config.json", {"config": asdict(self.config),
+                                                            "versions": _versions(self.config)})
         except OSError as error:
             raise ValueError(f"a run needs a folder that can be written to, got {self.path}: {error}") from error
         if not self.has_start() and any(self.path.glob("checkpoints/step_*")):
@@ -245,15 +220,15 @@ class RunFolder:
 
     def save_start(self) -> None:
         """Save the game's initial state: the players, a judge that was trained here, and the texts."""
-        with complete_folder(self.path / "checkpoints" / "start", not rank()) as temporary:
-            save_start({name: player.policy for name, player in self.world.players.items()}, temporary)
+        with data.complete_folder(self.path / "checkpoints" / "start", not rank()) as temporary:
+            parallel.save_start({name: player.policy for name, player in self.world.players.items()}, temporary)
             if rank():
                 return
             judge = self.world.judge_to_save
             if judge:
                 judge.model.save_pretrained(temporary / "judge")
                 save_tokenizer(judge.tokenizer, temporary / "judge")
-            write_json(temporary / "prompts.json", self.world.prompts())
+            data.write_json(temporary / "prompts.json", self.world.prompts())
             for name in LOGS:
                 (self.path / name).touch()
 
@@ -274,10 +249,10 @@ class RunFolder:
             held_out = metrics["game/asr_held_out_judge"]
             self.bar.set_postfix_str(f"round {turn.round + 1}: held-out attack success {held_out:.1%}")
         self.metrics.append(line)
-        self.games += finite(rows)
+        self.games += data.finite(rows)
         if not rank():
-            append_lines(self.path / "metrics.jsonl", [line])
-            append_lines(self.path / "games.jsonl", rows)
+            data.append_lines(self.path / "metrics.jsonl", [line])
+            data.append_lines(self.path / "games.jsonl", rows)
         self.track([line])
         success = metrics["game/attack_success"]
         place = f"round {turn.round + 1}/{self.config.rounds} {turn.player:<8}"
@@ -331,7 +306,7 @@ class RunFolder:
         """Write a checkpoint every --save_every steps, after the last one, and when a signal has asked to stop. In that
         case raises KeyboardInterrupt."""
         done = step + 1
-        stop = max(gather_results(lambda: self.stop_signal))  # the same in all processes, to avoid a deadlock
+        stop = max(parallel.gather_results(lambda: self.stop_signal))  # the same in all processes, to avoid a deadlock
         if stop or done % self.config.save_every == 0 or done == self.total_steps:
             self.write_checkpoint(done, game)
         if stop:
@@ -342,16 +317,16 @@ class RunFolder:
         other files. A checkpoint does not depend on the number of processes."""
         target = self.path / "checkpoints" / f"step_{done:06d}"
         states = game.state_dict()  # of all processes; complete in the first
-        with complete_folder(target, not rank()) as temporary:
+        with data.complete_folder(target, not rank()) as temporary:
             if rank():
                 return
             save_states(states, temporary)
             for log in LOGS:  # the lines before a checkpoint must reach the disk first
-                sync(self.path / log)
+                data.sync(self.path / log)
             files = sorted(path.name for path in temporary.iterdir())
             numbers = {name: numbers for name, (_, numbers) in states.items()}
-            write_json(temporary / "state.json",
-                       {"step": done, "before": self.before, "numbers": numbers, "files": files})
+            data.write_json(temporary / "state.json",
+                            {"step": done, "before": self.before, "numbers": numbers, "files": files})
         # one with a later name is damaged
         older = sorted(path for path in target.parent.glob("*step_*") if path.name < target.name)
         for folder in older[:-1]:
@@ -359,9 +334,9 @@ class RunFolder:
 
     def load(self, game: object) -> None:
         """Continue from the newest complete checkpoint; lines that were logged after it are dropped."""
-        found = first_decides(self.newest_checkpoint)
+        found = parallel.first_decides(self.newest_checkpoint)
         if found:
-            state = read_json(found / "state.json")
+            state = data.read_json(found / "state.json")
             self.steps_done = state["step"]
             self.before = state["before"]
             states = {}  # {file: (tensors, numbers)}; only the first process has the tensors
@@ -371,19 +346,19 @@ class RunFolder:
             game.load_state_dict(states)
             print(f"going on after step {self.steps_done} of {self.total_steps}")
         if self.has_start():
-            self.metrics, self.games = first_decides(lambda: [self.trim(self.path / name) for name in LOGS])
+            self.metrics, self.games = parallel.first_decides(lambda: [self.trim(self.path / name) for name in LOGS])
 
     def trim(self, log: Path) -> list[dict]:
         """The lines of a log up to the checkpoint; those after it are dropped."""
-        rows = [line for line in read_lines(log) if line["step"] < self.steps_done]
-        write_text(log, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        rows = [line for line in data.read_lines(log) if line["step"] < self.steps_done]
+        data.write_text(log, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return rows
 
     def newest_checkpoint(self) -> Path | None:
         """The newest checkpoint with its marker and with files that can all be read, or None; reports damaged ones."""
         for folder in sorted((self.path / "checkpoints").glob("step_*"), reverse=True):
             try:
-                for file in read_json(folder / "state.json")["files"]:
+                for file in data.read_json(folder / "state.json")["files"]:
                     safe_open(folder / file, "pt")  # checks the header against the size
                 return folder
             except Exception as error:
@@ -425,10 +400,10 @@ class RunFolder:
             which = "the last policy"
             if name == "defender" and facts["round"] < last:
                 which = f"the policy after round {facts['round']} of {last}"
-            with complete_folder(self.path / name, not rank()) as temporary:
-                save_policy(merged(player.policy, "cpu"), temporary, model_card(name, self.config, which))
-                base = base_in_start(self.path / "checkpoints" / "start" / name, self.config.lora)
-                save_adapter(player.policy, temporary / "adapter", f"../../checkpoints/start/{base.name}")
+            with data.complete_folder(self.path / name, not rank()) as temporary:
+                save_policy(parallel.merged(player.policy, "cpu"), temporary, model_card(name, self.config, which))
+                base = parallel.base_in_start(self.path / "checkpoints" / "start" / name, self.config.lora)
+                parallel.save_adapter(player.policy, temporary / "adapter", f"../../checkpoints/start/{base.name}")
         self.save_averages(averages)
         if rank():
             return
@@ -440,10 +415,10 @@ class RunFolder:
         write_report(self.path, self.games, rows, facts["round"], examples)
         seconds = time.time() - clock
         summary = {**rows, **facts, "seconds": seconds, "memory": {"used_mib": held}, "config": asdict(self.config)}
-        write_json(self.path / "summary.json", summary)  # last: the run is finished
+        data.write_json(self.path / "summary.json", summary)  # last: the run is finished
         print(f"\n{summary_table(rows)}\n")
         for example in examples:
-            print("  prompt  {}\n  before  {}\n  after   {}\n".format(*map(visible, example)))
+            print("  prompt  {}\n  before  {}\n  after   {}\n".format(*map(data.visible, example)))
         print(f"{seconds:.0f} seconds. Read {self.path}/report.md; the models are in {self.path}/attacker and "
               f"{self.path}/defender.")
         if self.games:
@@ -451,7 +426,7 @@ class RunFolder:
 
     def held_mib(self) -> float:
         """Peak memory so far, beyond what was held before the models were made, in MiB."""
-        return (peak_memory(self.config.device) - self.idle_memory) / 2**20
+        return (parallel.peak_memory(self.config.device) - self.idle_memory) / 2**20
 
     def save_averages(self, averages: dict[str, dict[str, PolicyAverage]]) -> None:
         """Write average/: two files for each average and, for mean weights, also a model's folder for deployment."""
@@ -460,16 +435,16 @@ class RunFolder:
             states |= {f"{name}_{kind}": average.state_dict() for kind, average in kinds.items() if average.count}
         if not states:
             return
-        with complete_folder(self.path / "average", not rank()) as temporary:
+        with data.complete_folder(self.path / "average", not rank()) as temporary:
             for name, kinds in averages.items():
                 if "weights" in kinds:
                     card = model_card(name, self.config, "the mean of its weights")
-                    save_policy(merged(kinds["weights"].policy(), "cpu"), temporary / name, card)  # one at a time
+                    save_policy(parallel.merged(kinds["weights"].policy(), "cpu"), temporary / name, card)
             if rank():
                 return
             save_states(states, temporary)
             for name, (_, numbers) in states.items():
-                write_json(temporary / f"{name}.json", numbers)
+                data.write_json(temporary / f"{name}.json", numbers)
 
 
 def save_states(states: dict[str, tuple[dict, dict]], folder: Path) -> None:
@@ -582,11 +557,11 @@ def open_run(path: str | Path, **options: object) -> FinishedRun:
                          "go on with an unfinished one by train.py --resume")
     try:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        known = {name: value for name, value in read_config(path).items() if name in OPTIONS}  # older runs had more
+        known = {name: value for name, value in data.read_config(path).items() if name in OPTIONS}  # old runs had more
         config = replace(Config(**known), device=device, shard=False, dry_run=False, **options)
         world = make_world(config, path / "checkpoints" / "start")
         for name, player in world.players.items():
-            load_trained(player.policy, path / name, config.trust_remote_code)
+            parallel.load_trained(player.policy, path / name, config.trust_remote_code)
         return FinishedRun(path, config, world, load_averages(path / "average", world))
     except Exception as error:
         raise ValueError(f"cannot read the run in {path}: {type(error).__name__}: {first_line(error)}") from error
@@ -597,7 +572,7 @@ def load_averages(folder: Path, world: World) -> dict[str, dict[str, PolicyAvera
     averages = {name: {} for name in world.players}
     for file in sorted(folder.glob("*.safetensors")):
         name, kind = file.stem.split("_")
-        numbers = read_json(file.with_suffix(".json"))
+        numbers = data.read_json(file.with_suffix(".json"))
         averages[name][kind] = PolicyAverage(world.players[name], kind, numbers["members"])
         averages[name][kind].load_state_dict(load_file(file), numbers)
     return averages

@@ -14,6 +14,7 @@ import torch
 
 from diversity import Embedder, load_embedder, set_similarity
 from gpo import Player, PolicyAverage, SFTSettings, sample, sft
+from harness import parallel
 from harness.config import Config
 from harness.data import (
     HUB_DATA,
@@ -26,16 +27,6 @@ from harness.data import (
     read_rows,
     usable,
     visible,
-)
-from harness.parallel import (
-    add_lora,
-    base_in_start,
-    broadcast_weights,
-    checkpoint_blocks,
-    load_adapter,
-    shard,
-    shared_judge,
-    sharing_base,
 )
 from model import DTYPES, Policy, first_line, load_policy
 from reward import Judge, JudgeTraining, call_judge, load_judge, refusals, train_judge, unsafe_rate
@@ -123,7 +114,7 @@ def make_world(config: Config, start: Path | None = None) -> World:
     _check_prompts(config, prompts)
     if config.shard:
         for policy in policies.values():
-            shard(policy)
+            parallel.shard(policy)
     if not start:
         _warm_start(config, policies, pairs)
     if judges["judge"] is None:
@@ -215,7 +206,7 @@ def make_players(config: Config, policies: dict[str, Policy]) -> dict[str, Playe
     if config.shard:
         for player in players.values():
             for frozen in {id(policy): policy for policy in (player.initial, player.reference)}.values():
-                shard(frozen)
+                parallel.shard(frozen)
     return players
 
 
@@ -225,24 +216,24 @@ def _load_policies(config, start=None):
     of_base = {}  # {a base's name or folder: the policy that was loaded from it}
     for name in ("attacker", "defender"):
         source = start / name if start else getattr(config, name)
-        base = base_in_start(source, config.lora) if start else source
+        base = parallel.base_in_start(source, config.lora) if start else source
         if config.lora and base in of_base:
-            policies[name] = sharing_base(of_base[base])
+            policies[name] = parallel.sharing_base(of_base[base])
         else:
             policies[name] = of_base[base] = _named(name, load_policy, base, config.critic, DTYPES[config.dtype],
                                                     config.device, config.trust_remote_code)
             _save_memory(policies[name], config)
         if base != source:
-            load_adapter(policies[name], source)
+            parallel.load_adapter(policies[name], source)
     return policies
 
 
 def _save_memory(policy, config):
     """Apply the options that save memory to a policy, in place."""
     if config.lora:
-        add_lora(policy, config.lora, config.seed)
+        parallel.add_lora(policy, config.lora, config.seed)
     if config.gradient_checkpointing:
-        checkpoint_blocks(policy)
+        parallel.checkpoint_blocks(policy)
 
 
 def _check_room(config, policies, longest=1):
@@ -290,7 +281,7 @@ def _finish_world(config, toy, policies, prompts, judges, embedder):
     first = {name: player.with_policy(player.initial) for name, player in players.items()}
     judge_to_save = judges["judge"] if config.judge == "toy" else None
     for name in ("judge", "held_out_judge", "helpful"):
-        judges[name] = shared_judge(judges[name])
+        judges[name] = parallel.shared_judge(judges[name])
     seeds = sample(prompts.seeds, min(MOST_ATTACKS, config.eval_prompts), np.random.default_rng(config.seed))
     return World(**vars(prompts), **judges, players=players, first=first, embedder=embedder, attack_seeds=seeds,
                  refused=toy.refused if toy else refusals, judge_to_save=judge_to_save, toy=toy)
@@ -340,7 +331,7 @@ def _toy_judge(config, toy, attacker, rng):
     triples = list(zip(*toy.judge_samples(min(30_000, 64 * config.judge_steps), rng, attacks)))
     settings = JudgeTraining(config.judge_steps, learning_rate=2e-3, seed=config.seed, by_length=True)
     judge = train_judge(classifier, tokenizer, triples, settings)
-    broadcast_weights(classifier)
+    parallel.broadcast_weights(classifier)
     return judge
 
 
