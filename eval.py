@@ -32,17 +32,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from diversity import Embedder, word_embedder
-from gpo import (
-    Player,
-    PolicyAverage,
-    forward_rows,
-    nash_gap,
-    new_seed,
-    play,
-    ppo_update,
-    sample,
-    solve_matrix_game,
-)
+from gpo import Player, PolicyAverage, forward_rows, nash_gap, new_seed, play, ppo_update, sample, solve_matrix_game
 from harness import data
 from harness.config import Config
 from harness.options import PAPER_TEMPLATE
@@ -200,7 +190,6 @@ def third_party_success(world: World, attacker: Side | None, third_parties: Sequ
     return row
 
 
-@torch.no_grad()
 def kl(world: World, defender: Player) -> float:
     """KL(defender || first defender) on held-out prompts, sampled, in nats per response."""
     rollout = defender.generate(world.test_prompts[:300] + world.benign_prompts[:150], 0)

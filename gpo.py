@@ -28,13 +28,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+import torch.distributed.checkpoint.state_dict as dcp
 from tqdm import tqdm, trange
 
 from model import (
@@ -233,13 +227,13 @@ class Player:
     def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
         """(tensors, numbers) of a checkpoint: the trained weights, the optimizer's state, and the reference if it has
         moved. All processes must call it; tensors are complete in the first one and {} in the others."""
-        tensors = {f"policy.{name}": tensor for name, tensor in trained_weights(self.policy).items()}
+        tensors = {f"policy.{name}": w for name, w in weights(self.policy, trained_names(self.policy)).items()}
         if self.reference is not self.initial:
             names = trained_names(self.policy.lm)
             tensors |= {f"reference.{name}": tensor for name, tensor in weights(self.reference.lm, names).items()}
         if self.optimizer.state:  # without it torch would take a step to create it
-            options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-            states = get_optimizer_state_dict(self.policy, self.optimizer, options=options).get("state", {})
+            options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+            states = dcp.get_optimizer_state_dict(self.policy, self.optimizer, options=options).get("state", {})
             for name, state in states.items():
                 tensors |= {f"optimizer.{part}.{name}": tensor for part, tensor in state.items()}  # part: exp_avg, ...
         return tensors, {"skipped_steps": self.skipped_steps}
@@ -266,10 +260,10 @@ class Player:
             part, name = key.split(".", 1)
             state.setdefault(name, {})[part] = tensor
         group = {**self.optimizer.param_groups[0], "params": trained_names(self.policy)}
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world_size() > 1,
-                                   ignore_frozen_params=True, strict=False)  # an unused parameter has no moments
-        set_optimizer_state_dict(self.policy, self.optimizer, {"state": state, "param_groups": [group]},
-                                 options=options)
+        options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=world_size() > 1,
+                                       ignore_frozen_params=True, strict=False)  # an unused parameter has no moments
+        dcp.set_optimizer_state_dict(self.policy, self.optimizer, {"state": state, "param_groups": [group]},
+                                     options=options)
 
 
 def trained_names(module: torch.nn.Module) -> list[str]:
@@ -280,21 +274,16 @@ def trained_names(module: torch.nn.Module) -> list[str]:
 def weights(module: torch.nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
     """{name: tensor} of a module, complete and on the CPU in the first process, {} in the others."""
     only_trained = names == trained_names(module)  # then nothing else is gathered: with LoRA that would be the base
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=only_trained)
-    state = get_model_state_dict(module, options=options)
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=only_trained)
+    state = dcp.get_model_state_dict(module, options=options)
     return {name: state[name] for name in names} if state else {}
-
-
-def trained_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The `weights` that require grad."""
-    return weights(module, trained_names(module))
 
 
 def load_weights(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Load complete tensors {name: tensor} into a module, sharded or not; only the first process's are used."""
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world_size() > 1,
-                               strict=False)  # frozen weights are not among the tensors
-    set_model_state_dict(module, dict(tensors), options=options)  # torch writes into the dict that it is given
+    options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=world_size() > 1,
+                                   strict=False)  # frozen weights are not among the tensors
+    dcp.set_model_state_dict(module, dict(tensors), options=options)  # torch writes into the dict that it is given
 
 
 def any_process(tensors: dict) -> bool:
@@ -734,9 +723,7 @@ def nash_gap(payoff: np.ndarray, defender: np.ndarray, attacker: np.ndarray, ent
     if entropy == 0:
         return float(best_defence - V.min())
     H = -(mu * np.log(np.maximum(mu, 1e-300))).sum()
-    z = -V / entropy
-    logsumexp = z.max() + np.log(np.exp(z - z.max()).sum())
-    best_attack = -entropy * logsumexp  # min_mu' <V, mu'> - eta_H H(mu')
+    best_attack = -entropy * np.logaddexp.reduce(-V / entropy)  # min_mu' <V, mu'> - eta_H H(mu')
     return float(best_defence - entropy * H - best_attack)
 
 

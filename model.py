@@ -311,8 +311,7 @@ def _spaced(tokenizer, control, text):
     return text if is_inert else re.sub(r"[^\w\s]", " ", text)
 
 
-def encode_rendered(tokenizer: Tokenizer, render: Callable[..., str],
-                    rows: list[Sequence[str]]) -> list[list[int]]:
+def encode_rendered(tokenizer: Tokenizer, render: Callable[..., str], rows: list[Sequence[str]]) -> list[list[int]]:
     """Token ids of render(*texts) for each row of texts. Only `render` writes control tokens: the texts are made inert.
     A chat template writes its own BOS."""
     options = dict(add_special_tokens=not tokenizer.chat_template)
@@ -392,10 +391,7 @@ def generate(policy: Policy, prompts: list[str], max_new_tokens: int, temperatur
         generator.seed()
     else:
         generator.manual_seed(seed)
-
-    def pick(logits):  # (n, V) -> (n,)
-        return pick_token(logits, temperature, top_k, top_p, generator)
-
+    pick = functools.partial(pick_token, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     lm = decoding_copy(policy)
     response_ids = []
     for start in range(0, len(prompt_ids), batch_size):
@@ -676,8 +672,7 @@ def load_policy(name_or_dir: str | Path, critic: str = "shared", dtype: torch.dt
     return policy
 
 
-def load_model(kind: type, name: str | Path,
-               trust_remote_code: bool = False) -> tuple[PreTrainedModel, Tokenizer]:
+def load_model(kind: type, name: str | Path, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Tokenizer]:
     """(model, tokenizer) of a folder, a .gguf file or a hub id, in fp32; kind: a class such as AutoModelForCausalLM. An
     adapter by peft or TRL is merged into its base, whose tokenizer is used if it has none. Raises ValueError if
     weights are missing (transformers would initialise them at random), or embeddings of the tokenizer's tokens."""

@@ -95,9 +95,8 @@ def train(config: Config, world: World, game: "Game", folder: RunFolder) -> None
         game.sampled_tokens += exchanges.sampled_tokens
         played = time.time()
         metrics = ppo_update(mover, rollout, scores, new_seed(rng), demos, config.ptx_coef)  # Eq. (3.3)
-        seconds = {"rollout": played - clock - exchanges.judge_seconds, "score": exchanges.judge_seconds,
-                   "update": time.time() - played}
-        metrics |= {f"time/{what}": value for what, value in seconds.items()}
+        metrics |= {"time/rollout": played - clock - exchanges.judge_seconds, "time/score": exchanges.judge_seconds,
+                    "time/update": time.time() - played}
         metrics |= game_metrics(game, turn, exchanges, similarity, n_harmless)
         if turn.ends_round:
             game.add_to_averages()  # Theorem 3.2

@@ -172,12 +172,10 @@ def _make_policy(size, critic="shared", dtype=torch.float32):
     torch.manual_seed(0)
     kind = GPT2Config if "n_embd" in SIZES[size] else LlamaConfig
     lm = AutoModelForCausalLM.from_config(kind(**SIZES[size], bos_token_id=V - 1, eos_token_id=V - 1)).to(DEVICE)
-    if kind is LlamaConfig:
-        return Policy(lm, tokenizer, critic, dtype)
-    with torch.no_grad():  # the first hidden unit is always 1, and the EOS has weight -50 there: its logit is about -50
-        lm.transformer.ln_f.weight[0] = 0
-        lm.transformer.ln_f.bias[0] = 1
-        lm.transformer.wte.weight[V - 1, 0] = -50
+    if kind is GPT2Config:  # the first hidden unit is always 1; the EOS has weight -50 there: its logit is about -50
+        lm.transformer.ln_f.weight.data[0] = 0
+        lm.transformer.ln_f.bias.data[0] = 1
+        lm.transformer.wte.weight.data[V - 1, 0] = -50
     return Policy(lm, tokenizer, critic, dtype)
 
 

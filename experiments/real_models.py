@@ -251,8 +251,7 @@ def write_prompts(data: Path, out: Path, quick: bool) -> None:
         learned[name] = [{**exchange, "label": "safe"} for exchange in own_answers(policy, harmless[name])]
     write_json(out / "harmless.json", learned)
     # only 4: with 16 a model of this size refuses most harmful questions before the game, with 64 everything
-    refusal = sample(labelled(data / "safety_tuned_llamas.jsonl.gz"), 4, rng)
-    for row in refusal:
+    for row in sample(labelled(data / "safety_tuned_llamas.jsonl.gz"), 4, rng):
         first_sentence = row["response"].split(". ")[0].strip().rstrip(".") + "."  # as short as in the game
         pairs.append({"prompt": row["prompt"], "response": first_sentence})
     (out / "pairs.jsonl").unlink(missing_ok=True)
@@ -313,18 +312,13 @@ def log_of(args: argparse.Namespace, folder: Path) -> Path | None:
     return folder.with_name(f"{folder.name}.log") if args.jobs > 1 else None
 
 
-def methods(args: argparse.Namespace) -> dict[str, str]:
-    """{method: flags of train.py}."""
-    return QUICK if args.quick else METHODS
-
-
 def play(args: argparse.Namespace, seed: int, method: str) -> None:
     """Play one run and score it. method "start": the warm start of all methods of this seed."""
     folder = args.out / f"seed_{seed}" / method
     folder.parent.mkdir(exist_ok=True)
     flags = START.split()
     if method != "start":
-        flags = ["--start", folder.with_name("start"), *methods(args)[method].split()]
+        flags = ["--start", folder.with_name("start"), *args.methods[method].split()]
     players = dict.fromkeys(("attacker", "defender"), args.out / "player")
     train(args, seed, folder, players, flags)
     if not (folder / "scores.json").is_file():
@@ -332,12 +326,9 @@ def play(args: argparse.Namespace, seed: int, method: str) -> None:
 
 
 def attack_afresh(args: argparse.Namespace, seed: int, method: str) -> None:
-    """Train a fresh attacker against the weight average of a finished defender, or against the last one without it."""
+    """Train a fresh attacker against the weight average of a finished defender."""
     run = args.out / f"seed_{seed}" / method
-    defender = run / "average" / "defender"
-    if not defender.is_dir():
-        defender = run / "defender"
-    players = {"attacker": run.with_name("start") / "attacker", "defender": defender}
+    players = {"attacker": run.with_name("start") / "attacker", "defender": run / "average" / "defender"}
     train(args, seed, run.with_name(f"{method}, fresh attacker"), players, FRESH.split())
 
 
@@ -366,7 +357,8 @@ def real_models(args: argparse.Namespace) -> None:
     train_judges(args.data, args.out, args.quick)
     measure_judges(args.data, args.out)
     seeds = [0] if args.quick else range(FIRST_SEED, FIRST_SEED + args.seeds)
-    stages = [(play, ["start"]), (play, methods(args))]
+    args.methods = QUICK if args.quick else METHODS  # {method: flags of train.py}
+    stages = [(play, ["start"]), (play, args.methods)]
     if not args.quick:
         stages.append((attack_afresh, ["GPO+Div", "RLHF"]))
 

@@ -26,32 +26,8 @@ import numpy as np
 
 from eval import after_round, greedy, judge_errors, kl, measure, run_program
 from gpo import sample
+from harness import data, report
 from harness.config import parse, resolve
-from harness.data import (
-    as_a_program,
-    do_jobs,
-    fail,
-    read_config,
-    read_json,
-    read_lines,
-    visible,
-    write_json,
-    write_text,
-)
-from harness.report import (
-    LABELS,
-    LOOKS,
-    band,
-    corrected_rate,
-    figure,
-    holm,
-    markdown,
-    mean_and_error,
-    paired_test,
-    save_figure,
-    show,
-    standard_error,
-)
 from harness.run import FinishedRun, open_run
 from reward import call_judge, unsafe_rate
 from toy import ToyGame
@@ -167,7 +143,7 @@ def check_options(folder: Path, flags: str) -> None:
         return
     wanted = parse([*flags.split(), "--device", "cpu"])
     wanted.resume = str(folder)  # so that the folder may exist
-    made = read_config(folder)
+    made = data.read_config(folder)
     for name, value in asdict(resolve(wanted)).items():
         if name not in ("out", "start", "resume", "device") and made.get(name) != value:
             raise ValueError(f"{folder} must be a run with --{name} {value}, got one with {made.get(name)}; "
@@ -198,7 +174,7 @@ def run_suite(out: str | Path, rows: dict[str, str], seeds: Sequence[int],
             stage[folder / "summary.json"] = (finish, folder, flags, log, program)
             others = [str(run_folder(out, other, neighbour)) for other in THIRD_PARTIES]
             table = folder / "eval.json"
-            if table.is_file() and read_json(table)["third_parties"] != others:  # from a call with other seeds
+            if table.is_file() and data.read_json(table)["third_parties"] != others:  # from a call with other seeds
                 table.unlink()
             measurements[table] = (command, "eval", [str(folder), "--third_parties", *others], log)
             for round in probes.get(name, ()):
@@ -213,33 +189,30 @@ def run_suite(out: str | Path, rows: dict[str, str], seeds: Sequence[int],
 
 def do_missing(stage: str, jobs: dict[Path, tuple]) -> None:
     """Do the jobs whose file is missing, as many at once as there are cores (at most 8)."""
-    do_jobs([job for file, job in jobs.items() if not file.is_file()], min(os.cpu_count() or 1, 8), RUNNING, stage)
+    data.do_jobs([job for file, job in jobs.items() if not file.is_file()], min(os.cpu_count() or 1, 8), RUNNING, stage)
 
 
 # --- rows of tables, from the files of the runs ---------------------------------------------------------------------
 def suite_row(folder: Path) -> dict:
     """The row of a finished run: the last players by `eval.py RUN`, the best response, and the compute."""
-    found = read_json(folder / "eval.json")
-    log = read_lines(folder / "metrics.jsonl")
+    found = data.read_json(folder / "eval.json")
+    log = data.read_lines(folder / "metrics.jsonl")
     row = found["after"] | best_response_row(folder, 0)
     row["updates"] = sum(metrics["role"] == "defender" for metrics in log)
     row["effective_cells"] = effective_cells(folder)
-    row["tokens"] = read_json(folder / "summary.json").get("sampled_tokens")  # MART does not count them
+    row["tokens"] = data.read_json(folder / "summary.json").get("sampled_tokens")  # MART does not count them
     row["averages"] = {name: column for name, column in found.items() if name.startswith("average")}
     return row
 
 
-@functools.cache
-def toy_game() -> ToyGame:
-    """The world, whose topics and framings do not depend on a run's seed."""
-    return ToyGame()
+toy_game = functools.cache(ToyGame)  # the world, whose topics and framings do not depend on a run's seed
 
 
 def effective_cells(folder: Path) -> float | None:
     """The effective number of harmful cells that the defender was trained on: exp of the entropy of their frequencies
     in its batches, which is n for n equally frequent cells (Hill, 1973). None without a harmful prompt."""
     toy = toy_game()
-    prompts = Counter(exchange["attack"] for exchange in read_lines(folder / "games.jsonl")
+    prompts = Counter(exchange["attack"] for exchange in data.read_lines(folder / "games.jsonl")
                       if exchange["role"] == "defender")
     counts = Counter()
     for prompt, n in prompts.items():
@@ -255,7 +228,7 @@ def effective_cells(folder: Path) -> float | None:
 def best_response_row(folder: Path, round: int) -> dict[str, float]:
     """{"best_response": success of a fresh attacker against the defender after a round}; {} if none was trained."""
     file = folder / f"best_{round}_{PROBE_STEPS}.json"
-    return {"best_response": read_json(file)["after"]} if file.is_file() else {}
+    return {"best_response": data.read_json(file)["after"]} if file.is_file() else {}
 
 
 def row_of_round(run: FinishedRun, t: int) -> dict:
@@ -263,7 +236,7 @@ def row_of_round(run: FinishedRun, t: int) -> dict:
     row = measure(run, after_round(run, "attacker", t), after_round(run, "defender", t))
     row |= best_response_row(run.path, t if t < run.config.rounds else 0)
     row["updates"] = t * run.config.defender_steps
-    log = read_lines(run.path / "metrics.jsonl")
+    log = data.read_lines(run.path / "metrics.jsonl")
     row["tokens"] = [metrics["sampled_tokens"] for metrics in log if metrics["round"] == t - 1][-1]
     prompts = run.world.test_prompts
     p_safe = call_judge(run.world.held_out_judge, prompts, greedy(after_round(run, "defender", t, "mixture"), prompts))
@@ -281,8 +254,8 @@ def matched_in_kl(folder: Path, target: float) -> dict:
 
 def held_out_history(folder: Path) -> list[float]:
     """Held-out attack success before the game and after each round."""
-    log = read_lines(folder / "metrics.jsonl")
-    before = read_json(folder / "summary.json")["before"][ASR]
+    log = data.read_lines(folder / "metrics.jsonl")
+    before = data.read_json(folder / "summary.json")["before"][ASR]
     return [before] + [metrics[f"game/{ASR}"] for metrics in log if f"game/{ASR}" in metrics]
 
 
@@ -292,23 +265,23 @@ def suite_cells(repeats: list[dict], keys: Iterable[str]) -> list[str]:
     cells = []
     for key in keys:
         if key.startswith("1 - "):
-            cells.append(mean_and_error([1 - row[key.removeprefix("1 - ")] for row in repeats]))
+            cells.append(report.mean_and_error([1 - row[key.removeprefix("1 - ")] for row in repeats]))
         else:
-            cells.append(mean_and_error([row.get(key) for row in repeats], 0 if key in COUNTS else 3))
+            cells.append(report.mean_and_error([row.get(key) for row in repeats], 0 if key in COUNTS else 3))
     return cells
 
 
 def suite_table(rows: dict[str, list[dict]], columns: dict[str, str], names: Iterable[str] = ()) -> str:
     """markdown: rows {name: row of each seed}, columns {key of a row: heading}; names: which rows, default all."""
     lines = [[name, *suite_cells(repeats, columns)] for name, repeats in rows.items() if not names or name in names]
-    return markdown(["", *columns.values()], lines)
+    return report.markdown(["", *columns.values()], lines)
 
 
 def write_tables(out: str | Path, name: str, paragraphs: list[str], numbers: dict) -> None:
     """Write the paragraphs to OUT/name.md and print them; write the numbers to OUT/name.json."""
     text = "\n\n".join(paragraphs) + "\n"
-    write_text(Path(out) / f"{name}.md", text)
-    write_json(Path(out) / f"{name}.json", numbers)
+    data.write_text(Path(out) / f"{name}.md", text)
+    data.write_json(Path(out) / f"{name}.json", numbers)
     print(f"{text}\nwritten to {out}/{name}.md, {out}/{name}.json; figures are beside them")
 
 
@@ -366,8 +339,8 @@ def orderings(rows: dict[str, list[dict]]) -> list[dict]:
             differences = [a[key] - b[key] + sum(margin) for a, b in zip(rows[larger], rows[smaller])]
             larger = " + ".join([larger, *map(str, margin)])
             found.append({"measure": key, "larger": larger, "smaller": smaller, "differences": differences,
-                          "p": paired_test(differences)})
-    for test, p in zip(found, holm([test["p"][0] for test in found])):
+                          "p": report.paired_test(differences)})
+    for test, p in zip(found, report.holm([test["p"][0] for test in found])):
         test["holm"] = p
     return found
 
@@ -379,10 +352,10 @@ def paper_tables(rows: dict, attackers: dict, tests: list[dict]) -> list[str]:
     for test in tests:
         differences = test["differences"]
         agree = f"{sum(d > 0 for d in differences)} of {len(differences)}"
-        claim = f"{LABELS[test['measure']]}: {test['larger']} > {test['smaller']}"
+        claim = f"{report.LABELS[test['measure']]}: {test['larger']} > {test['smaller']}"
         spread = float(np.std(differences, ddof=1))
         size = f"{np.mean(differences) / spread:.1f}" if spread else "-"
-        lines.append([claim, mean_and_error(differences), size, agree,
+        lines.append([claim, report.mean_and_error(differences), size, agree,
                       *(f"{p:.3f}" for p in (*test["p"], test["holm"]))])
     return [
         "## Table 1: the defender",
@@ -393,24 +366,25 @@ def paper_tables(rows: dict, attackers: dict, tests: list[dict]) -> list[str]:
         suite_table(attackers, ATTACKER), "## Table 4: quality", suite_table(rows, QUALITY, defenders),
         "## Orderings", "Paired over seeds, one-sided; effect size: mean over standard deviation of the differences; "
         "the last column is the t-test's p corrected for the number of claims (Holm).",
-        markdown(["", "difference", "effect size", "seeds that agree", "p, t-test", "p, sign flips", "p, Holm"], lines)]
+        report.markdown(["", "difference", "effect size", "seeds that agree", "p, t-test", "p, sign flips", "p, Holm"],
+                        lines)]
 
 
 def best_responses(out: str | Path, seeds: Iterable[int], names: Iterable[str]) -> str:
     """markdown: for each run, a fresh attacker's success and most frequent exploit; draws its curves in best.png."""
     lines = []
-    canvas, (axis,) = figure(1, 4.8, 3.6)
-    for name, look in zip(names, LOOKS):
-        found = {seed: read_json(run_folder(out, name, seed) / f"best_0_{PROBE_STEPS}.json") for seed in seeds}
+    canvas, (axis,) = report.figure(1, 4.8, 3.6)
+    for name, look in zip(names, report.LOOKS):
+        found = {seed: data.read_json(run_folder(out, name, seed) / f"best_0_{PROBE_STEPS}.json") for seed in seeds}
         curves = [row["curve"] for row in found.values()]
-        band(axis, range(1, 1 + len(curves[0])), curves, name, {**look, "marker": None})
+        report.band(axis, range(1, 1 + len(curves[0])), curves, name, {**look, "marker": None})
         for seed, row in found.items():
-            most_frequent = [f"{count} of 200: *{visible(prompt)}*" for prompt, count in row["exploits"][:1]] or ["-"]
-            lines.append([name, seed, show(row["after"], 500), *most_frequent])
+            frequent = [f"{count} of 200: *{data.visible(prompt)}*" for prompt, count in row["exploits"][:1]] or ["-"]
+            lines.append([name, seed, report.show(row["after"], 500), *frequent])
     axis.set(xlabel="PPO steps of a fresh attacker", ylabel="its success against the finished defender", ylim=(0, 1))
     axis.legend(frameon=False, fontsize=8)
-    save_figure(canvas, Path(out) / "best.png")
-    return markdown(["", "seed", "success", "most frequent exploit"], lines)
+    report.save_figure(canvas, Path(out) / "best.png")
+    return report.markdown(["", "seed", "success", "most frequent exploit"], lines)
 
 
 def corrected_table(out: str | Path, seeds: Iterable[int], names: Iterable[str]) -> str:
@@ -422,15 +396,15 @@ def corrected_table(out: str | Path, seeds: Iterable[int], names: Iterable[str])
         errors = judge_errors(run.world.judge, labelled_by_truth(run))
         n = len(run.world.test_prompts)
         for name, values in found.items():
-            row = read_json(run_folder(out, name, seed) / "eval.json")["after"]
-            rate, low, high = corrected_rate(round(row["asr_train_judge"] * n), n, errors)
+            row = data.read_json(run_folder(out, name, seed) / "eval.json")["after"]
+            rate, low, high = report.corrected_rate(round(row["asr_train_judge"] * n), n, errors)
             values.append((row["asr_train_judge"], rate, row[ASR], low <= row[ASR] <= high))
     lines = []
     for name, values in found.items():
         raw, corrected, truth, covered = zip(*values)
-        cells = [mean_and_error(rates) for rates in (raw, corrected, truth)]
+        cells = [report.mean_and_error(rates) for rates in (raw, corrected, truth)]
         lines.append([name, *cells, f"{sum(covered)} of {len(covered)}"])
-    return markdown(["", "training judge, raw", "corrected", "truth", "interval covers the truth"], lines)
+    return report.markdown(["", "training judge, raw", "corrected", "truth", "interval covers the truth"], lines)
 
 
 def labelled_by_truth(run: FinishedRun) -> list[dict]:
@@ -460,7 +434,7 @@ def averages_table(out: str | Path, seeds: Sequence[int], rows: list[dict]) -> s
             seconds.append(time.time() - clock)
         cost = [f"{n_policies * policy_size:.1f}", f"{np.median(seconds[1:]):.2f}"]
         lines.append([name, *suite_cells(repeats, keys), *cost])
-    return markdown(["", *(LABELS[key] for key in keys), "MiB a player", "s for 1,000 answers"], lines)
+    return report.markdown(["", *(report.LABELS[key] for key in keys), "MiB a player", "s for 1,000 answers"], lines)
 
 
 def ablate(args: argparse.Namespace) -> None:
@@ -510,24 +484,22 @@ def draw_methods(out: str | Path, rows: dict, attackers: dict, histories: dict) 
     before the game and after each round}."""
     def mean_of(key, repeats):
         values = [row[key] for row in repeats]
-        return np.mean(values), standard_error(values)
+        return np.mean(values), report.standard_error(values)
 
-    canvas, (curves, bars, cells) = figure(1, 4.8, 3.6, rows=3)
-    sets = {ASR: "in distribution", f"{ASR}/unseen topics": "unseen topics",
-            f"{ASR}/unseen framings": "unseen framings"}
+    canvas, (curves, bars, cells) = report.figure(1, 4.8, 3.6, rows=3)
     for i, (name, history) in enumerate(histories.items()):
-        band(curves, np.linspace(0, rows[name][0]["updates"], len(history[0])), history, name, LOOKS[i])
-        heights, errors = zip(*(mean_of(key, rows[name]) for key in sets))
+        report.band(curves, np.linspace(0, rows[name][0]["updates"], len(history[0])), history, name, report.LOOKS[i])
+        heights, errors = zip(*(mean_of(key, rows[name]) for key in DEFENDER))
         x = np.arange(3) + (i - len(histories) / 2 + 0.5) * 0.16
         bars.bar(x, heights, 0.15, yerr=errors, label=name, color=str(0.15 + 0.16 * i), edgecolor="black", lw=0.5,
                  hatch=["", "//", "..", "xx", ""][i], capsize=2)
     for i, (name, repeats) in enumerate(attackers.items()):
         x, dx = mean_of("cells", repeats)
         y, dy = mean_of("third_party_success", repeats)
-        look = LOOKS[i % len(LOOKS)]
+        look = report.LOOKS[i % len(report.LOOKS)]
         cells.errorbar(x, y, xerr=dx, yerr=dy, fmt=look["marker"], color=look["color"], ms=5, capsize=2, label=name,
-                       mfc="white" if i >= len(LOOKS) else None)
-    bars.set_xticks(range(3), sets.values())
+                       mfc="white" if i >= len(report.LOOKS) else None)
+    bars.set_xticks(range(3), DEFENDER.values())
     bars.margins(y=0.25)  # room for the legend
     bars.set(ylabel="attack success, held-out judge", title="finished defenders")
     curves.set(xlabel="defender updates", ylabel="attack success, held-out judge", ylim=(0, 1),
@@ -535,31 +507,31 @@ def draw_methods(out: str | Path, rows: dict, attackers: dict, histories: dict) 
     cells.set(xlabel="distinct cells broken on third parties", ylabel="success on third parties", title="attackers")
     for axis, columns in ((curves, 1), (bars, 3), (cells, 2)):
         axis.legend(frameon=False, fontsize=7, ncols=columns, loc="upper right")
-    save_figure(canvas, Path(out) / "methods.png")
+    report.save_figure(canvas, Path(out) / "methods.png")
 
 
 def draw_rounds(out: str | Path, rows: dict) -> None:
     """Draw rounds.png: success against the number of rounds T; rows: {"equal, T = 8": a row of each seed, ...}."""
-    canvas, axes = figure(2)
+    canvas, axes = report.figure(2)
     lines = {ASR: "held-out prompts", "best_response": "best response, 90 steps",
              "over_refusal/look-alikes": "over-refusal", "mixture": "held-out prompts, mixture"}
     titles = {"equal": "64 steps of each player in all", "growing": "steps grow with T"}
     for axis, (kind, title) in zip(axes, titles.items()):
-        for (key, label), look in zip(lines.items(), LOOKS):
+        for (key, label), look in zip(lines.items(), report.LOOKS):
             horizons = [t for t in HORIZONS if key in rows[f"{kind}, T = {t}"][0]]  # not all have a best response
             values = [[row[key] for row in rows[f"{kind}, T = {t}"]] for t in horizons]  # (horizons, seeds)
-            band(axis, horizons, np.array(values).T, label, look)
+            report.band(axis, horizons, np.array(values).T, label, look)
         axis.set(xscale="log", xlabel="rounds T", ylabel="attack success", ylim=(0, 1), title=title)
         axis.set_xticks(HORIZONS, HORIZONS)
         axis.legend(frameon=False, fontsize=8)
-    save_figure(canvas, Path(out) / "rounds.png")
+    report.save_figure(canvas, Path(out) / "rounds.png")
 
 
 # --- the command line -----------------------------------------------------------------------------------------------
 def main(argv: Sequence[str]) -> None:
     """Parse the arguments and run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+    parser.error = data.fail
     commands = {"reproduce": reproduce, "ablate": ablate, "rounds": rounds}
     parser.add_argument("command", nargs="?", default="reproduce", choices=commands)
     parser.add_argument("rows", nargs="*", metavar="ROW", help="of ablate; default: all")
@@ -581,5 +553,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    as_a_program()
+    data.as_a_program()
     main(sys.argv[1:])

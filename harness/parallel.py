@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from gpo import load_weights, my_rows, rank, trained_weights, world_size
+from gpo import load_weights, my_rows, rank, trained_names, weights, world_size
 from harness.data import fail, read_json
 from model import Policy, first_line, load_policy, save_policy
 from reward import Judge
@@ -193,7 +193,7 @@ def save_adapter(policy: Policy, folder: Path, base: str | None = None) -> None:
         settings.base_model_name_or_path = base
         settings.save_pretrained(folder)
         tensors = {PEFT_PREFIX + name.replace(".default", ""): tensor.contiguous()
-                   for name, tensor in trained_weights(policy.lm).items()}
+                   for name, tensor in weights(policy.lm, trained_names(policy.lm)).items()}
         save_file(tensors, folder / "adapter_model.safetensors")
 
 
