@@ -132,7 +132,7 @@ OPTIONS = {entry.name: entry.metadata["option"] for entry in fields(Config)}
 USAGE = """usage: python train.py [FILE.yaml | FILE.json] [--OPTION VALUE ...]
 
 Train an attacker and a defender against each other: Algorithm 1 of arXiv 2406.10977.
-Without options: the embedded game, on a CPU, about 4 minutes.
+Without options: the embedded game, on a CPU, about 3 minutes.
 Of two defaults the first is for the embedded game, the second for user-supplied models. Names in a file have no dashes.
 """
 
