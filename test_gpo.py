@@ -1144,20 +1144,30 @@ def encoder(tmp_path_factory):
     return str(saved(tmp_path_factory.mktemp("encoder"), body, tiny_tokenizer()))
 
 
+def test_an_encoder_folder_embeds_by_masked_mean_pooling(encoder):
+    body = transformers.BertModel.from_pretrained(encoder)
+    tokenizer = tiny_tokenizer()
+    texts = ["a b c d e f", "g"]
+    for text, vector in zip(texts, load_embedder(encoder)(texts)):
+        with torch.no_grad():
+            mean = body(torch.tensor([tokenizer.encode(text)])).last_hidden_state[0].mean(0)
+        assert np.allclose(vector, (mean / mean.norm()).numpy(), atol=1e-5)
+
+
 MEAN, FIRST = ({f"pooling_mode_{what}": True} for what in ("mean_tokens", "cls_token"))
 
 
 @pytest.mark.parametrize("pooling, last, prompt, expected", [
     (MEAN, "Normalize", "", "mean"), (FIRST, "Normalize", "", "first"), (MEAN, "Dense", "", None),
     ({"pooling_mode": "cls"}, "Normalize", "", "first"), (MEAN | FIRST, "Normalize", "", None),
-    (MEAN, "Normalize", "query: ", None), (None, "Normalize", "", None), (None, None, "", "mean")])
-def test_an_encoders_states_are_pooled_as_its_folder_says_or_averaged_or_it_is_refused(
+    (MEAN, "Normalize", "query: ", None), (None, "Normalize", "", None)])
+def test_a_sentence_transformers_folder_is_pooled_as_it_says_or_refused(
         pooling, last, prompt, expected, encoder, tmp_path):
     folder = Path(shutil.copytree(encoder, tmp_path / "encoder"))
     (folder / "Pooling").mkdir()
-    if last:
-        data.write_json(folder / "modules.json", [{"path": kind, "type": f"sentence_transformers.models.{kind}"}
-                                                  for kind in ("Transformer", "Pooling", last)])
+    kinds = ("Transformer", "Pooling", last)
+    data.write_json(folder / "modules.json", [{"path": kind, "type": f"sentence_transformers.models.{kind}"}
+                                              for kind in kinds])
     if pooling:
         data.write_json(folder / "Pooling" / "config.json", {"word_embedding_dimension": 16, **pooling})
     data.write_json(folder / "config_sentence_transformers.json",
@@ -1770,11 +1780,14 @@ def test_a_classifier_with_a_chat_template_reads_the_rendered_exchange(tmp_path)
     assert load_judge(str(tmp_path))(*map(list, zip(*exchanges))) == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_classifier_whose_chat_template_does_not_show_the_exchange_is_refused():
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    with pytest.raises(ValueError, match="the judge's chat template must show it .* but it leaves out the prompt or"):
-        classifier_judge(tiny_classifier(tokenizer), tokenizer)
+@pytest.mark.parametrize("template, fault", [
+    ("{{ raise_exception('roles') }}", "fails: roles"),
+    ("{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}", "leaves out the prompt or the")])
+def test_a_classifier_whose_chat_template_does_not_show_the_exchange_is_refused(tmp_path, template, fault):
+    tokenizer = byte_tokenizer(["<|im_start|>", "<pad>"], template, eos_token="<|im_end|>")
+    decoder_classifier(tmp_path, tokenizer, pad_token_id=tokenizer.convert_tokens_to_ids("<pad>"))
+    with pytest.raises(ValueError, match=f"the judge's chat template must show it .* but it {fault}"):
+        load_judge(str(tmp_path))
 
 
 def test_a_classifier_pads_with_the_token_that_its_config_names(tmp_path):
@@ -2566,7 +2579,9 @@ def test_every_decoder_family_plays_updates_and_comes_back_from_its_folder(famil
     theirs = lm(rollout.tokens).logits[:, :-1].log_softmax(-1).gather(2, rollout.tokens[:, 1:, None])  # (B, T - 1, 1)
     assert torch.allclose(logprobs[mask], theirs[..., 0][mask[:, 1:]], atol=1e-4)
     before = bytes_of(player.policy)
-    ppo_update(player, rollout, ARANGE, 0)  # raises unless the ratio is exactly 1 before its one step
+    metrics = ppo_update(player, rollout, np.arange(8.0), 0)
+    assert metrics["defender/policy/approxkl"] == 0.0  # before its one step
+    assert metrics["defender/policy/ratio"] == pytest.approx(1.0, abs=1e-6)
     save_policy(player.policy, tmp_path / "saved")
     again = load_policy(tmp_path / "saved")
     assert bytes_of(again) == bytes_of(player.policy) != before
@@ -3157,6 +3172,9 @@ def test_a_users_models_with_different_tokenizers_learn_from_what_the_judge_deci
     row = json.loads((user_models / "run" / "summary.json").read_text())["after"]
     assert 0 <= row["over_refusal"] + row["helpfulness"] <= 1  # what refuses does not answer
     assert row["undecided"] == 1
+    for name in ("attacker", "defender"):
+        ours, theirs = (AutoTokenizer.from_pretrained(folder / name) for folder in (user_models / "run", user_models))
+        assert ours.encode("the") == theirs.encode("the")
     run_program(user_models, "run", program=evaluation)
     printed = capsys.readouterr().out
     assert "0.000" in printed and warning not in printed
