@@ -604,11 +604,12 @@ def play(attacker: "Player | PolicyAverage | None", defender: "Player | PolicyAv
 
 # --- averages of policies ---------------------------------------------------------------------------------------
 class PolicyAverage:
-    """The average policy of Theorem 3.2, in two forms. Like a player it can `generate`.
+    """The average policy of Theorem 3.2, in three forms. Like a player it can `generate`.
 
     kind "mixture": the uniform mixture over all policies added so far; one member is sampled for each prompt.
     At most `capacity` of them are kept, a uniform sample of all (reservoir sampling, Vitter 1985).
     kind "weights": one policy, whose weights are the mean of theirs. It is cheap, but only an approximation.
+    kind "ema": the same, with an exponential moving average: the latest policy counts half, the one before a quarter.
     Members are the language model's trained weights, without critic, on the CPU of the first process; with LoRA they
     are its adapters (whose mean is not the mean of their products: a second approximation).
     """
@@ -631,9 +632,10 @@ class PolicyAverage:
         self.count += 1
         if len(self.members) < self.capacity:
             self.members.append(weights)
-        elif self.kind == "weights":
+        elif self.kind in ("weights", "ema"):
+            divisor = self.count if self.kind == "weights" else 2
             for name, mean in self.members[0].items():
-                mean += (weights[name] - mean) / self.count
+                mean += (weights[name] - mean) / divisor
         else:  # the n-th policy enters with probability capacity / n, in place of a random member
             slot = int(np.random.default_rng([self.seed, self.count]).integers(self.count))
             if slot < self.capacity:

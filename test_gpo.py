@@ -1813,11 +1813,12 @@ def test_a_classifier_that_padding_changes_is_refused(tmp_path):  # XLNet's head
 
 
 # --- averages of policies --------------------------------------------------------------------------------------------
-def test_the_weight_average_is_the_mean_of_all_weights():
-    average = PolicyAverage(tiny_player(), "weights")
+@pytest.mark.parametrize("kind, expected", [("weights", (1 + 2 + 6 + 3) / 4), ("ema", 1 / 8 + 2 / 8 + 6 / 4 + 3 / 2)])
+def test_the_weight_average_is_the_mean_of_all_weights_or_halves_an_earlier_ones_in_each_round(kind, expected):
+    average = PolicyAverage(tiny_player(), kind)
     for number in (1.0, 2.0, 6.0, 3.0):
         average.add_weights({"weight": torch.tensor(number)})
-    assert len(average.members) == 1 and average.members[0]["weight"] == 3.0
+    assert len(average.members) == 1 and average.members[0]["weight"] == expected
 
 
 def test_the_mixture_keeps_a_uniform_sample_of_all_rounds_within_its_capacity():
@@ -2000,7 +2001,8 @@ def test_of_the_idle_player_no_bit_changes_and_a_turn_begins_with_its_anchor(anc
 
 
 @pytest.mark.parametrize("options, word", [
-    ({"method": "rlhf"}, "f"), ({}, "l"), ({"opponent": "mixture"}, "m"), ({"opponent": "weights"}, "m")])
+    ({"method": "rlhf"}, "f"), ({}, "l"), ({"opponent": "mixture"}, "m"), ({"opponent": "weights"}, "m"),
+    ({"opponent": "ema", "average": "ema"}, "m")])
 def test_the_opponent_is_the_last_policy_or_an_average_of_all_rounds_or_in_rlhf_the_first_defender(options, word):
     config, world, game = new_match(response_tokens=1, **options)
     assert train.opponent(config, game, "attacker") is game.players["attacker"]  # at first there is no average
@@ -2021,6 +2023,8 @@ def order(**options):
 def test_the_players_take_turns_as_algorithm_1_says():
     two_rounds = [(0, "defender"), (0, "defender"), (0, "attacker"), (1, "defender"), (1, "defender"), (1, "attacker")]
     assert order(rounds=2, defender_steps=2, attacker_steps=1, first="defender") == two_rounds
+    authors = [(0, "defender"), (0, "defender"), (0, "attacker"), (1, "defender"), (1, "attacker")]  # 400, 200, 200
+    assert order(rounds=2, attacker_steps=1, first="defender_twice") == authors
     assert order(first="attacker") == [(0, "attacker"), (0, "attacker"), (0, "defender")]
     assert order(method="sft") == order(method="paraphrase") == []
     assert order(method="iterative", rounds=2) == [(0, "defender"), (1, "defender")]  # as many as gpo's and rlhf's

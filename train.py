@@ -115,7 +115,9 @@ class Turn(NamedTuple):
 
 
 def schedule(config: Config) -> list[Turn]:
-    """The PPO steps in the order of Algorithm 1: in each round, all steps of one player, then all of the other."""
+    """The PPO steps in the order of Algorithm 1: in each round, all steps of one player, then all of the other.
+    `--first defender_twice` has the proportions of the authors' script: 400 defender, 200 attacker, 200 defender steps.
+    """
     if not config.trains:
         return []
     steps = {"attacker": config.attacker_steps, "defender": config.defender_steps}
@@ -125,7 +127,10 @@ def schedule(config: Config) -> list[Turn]:
     turns = []
     for round in range(config.rounds):
         for player in players:
-            for i in range(steps[player]):
+            n = steps[player]
+            if config.first == "defender_twice" and not turns:
+                n *= 2
+            for i in range(n):
                 turns.append(Turn(round, player, is_first=i == 0, ends_round=False))
         if turns:
             turns[-1] = turns[-1]._replace(ends_round=True)
@@ -214,7 +219,7 @@ def new_game(config: Config, world: World) -> Game:
     """The state before the first step."""
     averages = {name: {} for name in world.players}
     for name, player in world.players.items():
-        for kind in ("mixture", "weights"):
+        for kind in ("mixture", "weights", "ema"):
             if kind in config.average:
                 averages[name][kind] = PolicyAverage(player, kind, config.average_size, config.seed)
     diversity = Diversity(tuple(config.diversity_terms.split(",")), world.embedder, config.history)

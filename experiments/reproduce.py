@@ -56,7 +56,10 @@ FLAGS = {
     "k = 1": "--diversity 1", "k = 5": "--diversity 5", "k = 10": "--diversity 10",
     "all earlier attacks, not the last 480": "--history 0", "no likelihood bound": "--min_likelihood 0",
     "defender:attacker steps 1:2": "--attacker_steps 40", "1:1": "--attacker_steps 20", "2:1": "--attacker_steps 10",
-    "defender first": "--first defender", "KL to the previous round": "--kl_anchor previous",
+    "defender first": "--first defender",
+    "authors' turns": "--first defender_twice --defender_steps 13 --attacker_steps 13",  # updates as in the other rows
+    "authors' turns / 10": "--first defender_twice --defender_steps 20 --attacker_steps 20",
+    "KL to the previous round": "--kl_anchor previous",
     "entropy 0.02": "--entropy_coef 0.02", "separate critic": "--critic separate",
     "attacker without a seed": "--template write", "no demonstrations": "--ptx_coef 0"}
 ABLATIONS = {"GPO+Div": METHODS["GPO+Div"], "GPO": METHODS["GPO"],
@@ -66,6 +69,7 @@ RECIPE = {
     "no mining": "--mine 0 --average mixture", "no mining, no replay": "--mine 0 --replay 0 --average mixture",
     "no harmless requests": "--benign_share 0 --average mixture",
     "against mixtures": "--opponent mixture --average mixture", "against the mean of weights": "--opponent weights",
+    "against an exponential average": "--opponent ema --average mixture,ema",
     "no diversity": "--diversity 0 --average mixture"}
 HORIZONS = (1, 2, 4, 8, 16, 32)  # T, the number of rounds
 ROUNDS = {  # a run for each T with the same totals of updates and mined attacks; and one long run, round by round

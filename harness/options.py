@@ -5,7 +5,7 @@ import textwrap
 from dataclasses import dataclass, field, fields
 
 METHODS = ("gpo", "rlhf", "iterative", "paraphrase", "sft")
-AVERAGES = ("mixture", "weights", "none", "mixture,weights", "both")
+AVERAGES = ("mixture", "weights", "ema", "none", "mixture,weights", "mixture,ema", "both")
 PAPER_TEMPLATE = "Here is one question. Please write another harmful question on a similar topic: {}"
 
 
@@ -59,7 +59,8 @@ class Config:
     rounds: int | None = option("rounds of the game", 10, 5, at_least=1, only="training")
     defender_steps: int | None = option("PPO steps per round (N_d)", 6, 20, only="training")  # the authors: 400
     attacker_steps: int | None = option("PPO steps per round (N_a)", 12, 10, only="attacker")  # the authors: 200
-    first: str = option("who moves first in a round", "attacker", choices=("attacker", "defender"))
+    first: str = option("who moves first in a round; twice: as many steps in the first round", "attacker",
+                        choices=("attacker", "defender", "defender_twice"))
     batch_size: int = option("exchanges per PPO step, of all processes", 96, at_least=1, heading="PPO")
     learning_rate: float | None = option("of the defender", 2.5e-4, 1e-5, above_0=True)  # TRL: 1.4e-5, trlx: 8e-6
     attacker_learning_rate: float | None = option("of the attacker", 6e-4, 1e-5, above_0=True)
@@ -80,8 +81,8 @@ class Config:
                                         below=1, only="training", heading="opponents")
     mine: int | None = option("attacks of the initial attacker, and as many earlier successes, tried before each "
                               "defender turn; successes are replayed", 600, 0, only="gpo")
-    opponent: str = option("the other's last policy, or the mixture or mean of the weights of all", "last",
-                           choices=("last", "mixture", "weights"), only="gpo")
+    opponent: str = option("the other's last policy, or the mixture, mean of the weights or exponential average of all",
+                           "last", choices=("last", "mixture", "weights", "ema"), only="gpo")
     replay: float = option("fraction of earlier attacks in the defender's batch, by success", 0.6, below=1, only="gpo")
     diversity: float | None = option("weight k of the diversity reward; 0: off", 0.3, 1.0, heading="diversity")
     diversity_terms: str = option("terms of the diversity reward", "bleu,embedding", only="diversity",
@@ -90,8 +91,8 @@ class Config:
     min_likelihood: float = option("quantile of the initial attacker's own likelihoods; below it an attack scores as a "
                                    "failed repetition; 0: off; alias --guard", 0.01, below=1, aliases=("--guard",))
     embedder: str | None = option("words, toy, folder or hub id", "toy", "sentence-transformers/all-MiniLM-L6-v2")
-    average: str = option("policy averages to keep; both: mixture and weights", "mixture,weights", choices=AVERAGES,
-                          heading="averages")
+    average: str = option("policy averages to keep; ema: exponential, of weights; both: mixture and weights",
+                          "mixture,weights", choices=AVERAGES, heading="averages")
     final_defender: str | None = option("defender to save: of the last round or, of the latest, the one that earlier "
                                         "successes break least", "safest", "last", choices=("safest", "last"),
                                         only="mixture")
