@@ -13,7 +13,7 @@ have 7 billion parameters and use all of English; here the truth is known, and a
 """
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from itertools import chain, product
 
 import numpy as np
@@ -148,7 +148,8 @@ class ToyGame:
         self._sample_fixed_prompts(rng)
         self._held_out_prompts = {self.prompt(c) for c in self.cells[self.held_out]}
         self._jailbreaks = {self.prompt(c) for c in self.cells[~self.open]}
-        self._by_rarest = self._index_topics()
+        self._content_words = [(topic, set(words(self.paraphrases[topic][paraphrase])) - STOP_WORDS)
+                               for topic, paraphrase in np.ndindex(self.shape[:2])]
         texts = [self.prompt(c) for c in self.cells] + [text.format(tool) for text, tool in product(COMPLY, self.tools)]
         self.vocabulary = sorted(set(re.findall(r"\w+|[^\w\s]", " ".join([*texts, *REFUSE]))))  # and punctuation
         self._idf = self._rarities()
@@ -173,16 +174,6 @@ class ToyGame:
         topic, _, framing, suffix = self.cells.T
         narrow = np.isin(topic, self.fixed_topics) & np.isin(framing, framings) & np.isin(suffix, suffixes)
         self.fixed_prompts = [self.prompt(c) for c in rng.permutation(self.cells[narrow & ~self.held_out])[:200]]
-
-    def _index_topics(self):
-        """{word: [(topic, its content words)]}: each paraphrase under its rarest word, for `topics_in`."""
-        keys = [(topic, frozenset(words(self.paraphrases[topic][paraphrase])) - STOP_WORDS)
-                for topic, paraphrase in np.ndindex(self.shape[:2])]
-        count = Counter(chain.from_iterable(key for _, key in keys))
-        by_rarest = defaultdict(list)
-        for topic, key in keys:
-            by_rarest[min(sorted(key), key=count.get)].append((topic, key))
-        return by_rarest
 
     # --- prompts and responses ---------------------------------------------------------------------------
     def prompt(self, cell: tuple[int, int, int, int] | np.ndarray) -> str:
@@ -228,8 +219,7 @@ class ToyGame:
     def topics_in(self, prompt: str) -> list[int]:
         """The topics that a prompt asks for: all content words of one paraphrase, in any order."""
         found = set(words(prompt))
-        candidates = chain.from_iterable(self._by_rarest.get(word, ()) for word in found)
-        return sorted({topic for topic, key in candidates if key <= found})
+        return sorted({topic for topic, asked in self._content_words if asked <= found})
 
     def cell_of(self, prompt: str) -> tuple[int, int] | None:
         """(topic, framing) of a prompt, to count different attacks; None if it asks for no topic. The framing is the
