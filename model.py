@@ -72,17 +72,10 @@ class Rollout:
         """This rollout with an empty response mask where rows (B,) is True."""
         return replace(self, lengths=torch.where(rows.to(self.lengths.device), self.prompt_lengths, self.lengths))
 
-    def token_ids(self) -> tuple[list[list[int]], list[list[int]]]:
-        """(prompt ids, response ids) of each row."""
-        rows = self.tokens.tolist()
-        starts = self.prompt_lengths.tolist()
-        ends = self.lengths.tolist()
-        prompt_ids = [row[:start] for row, start in zip(rows, starts)]
-        return prompt_ids, [row[start:end] for row, start, end in zip(rows, starts, ends)]
-
     def rows(self) -> list[tuple[str, list[int], list[int]]]:
         """(text, prompt ids, response ids) of each row."""
-        return list(zip(self.texts, *self.token_ids()))
+        spans = zip(self.texts, self.tokens.tolist(), self.prompt_lengths.tolist(), self.lengths.tolist())
+        return [(text, ids[:start], ids[start:end]) for text, ids, start, end in spans]
 
     def select(self, rows: torch.Tensor) -> "Rollout":
         """The given rows (n,), trimmed to the longest of them."""

@@ -331,8 +331,7 @@ def test_a_response_ends_at_its_first_eos_or_at_the_limit(prompts, n, temperatur
     policy = tiny_policy()
     rollout = generate(policy, prompts, n, temperature, top_k, seed=seed)
     words = {i: word for word, i in policy.tokenizer.get_vocab().items()}
-    _, responses = rollout.token_ids()
-    for response, ended, text in zip(responses, rollout.ended.tolist(), rollout.texts):
+    for (text, _, response), ended in zip(rollout.rows(), rollout.ended.tolist()):
         assert 1 <= len(response) <= n
         assert 0 not in response[:-1]  # <eos>
         assert ended == (response[-1] == 0)
@@ -416,9 +415,9 @@ def test_the_greedy_sampler_agrees_with_transformers_generate(family, dtype):
     theirs = copy.deepcopy(policy.lm).to(dtype)
     policy.compute_dtype = dtype
     before = bytes_of(policy)
-    _, responses = generate(policy, PROMPTS, 6, temperature=0).token_ids()
+    rows = generate(policy, PROMPTS, 6, temperature=0).rows()
     assert bytes_of(policy) == before  # what is cast for decoding is a copy
-    for prompt, response in zip(PROMPTS, responses):
+    for prompt, (_, _, response) in zip(PROMPTS, rows):
         ids = torch.tensor(policy.encode([prompt]))
         expected, = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6,
                                     pad_token_id=0)
@@ -432,9 +431,9 @@ def test_a_step_of_fixed_shapes_as_a_gpu_captures_it_samples_the_same_tokens(fam
     for fixed in (False, True):
         monkeypatch.setattr(model, "_has_fixed_shapes", lambda lm, fixed=fixed: fixed)
         options = [dict(temperature=0), dict(seed=1), dict(seed=2, top_k=5)]
-        sampled.append([generate(policy, PROMPTS * 5, 12, **more).token_ids() for more in options])
+        sampled.append([generate(policy, PROMPTS * 5, 12, **more).rows() for more in options])
     assert sampled[0] == sampled[1]
-    lengths = {len(ids) for _, responses in sampled[0] for ids in responses}
+    lengths = {len(response) for rows in sampled[0] for _, _, response in rows}
     assert len(lengths) > 1  # some rows end before others
 
 
@@ -1054,7 +1053,7 @@ def test_an_average_answers_each_prompt_by_one_of_its_members_and_keeps_the_orde
     average.add(one_word_player("defender", "b").policy)
     rollout = average.generate(PROMPTS * 2, 0, temperature=0)
     assert rollout.prompts == [f"z {prompt}" for prompt in PROMPTS * 2]
-    assert rollout.token_ids()[0] == echo.encode(rollout.prompts)
+    assert [prompt_ids for _, prompt_ids, _ in rollout.rows()] == echo.encode(rollout.prompts)
     is_echo = [text == prompt.split()[-1] for prompt, text in zip(rollout.prompts, rollout.texts)]
     assert 0 < sum(is_echo) < 16
     assert {text for text, echoed in zip(rollout.texts, is_echo) if not echoed} == {"b"}
