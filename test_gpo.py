@@ -1464,16 +1464,6 @@ def test_what_a_text_says_is_never_a_control_token_for_a_judge(tokens, how, prom
         assert "".join(written.split()) in "".join(received.split())
 
 
-@pytest.mark.parametrize("template, message", [
-    ("{{ messages[0]['content'] }}", "leaves out the prompt or the response"),
-    ("{{ raise_exception('a system turn is needed') }}", "chat template fails: a system turn is needed")])
-def test_a_guard_whose_template_does_not_show_the_answer_is_refused(tmp_path, template, message):
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = template
-    with pytest.raises(ValueError, match=message):
-        load_judge(bigram_guard(tmp_path, tokenizer, {}))
-
-
 def test_what_a_judge_cannot_decide_is_reported_and_counts_as_neither(capsys):
     p_safe = call_judge(lambda prompts, responses: [None, 0.2, 0.9, None], list("abcd"), list("efgh"))
     assert np.array_equal(p_safe, [np.nan, 0.2, 0.9, np.nan], equal_nan=True)
@@ -1757,14 +1747,20 @@ def test_a_classifier_with_a_chat_template_reads_the_rendered_exchange(tmp_path)
     assert load_judge(str(tmp_path))(*map(list, zip(*exchanges))) == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("kind, required", [
+    ("guard", "its chat template"), ("classifier", "the judge's chat template must show it .* but it")])
 @pytest.mark.parametrize("template, fault", [
-    ("{{ raise_exception('roles') }}", "fails: roles"),
-    ("{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}", "leaves out the prompt or the")])
-def test_a_classifier_whose_chat_template_does_not_show_the_exchange_is_refused(tmp_path, template, fault):
-    tokenizer = byte_tokenizer(["<|im_start|>", "<pad>"], template, eos_token="<|im_end|>")
-    decoder_classifier(tmp_path, tokenizer, pad_token_id=tokenizer.convert_tokens_to_ids("<pad>"))
-    with pytest.raises(ValueError, match=f"the judge's chat template must show it .* but it {fault}"):
-        load_judge(str(tmp_path))
+    ("{{ raise_exception('a system turn is needed') }}", "fails: a system turn is needed"),
+    ("{{ messages[0]['content'] }}", "leaves out the prompt or the response")])
+def test_a_judge_whose_chat_template_does_not_show_the_exchange_is_refused(tmp_path, kind, required, template, fault):
+    tokenizer = byte_tokenizer(["<pad>"], template, eos_token="<|im_end|>")
+    judge = str(tmp_path)
+    if kind == "guard":
+        judge = bigram_guard(tmp_path, tokenizer, {})
+    else:
+        decoder_classifier(tmp_path, tokenizer, pad_token_id=tokenizer.convert_tokens_to_ids("<pad>"))
+    with pytest.raises(ValueError, match=f"{required} {fault}"):
+        load_judge(judge)
 
 
 def test_a_classifier_pads_with_the_token_that_its_config_names(tmp_path):
