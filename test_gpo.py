@@ -1318,24 +1318,22 @@ HEADS = {
     "two kinds of safe": (["safe", "benign"], None, [1, 2], UNKNOWN),
     "toxic kinds and others": (["toxicity", "insult", "male"], None, [1, 2, 3], "problem_type"),
     "kinds that a config calls exclusive": (SIX, "single_label_classification", [0] * 6, UNKNOWN),
-}
-NAMED = {  # the user names the labels
-    "LABEL_1": (["LABEL_0", "LABEL_1"], None, [1, 2], 1 / (1 + math.e)),
-    "LABEL_1, LABEL_2": (["LABEL_0", "LABEL_1", "LABEL_2"], None, [1, 0, 0], math.e / (2 + math.e)),
-    "hate, racism": (["hate, racism", "hello"], None, [1, 2], math.e / (1 + math.e)),
-    "threat,insult": (SIX, MULTI, [3, -2, 5, -4, 4.5, -3], 1 / (1 + math.e**4.5)),
-    "insult": (["safe", "insult"], MULTI, [3, -2], 1 / (1 + math.e**-2)),
-    "cost": (["cost"], None, [4], 1 / (1 + math.e**4)),
-    "safe": (["safe", "unsafe"], None, [0, 0], "takes those that do, separated by commas, got 'safe'"),
-    "LABEL_0,LABEL_1": (["LABEL_0", "LABEL_1"], None, [0, 0], "problem_type"),
-    "toxicity,insult": (["toxicity", "insult", "male"], None, [0] * 3, "problem_type"),
+    "--unsafe_label LABEL_1": (["LABEL_0", "LABEL_1"], None, [1, 2], 1 / (1 + math.e)),
+    "--unsafe_label LABEL_1, LABEL_2": (["LABEL_0", "LABEL_1", "LABEL_2"], None, [1, 0, 0], math.e / (2 + math.e)),
+    "--unsafe_label hate, racism": (["hate, racism", "hello"], None, [1, 2], math.e / (1 + math.e)),
+    "--unsafe_label threat,insult": (SIX, MULTI, [3, -2, 5, -4, 4.5, -3], 1 / (1 + math.e**4.5)),
+    "--unsafe_label insult": (["safe", "insult"], MULTI, [3, -2], 1 / (1 + math.e**-2)),
+    "--unsafe_label cost": (["cost"], None, [4], 1 / (1 + math.e**4)),
+    "--unsafe_label safe": (["safe", "unsafe"], None, [0, 0], "takes those that do, separated by commas, got 'safe'"),
+    "--unsafe_label LABEL_0,LABEL_1": (["LABEL_0", "LABEL_1"], None, [0, 0], "problem_type"),
+    "--unsafe_label toxicity,insult": (["toxicity", "insult", "male"], None, [0] * 3, "problem_type"),
 }
 
 
-@pytest.mark.parametrize("case", [*HEADS, *(f"--unsafe_label {flag}" for flag in NAMED)])
+@pytest.mark.parametrize("case", HEADS)
 def test_a_classifiers_outputs_are_read_as_its_labels_mean_or_refused(case):
+    labels, problem_type, logits, expected = HEADS[case]
     flag = case.removeprefix("--unsafe_label ") if case.startswith("--") else None
-    labels, problem_type, logits, expected = NAMED[flag] if flag else HEADS[case]
     tokenizer = tiny_tokenizer()
     classifier = tiny_classifier(tokenizer, labels, problem_type=problem_type)
     torch.nn.init.zeros_(classifier.classifier.weight)
