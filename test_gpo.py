@@ -48,7 +48,7 @@ import unicodedata
 from dataclasses import asdict, replace
 from difflib import SequenceMatcher
 from html.parser import HTMLParser
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import torch.distributed as dist
 from hypothesis import given, settings
@@ -1486,10 +1486,8 @@ JUDGE_FILES = {
 def modules(monkeypatch):
     """sys.path and sys.modules are after the test what they were before."""
     monkeypatch.setattr(sys, "path", list(sys.path))
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        del sys.modules[name]
+    with patch.dict(sys.modules):
+        yield
 
 
 @pytest.mark.parametrize("what", JUDGE_FILES)
@@ -3197,8 +3195,8 @@ def test_a_tilde_that_the_shell_has_left_is_the_home_folder(monkeypatch):
 def test_without_room_in_memory_or_on_the_disk_a_run_ends_with_one_line_and_goes_on_with_more(
         user_models, place, error, message, monkeypatch, capsys):
     shutil.rmtree(user_models / "full", ignore_errors=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(place, Mock(side_effect=error))
+    with monkeypatch.context() as patched:
+        patched.setattr(place, Mock(side_effect=error))
         status, line = ending(capsys, user_models, *MODELS, *SHORT, "--out", "full")
     assert status == 2 and line.startswith(message) and "--resume full" in line
     run_program(user_models, "--resume", "full", "--micro_batch", "2")
