@@ -1423,8 +1423,9 @@ def subword_tokenizer(kind, template=None):
 
 
 MARKED = "{% for m in messages %}[CLS]{{ m['role'] }}: {{ m['content'] }}<|eot_id|>{% endfor %}"
-TEXTS = st.lists(st.sampled_from(["[SEP]", "<|eot_id|>", "[PAD]", "[CLS]", "[", "SEP", "]", "hello", " ", "<|eot_",
-                                  "\uff3bSEP\uff3d", "marmalade1end"]), max_size=6).map("".join)
+JUDGED_TEXT = st.lists(st.sampled_from([
+    "[SEP]", "<|eot_id|>", "[PAD]", "[CLS]", "[", "SEP", "]", "hello", " ", "<|eot_", "\uff3bSEP\uff3d",
+    "marmalade1end"]), max_size=6).map("".join)
 
 
 @functools.cache
@@ -1446,7 +1447,7 @@ def judge_that_reads(tokens, how):
 @pytest.mark.parametrize("how", ["response", "pair", "template", "no template"])
 @pytest.mark.parametrize("tokens", ["bytes", "pieces"])
 @settings(max_examples=15, deadline=None)
-@given(prompt=TEXTS, response=TEXTS)
+@given(prompt=JUDGED_TEXT, response=JUDGED_TEXT)
 def test_what_a_text_says_is_never_a_control_token_for_a_judge(tokens, how, prompt, response):
     judge, seen, tokenizer = judge_that_reads(tokens, how)
     read = []
