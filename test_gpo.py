@@ -72,7 +72,7 @@ from experiments.soak import outcome
 from gpo import Player, PolicyAverage, SFTSettings, gae, nash_gap, play, ppo_update, sft, solve_matrix_game
 from harness import data, parallel
 from harness.config import Config, parse, resolve
-from harness.data import append_lines, complete_folder, first_turn, is_test, normalized, read_lines, read_rows, usable
+from harness.data import append_lines, first_turn, is_test, normalized, read_json, read_lines, read_rows, usable
 from harness.report import JudgeErrors, calibration, corrected_rate, holm, paired_test, wilson_interval
 from harness.run import RunFolder, alarms, open_run
 from harness.world import PLAIN_EXCHANGES, World, make_players, make_world, split_prompts, usable_pairs
@@ -2453,12 +2453,12 @@ def test_a_file_or_folder_is_complete_or_absent_and_on_the_disk_before_it_has_it
     note("fsync", os.fsync)
     note("replace", os.replace)
     data.write_text(tmp_path / "a.md", "old")
-    with complete_folder(tmp_path / "folder") as temporary:
+    with data.complete_folder(tmp_path / "folder") as temporary:
         (temporary / "b").write_text("b")
         assert not (tmp_path / "folder").exists()
     assert calls == [("fsync", "a.md.writing"), ("replace", "a.md.writing"), ("fsync", "b"),
                      ("fsync", ".folder.writing"), ("replace", ".folder.writing"), ("fsync", tmp_path.name)]
-    with pytest.raises(OSError), complete_folder(tmp_path / "folder") as temporary:
+    with pytest.raises(OSError), data.complete_folder(tmp_path / "folder") as temporary:
         (temporary / "b").write_text("half a")
         raise OSError("No space left on device")
     assert (tmp_path / "folder" / "b").read_text() == "b" and not (tmp_path / ".folder.writing").exists()
@@ -2733,7 +2733,7 @@ def test_an_adapter_that_is_saved_or_merged_is_the_same_function(tmp_path):
     learned = logprobs_and_values(player.policy, rollout)
     for ours, theirs in zip(learned, logprobs_and_values(load_policy(tmp_path, "separate"), rollout)):
         assert torch.allclose(ours, theirs, atol=1e-4)
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["lora_alpha"] == 2 * 4  # W + 2 B A
+    assert read_json(tmp_path / "adapter" / "adapter_config.json")["lora_alpha"] == 2 * 4  # W + 2 B A
     theirs = PeftModel.from_pretrained(tiny_policy().lm, tmp_path / "adapter")  # as anybody else would
     assert torch.allclose(theirs(rollout.tokens).logits, player.policy.lm(rollout.tokens).logits, atol=1e-4)
 
@@ -2987,10 +2987,10 @@ def test_a_run_leaves_a_complete_folder_with_every_step_and_every_exchange(finis
     for name in ("config.json", "curves.png", "report.md", "attacker/README.md", "defender/tokenizer.json"):
         assert (folder / name).stat().st_size > 0, name
     assert "attack success on held-out prompts" in printed and printed.count("before  ") == 3  # example exchanges
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = read_json(folder / "summary.json")
     for name in ("before", "after", "average (mixture)", "average (weights)"):
         assert {"asr_held_out_judge", "over_refusal", "attacker_success", "self_bleu"} <= set(summary[name])
-    versions = json.loads((folder / "config.json").read_text())["versions"]
+    versions = read_json(folder / "config.json")["versions"]
     assert versions["torch"] == torch.__version__ and {"platform", "device", "commit"} <= set(versions)
     metrics, games = read_lines(folder / "metrics.jsonl"), read_lines(folder / "games.jsonl")
     assert [(m["step"], m["role"]) for m in metrics] == list(enumerate(["attacker", "defender", "defender"] * 2))
@@ -3143,7 +3143,7 @@ def test_a_users_models_with_different_tokenizers_learn_from_what_the_judge_deci
         assert m["game/attack_success"] == pytest.approx(np.mean([1 - game["p_safe"] for game in decided]))
         mean_score = np.mean([game["score"] for game in decided])
         assert m[f"{m['role']}/objective/scores"] == pytest.approx(mean_score, abs=1e-6)
-    row = json.loads((user_models / "run" / "summary.json").read_text())["after"]
+    row = read_json(user_models / "run" / "summary.json")["after"]
     assert 0 <= row["over_refusal"] + row["helpfulness"] <= 1  # what refuses does not answer
     assert row["undecided"] == 1
     for name in ("attacker", "defender"):
@@ -3172,7 +3172,7 @@ def test_a_finished_run_says_of_which_round_its_defender_is(user_models, monkeyp
     monkeypatch.setattr(train, "choose_defender", choose)
     run_program(user_models, *MODELS, *SHORT, "--rounds", 2, "--out", "chosen")
     run = user_models / "chosen"
-    assert json.loads((run / "summary.json").read_text())["round"] == 1
+    assert read_json(run / "summary.json")["round"] == 1
     assert "the policy after round 1 of 2" in (run / "defender" / "README.md").read_text()
     assert "the last policy" in (run / "attacker" / "README.md").read_text()
     assert "The final defender is that of round 1 of 2" in (run / "report.md").read_text()
@@ -3201,7 +3201,7 @@ def test_without_room_in_memory_or_on_the_disk_a_run_ends_with_one_line_and_goes
         status, line = ending(capsys, user_models, *MODELS, *SHORT, "--out", "full")
     assert status == 2 and line.startswith(message) and "--resume full" in line
     run_program(user_models, "--resume", "full", "--micro_batch", "2")
-    assert json.loads((user_models / "full" / "summary.json").read_text())["config"]["micro_batch"] == 2
+    assert read_json(user_models / "full" / "summary.json")["config"]["micro_batch"] == 2
 
 
 def test_two_players_of_one_base_with_lora_meet_harmless_requests(gguf_model, user_models, tmp_path, capsys):
@@ -3215,7 +3215,7 @@ def test_two_players_of_one_base_with_lora_meet_harmless_requests(gguf_model, us
     assert int(train_on) + int(measure) == 24 and int(train_on) > 4 and int(measure) > 4
     start = tmp_path / "run" / "checkpoints" / "start"
     assert (start / "attacker_base").exists() and not (start / "defender_base").exists()
-    start = json.loads((start / "prompts.json").read_text())
+    start = read_json(start / "prompts.json")
     assert not set(start["benign_seeds"]) & set(start["benign_prompts"])
     for game in read_lines(tmp_path / "run" / "games.jsonl"):
         if game["role"] == "defender" and game["attack"] in start["benign_seeds"]:
@@ -3287,7 +3287,7 @@ def test_a_run_on_one_base_goes_on_elsewhere_to_the_same_bytes_and_others_start_
     assert not differing(again, outcome(one_base))
     other = tmp_path / "other"  # of another rank: both adapters are merged into the base
     run_program(one_base.parent, *ONE_BASE, "--lora", 3, "--rounds", 1, "--start", one_base, "--out", other)
-    before, after = (json.loads((run / "summary.json").read_text())["before"] for run in (one_base, other))
+    before, after = (read_json(run / "summary.json")["before"] for run in (one_base, other))
     assert before == after
     rollout = open_run(other).world.first["defender"].generate(QUESTIONS[:4], 0)
     merged, adapted = merged_and_adapted(other / "defender", rollout)  # its base is not that of --defender
@@ -3373,9 +3373,9 @@ def test_the_users_command_takes_everything_from_the_hub(hub, tmp_path, monkeypa
         "helpful-base/test.jsonl.gz: 1 rows, none left out, 0 to train on, 1 to measure over-refusal",
         f"harmless-base/train.jsonl.gz: 24 rows, {tested} in another set left out, {24 - tested} to learn from"]
     assert "SFT of the defender" in printed.err and "SFT of the attacker" in printed.err
-    start = json.loads((tmp_path / "run" / "checkpoints" / "start" / "prompts.json").read_text())
+    start = read_json(tmp_path / "run" / "checkpoints" / "start" / "prompts.json")
     assert start["benign_prompts"] == ["how do i boil rice?"] and set(start["seeds"]) <= set(QUESTIONS)
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary = read_json(tmp_path / "run" / "summary.json")
     assert summary["after"]["over_refusal"] is not None and summary["average (mixture)"]["cosine"] is not None
 
 
@@ -3532,7 +3532,7 @@ def test_all_state_of_a_game_survives_a_stop_in_mid_turn(undisturbed, faulty, mo
 def test_a_run_of_other_options_is_read_with_the_values_that_were_built_in(finished, tmp_path):
     shutil.copytree(finished.folder, tmp_path / "run")
     file = tmp_path / "run" / "config.json"
-    whole = json.loads(file.read_text())
+    whole = read_json(file)
     for name in ("lam", "missing_eos_penalty"):
         del whole["config"][name]
     whole["config"]["restart"] = 3  # has left
@@ -3592,7 +3592,7 @@ def test_a_run_folder_is_for_one_process_at_a_time(tmp_path, capsys):
     with pytest.raises(ValueError, match="--out must name a new or empty folder"):
         second.begin()
     second.leave_nothing()  # of its own
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["seed"] == 1
+    assert read_json(tmp_path / "run" / "config.json")["config"]["seed"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -3712,8 +3712,8 @@ def test_eval_repeats_the_numbers_of_the_run_measures_more_and_corrects_for_erro
     append_lines(labels, safe)
     run_program(HERE, *arguments, program=evaluation)
     printed = capsys.readouterr().out
-    columns = json.loads((finished.folder / "eval.json").read_text())
-    summary = json.loads((finished.folder / "summary.json").read_text())
+    columns = read_json(finished.folder / "eval.json")
+    summary = read_json(finished.folder / "summary.json")
     for name in ("before", "after", "average (mixture)", "average (weights)"):
         for key in summary[name]:
             assert columns[name][key] == pytest.approx(summary[name][key]), (name, key)
@@ -3773,7 +3773,7 @@ def test_a_trained_attacker_meets_a_target_and_its_attacks_are_written_the_worst
 
 def test_a_run_attacks_by_another_judge_where_its_own_is_missing(one_base, tmp_path, capsys):
     run = shutil.copytree(one_base, tmp_path / "run")
-    made = json.loads((run / "config.json").read_text())
+    made = read_json(run / "config.json")
     made["config"] |= {"judge": "/elsewhere/judge", "unsafe_label": "bad"}
     data.write_json(run / "config.json", made)
     arguments = ["attack", run, run, "-n", 4, "--out", tmp_path / "attacks.jsonl"]
@@ -3852,7 +3852,7 @@ def test_the_worst_case_of_a_run_is_measured_once_and_shown(finished, monkeypatc
         monkeypatch.setattr(worst_case, name, small)
     run_program(HERE, finished.folder, "--kinds", "final", program=worst_case)
     table = capsys.readouterr().out
-    found = json.loads((finished.folder / "worst_case.json").read_text())
+    found = read_json(finished.folder / "worst_case.json")
     assert set(found) == {"final"}
     defender = open_run(finished.folder).world.players["defender"]
     game = ToyGame(0)
@@ -3884,7 +3884,7 @@ def test_two_processes_measure_two_kinds_of_defender_of_one_run(finished, tmp_pa
         monkeypatch.setattr(worst_case, name, lambda *args: {})
     for name, value in {"ppo_attacker": meanwhile, "TRIES": 130, "SEEDS": 4}.items():
         monkeypatch.setattr(worst_case, name, value)
-    assert worst_case.measure(run, ["final"]) == json.loads(file.read_text()) == {"mixture": newest, "final": newest}
+    assert worst_case.measure(run, ["final"]) == read_json(file) == {"mixture": newest, "final": newest}
 
 
 def test_nash_prints_the_slopes_of_the_theory(tmp_path, capsys):
@@ -3913,7 +3913,7 @@ def test_reproduce_plays_every_row_on_every_seed_from_one_warm_start_and_nothing
         run_program(tmp_path, "--quick", "--out", "the results", program=reproduce)
     assert calls.count("train") == calls.count("eval") == 8
     results = tmp_path / "the results"
-    rows = json.loads((results / "table.json").read_text())["rows"]
+    rows = read_json(results / "table.json")["rows"]
     assert {name: [row["updates"] for row in repeats] for name, repeats in rows.items()} == {
         "SFT": [0, 0], "RLHF": [2, 2], "GPO": [2, 2], "GPO+Div": [2, 2]}
     for name, seed in itertools.product(rows, (30, 31)):  # paired: rows of a seed start from the very same players
@@ -3976,7 +3976,7 @@ def test_mart_leaves_a_run_that_can_be_evaluated(finished, tmp_path, monkeypatch
     for name, value in {"ROUNDS": 1, "ATTACKS": 8, "STEPS": 2, "BATCH": 4}.items():
         monkeypatch.setattr(mart, name, value)
     run_program(tmp_path, *SIZES, "--start", finished.folder, "--out", "mart", program=mart)
-    summary = json.loads((tmp_path / "mart" / "summary.json").read_text())
+    summary = read_json(tmp_path / "mart" / "summary.json")
     assert {"before", "after"} <= set(summary)
 
     again = [*SIZES, "--start", finished.folder, "--out", "stopped"]
@@ -3991,11 +3991,11 @@ def test_best_responses_bound_the_nash_gap_after_each_round(undisturbed, tmp_pat
     folder, _ = undisturbed
     run = shutil.copytree(folder / "whole", tmp_path / "run")
     run_program(folder, "probe", run, "--steps", 2, program=evaluation)
-    found = json.loads((run / "probe.json").read_text())
+    found = read_json(run / "probe.json")
     assert [(row["round"], row["kind"]) for row in found["gaps"]] == [(1, "last"), (1, "mixture"), (1, "weights")]
     assert all(0 <= row["best_defence"] <= row["value"] <= row["best_attack"] <= 1 for row in found["gaps"])
     run_program(folder, run, "--steps", 2, "--round", 1, program=probe)
-    row = json.loads((run / "best_1_2.json").read_text())
+    row = read_json(run / "best_1_2.json")
     assert len(row["curve"]) == 2 and 0 <= row["before"] <= 1
     assert f"in {row['after']:.1%}" in capsys.readouterr().out
 
@@ -4196,7 +4196,7 @@ def unfinished(finished, tmp_path):
     """The folder of a run that is still being played, by models whose names and texts are ugly, and its exchanges."""
     folder = shutil.copytree(finished.folder, tmp_path / "<i>run & co")
     (folder / "summary.json").unlink()
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     config["config"] |= {"attacker": "<b>me</b>", "defender": "you", "template": "</pre><b>{}</b>"}
     (folder / "config.json").write_text(json.dumps(config))
     games = [{"step": i // 4, "round": i // 8, "role": ("attacker", "defender")[i // 4 % 2], "seed": f"<u>seed {i % 3}",
@@ -4288,7 +4288,7 @@ def test_a_finished_run_is_read_with_the_trust_that_it_was_made_with(finished, t
     load = Mock(side_effect=load_policy)
     monkeypatch.setattr(parallel, "load_policy", load)
     for trust in (False, True):
-        facts = json.loads(file.read_text())
+        facts = read_json(file)
         facts["config"]["trust_remote_code"] = trust
         file.write_text(json.dumps(facts))
         open_run(folder)
