@@ -122,9 +122,10 @@ def tiny_llama(tokenizer, kind=LlamaForCausalLM, **more):
     return kind(transformers.LlamaConfig(vocab_size=len(tokenizer), **{**sizes, **facts, **more})).eval()
 
 
-def tiny_policy(seed=0, critic="shared", dropout=0.0, **kwargs):
-    tokenizer = tiny_tokenizer(**kwargs)
-    return Policy(tiny_lm(tokenizer, seed, dropout), tokenizer, critic)
+def tiny_policy(seed=0, critic="shared", dropout=0.0, dtype=torch.float32, tokenizer=None, **kwargs):
+    if tokenizer is None:
+        tokenizer = tiny_tokenizer(**kwargs)
+    return Policy(tiny_lm(tokenizer, seed, dropout), tokenizer, critic, dtype)
 
 
 def tiny_player(name="defender", seed=0, critic="shared", dropout=0.0, unused=False, **kwargs):
@@ -538,8 +539,7 @@ CONTROL = {"<|im_end|>", "<|im_start|>", "<|endoftext|>", "<end_of_turn>", "<sta
 
 @functools.cache
 def chat_policy(name):
-    tokenizer = CHAT_TOKENIZERS[name]()
-    return Policy(tiny_lm(tokenizer), tokenizer)
+    return tiny_policy(tokenizer=CHAT_TOKENIZERS[name]())
 
 
 @pytest.mark.parametrize("name", CHAT_TOKENIZERS)
@@ -596,7 +596,7 @@ def test_a_tokenizer_that_closes_every_text_does_not_close_a_prompt():
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[(mark, tokenizer.convert_tokens_to_ids(mark))
                                                  for mark in ("[CLS]", "[SEP]")])
-    (prompt_ids,), (response_ids,) = Policy(tiny_lm(tokenizer), tokenizer).encode_pairs([("bake", "flour")])
+    (prompt_ids,), (response_ids,) = tiny_policy(tokenizer=tokenizer).encode_pairs([("bake", "flour")])
     words = tokenizer.convert_ids_to_tokens(prompt_ids + response_ids)
     assert words[0] == "[CLS]" and words[-1] == "</s>" and "[SEP]" not in words
 
@@ -608,8 +608,7 @@ R1 = ("{% for m in messages %}{% if m['role'] == 'user' %}<|User|>{{ m['content'
 
 @pytest.mark.parametrize("template, response", [(R1, "take flour"), (R1.replace("<think>\n", ""), "<think>a</think>b")])
 def test_a_demonstration_that_the_template_would_change_is_refused(template, response):
-    tokenizer = byte_tokenizer(["<|User|>", "<|Assistant|>"], template, eos_token="</s>")
-    policy = Policy(tiny_lm(tokenizer), tokenizer)
+    policy = tiny_policy(tokenizer=byte_tokenizer(["<|User|>", "<|Assistant|>"], template, eos_token="</s>"))
     with pytest.raises(ValueError, match="the template changes"):
         policy.encode_pairs([("bake bread", response)])
 
@@ -617,7 +616,7 @@ def test_a_demonstration_that_the_template_would_change_is_refused(template, res
 def test_a_chat_template_that_loses_the_users_words_is_refused():
     tokenizer = byte_tokenizer([], "{{ messages[-1]['role'] }}", eos_token="</s>")
     with pytest.raises(ValueError, match="must render the words of the user and of the assistant once each"):
-        Policy(tiny_lm(tokenizer), tokenizer)
+        tiny_policy(tokenizer=tokenizer)
 
 
 # --- the fused log-prob ---------------------------------------------------------------------------------------------
@@ -1898,8 +1897,7 @@ def test_any_text_is_logged_generated_judged_compared_and_learned_from(name, tmp
     text = TEXTS[name].strip()
     append_lines(tmp_path / "rows.jsonl", [{"prompt": text}])
     assert read_lines(tmp_path / "rows.jsonl") == [{"prompt": text}]
-    tokenizer = byte_tokenizer([], eos_token="<eos>", clean_up_tokenization_spaces=False)
-    policy = Policy(tiny_lm(tokenizer), tokenizer)
+    policy = tiny_policy(tokenizer=byte_tokenizer([], eos_token="<eos>", clean_up_tokenization_spaces=False))
     _, (ids,) = policy.encode_pairs([("a", text)])
     assert policy.decode(ids) == text
     classifier_folder(tmp_path / "judge", ["safe", "unsafe"])
@@ -2684,8 +2682,7 @@ def test_a_gguf_file_is_a_policy_that_is_saved_as_an_ordinary_folder(gguf_model,
 
 # --- LoRA and gradient checkpointing ---------------------------------------------------------------------------------
 def lora_player(critic="shared", dtype=torch.float32, **more):
-    tokenizer = tiny_tokenizer()
-    policy = Policy(tiny_lm(tokenizer), tokenizer, critic, dtype)
+    policy = tiny_policy(critic=critic, dtype=dtype)
     parallel.add_lora(policy, 4)
     return Player("defender", policy, 6, **{"learning_rate": 1e-2, **more})
 
@@ -2694,7 +2691,7 @@ def lora_player(critic="shared", dtype=torch.float32, **more):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_requires_grad_is_what_is_trained_saved_averaged_and_copied(critic, bodies, dtype):
     player = lora_player(critic, dtype, epochs=1, minibatches=1)
-    base = Policy(tiny_lm(tiny_tokenizer()), tiny_tokenizer(), dtype=dtype)
+    base = tiny_policy(dtype=dtype)
     rollout = rollout_of(base)
     for reference in (player.reference, player.policy):  # the very same bits, in bf16 too
         assert torch.equal(logprobs_and_values(reference, rollout)[0], logprobs_and_values(base, rollout)[0])
@@ -2755,8 +2752,7 @@ def one_backward(policy):
 
 @pytest.mark.parametrize("rank, critic", [(0, "separate"), (4, "shared")])
 def test_gradient_checkpointing_gives_the_same_gradients_in_less_memory(rank, critic):
-    tokenizer = tiny_tokenizer()
-    plain = Policy(tiny_lm(tokenizer, dropout=0.5), tokenizer, critic)
+    plain = tiny_policy(critic=critic, dropout=0.5)
     torch.nn.init.ones_(plain.value_head.weight)
     if rank:
         parallel.add_lora(plain, rank)
