@@ -2526,21 +2526,20 @@ def test_the_tokenizers_eos_is_taught_and_those_of_the_model_are_known():
     assert set(policy.eos_ids) == {b, 0, 4} and policy.encode_pairs([("a", "c")])[1][0][-1] == b
 
 
+DECODER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, max_position_embeddings=64, eos_token_id=0,
+               pad_token_id=None)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family, tokens", [
     ("gpt2", {}), ("gpt2", {"pad": False, "template": True}), ("llama", {"pad": False, "bos": True}),
     ("qwen2", {"template": True}), ("qwen3", {}), ("gpt_neox", {"pad": False})])
 def test_every_decoder_family_plays_updates_and_comes_back_from_its_folder(family, tokens, tied, tmp_path):
     tokenizer = tiny_tokenizer(**tokens)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-             "max_position_embeddings": 64}
-    if family == "gpt2":
-        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
-    if family in ("llama", "qwen2", "qwen3"):
-        sizes |= {"num_key_value_heads": 1, "head_dim": 16}  # grouped queries
-    sizes |= {"vocab_size": len(tokenizer), "eos_token_id": 0, "bos_token_id": 2, "pad_token_id": None}
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, tie_word_embeddings=tied, **sizes)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16)  # grouped queries, where a family has them
+    facts = dict(vocab_size=len(tokenizer), bos_token_id=2, tie_word_embeddings=tied)
+    config = transformers.AutoConfig.for_model(family, **DECODER, **heads, **facts)
     lm = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         lm.get_output_embeddings().weight.mul_(20)  # make the distribution worth looking at
@@ -2577,9 +2576,7 @@ def test_a_model_whose_logits_are_scaled_or_changed_by_padding_or_that_cannot_dr
         family, settings, message, tmp_path):
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 0,
-             "pad_token_id": None}
+    sizes = {**DECODER, "vocab_size": len(tokenizer), "num_attention_heads": 4, "num_key_value_heads": 2}
     lm = AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **{**sizes, **settings}))
     with torch.no_grad():
         for weight in lm.parameters():
