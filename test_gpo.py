@@ -1719,9 +1719,10 @@ def test_supervised_training_takes_the_batches_that_it_is_asked_for(by_length, m
     assert [list(call.args[3]) for call in logits.call_args_list[-3:]] == expected
 
 
-def decoder_classifier(folder, tokenizer, **settings):
+def decoder_classifier(folder, tokenizer):
     model = tiny_llama(tokenizer, transformers.LlamaForSequenceClassification, bos_token_id=None,
-                       id2label={0: "safe", 1: "unsafe"}, label2id={"safe": 0, "unsafe": 1}, **settings)
+                       pad_token_id=tokenizer.convert_tokens_to_ids("<pad>"),
+                       id2label={0: "safe", 1: "unsafe"}, label2id={"safe": 0, "unsafe": 1})
     saved(folder, model, tokenizer)
     return model
 
@@ -1733,7 +1734,7 @@ def p_safe_alone(model, ids):
 
 def test_a_classifier_with_a_chat_template_reads_the_rendered_exchange(tmp_path):
     tokenizer = byte_tokenizer(["<|im_start|>", "<pad>"], CHATML, eos_token="<|im_end|>")
-    model = decoder_classifier(tmp_path, tokenizer, pad_token_id=tokenizer.convert_tokens_to_ids("<pad>"))
+    model = decoder_classifier(tmp_path, tokenizer)
     exchanges = [("bake bread", "sure"), ("fold a boat", "sure, and then go slowly"), ("hide", "no"), ("hide", "")]
     expected = []
     for prompt, response in exchanges:
@@ -1754,7 +1755,7 @@ def test_a_judge_whose_chat_template_does_not_show_the_exchange_is_refused(tmp_p
     if kind == "guard":
         judge = bigram_guard(tmp_path, tokenizer, {})
     else:
-        decoder_classifier(tmp_path, tokenizer, pad_token_id=tokenizer.convert_tokens_to_ids("<pad>"))
+        decoder_classifier(tmp_path, tokenizer)
     with pytest.raises(ValueError, match=f"{required} {fault}"):
         load_judge(judge)
 
@@ -1764,7 +1765,7 @@ def test_a_classifier_pads_with_the_token_that_its_config_names(tmp_path):
     tokenizer = byte_tokenizer(["<pad>"], eos_token="</s>")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)])
-    model = decoder_classifier(tmp_path, tokenizer, pad_token_id=tokenizer.convert_tokens_to_ids("<pad>"))
+    model = decoder_classifier(tmp_path, tokenizer)
     texts = ["take the flour", "i will not help with this", "a"]
     expected = [p_safe_alone(model, tokenizer(text).input_ids) for text in texts]
     assert load_judge(str(tmp_path))(texts, texts) == pytest.approx(expected, abs=1e-4)
