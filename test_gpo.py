@@ -1994,6 +1994,7 @@ def test_the_players_take_turns_as_algorithm_1_says():
     assert order(rounds=2, defender_steps=2, attacker_steps=1, first="defender") == two_rounds
     authors = [(0, "defender"), (0, "defender"), (0, "attacker"), (1, "defender"), (1, "attacker")]  # 400, 200, 200
     assert order(rounds=2, attacker_steps=1, first="defender_twice") == authors
+    assert order(defender_steps=0, first="defender_twice") == [(0, "attacker"), (0, "attacker")]
     assert order(first="attacker") == [(0, "attacker"), (0, "attacker"), (0, "defender")]
     assert order(method="sft") == order(method="paraphrase") == []
     assert order(method="iterative", rounds=2) == [(0, "defender"), (1, "defender")]  # as many as gpo's and rlhf's
@@ -2016,7 +2017,7 @@ def test_iterative_asks_the_most_novel_quarter_of_what_the_untrained_attacker_wr
     config, _, game = new_match(method="iterative")
     seeds = ["a", "b", "z", "y"]
     texts = [f"{seed} {'c' * i}" for i, seed in enumerate(seeds * 4)]
-    game.replay.excluded = {texts[0], texts[15]}  # test prompts
+    game.replay.excluded = {normalized(texts[0]), texts[15]}  # test prompts
     allowed = texts[1:15]
     policy = tiny_policy()
     game.players["attacker"] = types.SimpleNamespace(generate=lambda prompts, seed: rollout_of(policy, texts, prompts))
@@ -2025,6 +2026,9 @@ def test_iterative_asks_the_most_novel_quarter_of_what_the_untrained_attacker_wr
     asked = train.defender_prompts(config, game, seeds, np.random.default_rng(0))
     assert len(set(asked)) == 4 and set(asked) <= set(allowed)
     assert min(novelty[text] for text in asked) >= max(novelty[text] for text in set(allowed) - set(asked))
+    game.replay.excluded = set(map(normalized, texts[:14]))  # too few are left: seeds take their places
+    asked = train.defender_prompts(config, game, seeds, np.random.default_rng(0))
+    assert set(asked[:2]) == set(texts[14:]) and asked[2:] == seeds[2:]
 
 
 def test_the_defender_is_never_trained_on_a_test_prompt():

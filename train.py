@@ -128,7 +128,7 @@ def schedule(config: Config) -> list[Turn]:
     for round in range(config.rounds):
         for player in players:
             n = steps[player]
-            if config.first == "defender_twice" and not turns:
+            if config.first == "defender_twice" and player == "defender" and round == 0:
                 n *= 2
             for i in range(n):
                 turns.append(Turn(round, player, is_first=i == 0, ends_round=False))
@@ -323,6 +323,7 @@ def novel_prompts(config: Config, game: Game, seeds: list[str], rng: np.random.G
     texts = [text for text in write_attacks(config, game, seeds * 4, rng) if not game.replay.excludes(text)]
     r_div = game.diversity.score(texts)["reward"]
     chosen = [texts[i] for i in np.argsort(-r_div, kind="stable")[: len(seeds)]]
+    chosen += seeds[len(chosen) :]  # where nearly all were test prompts or harmless
     game.diversity.add(chosen)
     return chosen
 
