@@ -210,7 +210,12 @@ def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool
         return word_embedder
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_dir, trust_remote_code=trust_remote_code)
-        model = AutoModel.from_pretrained(name_or_dir, trust_remote_code=trust_remote_code).to(device).eval()
+        model, info = AutoModel.from_pretrained(name_or_dir, trust_remote_code=trust_remote_code,
+                                                output_loading_info=True)
+        model.to(device).eval()
+        missing = [key for key in sorted(info["missing_keys"]) if "pooler" not in key]  # which is not used
+        if missing:
+            raise ValueError(f"it has no weights for {missing[0]}")  # they would be random
         check_tokenizer(tokenizer)
         pool = _pool(name_or_dir)
         _ = model(**tokenizer("a", return_tensors="pt").to(device)).last_hidden_state  # only an encoder has it

@@ -1159,6 +1159,21 @@ def test_an_encoder_is_pooled_by_the_mean_or_as_sentence_transformers_files_say_
         assert np.allclose(vector, (pooled / pooled.norm()).numpy(), atol=1e-5)
 
 
+def test_an_encoder_without_all_of_its_weights_is_refused(encoder, tmp_path, capsys):
+    folder = Path(shutil.copytree(encoder, tmp_path / "base"))
+    weights = load_file(folder / "model.safetensors")
+    save_file({key: weight for key, weight in weights.items() if "pooler" not in key}, folder / "model.safetensors")
+    load_embedder(str(folder))  # the pooler is not used
+    lost = min(key for key in weights if "layer.1." in key)
+    weights.pop(lost)
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=f"it has no weights for {lost}"):
+        load_embedder(str(folder))
+    append_lines(tmp_path / "data.jsonl", judge_rows("labels"))
+    status, line = ending(capsys, tmp_path, *judge_command(tmp_path, "labels", "judge", 2), program=train_judge)
+    assert status == 2 and f"it has no weights for bert.{lost}" in line and not (tmp_path / "judge").exists()
+
+
 def test_the_bits_of_an_embedding_do_not_depend_on_the_other_texts(encoder):
     texts = [" ".join(WORDS[i % 25:][:1 + i % 9]) for i in range(90)]  # up to ten of one length, of several lengths
     embedder = load_embedder(encoder)

@@ -82,9 +82,13 @@ def _make_judge(args):
     options = _training(args)
     torch.manual_seed(args.seed)  # for a new head
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            args.model, dtype=torch.float32, num_labels=2, ignore_mismatched_sizes=True,
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            args.model, dtype=torch.float32, num_labels=2, ignore_mismatched_sizes=True, output_loading_info=True,
             trust_remote_code=args.trust_remote_code)
+        new = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+        body = [key for key in new if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
+        if body:
+            raise ValueError(f"it has no weights for {min(body)}")
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
         check_embeddings(model, tokenizer)
     except Exception as e:
