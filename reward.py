@@ -256,6 +256,9 @@ def classifier_judge(model: Model, tokenizer: Tokenizer, unsafe_label: str | Non
         model.config.judge_input = "pair" if how == "reward" else "response"
         if tokenizer.chat_template:
             model.config.judge_input = "chat"
+    if model.config.judge_input not in ("response", "pair", "chat"):
+        raise ValueError("judge_input in the judge's config must be response, pair or chat, got "
+                         f"{model.config.judge_input!r}")
     if model.config.judge_input == "chat":
         fault = _template_fault(partial(rendered_chat, tokenizer))
         if fault:

@@ -1589,6 +1589,9 @@ def test_a_judge_that_lacks_something_is_refused_when_it_is_loaded(tmp_path, mon
     classifier.config.pad_token_id = None
     with pytest.raises(ValueError, match="must have a pad_token or an eos_token, it has neither"):
         classifier_judge(classifier, tokenizer)
+    classifier.config.judge_input = "both"
+    with pytest.raises(ValueError, match="judge_input .* must be response, pair or chat, got 'both'"):
+        classifier_judge(classifier, tiny_tokenizer())
 
 
 @pytest.mark.parametrize("response, n_prompt, n_response", [("x y z u v w", 24, 6), ("k l m n o " * 10, 8, 22)])
