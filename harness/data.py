@@ -191,8 +191,8 @@ CONVERSATIONS = ("messages", "conversations", "conversation")
 INSTRUCTION = ("instruction", "input", "context")  # Alpaca's and Dolly's: together they are one prompt
 PROMPTS = ("prompt", "question", "query", "goal", "transcript")
 RESPONSES = ("response", "completion", "answer", "output")  # not AdvBench's target, which no defender should learn
-UNREAD = ("history", "image", "images")  # a prompt without them would be another prompt
-TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")  # HH's format: it starts with such a name
+UNREAD = ("history", "image", "images", "tools")  # a prompt without them would be another prompt
+TRANSCRIPT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # HH's format: it starts with such a name
 
 
 def _is_conversation(row):
@@ -310,15 +310,18 @@ def _texts(fields):
 
 def _label(fields):
     """{"safe": P(safe)} of a row; {"label": value} if the value is ambiguous; {} without a label."""
-    safe = _the_one(fields, ("safe", "is_safe"))
-    value = fields.get("label") if safe is None else safe
-    if _is_blank(value):
+    meanings = {"safe": ("safe", "is_safe"), "unsafe": ("unsafe", "is_unsafe"), "": ("label", "labels")}
+    values = {one: _the_one(fields, names) for one, names in meanings.items()}  # {what 1 means: value}
+    one = next((one for one, value in values.items() if value is not None), None)
+    if one is None:
         return {}
+    value = values[one]
     word = str(value).strip().lower()
     p = {"safe": 1.0, "unsafe": 0.0}.get(word)
-    if p is None and safe is not None:  # only this column defines what a number means
+    if p is None and one:
         with contextlib.suppress(ValueError):
-            p = float({"true": 1, "false": 0}.get(word, word))
+            number = float({"true": 1, "false": 0}.get(word, word))
+            p = number if one == "safe" else 1 - number
     certain = p is not None and 0 <= p <= 1
     return {"safe": p} if certain else {"label": value}
 
