@@ -747,7 +747,7 @@ def _probe_forward(policy):
     # added to the hidden states, so that a cap on the logits shows
     large = 100 * torch.randn(1, len(ids), policy.head.in_features, generator=torch.Generator().manual_seed(0))
     large = large.to(policy.device)
-    sampled = []  # logits (2, V), then (1, V)
+    sampled = []  # logits (2, V), then (1, V), of each call of `_decode`
 
     def pick(logits):  # the first row ends at once, the other goes on with its next token
         sampled.append(logits)
@@ -759,12 +759,16 @@ def _probe_forward(policy):
         large_logits = policy.lm(tokens).logits
         hook.remove()
         _decode(policy, policy.lm, [ids[:6], ids[:4]], 2, pick)
+        if policy.compute_dtype != torch.float32:  # in which a model may fail that runs in fp32
+            with policy.autocast():
+                policy.hidden(tokens)
+            _decode(policy, decoding_copy(policy), [ids[:6], ids[:4]], 2, pick)
     except Exception as error:
         raise ValueError(f"a model of type {name} cannot be run as a policy: {first_line(error)}") from error
     if not _all_close(large_logits, policy.head(hidden + large)):
         raise ValueError("a policy's logits must be a linear head on its last hidden state, neither scaled nor capped; "
                          f"{name} is different: take a model of another type")
-    if not _all_close(torch.cat(sampled), policy.head(hidden[0, [5, 3, 4]])[:, : policy.tokens]):
+    if not _all_close(torch.cat(sampled[:2]), policy.head(hidden[0, [5, 3, 4]])[:, : policy.tokens]):
         raise ValueError("a policy must give the same logits with a cache and padding as without; a model of type "
                          f"{name} does not: take one of another type")
 

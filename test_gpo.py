@@ -2614,6 +2614,16 @@ def test_a_model_whose_logits_are_scaled_or_changed_by_padding_or_that_cannot_dr
         load_policy(saved(tmp_path, lm, tokenizer))
 
 
+def test_a_model_that_runs_in_fp32_alone_is_refused_in_bf16(tmp_path):
+    tokenizer = tiny_tokenizer()
+    config = transformers.XGLMConfig(vocab_size=len(tokenizer), d_model=32, ffn_dim=64, num_layers=1, attention_heads=2,
+                                     eos_token_id=0)
+    folder = saved(tmp_path, transformers.XGLMForCausalLM(config), tokenizer)
+    load_policy(folder)
+    with pytest.raises(ValueError, match="xglm cannot be run as a policy"):
+        load_policy(folder, dtype=torch.bfloat16)
+
+
 def test_rows_of_the_head_that_stand_for_no_token_are_never_sampled_and_have_no_probability():
     tokenizer = tiny_tokenizer()
     V = len(tokenizer)
