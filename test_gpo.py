@@ -2714,6 +2714,15 @@ def test_a_gguf_file_is_a_policy_that_is_saved_as_an_ordinary_folder(gguf_model,
 
 
 # --- LoRA and gradient checkpointing ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("family", ["mixtral", "phimoe"])
+def test_a_module_that_is_no_plain_linear_layer_gets_no_adapter(family):
+    sizes = dict(vocab_size=len(tiny_tokenizer()), num_attention_heads=2, num_key_value_heads=1, num_local_experts=2)
+    config = transformers.AutoConfig.for_model(family, **{**DECODER, **sizes})
+    policy = Policy(AutoModelForCausalLM.from_config(config), tiny_tokenizer())
+    with pytest.raises(ValueError, match="--lora adapts linear layers, but .* is a .*TopKRouter; leave it out"):
+        parallel.add_lora(policy, 2)
+
+
 def lora_player(critic="shared", dtype=torch.float32, **more):
     policy = tiny_policy(critic=critic, dtype=dtype)
     parallel.add_lora(policy, 4)

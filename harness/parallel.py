@@ -128,11 +128,12 @@ def shard(policy: Policy) -> None:
 
 # --- LoRA -----------------------------------------------------------------------------------------------------
 def add_lora(policy: Policy, lora_rank: int, seed: int = 0) -> None:
-    """Freeze the language model; beside each of its matrices W except the head, train B A of the given rank (LoRA, Hu
-    et al., 2022): W + 2 B A, initially with B = 0, so that the untrained policy equals the base.
+    """Freeze the language model; beside the matrix W of each linear layer except the head, train B A of the given rank
+    (LoRA, Hu et al., 2022): W + 2 B A, initially with B = 0, so that the untrained policy equals the base.
 
     In bf16 the frozen matrices are stored in bf16: autocast would round them the same way in every forward. A separate
-    critic is reset to an adapter of its own on the same base. Raises ValueError without the package peft.
+    critic is reset to an adapter of its own on the same base. Raises ValueError without the package peft, and if
+    peft adapts a module that is no plain linear layer, such as the router of a mixture of experts.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -146,8 +147,11 @@ def add_lora(policy: Policy, lora_rank: int, seed: int = 0) -> None:
         inject_adapter_in_model(settings, policy.lm)
     for name, p in policy.lm.named_parameters():
         p.requires_grad_(".lora_" in name)
-    for layer in _lora_layers(policy.lm).values():
+    for name, layer in _lora_layers(policy.lm).items():
         base = layer.get_base_layer()
+        if type(base) not in (nn.Linear, Conv1D):  # as a router, whose own forward would not call the adapter
+            raise ValueError(f"--lora adapts linear layers, but {name} is a {type(base).__name__}; leave it out, or "
+                             "take another model")
         base.weight.data = base.weight.data.to(policy.compute_dtype)
         if isinstance(base, Conv1D):
             base.weight.data = base.weight.data.T.contiguous().T  # the layout that `decoding_copy` prefers
