@@ -3190,6 +3190,11 @@ def test_a_users_models_with_different_tokenizers_learn_from_what_the_judge_deci
     run_program(user_models, "run", program=evaluation)
     printed = capsys.readouterr().out
     assert "0.000" in printed and warning not in printed
+    again = [*MODELS, *SHORT, "--judge", "open.py:judge", "--average", "none", "--start", "run", "--out", "again"]
+    status, line = ending(capsys, user_models, *again, "--benign_share", 0.5)
+    assert status == 2 and "and begin the run of --start with it" in line
+    run_program(user_models, *again)
+    assert warning in capsys.readouterr().out
 
 
 def test_alarms_see_a_rounds_last_step_and_a_metric_that_does_not_exist_is_left_out(user_models):

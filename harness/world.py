@@ -253,9 +253,13 @@ def _check_prompts(config, prompts):
                          "--ptx_coef 0")
     if config.benign_share and not prompts.benign_seeds:
         if "benign_share" in config.given:
+            from_start = ", and begin the run of --start with it" if config.start else ""
             raise ValueError(f"--benign_share needs at least {LEAST_BENIGN} harmless requests, of which it takes half; "
-                             "pass --benign_prompts")
+                             f"pass --benign_prompts{from_start}")
         config.benign_share = 0.0
+        if config.trains and config.given:  # it begins: it is neither resumed nor measured
+            print("the defender's batch has no harmless requests, against refusing everything: that takes "
+                  f"--benign_share and --benign_prompts with at least {LEAST_BENIGN}")
 
 
 def _warm_start(config, policies, pairs):
@@ -362,9 +366,6 @@ def _user_prompts(config, data, policies):
     for flag, what in consequences.items():
         if flag not in data and not getattr(config, flag):
             print(f"without --{flag} {what}")
-    if config.trains and "benign_share" not in config.given and not prompts.benign_seeds:
-        print("the defender's batch has no harmless requests, against refusing everything: that takes --benign_share "
-              f"and --benign_prompts with at least {LEAST_BENIGN}")
     return prompts
 
 
