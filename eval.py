@@ -403,7 +403,7 @@ def print_attack(rows: list[dict], run: FinishedRun | None, tries: int) -> None:
     success_rate = show(len(broken) / len(decided) if decided else None, len(decided))
     lines = [["attack success [95% Wilson interval]", success_rate]]
     if tries > 1:
-        n = len({row["seed"] for row in rows})
+        n = len({row["seed"] for row in decided})
         lines.append([f"hit@{tries}: seeds with a success", show(len({row["seed"] for row in broken}) / n, n)])
     print(markdown(["", f"{len(rows)} attacks"], [
         *lines, ["undecided, in no rate", len(rows) - len(decided)],

@@ -3814,6 +3814,15 @@ def test_a_trained_attacker_meets_a_target_and_its_attacks_are_written_the_worst
     assert f"{hit:.3f} [" in next(line for line in capsys.readouterr().out.splitlines() if "hit@5" in line)
 
 
+def test_a_seed_of_which_no_try_was_decided_is_in_no_rate_of_an_attack(capsys):
+    tries = [("a", math.nan), ("a", math.nan), ("b", 0.1), ("b", 0.9), ("c", math.nan), ("c", 0.9)]
+    rows = [{"seed": seed, "attack": "x", "response": "y", "p_safe": p} for seed, p in tries]
+    evaluation.print_attack(rows, None, 2)
+    printed = capsys.readouterr().out
+    assert re.search(r"hit@2: seeds with a success +\| 0.500 \[", printed)  # of b and c
+    assert re.search(r"attack success \[95% Wilson interval\] +\| 0.333 \[", printed)  # of three tries
+
+
 def test_a_run_attacks_by_another_judge_where_its_own_is_missing(one_base, tmp_path, capsys):
     run = shutil.copytree(one_base, tmp_path / "run")
     made = read_json(run / "config.json")
