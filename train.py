@@ -116,8 +116,8 @@ class Turn(NamedTuple):
 
 def schedule(config: Config) -> list[Turn]:
     """The PPO steps in the order of Algorithm 1: in each round, all steps of one player, then all of the other.
-    `--first defender_twice` has the proportions of the authors' script: 400 defender, 200 attacker, 200 defender steps.
-    """
+    Two rounds of `--first defender_twice` have the proportions of the authors' script: 400 defender, 200 attacker, 200
+    defender steps; then the attacker has one more turn."""
     if not config.trains:
         return []
     steps = {"attacker": config.attacker_steps, "defender": config.defender_steps}

@@ -59,8 +59,8 @@ class Config:
     rounds: int | None = option("rounds of the game", 10, 5, at_least=1, only="training")
     defender_steps: int | None = option("PPO steps per round (N_d)", 6, 20, only="training")  # the authors: 400
     attacker_steps: int | None = option("PPO steps per round (N_a)", 12, 10, only="attacker")  # the authors: 200
-    first: str = option("who moves first in a round; twice: as many steps in the first round", "attacker",
-                        choices=("attacker", "defender", "defender_twice"))
+    first: str = option("who moves first in a round; defender_twice: the defender, in the first round with twice its "
+                        "steps", "attacker", choices=("attacker", "defender", "defender_twice"))
     batch_size: int = option("exchanges per PPO step, of all processes", 96, at_least=1, heading="PPO")
     learning_rate: float | None = option("of the defender", 2.5e-4, 1e-5, above_0=True)  # TRL: 1.4e-5, trlx: 8e-6
     attacker_learning_rate: float | None = option("of the attacker", 6e-4, 1e-5, above_0=True)
