@@ -178,14 +178,14 @@ LOOKS = [
     dict(color="#2e8b57", ls=(0, (5, 1)), marker="v"), dict(color="#b8860b", ls=(0, (1, 1)), marker="x")]
 
 
-def figure(columns: int, width: float = 3.4, height: float = 2.8, rows: int = 1, **kwargs) -> tuple:
+def figure(columns: int, width: float = 3.4, height: float = 2.8, rows: int = 1) -> tuple:
     """(a matplotlib figure, its rows x columns axes in reading order); width and height of each, in inches.
 
     At most two columns: a phone shrinks a figure, letters included, to its own width."""
     from matplotlib.figure import Figure  # slow to load
 
     canvas = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    axes = canvas.subplots(rows, columns, squeeze=False, **kwargs).ravel()
+    axes = canvas.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
@@ -201,11 +201,10 @@ def save_figure(canvas: object, file: Path) -> None:
     Image.open(picture).convert("RGB").quantize(128).save(file, optimize=True)
 
 
-def band(axis: object, x: Sequence[float], values: np.ndarray, label: str, look: dict) -> None:
-    """A line of means with a band of one standard error; values (seeds, points)."""
-    values = np.asarray(values, dtype=float)
-    mean = values.mean(0)
-    error = standard_error(values) if len(values) > 1 else np.zeros_like(mean)
+def band(axis: object, x: Sequence[float], values: Sequence | np.ndarray, label: str, look: dict) -> None:
+    """A line of means with a band of one standard error; values (seeds, points), at least two seeds."""
+    mean = np.mean(values, axis=0)
+    error = standard_error(values)
     axis.plot(x, mean, label=label, ms=4, lw=1.5, **look)
     axis.fill_between(x, mean - error, mean + error, color=look["color"], alpha=0.15, lw=0)
 
