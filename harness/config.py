@@ -179,6 +179,7 @@ def refuse_unused(config: Config) -> None:
     """Reject options that the user gave and the run would not use, unless they turn something off."""
     conditions = {  # Option.only: (whether it holds, the message if it does not)
         "toy": (not config.attacker, "only the embedded game trains its judge"),
+        "labels": (config.judge != "toy", "the embedded game trains its judge"),
         "user": (config.attacker, "the embedded game has its own; pass --attacker and --defender"),
         "training": (config.trains, f"--method {config.method} trains nobody"),
         "attacker": (config.method in ("gpo", "rlhf"), f"--method {config.method} trains no attacker"),
@@ -192,8 +193,6 @@ def refuse_unused(config: Config) -> None:
             holds, reason = conditions[known.only]
             if not holds:
                 raise ValueError(f"--{name} {value} would do nothing: {reason}")
-        if name == "unsafe_label" and value and config.judge == "toy":
-            raise ValueError(f"--unsafe_label {value} would do nothing: the embedded game trains its judge")
         if name in ("judge", "held_out_judge", "embedder") and config.attacker and value == known.defaults[0]:
             raise ValueError(f"--{name} {value} is the embedded game's; user-supplied models need another")
 

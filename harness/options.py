@@ -40,7 +40,7 @@ class Config:
                                "facebook/roberta-hate-speech-dynabench-r4-target", heading="judges", warm_start=True)
     held_out_judge: str | None = option("judge for evaluation only", "truth", "s-nlp/roberta_toxicity_classifier")
     unsafe_label: str | None = option("labels of a classifier --judge that mean unsafe, separated by commas, if their "
-                                      "names do not tell")
+                                      "names do not tell", only="labels")
     held_out_unsafe_label: str | None = option("the same for --held_out_judge")
     helpful_judge: str | None = option("judge of answers to harmless requests: answered (no refusal, not empty, not "
                                        "repetitive), folder or hub id, file.py:function", "toy", "answered")
