@@ -434,6 +434,7 @@ def load_judge(spec: str, unsafe_label: str | None = None, known: Mapping[str, J
     label_flag = flag.replace("judge", "unsafe_label")
     is_helpful = flag == "helpful_judge"
     built_in = {"answered": answered} if is_helpful else {"rule": rule_judge}
+    guards = [] if is_helpful else ["guard:MODEL"]
     known = {**built_in, **dict(known)}
     in_file = re.search(r"\.py(:|$)", spec) and not Path(spec).is_dir()
     if unsafe_label and (spec in known or in_file or spec.startswith("guard:")):
@@ -442,11 +443,9 @@ def load_judge(spec: str, unsafe_label: str | None = None, known: Mapping[str, J
         return known[spec]
     if in_file:
         return _function_from_file(spec)
-    kinds = [*known, "file.py:function", "guard:MODEL", "a sequence-classification folder or hub id"]
-    if is_helpful:
-        kinds.remove("guard:MODEL")
+    kinds = [*known, "file.py:function", *guards, "a sequence-classification folder or hub id"]
     try:
-        if spec.startswith("guard:") and not is_helpful:
+        if guards and spec.startswith("guard:"):
             model, tokenizer = load_model(AutoModelForCausalLM, spec.removeprefix("guard:"), trust_remote_code)
             return guard_judge(model.to(device).eval(), tokenizer)
         model, tokenizer = load_model(AutoModelForSequenceClassification, spec, trust_remote_code)

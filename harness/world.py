@@ -170,7 +170,7 @@ def _named(flag, load, *args):
 def working_judge(flag: str, *args: object) -> Judge:
     """The judge that --flag asks for, by `load_judge` of args, tried on one exchange: it must not fail only after
     a warm start or many answers. Raises ValueError, with the flag's name."""
-    judge = _named(flag, load_judge, *args)
+    judge = _named(flag, load_judge, *args, flag)
     prompt, refusal = PLAIN_EXCHANGES[0]
     _named(flag, call_judge, judge, [prompt], [refusal])
     return judge
@@ -189,8 +189,8 @@ def _load_judges(config, toy, start):
     return {
         "judge": judge,
         "held_out_judge": working_judge("held_out_judge", config.held_out_judge, config.held_out_unsafe_label, truth,
-                                        *place, "held_out_judge"),
-        "helpful": working_judge("helpful_judge", config.helpful_judge, None, helpful, *place, "helpful_judge")}
+                                        *place),
+        "helpful": working_judge("helpful_judge", config.helpful_judge, None, helpful, *place)}
 
 
 # --- players ----------------------------------------------------------------------------------------------------
