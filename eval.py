@@ -19,7 +19,6 @@ if __name__ == "__main__":
 import argparse
 import copy
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -556,5 +555,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    data.as_a_program()
-    main(sys.argv[1:])
+    data.as_a_program(main)

@@ -3091,8 +3091,7 @@ def test_what_a_terminal_cannot_show_is_escaped(monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr("sys.stdout", narrow)
-    data.as_a_program()
-    print("café № 🙂", end="", flush=True)
+    data.as_a_program(lambda arguments: print("café № 🙂", end="", flush=True))
     assert narrow.buffer.getvalue() == rb"caf\xe9 \u2116 \U0001f642"
     signal.signal(signal.SIGTERM, before)
 
@@ -3519,7 +3518,7 @@ def faulty(undisturbed, capsys):
     """A function that plays the run `faulty` until its judge does something: (exit status, last line of stderr)."""
     folder, _ = undisturbed
     before = signal.getsignal(signal.SIGTERM)
-    data.as_a_program()  # as in a program that was started from a shell
+    data.as_a_program(Mock())  # as in a program that was started from a shell
 
     def play_until(fault, *flags):
         shutil.rmtree(folder / "faulty", ignore_errors=True)
@@ -4146,7 +4145,6 @@ import sys
 from pathlib import Path
 from experiments import real_models
 from harness.data import as_a_program
-as_a_program()
 for step in ("fetch", "write_prompts", "train_judges", "measure_judges"):
     setattr(real_models, step, lambda *args: None)
 sleep = "import os, sys, time; print(os.getpid(), file=open(sys.argv[1], 'w'), flush=True); time.sleep(100)"
@@ -4154,7 +4152,8 @@ def play(args, seed, method):
     real_models.call("-c", sleep, args.out / f"{{seed}}.pid", log=args.out / "log")
 real_models.play = play
 real_models.FILES = []
-real_models.main([{str(tmp_path)!r}, "--data", {str(tmp_path)!r}, "--seeds", "3", "--jobs", "2"])
+sys.argv[1:] = [{str(tmp_path)!r}, "--data", {str(tmp_path)!r}, "--seeds", "3", "--jobs", "2"]
+as_a_program(real_models.main)
 """
     process = subprocess.Popen([sys.executable, "-c", program], cwd=HERE, stderr=subprocess.PIPE, text=True)
     *files, later = [tmp_path / f"{real_models.FIRST_SEED + i}.pid" for i in range(3)]

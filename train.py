@@ -33,7 +33,6 @@ from harness.options import before_slow_imports, help_text
 if __name__ == "__main__":
     before_slow_imports(help_text())
 
-import sys
 import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -433,5 +432,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    as_a_program()
-    main(sys.argv[1:])
+    as_a_program(main)

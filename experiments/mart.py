@@ -10,7 +10,6 @@ without PPO steps.
 """
 
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 
@@ -81,5 +80,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    as_a_program()
-    main(sys.argv[1:])
+    as_a_program(main)

@@ -390,5 +390,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    as_a_program()
-    main(sys.argv[1:])
+    as_a_program(main)

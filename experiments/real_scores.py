@@ -9,7 +9,6 @@ refused nor empty nor repetitive). Its value is a list with a 0 or 1 for each pr
 """
 
 import argparse
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -311,5 +310,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    as_a_program()
-    main(sys.argv[1:])
+    as_a_program(main)

@@ -557,5 +557,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    data.as_a_program()
-    main(sys.argv[1:])
+    data.as_a_program(main)

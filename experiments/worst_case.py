@@ -17,7 +17,6 @@ one is undone; the fraction of such edits is reported.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from itertools import chain
 
@@ -272,5 +271,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    as_a_program()
-    main(sys.argv[1:])
+    as_a_program(main)

@@ -40,15 +40,16 @@ def fail(message: object) -> NoReturn:
     sys.exit(2)
 
 
-def as_a_program() -> None:
-    """The first call of a program: from now on SIGTERM too raises KeyboardInterrupt, with the number of the signal, and
-    a character that the terminal's encoding lacks is printed as its escape."""
+def as_a_program(main: Callable[[list[str]], None]) -> None:
+    """Run main(arguments) as a program: SIGTERM too raises KeyboardInterrupt, with the number of the signal, and a
+    character that the terminal's encoding lacks is printed as its escape."""
     def stop(number, frame):
         raise KeyboardInterrupt(number)
 
     signal.signal(signal.SIGTERM, stop)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
+    main(sys.argv[1:])
 
 
 def interrupted(stop: KeyboardInterrupt, what_next: str) -> NoReturn:
