@@ -85,10 +85,9 @@ def standard_error(values: Sequence | np.ndarray) -> np.ndarray:
     return np.std(values, axis=0, ddof=1) / math.sqrt(len(values))
 
 
-def wilson_interval(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """95% interval (low, high) of a proportion (Wilson, 1927); (0, 1) for n = 0."""
-    if n == 0:
-        return 0.0, 1.0
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """95% interval (low, high) of a proportion of n > 0 (Wilson, 1927)."""
+    z = 1.959963984540054  # 97.5% of a normal distribution lie below
     p = successes / n
     centre = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -125,14 +124,14 @@ def corrected_rate(successes: int, n: int, errors: JudgeErrors) -> tuple[float, 
     return float(corrected(raw, sensitivity, false_alarms)), float(low), float(high)
 
 
-def calibration(p: np.ndarray, y: np.ndarray, bins: int = 10) -> tuple[list[tuple], float, float]:
-    """(table rows (from, to, count, mean of p, mean of y), expected calibration error (Guo et al., 2017), Brier score
-    (Brier, 1950)) of predictions p of y, both (N,)."""
-    bin_of = np.minimum((p * bins).astype(int), bins - 1)  # (N,)
+def calibration(p: np.ndarray, y: np.ndarray) -> tuple[list[tuple], float, float]:
+    """(table rows (from, to, count, mean of p, mean of y) of ten bins, expected calibration error (Guo et al., 2017),
+    Brier score (Brier, 1950)) of predictions p of y, both (N,)."""
+    bin_of = np.minimum((p * 10).astype(int), 9)  # (N,)
     rows = []
     for b in np.unique(bin_of):
         here = bin_of == b
-        rows.append((b / bins, (b + 1) / bins, int(here.sum()), p[here].mean(), y[here].mean()))
+        rows.append((b / 10, (b + 1) / 10, int(here.sum()), p[here].mean(), y[here].mean()))
     error = sum(n * abs(predicted - observed) for _, _, n, predicted, observed in rows) / len(p)
     return rows, float(error), float(np.mean((p - y) ** 2))
 

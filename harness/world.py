@@ -445,30 +445,30 @@ def _user_pairs(config, prompts, embedder, rng):
     return {"defender": prompts.demos, "attacker": neighbour_pairs(some, embedder, config.template, rng)}
 
 
-def neighbour_pairs(seeds: list[str], embedder: Embedder, template: str, rng: np.random.Generator,
-                    k: int = 5) -> list[tuple[str, str]]:
-    """The attacker's warm start: (seed in its template, one of its k nearest other seeds by the embedder)."""
+def neighbour_pairs(seeds: list[str], embedder: Embedder, template: str,
+                    rng: np.random.Generator) -> list[tuple[str, str]]:
+    """The attacker's warm start: (seed in its template, one of its five nearest other seeds by the embedder)."""
     if len(seeds) < 2:
         return []
     vectors = embedder(seeds)  # (n, D)
     pairs = []
     for i, vector in enumerate(vectors):
-        nearest = np.argsort(-(vectors @ vector), kind="stable")[: k + 1]
+        nearest = np.argsort(-(vectors @ vector), kind="stable")[:6]  # with itself
         pairs.append((template.format(seeds[i]), seeds[rng.choice(nearest[nearest != i])]))
     return pairs
 
 
 # --- a dry run -------------------------------------------------------------------------------------------------------
-def show_prompts(world: World, n: int = 3) -> None:
-    """Print the first prompts of both players and the first exchanges of both judges as their models will read them:
+def show_prompts(world: World) -> None:
+    """Print three prompts of both players and three exchanges of both judges as their models will read them:
     the tokens decoded again, special ones and chat template included, control characters escaped. For each judge also
     print its description and its verdicts on two obvious exchanges, to reveal an inverted judge before the game."""
-    seeds = world.seeds[:n]
+    seeds = world.seeds[:3]
     for name, player in world.players.items():
         print(f"\nthe {name} reads")
         for ids in player.policy.encode([player.template.format(seed) for seed in seeds]):
             _show(player.policy.tokenizer, ids)
-    exchanges = world.demos[:n] or [(prompt, "I am sorry, I cannot help with that.") for prompt in seeds]
+    exchanges = world.demos[:3] or [(prompt, "I am sorry, I cannot help with that.") for prompt in seeds]
     for name, judge in (("judge", world.judge), ("held-out judge", world.held_out_judge)):
         print(f"\nthe {name} is {visible(getattr(judge, 'description', 'a function'))}")
         safe, unsafe = call_judge(judge, *zip(*PLAIN_EXCHANGES))
