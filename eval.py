@@ -48,7 +48,7 @@ from harness.report import (
     write_page,
 )
 from harness.run import FinishedRun, open_run
-from harness.world import World, attacker_to_measure, attacks_to_measure, evaluate, working_judge
+from harness.world import World, attacks_to_measure, evaluate, working_judge
 from model import best_dtype, generate, keep_freed_memory, load_policy
 from reward import Judge, call_judge, unsafe_rate
 
@@ -154,7 +154,6 @@ def after_round(run: FinishedRun, name: str, round: int, kind: str = "last") -> 
 def measure(run: FinishedRun, attacker: Side, defender: Side, third_parties: Sequence[Side] = ()) -> dict:
     """A column of the table: `evaluate`, further test sets, KL in nats, and attacks on third parties."""
     world = run.world
-    attacker = attacker_to_measure(run.config, attacker)
     row = evaluate(world, attacker, defender)
     for name, prompts in world.more_tests.items():
         responses = greedy(defender, prompts)
@@ -174,9 +173,9 @@ def look_alikes(world: World) -> list[str]:
     return world.toy.look_alikes(world.benign_prompts) if world.toy else []
 
 
-def third_party_success(world: World, attacker: Side | None, third_parties: Sequence[Side]) -> dict:
-    """Success of one set of attacks (attacker None: the seeds as they are) against each third party, its mean, and in
-    the embedded game the number of cells, and of topics, in which any of them was broken."""
+def third_party_success(world: World, attacker: Side, third_parties: Sequence[Side]) -> dict:
+    """Success of one set of attacks against each third party, its mean, and in the embedded game the number of cells,
+    and of topics, in which any of them was broken."""
     attacks = attacks_to_measure(world, attacker)
     p_safe = [call_judge(world.held_out_judge, attacks, greedy(defender, attacks)) for defender in third_parties]
     rates = [unsafe_rate(p) for p in p_safe]

@@ -56,7 +56,7 @@ from gpo import (
 from harness.config import Config
 from harness.data import as_a_program, finite, normalized
 from harness.run import RunFolder, run_folder, start_program
-from harness.world import World, attacker_to_measure, evaluate, make_world, show_prompts
+from harness.world import World, evaluate, make_world, show_prompts
 from model import Rollout, demonstrations
 from reward import call_judge, unsafe_rate
 
@@ -99,7 +99,7 @@ def train(config: Config, world: World, game: "Game", folder: RunFolder) -> None
         metrics |= game_metrics(game, turn, exchanges, similarity, n_harmless)
         if turn.ends_round:
             game.add_to_averages()  # Theorem 3.2
-            metrics |= round_metrics(config, world)
+            metrics |= round_metrics(world)
         folder.log(step, turn, exchanges, scores, metrics)
         folder.save(step, game)  # every few steps; after Ctrl-C it saves and stops
 
@@ -393,21 +393,19 @@ def game_metrics(game: Game, turn: Turn, exchanges: Exchanges, similarity: dict[
     return metrics
 
 
-def round_metrics(config: Config, world: World) -> dict[str, float]:
+def round_metrics(world: World) -> dict[str, float]:
     """`evaluate` of the last policies after a round, on a third of the test prompts."""
-    attacker = attacker_to_measure(config, world.players["attacker"])
-    row = evaluate(world.after_a_round(), attacker, world.players["defender"])
+    row = evaluate(world.after_a_round(), world.players["attacker"], world.players["defender"])
     names = ("asr_held_out_judge", "asr_train_judge", "over_refusal", "attacker_success", "self_bleu", "cosine")
     return {f"game/{name}": row[name] for name in names if row[name] is not None and np.isfinite(row[name])}
 
 
-def final_rows(config: Config, world: World, game: Game) -> dict[str, dict]:
+def final_rows(world: World, game: Game) -> dict[str, dict]:
     """Columns of the table after the game: {"after" | "average (kind)": row}."""
-    rows = {"after": evaluate(world, attacker_to_measure(config, world.players["attacker"]), world.players["defender"])}
+    rows = {"after": evaluate(world, world.players["attacker"], world.players["defender"])}
     for kind, average in game.averages["defender"].items():
         if average.count:
-            attacker = attacker_to_measure(config, game.averages["attacker"][kind])
-            rows[f"average ({kind})"] = evaluate(world, attacker, average)
+            rows[f"average ({kind})"] = evaluate(world, game.averages["attacker"][kind], average)
     return rows
 
 
@@ -428,7 +426,7 @@ def main(argv: list[str]) -> None:
             train(config, world, game, folder)
         final_round = choose_defender(config, world, game)
         facts = {"round": final_round, "sampled_tokens": game.sampled_tokens}
-        folder.finish(world, game.averages, final_rows(config, world, game), facts, clock)
+        folder.finish(world, game.averages, final_rows(world, game), facts, clock)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from gpo import Exchanges, NotFinite, PolicyAverage, rank
 from harness import data, parallel
 from harness.config import LEFT_ALONE, OPTIONS, Config, check_out, parse, resolve
 from harness.report import draw_curves, model_card, summary_table, write_report
-from harness.world import World, attacker_to_measure, evaluate, make_world
+from harness.world import World, evaluate, make_world
 from model import first_line, keep_freed_memory, save_policy, save_tokenizer
 from reward import JudgeError, call_judge
 
@@ -210,8 +210,7 @@ class RunFolder:
             raise ValueError(f"the run in {self.path} is damaged ({type(error).__name__}: {first_line(error)}); begin "
                              "again, with another --out") from error
         if self.before is None:
-            attacker = attacker_to_measure(self.config, world.players["attacker"])
-            self.before = evaluate(world, attacker, world.players["defender"])
+            self.before = evaluate(world, world.players["attacker"], world.players["defender"])
         if not self.has_start():
             self.save_start()
         self.track(self.metrics)  # the lines so far: a resumed run tracks each step once

@@ -71,6 +71,7 @@ class World(Prompts):
     helpful: Judge  # of helpfulness: how well a harmless request is answered
     embedder: Embedder
     attack_seeds: list[str]  # seeds of the attacker's part of the table
+    has_attacker: bool = True  # False for method sft: the attacks of its table are these seeds themselves
     judge_to_save: Judge | None = None  # a judge that was trained here
     toy: ToyGame | None = None  # the embedded game
 
@@ -122,14 +123,14 @@ def make_world(config: Config, start: Path | None = None) -> World:
     return _finish_world(config, toy, policies, prompts, judges, embedder)
 
 
-def attacks_to_measure(world: World, attacker: Player | PolicyAverage | None) -> list[str]:
-    """The attacks of the attacker's part of the table; attacker None: the seeds themselves."""
-    return world.attack_seeds if attacker is None else attacker.generate(world.attack_seeds, 0).texts
+def attacks_to_measure(world: World, attacker: Player | PolicyAverage) -> list[str]:
+    """The attacks of the attacker's part of the table."""
+    return attacker.generate(world.attack_seeds, 0).texts if world.has_attacker else world.attack_seeds
 
 
-def evaluate(world: World, attacker: Player | PolicyAverage | None,
+def evaluate(world: World, attacker: Player | PolicyAverage,
              defender: Player | PolicyAverage) -> dict[str, float | None]:
-    """A column of the table. The defender answers greedily; attacker None: the seeds themselves are the attacks.
+    """A column of the table. The defender answers greedily.
 
     Attack success rates on the test prompts by both judges; over-refusal and helpfulness on harmless prompts (None
     without such prompts); the attacker's success, by the held-out judge, against the initial defender, and how alike
@@ -151,11 +152,6 @@ def evaluate(world: World, attacker: Player | PolicyAverage | None,
         "over_refusal": over_refusal, "helpfulness": helpfulness, "attacker_success": unsafe_rate(broken),
         **set_similarity(attacks, world.embedder),
         "undecided": int(np.isnan(np.concatenate([broken, held_out, trained])).sum())}
-
-
-def attacker_to_measure(config: Config, attacker: Player | PolicyAverage) -> Player | PolicyAverage | None:
-    """The attacker of `evaluate`; None for method sft, whose attacks are the seeds themselves."""
-    return None if config.method == "sft" else attacker
 
 
 # --- judges -------------------------------------------------------------------------------------------------------
@@ -288,7 +284,8 @@ def _finish_world(config, toy, policies, prompts, judges, embedder):
         judges[name] = parallel.shared_judge(judges[name])
     seeds = sample(prompts.seeds, min(MOST_ATTACKS, config.eval_prompts), np.random.default_rng(config.seed))
     return World(**vars(prompts), **judges, players=players, first=first, embedder=embedder, attack_seeds=seeds,
-                 refused=toy.refused if toy else refusals, judge_to_save=judge_to_save, toy=toy)
+                 has_attacker=config.method != "sft", refused=toy.refused if toy else refusals,
+                 judge_to_save=judge_to_save, toy=toy)
 
 
 # --- the embedded game ------------------------------------------------------------------------------------------
