@@ -426,7 +426,7 @@ def main(argv: list[str]) -> None:
             train(config, world, game, folder)
         final_round = choose_defender(config, world, game)
         facts = {"round": final_round, "sampled_tokens": game.sampled_tokens}
-        folder.finish(world, game.averages, final_rows(world, game), facts, clock)
+        folder.finish(game.averages, final_rows(world, game), facts, clock)
 
 
 if __name__ == "__main__":

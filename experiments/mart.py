@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
         try:
             play_rounds(world, config.seed)
             after = evaluate(world, world.players["attacker"], world.players["defender"])
-            folder.finish(world, {}, {"after": after}, {"round": config.rounds}, clock)
+            folder.finish({}, {"after": after}, {"round": config.rounds}, clock)
         except BaseException:
             shutil.rmtree(folder.path, ignore_errors=True)  # train.py --resume would end it without its rounds
             raise

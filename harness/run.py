@@ -386,16 +386,16 @@ class RunFolder:
             restore()
 
     # --- the end -------------------------------------------------------------------------------------------------
-    def finish(self, world: World, averages: dict[str, dict[str, PolicyAverage]], rows: dict[str, dict],
-               facts: dict[str, int], clock: float) -> None:
+    def finish(self, averages: dict[str, dict[str, PolicyAverage]], rows: dict[str, dict], facts: dict[str, int],
+               clock: float) -> None:
         """Save the finished players and their averages, write figure, report and summary, and print the table. rows:
         the columns after the game; facts: of the run, such as the "round" of its final defender; clock: when the
         program began."""
         rows = {"before": self.before, **rows}
-        examples = changed_answers(world)
+        examples = changed_answers(self.world)
         held_in_game = self.held_mib()
         last = self.config.rounds
-        for name, player in world.players.items():
+        for name, player in self.world.players.items():
             which = "the last policy"
             if name == "defender" and facts["round"] < last:
                 which = f"the policy after round {facts['round']} of {last}"
