@@ -32,7 +32,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from diversity import ORDERS, Diversity, word_embedder
-from eval import run_program
+from eval import DEVICE, run_program
 from gpo import Player, gae, policy_loss, ppo_update, token_rewards, value_loss, whiten
 from harness.data import as_a_program, fail
 from harness.parallel import peak_memory
@@ -40,7 +40,6 @@ from harness.report import markdown
 from kernel import linear_logprob
 from model import DTYPE_NAMES, DTYPES, Policy, best_dtype, generate
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPT = 16  # prompt tokens in `sample` and `ppo`
 NEW = 32  # response tokens
 SIZES = {"4x128": dict(vocab_size=512, n_embd=128, n_layer=4, n_head=4),

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from eval import run_program
+from eval import DEVICE, run_program
 from harness.data import as_a_program, check_labels, fail, is_test, read_json, read_rows, write_json
 from harness.report import calibration, markdown, show
 from model import best_dtype, check_embeddings, first_line, save_tokenizer
@@ -139,7 +139,7 @@ def main(argv: Sequence[str]) -> None:
     flag("--learning_rate", type=float, default=2e-5, help="peak of one cycle; small new models want 1e-3")
     flag("--seed", type=int, default=0, help="of everything random: a new head, the order of the samples")
     flag("--max_length", type=int, default=512, help="tokens of prompt and response, saved with the judge")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    flag("--device", default=DEVICE, help="cpu or cuda")
     flag("--trust_remote_code", action="store_true", help="run Python files that come with a model")
     run_program(make_judge, parser.parse_args(argv),
                 "; the same command goes on from the last checkpoint, of every minute of training")
