@@ -4403,6 +4403,8 @@ WRONG = {  # arguments of train.py: what the one line must hold
                                                "--benign_share must be 0 or at least 1 / --batch_size"),
     "harmless requests that nobody learns from": ([*OUT, "--method", "sft", "--benign_share", "0.4"],
                                                   "--benign_share 0.4 would do nothing: --method sft trains nobody"),
+    "an order of turns without turns": ([*OUT, "--method", "sft", "--first", "defender"],
+                                        "--first defender would do nothing: --method sft trains nobody"),
     "a judge that fails": ([*OUT, "--helpful_judge", "bad/judge.py:fails"],
                            "--helpful_judge: the judge raised ZeroDivisionError"),
     "a judge that decides nothing": ([*OWN, "--judge", "bad/judge.py:nothing"], "at least half of the exchanges"),

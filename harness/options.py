@@ -60,14 +60,14 @@ class Config:
     defender_steps: int | None = option("PPO steps per round (N_d)", 6, 20, only="training")  # the authors: 400
     attacker_steps: int | None = option("PPO steps per round (N_a)", 12, 10, only="attacker")  # the authors: 200
     first: str = option("who moves first in a round; defender_twice: the defender, in the first round with twice its "
-                        "steps", "attacker", choices=("attacker", "defender", "defender_twice"))
+                        "steps", "attacker", choices=("attacker", "defender", "defender_twice"), only="training")
     batch_size: int = option("exchanges per PPO step, of all processes", 96, at_least=1, heading="PPO")
     learning_rate: float | None = option("of the defender", 2.5e-4, 1e-5, above_0=True)  # TRL: 1.4e-5, trlx: 8e-6
     attacker_learning_rate: float | None = option("of the attacker", 6e-4, 1e-5, above_0=True)
     kl_coef: float = option("KL penalty of the defender", 0.02)
     attacker_kl_coef: float | None = option("KL penalty of the attacker", 0.01, 0.02)
     kl_anchor: str = option("KL reference: the initial policy, or that before the turn", "initial",
-                            choices=("initial", "previous"))
+                            choices=("initial", "previous"), only="training")
     entropy_coef: float = option("eta_H of Eq. (3.7): entropy bonus of the attacker", 0.0, only="attacker")
     ptx_coef: float | None = option("weight of the supervised loss on demonstrations, for the defender", 1.0, 0.0)
     lam: float | None = option("lambda of GAE: below 1 the first tokens of a long text get little of its reward while "
@@ -84,12 +84,15 @@ class Config:
     opponent: str = option("the other's last policy, or the mixture, mean of the weights or exponential average of all",
                            "last", choices=("last", "mixture", "weights", "ema"), only="gpo")
     replay: float = option("fraction of earlier attacks in the defender's batch, by success", 0.6, below=1, only="gpo")
-    diversity: float | None = option("weight k of the diversity reward; 0: off", 0.3, 1.0, heading="diversity")
+    diversity: float | None = option("weight k of the diversity reward; 0: off", 0.3, 1.0, only="training",
+                                     heading="diversity")
     diversity_terms: str = option("terms of the diversity reward", "bleu,embedding", only="diversity",
                                   choices=("bleu,embedding", "embedding,bleu", "bleu", "embedding"))
-    history: int = option("latest attacks that the diversity reward compares with; 0: all, as in the paper", 480)
+    history: int = option("latest attacks that the diversity reward compares with; 0: all, as in the paper", 480,
+                          only="training")
     min_likelihood: float = option("quantile of the initial attacker's own likelihoods; below it an attack scores as a "
-                                   "failed repetition; 0: off; alias --guard", 0.01, below=1, aliases=("--guard",))
+                                   "failed repetition; 0: off; alias --guard", 0.01, below=1, only="attacker",
+                                   aliases=("--guard",))
     embedder: str | None = option("words, toy, folder or hub id", "toy", "sentence-transformers/all-MiniLM-L6-v2")
     average: str = option("policy averages to keep; ema: exponential, of weights; both: mixture and weights",
                           "mixture,weights", choices=AVERAGES, heading="averages")
