@@ -15,7 +15,7 @@ Differs from the paper (numbers as in the README; rows are of docs/results.md):
 (5) `--final_defender safest`: a turn can reopen what an earlier one closed, so the defender that is saved is the one
 of the latest rounds that earlier successes break least: table *the worst case, exactly*.
 (6) `--replay`: a fraction of the defender's batch is sampled from earlier attacks, the successful ones more often, so
-that it does not forget them: row *no mining, no replay*.
+that it does not forget them: section *ablations of the recommended setting*.
 (7) `--mine`: attacks of the untrained attacker, and attacks that ever succeeded, are tried on the defender before its
 turns; successes are replayed too: section *today's setting*.
 (8) `--ptx_coef`: a supervised loss on demonstrations, against over-refusal: row *no demonstrations*.
