@@ -402,7 +402,8 @@ def print_attack(rows: list[dict], run: FinishedRun | None, tries: int) -> None:
     lines = [["attack success [95% Wilson interval]", success_rate]]
     if tries > 1:
         n = len({row["seed"] for row in decided})
-        lines.append([f"hit@{tries}: seeds with a success", show(len({row["seed"] for row in broken}) / n, n)])
+        hits = len({row["seed"] for row in broken})
+        lines.append([f"hit@{tries}: seeds with a success", show(hits / n if n else None, n)])
     print(markdown(["", f"{len(rows)} attacks"], [
         *lines, ["undecided, in no rate", len(rows) - len(decided)],
         ["different attacks that succeed", len(set(texts))], [f"{name}s broken", len({*groups} - {None})]]))

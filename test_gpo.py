@@ -3820,6 +3820,8 @@ def test_a_seed_of_which_no_try_was_decided_is_in_no_rate_of_an_attack(capsys):
     printed = capsys.readouterr().out
     assert re.search(r"hit@2: seeds with a success +\| 0.500 \[", printed)  # of b and c
     assert re.search(r"attack success \[95% Wilson interval\] +\| 0.333 \[", printed)  # of three tries
+    evaluation.print_attack(rows[:2], None, 2)
+    assert re.search(r"hit@2: seeds with a success +\| +- \|", capsys.readouterr().out)
 
 
 def test_a_run_attacks_by_another_judge_where_its_own_is_missing(one_base, tmp_path, capsys):
