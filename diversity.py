@@ -32,7 +32,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import cached_file
 
-from model import check_tokenizer, first_line, inert_texts, longest_input
+from model import check_body, check_tokenizer, first_line, inert_texts, longest_input
 
 Embedder = Callable[[list[str]], np.ndarray]  # B texts -> (B, D)
 ORDERS = (2, 3, 4, 5)
@@ -213,9 +213,7 @@ def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool
         model, info = AutoModel.from_pretrained(name_or_dir, trust_remote_code=trust_remote_code,
                                                 output_loading_info=True)
         model.to(device).eval()
-        missing = [key for key in sorted(info["missing_keys"]) if "pooler" not in key]  # which is not used
-        if missing:
-            raise ValueError(f"it has no weights for {missing[0]}")  # they would be random
+        check_body(model, info)
         check_tokenizer(tokenizer)
         pool = _pool(name_or_dir)
         _ = model(**tokenizer("a", return_tensors="pt").to(device)).last_hidden_state  # only an encoder has it

@@ -747,28 +747,34 @@ def _probe_forward(policy):
     # added to the hidden states, so that a cap on the logits shows
     large = 100 * torch.randn(1, len(ids), policy.head.in_features, generator=torch.Generator().manual_seed(0))
     large = large.to(policy.device)
-    sampled = []  # logits (2, V), then (1, V), of each call of `_decode`
 
-    def pick(logits):  # the first row ends at once, the other goes on with its next token
-        sampled.append(logits)
-        return torch.tensor([policy.eos_ids[0], ids[4]], device=policy.device)[-len(logits):]
+    def decoded(lm):
+        """Logits (3, V) of the sampler: of two rows, then of the one that goes on."""
+        sampled = []
+
+        def pick(logits):  # the first row ends at once, the other goes on with its next token
+            sampled.append(logits)
+            return torch.tensor([policy.eos_ids[0], ids[4]], device=policy.device)[-len(logits):]
+
+        _decode(policy, lm, [ids[:6], ids[:4]], 2, pick)
+        return torch.cat(sampled)
 
     try:
         hidden = policy.hidden(tokens)  # (1, T, D)
         hook = policy.head.register_forward_pre_hook(lambda head, states: states[0] + large)
         large_logits = policy.lm(tokens).logits
         hook.remove()
-        _decode(policy, policy.lm, [ids[:6], ids[:4]], 2, pick)
+        sampled = decoded(policy.lm)
         if policy.compute_dtype != torch.float32:  # in which a model may fail that runs in fp32
             with policy.autocast():
                 policy.hidden(tokens)
-            _decode(policy, decoding_copy(policy), [ids[:6], ids[:4]], 2, pick)
+            decoded(decoding_copy(policy))
     except Exception as error:
         raise ValueError(f"a model of type {name} cannot be run as a policy: {first_line(error)}") from error
     if not _all_close(large_logits, policy.head(hidden + large)):
         raise ValueError("a policy's logits must be a linear head on its last hidden state, neither scaled nor capped; "
                          f"{name} is different: take a model of another type")
-    if not _all_close(torch.cat(sampled[:2]), policy.head(hidden[0, [5, 3, 4]])[:, : policy.tokens]):
+    if not _all_close(sampled, policy.head(hidden[0, [5, 3, 4]])[:, : policy.tokens]):
         raise ValueError("a policy must give the same logits with a cache and padding as without; a model of type "
                          f"{name} does not: take one of another type")
 
@@ -813,6 +819,16 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
     """Raises ValueError if a folder has no tokenizer: transformers then makes one of special tokens only."""
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ValueError("it has no tokenizer")
+
+
+def check_body(model: PreTrainedModel, info: dict) -> None:
+    """Raises ValueError if weights of a model's body are missing: transformers has made them at random. info: of
+    `from_pretrained`. A head, which is trained, and a pooler, which is not used or trained, may be new."""
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    new = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    missing = [key for key in new if key.startswith(prefix) and "pooler" not in key]
+    if missing:
+        raise ValueError(f"it has no weights for {min(missing)}")
 
 
 def check_embeddings(model: PreTrainedModel, tokenizer: Tokenizer) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from eval import DEVICE, run_program
 from harness.data import as_a_program, check_labels, fail, is_test, read_json, read_rows, write_json
 from harness.report import calibration, markdown, show
-from model import best_dtype, check_embeddings, first_line, save_tokenizer
+from model import best_dtype, check_body, check_embeddings, first_line, save_tokenizer
 from reward import Judge, JudgeTraining, judge_score, train_judge
 
 
@@ -84,10 +84,7 @@ def _make_judge(args):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             args.model, dtype=torch.float32, num_labels=2, ignore_mismatched_sizes=True, output_loading_info=True,
             trust_remote_code=args.trust_remote_code)
-        new = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-        body = [key for key in new if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
-        if body:
-            raise ValueError(f"it has no weights for {min(body)}")
+        check_body(model, info)
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
         check_embeddings(model, tokenizer)
     except Exception as e:
