@@ -3947,6 +3947,18 @@ def test_nash_prints_the_slopes_of_the_theory(tmp_path, capsys):
 
 
 # --- experiments -----------------------------------------------------------------------------------------------------
+def test_a_profile_divides_all_of_an_updates_time_among_kinds_of_operators(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "PPO_BATCHES", {"4x128": 8})
+    monkeypatch.setattr(bench, "DEVICE", "cpu")
+    bench.main(["profile"])
+    lines = capsys.readouterr().out.strip().splitlines()
+    for line in lines[2:]:
+        parts = [float(cell) for cell in line.strip("| ").split("|")[2:]]
+        assert len(parts) == 6 and min(parts) >= 0
+        assert sum(parts) == pytest.approx(1, abs=0.03)  # rounded to two decimals
+    assert [line.split(",")[2].split("|")[0].strip() for line in lines[2:]] == ["shared critic", "separate critic"]
+
+
 def test_reproduce_plays_every_row_on_every_seed_from_one_warm_start_and_nothing_twice(tmp_path, monkeypatch):
     sizes = "--sft_steps 2 --judge rule --eval_prompts 6 --attack_tokens 4 --response_tokens 4 --batch_size 4"
     turns = "--attacker_steps 1 --defender_steps 1 --average none --min_likelihood 0"

@@ -7,6 +7,7 @@
         ppo          a whole PPO update (sample, score, update) against plain PyTorch with `generate` and, with
                      --trl_python PYTHON, an interpreter with trl==0.23.1, against TRL's PPOTrainer
         diversity    R_div against histories of 1,000 and of 64,000 attacks, and SelfBLEU against nltk
+    python -m experiments.bench profile   where the time of our PPO update goes (torch.profiler)
 
 Ours and the peer take turns, `--repeats` times. Times are medians; the ratio is the median of the ratios of adjacent
 turns. Weights and texts are random: speed does not depend on them.
@@ -46,6 +47,7 @@ SIZES = {"4x128": dict(vocab_size=512, n_embd=128, n_layer=4, n_head=4),
          "gpt2": dict(vocab_size=50257, n_embd=768, n_layer=12, n_head=12),
          "smollm2": dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                          num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)}
+PPO_BATCHES = {"4x128": 64, "gpt2": 16, "smollm2": 16}  # exchanges of `ppo` and `profile`
 SHAPES = {  # N, D, V, dtype for `logprob`
     "cpu": [(512, 768, 50257, "fp32"), (2048, 768, 50257, "fp32"), (2048, 768, 50257, "bf16"),
             (8192, 768, 8192, "fp32"), (8192, 768, 50257, "fp32")],
@@ -176,6 +178,10 @@ def _make_policy(size, critic="shared", dtype=torch.float32):
         lm.transformer.ln_f.bias.data[0] = 1
         lm.transformer.wte.weight.data[V - 1, 0] = -50
     return Policy(lm, tokenizer, critic, dtype)
+
+
+def _make_scores(batch):
+    return torch.rand(batch, generator=torch.Generator().manual_seed(0))
 
 
 def _make_prompts(batch):
@@ -320,40 +326,80 @@ class _Trl:
         self.answer()
 
 
+def _make_player(size, critic="shared", dtype=torch.float32):
+    return Player("defender", _make_policy(size, critic, dtype), NEW, minibatches=4, missing_eos_penalty=0.0)
+
+
+def _ppo(player, reward_model, prompts, scores):
+    """Sample, score, update: what is timed."""
+    rollout = player.generate(prompts, 1)
+    with torch.no_grad(), player.policy.autocast():
+        reward_model.hidden(rollout.tokens)  # the cost of a reward model; its values do not matter
+    ppo_update(player, rollout, scores, 1)
+
+
 def _bench_ppo_size(size, batch, args):
     dtype = best_dtype(DEVICE)
-    reward_model = _make_policy(size, dtype=dtype)
-    prompts = _make_prompts(batch)
-    scores = torch.rand(batch, generator=torch.Generator().manual_seed(0))
+    work = (_make_policy(size, dtype=dtype), _make_prompts(batch), _make_scores(batch))
     name = f"ppo update {batch} x ({PROMPT} + {NEW}), {size}, 2 epochs x 4"
-
-    def make_player(**kwargs):
-        return Player("defender", _make_policy(size, **kwargs), NEW, minibatches=4, missing_eos_penalty=0.0)
-
-    def update(player):
-        rollout = player.generate(prompts, 1)
-        with torch.no_grad(), player.policy.autocast():
-            reward_model.hidden(rollout.tokens)  # the cost of a reward model; its values do not matter
-        ppo_update(player, rollout, scores, 1)
-
     for critic, keep_memory in (("separate", False), ("shared", False), ("separate", True)):
         if args.trl_python:
-            ours = make_player(critic=critic, dtype=dtype)
+            ours = _make_player(size, critic, dtype)
             peer = _Trl(args.trl_python, size, batch, keep_memory)
             with peer.process:
-                yield compare(f"{name}, {critic} critic, {DTYPE_NAMES[dtype]}", lambda: update(ours), peer.name,
+                yield compare(f"{name}, {critic} critic, {DTYPE_NAMES[dtype]}", lambda: _ppo(ours, *work), peer.name,
                               peer.update, args.repeats)
                 peer.process.kill()
-    ours = make_player()
-    plain = make_player()
-    yield compare(f"{name}, fp32, shared critic", lambda: update(ours), "plain PyTorch + generate",
-                  lambda: _plain_ppo(plain, reward_model, prompts, scores), args.repeats)
+    ours = _make_player(size)
+    plain = _make_player(size)
+    yield compare(f"{name}, fp32, shared critic", lambda: _ppo(ours, *work), "plain PyTorch + generate",
+                  lambda: _plain_ppo(plain, *work), args.repeats)
 
 
 def bench_ppo(args: argparse.Namespace) -> Rows:
     """Sample, score with a reward model of the policy's size, and update: 2 epochs x 4 minibatches."""
-    for size, batch in chosen_sizes(args, {"4x128": 64, "gpt2": 16, "smollm2": 16}):
+    for size, batch in chosen_sizes(args, PPO_BATCHES):
         yield from _bench_ppo_size(size, batch, args)
+
+
+# --- profile ----------------------------------------------------------------------------------------------------
+KINDS = {  # of operators, by the beginning of their names; the first that fits
+    "matrix products": ("mm", "addmm"), "attention": ("bmm", "baddbmm", "_softmax", "_scaled_dot_product"),
+    "AdamW, clipping": ("_fused_adamw", "linalg_vector_norm", "_foreach", "mul_"),  # of the norm: mul_
+    "casts, copies": ("copy_", "_to_copy", "cat", "clone", "fill_", "empty")}
+
+
+def _kind(operator):
+    name = operator.removeprefix("aten::")
+    return next((kind for kind, beginnings in KINDS.items() if name.startswith(beginnings)), "other operators")
+
+
+def profile_row(size: str, batch: int, critic: str) -> list[str]:
+    """A row of a table: a PPO update as in `ppo`, the seconds of the fastest of three, and, from a fourth, the fraction
+    of its time in each kind of operator."""
+    player = _make_player(size, critic, best_dtype(DEVICE))
+    work = (_make_policy(size, dtype=best_dtype(DEVICE)), _make_prompts(batch), _make_scores(batch))
+    seconds = min(_seconds(lambda: _ppo(player, *work)) for _ in range(3))
+    n = sum(p.numel() for p in player.policy.parameters())
+    torch.zeros(16 * n, dtype=torch.uint8)  # spare memory, as the profiler's own records break up freed blocks
+    with torch.profiler.profile() as found:
+        profiled = _seconds(lambda: _ppo(player, *work))
+    parts = dict.fromkeys([*KINDS, "other operators"], 0.0)
+    for operator in found.key_averages():
+        parts[_kind(operator.key)] += operator.self_cpu_time_total / 1e6
+    parts["Python"] = profiled - sum(parts.values())
+    return [f"{batch} x ({PROMPT} + {NEW}), {size}, {critic} critic", f"{seconds:.2f} s",
+            *(f"{part / profiled:.2f}" for part in parts.values())]
+
+
+def print_profile(args: argparse.Namespace) -> None:
+    """Print where the time of a PPO update goes, for each size and critic. Raises ValueError on a GPU, where operators
+    are only launched."""
+    if DEVICE == "cuda":
+        raise ValueError("profile times operators on a processor, got a GPU; hide it: CUDA_VISIBLE_DEVICES=\"\"")
+    jobs = itertools.product(chosen_sizes(args, PPO_BATCHES), ("shared", "separate"))
+    rows = [profile_row(size, batch, critic) for (size, batch), critic in jobs]
+    print(markdown(["PPO update", "in all", *KINDS, "other operators", "Python"], rows))
 
 
 # --- diversity --------------------------------------------------------------------------------------------------
@@ -410,14 +456,14 @@ def main(argv: list[str]) -> None:
     """Parse the arguments and run the benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
-    parser.add_argument("what", nargs="?", default="all", choices=[*BENCHES, "all"])
+    parser.add_argument("what", nargs="?", default="all", choices=[*BENCHES, "all", "profile"])
     parser.add_argument("--repeats", type=int, default=5, help="turns of each pair (5)")
-    parser.add_argument("--size", choices=SIZES, help="the model of `sample` and `ppo` (all)")
+    parser.add_argument("--size", choices=SIZES, help="the model of `sample`, `ppo` and `profile` (all)")
     parser.add_argument("--trl_python", help="an interpreter with trl==0.23.1, whose PPOTrainer is the peer of `ppo`")
     args = parser.parse_args(argv)
     if args.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {args.repeats}")
-    run_program(run_benches, args)
+    run_program(print_profile if args.what == "profile" else run_benches, args)
 
 
 if __name__ == "__main__":
