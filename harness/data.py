@@ -309,22 +309,27 @@ def _texts(fields):
     return {"prompt": prompt, **{name: reply for name, (own, reply) in replies.items() if reply and own == prompt}}
 
 
+def _p_safe(value, one):
+    """P(safe) of a label; None if it is ambiguous. one: what the number 1 means, "safe", "unsafe" or, unknown, ""."""
+    word = str(value).strip().lower()
+    if word in ("safe", "unsafe"):
+        return float(word == "safe")
+    with contextlib.suppress(ValueError):
+        number = float({"true": 1, "false": 0}.get(word, word))
+        if one and 0 <= number <= 1:
+            return number if one == "safe" else 1 - number
+    return None
+
+
 def _label(fields):
     """{"safe": P(safe)} of a row; {"label": value} if the value is ambiguous; {} without a label."""
-    meanings = {"safe": ("safe", "is_safe"), "unsafe": ("unsafe", "is_unsafe"), "": ("label", "labels")}
-    values = {one: _the_one(fields, names) for one, names in meanings.items()}  # {what 1 means: value}
-    one = next((one for one, value in values.items() if value is not None), None)
-    if one is None:
-        return {}
-    value = values[one]
-    word = str(value).strip().lower()
-    p = {"safe": 1.0, "unsafe": 0.0}.get(word)
-    if p is None and one:
-        with contextlib.suppress(ValueError):
-            number = float({"true": 1, "false": 0}.get(word, word))
-            p = number if one == "safe" else 1 - number
-    certain = p is not None and 0 <= p <= 1
-    return {"safe": p} if certain else {"label": value}
+    columns = {"safe": ("safe", "is_safe"), "unsafe": ("unsafe", "is_unsafe"), "": ("label", "labels")}
+    for one, names in columns.items():
+        value = _the_one(fields, names)
+        if value is not None:
+            p = _p_safe(value, one)
+            return {"label": value} if p is None else {"safe": p}
+    return {}
 
 
 def check_labels(path: str | Path, rows: list[dict]) -> None:
