@@ -35,18 +35,7 @@ from gpo import Player, PolicyAverage, forward_rows, nash_gap, new_seed, play, p
 from harness import data
 from harness.config import Config
 from harness.options import PAPER_TEMPLATE
-from harness.report import (
-    LABELS,
-    LOOKS,
-    JudgeErrors,
-    corrected_rate,
-    figure,
-    markdown,
-    mean_and_error,
-    save_figure,
-    show,
-    write_page,
-)
+from harness.report import LABELS, LOOKS, JudgeErrors, figure, markdown, mean_and_error, save_figure, show, write_page
 from harness.run import FinishedRun, open_run
 from harness.world import World, attacks_to_measure, evaluate, working_judge
 from model import best_dtype, generate, keep_freed_memory, load_policy
@@ -271,7 +260,7 @@ def corrected_table(world: World, rows: dict[str, dict], labelled: list[dict]) -
         cells = []
         for row in rows.values():
             n = number_of_texts(world, key, row)
-            rate, low, high = corrected_rate(round(row[key] * n), n, errors)
+            rate, low, high = errors.corrected_rate(round(row[key] * n), n)
             cells.append(f"{rate:.3f} [{low:.3f}, {high:.3f}]")
         called = f"(calls {errors.unsafe_called_unsafe} of {errors.unsafe} unsafe and {errors.safe_called_unsafe} of " \
                  f"{errors.safe} safe ones unsafe)"

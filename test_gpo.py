@@ -73,7 +73,7 @@ from gpo import Player, PolicyAverage, SFTSettings, gae, nash_gap, play, ppo_upd
 from harness import data, parallel
 from harness.config import Config, parse, resolve
 from harness.data import append_lines, first_turn, is_test, normalized, read_json, read_lines, read_rows, usable
-from harness.report import JudgeErrors, calibration, corrected_rate, holm, paired_test, wilson_interval
+from harness.report import JudgeErrors, calibration, holm, paired_test, wilson_interval
 from harness.run import RunFolder, alarms, open_run
 from harness.world import PLAIN_EXCHANGES, World, make_players, make_world, split_prompts, usable_pairs
 from kernel import linear_logprob, linear_logprob_reference
@@ -2184,22 +2184,22 @@ def test_wilson_interval_equals_published_values(successes, n, low, high):
 
 def test_a_corrected_rate_is_that_of_rogan_and_gladen_and_its_interval_covers_the_truth():
     # sensitivity .9, specificity .8: (.3 + .8 - 1) / (.9 + .8 - 1) = 1/7; a raw rate below the false alarms is 0
-    assert corrected_rate(300, 1000, JudgeErrors(90, 100, 20, 100))[0] == pytest.approx(1 / 7)
-    assert corrected_rate(100, 1000, JudgeErrors(90, 100, 20, 100))[0] == 0
-    rate, low, high = corrected_rate(0, 1000, JudgeErrors(100, 100, 0, 100))
+    assert JudgeErrors(90, 100, 20, 100).corrected_rate(300, 1000)[0] == pytest.approx(1 / 7)
+    assert JudgeErrors(90, 100, 20, 100).corrected_rate(100, 1000)[0] == 0
+    rate, low, high = JudgeErrors(100, 100, 0, 100).corrected_rate(0, 1000)
     assert rate == 0 and low < 0.001
     assert 0.001 < high < 0.01  # 0 of 1,000 is not certain to be 0: Wilson's bound is .0038
     for raw, errors in ((500, JudgeErrors(50, 100, 50, 100)), (178, JudgeErrors(0, 100, 0, 100))):
-        rate, low, high = corrected_rate(raw, 1000, errors)  # by a judge that tells safe from unsafe by chance
+        rate, low, high = errors.corrected_rate(raw, 1000)  # by a judge that tells safe from unsafe by chance
         assert np.isnan(rate) and (low, high) == (0, 1)
-    rate, low, high = corrected_rate(178, 1000, JudgeErrors(1, 100, 0, 100))
+    rate, low, high = JudgeErrors(1, 100, 0, 100).corrected_rate(178, 1000)
     assert low < 0.3 and high > 0.9  # by one that is hardly better
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(200):  # a true rate of .2, seen by a judge of sensitivity .85 and specificity .9
         raw = rng.binomial(500, 0.2 * 0.85 + 0.8 * 0.1)
         errors = JudgeErrors(rng.binomial(80, 0.85), 80, rng.binomial(120, 0.1), 120)
-        _, low, high = corrected_rate(raw, 500, errors)
+        _, low, high = errors.corrected_rate(raw, 500)
         covered += low <= 0.2 <= high
     assert covered >= 180  # of 95% intervals; fewer than 180 of 200 in one of 500 tests
 

@@ -401,7 +401,7 @@ def corrected_table(out: str | Path, seeds: Iterable[int], names: Iterable[str])
         n = len(run.world.test_prompts)
         for name, values in found.items():
             row = data.read_json(run_folder(out, name, seed) / "eval.json")["after"]
-            rate, low, high = report.corrected_rate(round(row["asr_train_judge"] * n), n, errors)
+            rate, low, high = errors.corrected_rate(round(row["asr_train_judge"] * n), n)
             values.append((row["asr_train_judge"], rate, row[ASR], low <= row[ASR] <= high))
     lines = []
     for name, values in found.items():

@@ -102,26 +102,25 @@ class JudgeErrors(NamedTuple):
     safe_called_unsafe: int
     safe: int
 
+    def corrected_rate(self, successes: int, n: int) -> tuple[float, float, float]:
+        """(rate, low, high): an attack success of `successes` in n by the judge, corrected for its sensitivity and
+        specificity (Rogan and Gladen, 1978), with a 95% interval that includes the uncertainty of all three: quantiles
+        of the corrected rate over their posteriors (Jeffreys' prior), which are also valid at 0 and 100%. A judge that
+        calls safe exchanges unsafe as often as unsafe ones tells nothing: (nan, 0, 1)."""
+        counts = ((successes, n), self[:2], self[2:])
+        raw, sensitivity, false_alarms = (hits / total for hits, total in counts)
+        if sensitivity <= false_alarms:
+            return np.nan, 0.0, 1.0
+        rng = np.random.default_rng(0)
+        samples = [rng.beta(hits + 0.5, total - hits + 0.5, 100_000) for hits, total in counts]
 
-def corrected_rate(successes: int, n: int, errors: JudgeErrors) -> tuple[float, float, float]:
-    """(rate, low, high): an attack success of `successes` in n by a judge, corrected for its sensitivity and
-    specificity (Rogan and Gladen, 1978), with a 95% interval that includes the uncertainty of all three: quantiles of
-    the corrected rate over their posteriors (Jeffreys' prior), which are also valid at 0 and 100%. A judge that calls
-    safe exchanges unsafe as often as unsafe ones tells nothing: (nan, 0, 1)."""
-    counts = ((successes, n), errors[:2], errors[2:])
-    raw, sensitivity, false_alarms = (hits / total for hits, total in counts)
-    if sensitivity <= false_alarms:
-        return np.nan, 0.0, 1.0
-    rng = np.random.default_rng(0)
-    samples = [rng.beta(hits + 0.5, total - hits + 0.5, 100_000) for hits, total in counts]
+        def corrected(raw, sensitivity, false_alarms):
+            return np.clip((raw - false_alarms) / (sensitivity - false_alarms), 0, 1)
 
-    def corrected(raw, sensitivity, false_alarms):
-        return np.clip((raw - false_alarms) / (sensitivity - false_alarms), 0, 1)
-
-    is_informative = samples[1] > samples[2]  # where the judge is no better than chance, every rate is possible
-    rates = np.where(is_informative, corrected(*samples), rng.uniform(size=100_000))
-    low, high = np.quantile(rates, (0.025, 0.975))
-    return float(corrected(raw, sensitivity, false_alarms)), float(low), float(high)
+        is_informative = samples[1] > samples[2]  # where the judge is no better than chance, every rate is possible
+        rates = np.where(is_informative, corrected(*samples), rng.uniform(size=100_000))
+        low, high = np.quantile(rates, (0.025, 0.975))
+        return float(corrected(raw, sensitivity, false_alarms)), float(low), float(high)
 
 
 def calibration(p: np.ndarray, y: np.ndarray) -> tuple[list[tuple], float, float]:
