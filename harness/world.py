@@ -14,20 +14,8 @@ import torch
 
 from diversity import Embedder, load_embedder, set_similarity
 from gpo import Player, PolicyAverage, SFTSettings, sample, sft
-from harness import parallel
+from harness import data, parallel
 from harness.config import Config
-from harness.data import (
-    HUB_DATA,
-    check_labels,
-    first_turn,
-    hub_file,
-    is_test,
-    normalized,
-    read_json,
-    read_rows,
-    usable,
-    visible,
-)
 from model import DTYPES, Policy, first_line, load_policy
 from reward import Judge, JudgeTraining, call_judge, load_judge, refusals, train_judge, unsafe_rate
 from toy import ToyGame, toy_classifier, toy_lm
@@ -54,7 +42,7 @@ class Prompts:
 def read_prompts(start: Path) -> Prompts:
     """The texts with which a run began. Raises ValueError if they cannot be read."""
     try:
-        return Prompts(**read_json(start / "prompts.json"))
+        return Prompts(**data.read_json(start / "prompts.json"))
     except (TypeError, OSError, ValueError) as error:
         raise ValueError(f"{start}/prompts.json is damaged or of another version: {first_line(error)}") from error
 
@@ -83,7 +71,7 @@ class World(Prompts):
     def held_out(self) -> set[str]:
         """All prompts that are only for evaluation, normalized."""
         prompts = self.test_prompts + self.benign_prompts + sum(self.more_tests.values(), [])
-        return set(map(normalized, prompts))
+        return set(map(data.normalized, prompts))
 
     def prompts(self) -> dict:
         """The fields of `Prompts`, for prompts.json."""
@@ -94,7 +82,7 @@ def make_world(config: Config, start: Path | None = None) -> World:
     """The world that the options describe. start: a run's checkpoints/start; with it nothing is trained.
     Raises ValueError, OSError."""
     toy = None if config.attacker else ToyGame(config.seed)
-    data = {} if toy or start else _read_data(config)
+    files = {} if toy or start else _read_data(config)
     judges = _load_judges(config, toy, start)
     if config.embedder == "toy":
         embedder = toy.embed
@@ -110,7 +98,7 @@ def make_world(config: Config, start: Path | None = None) -> World:
         prompts = _toy_prompts(config, toy, pairs["defender"])
     else:
         policies = _load_policies(config)
-        prompts = _user_prompts(config, data, policies)
+        prompts = _user_prompts(config, files, policies)
         pairs = _user_pairs(config, prompts, embedder, rng)
     _check_prompts(config, prompts)
     if config.shard:
@@ -343,30 +331,30 @@ def _read_data(config):
     flags = ["prompts", "test_prompts", "benign_prompts"]
     if config.ptx_coef > 0 or config.sft_steps > 0:
         flags.append("sft_data")
-    data = {}
+    files = {}
     for flag in flags:
         path = getattr(config, flag)
         if path:
-            data[flag] = (path, read_rows(path))
-        elif flag in HUB_DATA and not config.prompts:
-            data[flag] = (f"Anthropic/hh-rlhf/{HUB_DATA[flag]}", read_rows(hub_file(flag)))
-    return data
+            files[flag] = (path, data.read_rows(path))
+        elif flag in data.HUB_DATA and not config.prompts:
+            files[flag] = (f"Anthropic/hh-rlhf/{data.HUB_DATA[flag]}", data.read_rows(data.hub_file(flag)))
+    return files
 
 
-def _user_prompts(config, data, policies):
+def _user_prompts(config, files, policies):
     """`Prompts` from the rows of `_read_data`; prints a line for each file. Raises ValueError."""
-    prompts = split_prompts(config, data, policies)
-    if "sft_data" in data:
+    prompts = split_prompts(config, files, policies)
+    if "sft_data" in files:
         tested = prompts.test_prompts + prompts.benign_prompts
-        prompts.demos = usable_pairs(config, *data["sft_data"], tested, policies["defender"])
+        prompts.demos = usable_pairs(config, *files["sft_data"], tested, policies["defender"])
     consequences = {"sft_data": "the defender is not warm-started", "benign_prompts": "over-refusal is not measured"}
     for flag, what in consequences.items():
-        if flag not in data and not getattr(config, flag):
+        if flag not in files and not getattr(config, flag):
             print(f"without --{flag} {what}")
     return prompts
 
 
-def split_prompts(config: Config, data: dict, policies: dict[str, Policy]) -> Prompts:
+def split_prompts(config: Config, files: dict, policies: dict[str, Policy]) -> Prompts:
     """First human turns that fit the contexts of both players, in disjoint sets. Without --test_prompts a tenth of
     --prompts is for testing, by hash; with --benign_share half of --benign_prompts is for training. Raises ValueError.
     """
@@ -386,27 +374,27 @@ def split_prompts(config: Config, data: dict, policies: dict[str, Policy]) -> Pr
         return sample(prompts, n, np.random.default_rng(0)) if len(prompts) > n else prompts
 
     def pick(flag, others):
-        name, rows = data[flag]
-        prompts = [(first_turn(row["prompt"]),) for row in rows]
-        kept, line = usable(name, prompts, others, fit, limit)
+        name, rows = files[flag]
+        prompts = [(data.first_turn(row["prompt"]),) for row in rows]
+        kept, line = data.usable(name, prompts, others, fit, limit)
         return [prompt for prompt, in kept], line
 
     test = []
-    if "test_prompts" in data:
+    if "test_prompts" in files:
         test, line = pick("test_prompts", [])
         print(f"{line}, {len(at_most(test))} to test")
     seeds, line = pick("prompts", test)
     if not test:
-        test = [prompt for prompt in seeds if is_test(prompt)]
-        seeds = [prompt for prompt in seeds if not is_test(prompt)]
+        test = [prompt for prompt in seeds if data.is_test(prompt)]
+        seeds = [prompt for prompt in seeds if not data.is_test(prompt)]
     print(f"{line}, {len(seeds)} to train on, {len(at_most(test))} to test")
     benign = []
     benign_seeds = []
-    if "benign_prompts" in data:
+    if "benign_prompts" in files:
         benign, line = pick("benign_prompts", seeds + test)
         if config.benign_share and len(benign) >= LEAST_BENIGN:
-            benign_seeds = [prompt for prompt in benign if is_test(prompt, 2)]
-            benign = [prompt for prompt in benign if not is_test(prompt, 2)]
+            benign_seeds = [prompt for prompt in benign if data.is_test(prompt, 2)]
+            benign = [prompt for prompt in benign if not data.is_test(prompt, 2)]
         print(f"{line}, {len(benign_seeds)} to train on, {len(at_most(benign))} to measure over-refusal")
     if not seeds or not test:
         raise ValueError("--prompts must leave at least one prompt for training and one for testing, got "
@@ -418,7 +406,7 @@ def usable_pairs(config: Config, name: str, rows: list[dict], tested: list[str],
                  policy: Policy) -> list[tuple[str, str]]:
     """(prompt, response) pairs that the defender learns from: no test prompt, none labelled unsafe, and none too long
     for memory. If a row has both "response" and "chosen", "response" is used."""
-    check_labels(name, rows)
+    data.check_labels(name, rows)
     safe = [row for row in rows if row.get("safe", 1) > 0.5]
     if len(safe) < len(rows):
         name = f"{name} without {len(rows) - len(safe)} rows labelled unsafe"
@@ -428,7 +416,7 @@ def usable_pairs(config: Config, name: str, rows: list[dict], tested: list[str],
         return [len(p) + len(r) <= limit for p, r in zip(*policy.encode_pairs(pairs))]
 
     pairs = [(row["prompt"], row.get("response") or row.get("chosen")) for row in safe]
-    kept, line = usable(name, pairs, tested, fit, limit)
+    kept, line = data.usable(name, pairs, tested, fit, limit)
     print(f"{line}, {len(kept)} to learn from")
     return kept
 
@@ -467,7 +455,7 @@ def show_prompts(world: World) -> None:
             _show(player.policy.tokenizer, ids)
     exchanges = world.demos[:3] or [(prompt, "I am sorry, I cannot help with that.") for prompt in seeds]
     for name, judge in (("judge", world.judge), ("held-out judge", world.held_out_judge)):
-        print(f"\nthe {name} is {visible(getattr(judge, 'description', 'a function'))}")
+        print(f"\nthe {name} is {data.visible(getattr(judge, 'description', 'a function'))}")
         safe, unsafe = call_judge(judge, *zip(*PLAIN_EXCHANGES))
         inverted = "; is it inverted?" if safe < unsafe and not world.toy else ""
         print(f"its P(safe) of a refusal: {safe:.3f}, of an insult: {unsafe:.3f}{inverted}\nthe {name} reads")
@@ -481,7 +469,7 @@ def show_prompts(world: World) -> None:
 
 def _show(tokenizer, ids):
     text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    print(f"{len(ids):5} tokens  {visible(text)}")
+    print(f"{len(ids):5} tokens  {data.visible(text)}")
 
 
 def _read_by(judge, prompt, response):
