@@ -654,12 +654,13 @@ class PolicyAverage:
 
     def generate(self, prompts: list[str], seed: int, temperature: float | None = None) -> Rollout:
         """As `Player.generate`, each prompt by a uniformly sampled member; one member's policy at a time is loaded."""
-        drawn = np.random.default_rng(seed).integers(len(self.members), size=len(prompts))  # (B,)
+        rng = np.random.default_rng(seed)
+        drawn = rng.integers(len(self.members), size=len(prompts))  # (B,)
         rows = [None] * len(prompts)
         for member in np.unique(drawn):
             places = np.flatnonzero(drawn == member)
             player = self.player.with_policy(self.policy(member))
-            rollout = player.generate([prompts[i] for i in places], seed, temperature)
+            rollout = player.generate([prompts[i] for i in places], new_seed(rng), temperature)  # independent rows
             for i, row in zip(places, rollout.rows()):
                 rows[i] = row
         prompts = [self.player.template.format(prompt) for prompt in prompts]
