@@ -322,13 +322,17 @@ def _p_safe(value, one):
 
 
 def _label(fields):
-    """{"safe": P(safe)} of a row; {"label": value} if the value is ambiguous; {} without a label."""
+    """{"safe": P(safe)} of a row; {"label": value} if the value is ambiguous; {} without a label. `label`, which may be
+    that of the prompt, is the last to be read. Raises ValueError if `safe` and `unsafe` contradict each other."""
     columns = {"safe": ("safe", "is_safe"), "unsafe": ("unsafe", "is_unsafe"), "": ("label", "labels")}
-    for one, names in columns.items():
-        value = _the_one(fields, names)
+    values = {one: _the_one(fields, names) for one, names in columns.items()}
+    p = {one: _p_safe(value, one) for one, value in values.items()}
+    if None not in (p["safe"], p["unsafe"]) and not math.isclose(p["safe"], p["unsafe"], abs_tol=1e-6):
+        raise ValueError(f"safe = {values['safe']!r} and unsafe = {values['unsafe']!r} contradict each other; remove "
+                         "one")
+    for one, value in values.items():
         if value is not None:
-            p = _p_safe(value, one)
-            return {"label": value} if p is None else {"safe": p}
+            return {"label": value} if p[one] is None else {"safe": p[one]}
     return {}
 
 
