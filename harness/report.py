@@ -302,13 +302,16 @@ def round_lines(round: int, games: list[dict]) -> list[str]:
 
 def model_card(name: str, config: object, which: str) -> str:
     """The README of a saved player ("attacker" or "defender"); config: the run's Config; which: of its policies."""
+    made = f"Trained with `{config.method}` for {config.rounds} rounds"
+    if not config.trains:
+        made = f"Saved by a run with `--method {config.method}`"
     return f"""---
 library_name: transformers
 tags: [gpo, red-teaming, {name}]
 ---
 # {name} of a two-player game (GPO, arXiv 2406.10977): {which}
 
-Trained with `{config.method}` for {config.rounds} rounds, seed {config.seed}, from \
+{made}, seed {config.seed}, from \
 `{getattr(config, name) or "the embedded toy game"}`.
 Made for hardening models: an attacker is a test instrument, not a tool against systems that are not yours.
 """
