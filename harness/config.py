@@ -159,6 +159,11 @@ def check_combinations(config: Config) -> None:
         raise ValueError(f"--template must hold {{}} once, for the seed, or not at all, got {config.template!r}")
     if config.opponent != "last" and config.opponent not in config.average:
         raise ValueError(f"--opponent {config.opponent} needs --average {config.opponent}, got {config.average!r}")
+    if "sft_data" in config.given and not config.sft_steps and not config.ptx_coef:
+        raise ValueError("--sft_data would do nothing: --sft_steps and --ptx_coef are 0")
+    if "final_defender" in config.given and config.final_defender == "safest" and config.rounds > config.average_size:
+        raise ValueError(f"--final_defender safest needs an --average_size of at least --rounds, got "
+                         f"{config.average_size} and {config.rounds}")
     unit = config.minibatches * world_size()
     if config.batch_size % unit:
         raise ValueError(f"--batch_size must be a multiple of --minibatches x processes ({config.minibatches} x "
