@@ -21,7 +21,7 @@ import copy
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -209,11 +209,18 @@ def tables(args: argparse.Namespace) -> None:
         data.write_text(run.path / "eval.md", text)
         others_paths = [str(other.path) for other in others]
         data.write_json(run.path / "eval.json", {**rows, "cross_play": matrix.tolist(), "third_parties": others_paths})
-        method = "gpo, no diversity" if run.config.method == "gpo" and not run.config.diversity else run.config.method
         for when in ("before", "after"):
-            of_method.setdefault(f"{method}, {when}", []).append(rows[when])
+            of_method.setdefault(f"{row_name(run, runs)}, {when}", []).append(rows[when])
     if len(runs) > 1:
         print(f"Mean ± standard error over runs (number of runs):\n\n{means_table(of_method)}")
+
+
+def row_name(run: FinishedRun, runs: list[FinishedRun]) -> str:
+    """The method of a run, and its options in which these runs differ, apart from seed and paths."""
+    own = asdict(run.config)
+    names = [name for name in own if any(own[name] != asdict(other.config)[name] for other in runs)]
+    differing = [name for name in names if name not in ("method", "seed", "out", "start", "resume", "device")]
+    return " ".join([run.config.method, *(f"--{name} {own[name]}" for name in differing)])
 
 
 def run_text(run: FinishedRun, rows: dict[str, dict], matrix: np.ndarray) -> str:

@@ -73,7 +73,7 @@ from gpo import Player, PolicyAverage, SFTSettings, gae, nash_gap, play, ppo_upd
 from harness import data, parallel
 from harness.config import Config, parse, resolve
 from harness.data import append_lines, first_turn, is_test, normalized, read_json, read_lines, read_rows, usable
-from harness.report import JudgeErrors, calibration, holm, paired_test, wilson_interval
+from harness.report import JudgeErrors, calibration, holm, model_card, paired_test, wilson_interval
 from harness.run import RunFolder, alarms, open_run
 from harness.world import PLAIN_EXCHANGES, World, make_players, make_world, split_prompts, usable_pairs
 from kernel import linear_logprob, linear_logprob_reference
@@ -1059,6 +1059,16 @@ def test_an_average_answers_each_prompt_by_one_of_its_members_and_keeps_the_orde
     assert 0 < sum(is_echo) < 16
     assert {text for text, echoed in zip(rollout.texts, is_echo) if not echoed} == {"b"}
     assert average.generate(PROMPTS * 2, 1, temperature=0).texts != rollout.texts  # by other members
+
+
+def test_a_mixture_of_equal_members_samples_rows_as_independently_as_one_policy():
+    player = tiny_player()
+    average = PolicyAverage(player)
+    for _ in range(8):
+        average.add(player.policy)
+    of_one = player.generate(["a b"] * 200, 0).texts
+    of_eight = average.generate(["a b"] * 200, 0).texts
+    assert len({*of_eight}) > 0.9 * len({*of_one})
 
 
 def test_a_supervised_term_keeps_demonstrations_likely():
@@ -2381,6 +2391,7 @@ SAID = {  # a row: the prompt and the replies in it, by hand
     "a number that is called safe": ({**ANSWERED, "safe": "0.25"}, {**ANSWERED, "safe": 0.25}),
     "a number that is called unsafe": ({**ANSWERED, "unsafe": "0.25"}, {**ANSWERED, "safe": 0.75}),
     "a truth that is called unsafe": ({**ANSWERED, "is_unsafe": True}, {**ANSWERED, "safe": 0.0}),
+    "a truth and its opposite": ({**ANSWERED, "safe": 0.8, "unsafe": 0.2}, {**ANSWERED, "safe": 0.8}),
     "labels of several kinds": ({**ANSWERED, "labels": [1]}, {**ANSWERED, "label": [1]}),
     "safe before label": ({**ANSWERED, "is_safe": False, "label": "safe"}, {**ANSWERED, "safe": 0.0}),
     "a word": ({**ANSWERED, "label": " Unsafe"}, {**ANSWERED, "safe": 0.0}),
@@ -2418,6 +2429,7 @@ REFUSED_ROWS = [  # a row, and what the line must hold
     ({"chosen": "g", "rejected": "b"}, "a row must have one of prompt"),
     ({"prompt": "q", "response": "r", "completion": "g"}, "response and completion must hold the same"),
     ({"question": "q", "context": "p"}, "question and context"),
+    ({"prompt": "q", "response": "r", "safe": 1, "unsafe": 1}, "safe = 1 and unsafe = 1 contradict each other"),
     ({"Prompt": "q", "prompt": "p"}, "two columns"),
     ({"prompt": "p", "messages": CHAT}, "must begin with it"),
     ({"messages": CHAT, "response": "g"}, "last turn compete"),
@@ -3172,6 +3184,7 @@ def test_a_users_models_with_different_tokenizers_learn_from_what_the_judge_deci
     assert printed.err.count("the judge did not decide 1 of 4 exchanges") == 2 and "undecided" in printed.out
     warning = "the defender's batch has no harmless requests, against refusing everything"
     assert f"{warning}: that takes --benign_share and --benign_prompts with at least 20" in printed.out
+    assert read_json(user_models / "run" / "config.json")["config"]["benign_share"] == 0
     games = read_lines(user_models / "run" / "games.jsonl")
     for m in read_lines(user_models / "run" / "metrics.jsonl"):
         rows = [game for game in games if game["role"] == m["role"]]
@@ -3204,6 +3217,22 @@ def test_alarms_see_a_rounds_last_step_and_a_metric_that_does_not_exist_is_left_
     assert attacker["game/attack_success"] == 0 and attacker["alarm/no_signal"] == 1
     assert "game/self_bleu" not in attacker  # of one attack
     assert None not in (*defender.values(), *attacker.values())
+
+
+def test_the_prompts_of_sft_are_its_attacks_and_none_is_measured_twice(user_models, monkeypatch):
+    monkeypatch.chdir(user_models)
+    config = resolve(parse([*MODELS, "--judge", "rule", "--prompts", "prompts.txt", "--held_out_judge", "rule",
+                            "--embedder", "words", "--sft_steps", "1", "--method", "sft", "--eval_prompts", "1000"]))
+    world = make_world(config)
+    assert sorted(world.attack_seeds) == sorted({*world.seeds})  # there are fewer than 300
+    card = model_card("attacker", config, "the last policy")
+    assert "Trained with" not in card and "--method sft" in card
+
+
+def test_runs_whose_options_differ_are_not_repeats_of_one_row():
+    runs = [types.SimpleNamespace(config=Config(seed=seed, diversity=k)) for seed, k in [(0, 3.0), (1, 3.0), (2, 0.0)]]
+    assert [evaluation.row_name(run, runs) for run in runs] == ["gpo --diversity 3.0"] * 2 + ["gpo --diversity 0.0"]
+    assert evaluation.row_name(runs[0], runs[:2]) == "gpo"
 
 
 def test_a_finished_run_says_of_which_round_its_defender_is(user_models, monkeypatch):
@@ -4375,6 +4404,10 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "a template of two seeds": ([*OUT, "--template", "{} or {}"], "--template must hold {} once"),
     "a mixture that is not kept": ([*OUT, "--opponent", "mixture", "--average", "none"], "needs --average mixture"),
     "shards for one process": ([*OUT, "--shard"], "--shard needs several processes"),
+    "demonstrations that nobody learns from": ([*OWN, "--sft_data", "x.jsonl", "--sft_steps", "0", "--ptx_coef", "0"],
+                                               "--sft_data would do nothing"),
+    "a choice among policies that are not kept": (
+        [*OUT, "--final_defender", "safest", "--average_size", "4"], "an --average_size of at least --rounds"),
     "what the method does not do": ([*OUT, "--method", "rlhf", "--mine", "8"], "--mine 8 would do nothing"),
     "a package that is not there": ([*OUT, "--log", "wandb"], "--log wandb needs the package wandb: pip install wandb"),
     "an occupied folder": (["--out", "bad"], "new or empty folder, got bad"),
