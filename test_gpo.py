@@ -3641,6 +3641,16 @@ def test_a_damaged_checkpoint_is_named_and_skipped(undisturbed, tmp_path, capsys
     assert not differing(run, expected)
 
 
+def test_a_run_that_has_lost_its_start_is_not_continued(undisturbed, tmp_path, capsys):
+    folder, _ = undisturbed
+    run = shutil.copytree(folder / "whole", tmp_path / "run")
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "start")  # else the trained players would be saved as the untrained ones
+    status, line = ending(capsys, folder, "--resume", run)
+    assert (status, line) == (2, f"error: the run in {run} is damaged, its checkpoints/start is missing; begin again, "
+                                 "with another --out")
+
+
 def test_a_run_folder_is_for_one_process_at_a_time(tmp_path, capsys):
     configs = [resolve(Config(out=str(tmp_path / "run"), seed=seed)) for seed in (1, 2)]  # both find it free
     first, second = map(RunFolder, configs)
@@ -4420,9 +4430,6 @@ WRONG = {  # arguments of train.py: what the one line must hold
                                  "takes the run folder, --device and --micro_batch alone"),
     "nothing to resume": (["--resume", "bad"], "--resume needs a run folder"),
     "a run of an older version": (["--resume", "bad/older"], "begun by a version with other options (mine)"),
-    "a run that has lost its start": (  # its trained players would be saved as the untrained ones
-        ["--resume", "bad/lost"], "the run in bad/lost is damaged, its checkpoints/start is missing; begin again, with "
-                                  "another --out"),
     "a folder that is no model": ([*OWN, "--defender", "bad"], "bad' as a causal language model"),
     "an unknown judge": ([*OWN, "--judge", "nonsense"], "cannot load the judge 'nonsense'"),
     "a language model as a judge": ([*OWN, "--judge", "attacker"], "it has no weights for"),
@@ -4484,11 +4491,11 @@ def bad(user_models):
              "labels.jsonl": '{"prompt": "a", "response": "b", "label": 1}\n',
              "experiment.json": '{"quick": true}', **dict.fromkeys(real_models.FILES, ""),
              "names.yaml": "runds: 3", "code.yaml": "!!python/object/apply:os.mkdir [never]",
-             "judge.py": judges, "my.judge.py": judges, "lost/.lock": ""}
+             "judge.py": judges, "my.judge.py": judges}
     classifier_folder(folder / "numbered", ["LABEL_0", "LABEL_1"])
     config = asdict(resolve(Config(out="nowhere")))
     older = {name: value for name, value in config.items() if name != "mine"}
-    for name, options in (("other", config), ("hurt", config), ("older", older), ("lost", config)):
+    for name, options in (("other", config), ("hurt", config), ("older", older)):
         (folder / name / "checkpoints" / "start").mkdir(parents=True)
         files[f"{name}/config.json"] = json.dumps({"config": options})
         files[f"{name}/checkpoints/start/prompts.json"] = "{}"
@@ -4496,7 +4503,6 @@ def bad(user_models):
         files[f"hurt/{name}"] = "3\n"
     for name, text in files.items():
         (folder / name).write_text(text)
-    (folder / "lost" / "checkpoints" / "start").rename(folder / "lost" / "checkpoints" / "step_000004")
     return user_models
 
 
