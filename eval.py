@@ -21,7 +21,7 @@ import copy
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from diversity import Embedder, word_embedder
 from gpo import Player, PolicyAverage, forward_rows, nash_gap, new_seed, play, ppo_update, sample, solve_matrix_game
 from harness import data
 from harness.config import Config
-from harness.options import PAPER_TEMPLATE
+from harness.options import OPTIONS, PAPER_TEMPLATE
 from harness.report import LABELS, LOOKS, JudgeErrors, figure, markdown, mean_and_error, save_figure, show, write_page
 from harness.run import FinishedRun, open_run
 from harness.world import World, attacks_to_measure, evaluate, working_judge
@@ -209,18 +209,21 @@ def tables(args: argparse.Namespace) -> None:
         data.write_text(run.path / "eval.md", text)
         others_paths = [str(other.path) for other in others]
         data.write_json(run.path / "eval.json", {**rows, "cross_play": matrix.tolist(), "third_parties": others_paths})
+        name = row_name(run, runs)
         for when in ("before", "after"):
-            of_method.setdefault(f"{row_name(run, runs)}, {when}", []).append(rows[when])
+            of_method.setdefault(f"{name}, {when}", []).append(rows[when])
     if len(runs) > 1:
         print(f"Mean ± standard error over runs (number of runs):\n\n{means_table(of_method)}")
 
 
 def row_name(run: FinishedRun, runs: list[FinishedRun]) -> str:
     """The method of a run, and its options in which these runs differ, apart from seed and paths."""
-    own = asdict(run.config)
-    names = [name for name in own if any(own[name] != asdict(other.config)[name] for other in runs)]
-    differing = [name for name in names if name not in ("method", "seed", "out", "start", "resume", "device")]
-    return " ".join([run.config.method, *(f"--{name} {own[name]}" for name in differing)])
+    words = [run.config.method]
+    for name in OPTIONS:
+        differs = len({getattr(other.config, name) for other in runs}) > 1
+        if differs and name not in ("method", "seed", "out", "start", "resume", "device"):
+            words.append(f"--{name} {getattr(run.config, name)}")
+    return " ".join(words)
 
 
 def run_text(run: FinishedRun, rows: dict[str, dict], matrix: np.ndarray) -> str:
