@@ -271,11 +271,12 @@ def _finish_world(config, toy, policies, prompts, judges, embedder):
     for name in ("judge", "held_out_judge", "helpful"):
         judges[name] = parallel.shared_judge(judges[name])
     n = min(MOST_ATTACKS, config.eval_prompts)
-    if config.method == "sft":  # they are the attacks themselves: none twice
+    has_attacker = config.method != "sft"
+    if not has_attacker:  # the seeds are the attacks themselves: none twice
         n = min(n, len(prompts.seeds))
     seeds = sample(prompts.seeds, n, np.random.default_rng(config.seed))
     return World(**vars(prompts), **judges, players=players, first=first, embedder=embedder, attack_seeds=seeds,
-                 has_attacker=config.method != "sft", refused=toy.refused if toy else refusals,
+                 has_attacker=has_attacker, refused=toy.refused if toy else refusals,
                  judge_to_save=judge_to_save, toy=toy)
 
 
