@@ -162,17 +162,14 @@ class RunFolder:
             if not self.config.resume:
                 check_out(self.path)  # another run may have just begun here
                 self.is_new = True
-                self.write_config()
+                data.write_json(self.path / "config.json", {"config": asdict(self.config),
+                                                            "versions": _versions(self.config)})
         except OSError as error:
             raise ValueError(f"a run needs a folder that can be written to, got {self.path}: {error}") from error
         if not self.has_start() and any(self.path.glob("checkpoints/step_*")):
             raise ValueError(f"the run in {self.path} is damaged, its checkpoints/start is missing; begin again, with "
                              "another --out")
         self.track([])
-
-    def write_config(self) -> None:
-        """Write all options, and what a run depends on besides them."""
-        data.write_json(self.path / "config.json", {"config": asdict(self.config), "versions": _versions(self.config)})
 
     def leave_nothing(self) -> None:
         """After a failed start, restore the folder to what it was before, absent or empty."""
@@ -231,8 +228,9 @@ class RunFolder:
                 judge.model.save_pretrained(temporary / "judge")
                 save_tokenizer(judge.tokenizer, temporary / "judge")
             data.write_json(temporary / "prompts.json", self.world.prompts())
-            if self.has_config():
-                self.write_config()  # again: without harmless requests `make_world` has set benign_share to 0
+            saved = data.read_json(self.path / "config.json")
+            saved["config"]["benign_share"] = self.config.benign_share  # 0, if there are no harmless requests
+            data.write_json(self.path / "config.json", saved)
             for name in LOGS:
                 (self.path / name).touch()
 
