@@ -4415,7 +4415,7 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "a mixture that is not kept": ([*OUT, "--opponent", "mixture", "--average", "none"], "needs --average mixture"),
     "shards for one process": ([*OUT, "--shard"], "--shard needs several processes"),
     "demonstrations that nobody learns from": ([*OWN, "--sft_data", "x.jsonl", "--sft_steps", "0", "--ptx_coef", "0"],
-                                               "--sft_data would do nothing"),
+                                               "--sft_data x.jsonl would do nothing: it takes"),
     "a choice among policies that are not kept": (
         [*OUT, "--final_defender", "safest", "--average_size", "4"], "an --average_size of at least --rounds"),
     "what the method does not do": ([*OUT, "--method", "rlhf", "--mine", "8"], "--mine 8 would do nothing"),

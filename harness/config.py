@@ -159,8 +159,6 @@ def check_combinations(config: Config) -> None:
         raise ValueError(f"--template must hold {{}} once, for the seed, or not at all, got {config.template!r}")
     if config.opponent != "last" and config.opponent not in config.average:
         raise ValueError(f"--opponent {config.opponent} needs --average {config.opponent}, got {config.average!r}")
-    if "sft_data" in config.given and not config.sft_steps and not config.ptx_coef:
-        raise ValueError("--sft_data would do nothing: --sft_steps and --ptx_coef are 0")
     if "final_defender" in config.given and config.final_defender == "safest" and config.rounds > config.average_size:
         raise ValueError(f"--final_defender safest needs an --average_size of at least --rounds, got "
                          f"{config.average_size} and {config.rounds}")
@@ -186,6 +184,8 @@ def refuse_unused(config: Config) -> None:
         "toy": (not config.attacker, "only the embedded game trains its judge"),
         "labels": (config.judge != "toy", "the embedded game trains its judge"),
         "user": (config.attacker, "the embedded game has its own; pass --attacker and --defender"),
+        "demonstrations": (config.attacker and (config.sft_steps or config.ptx_coef),
+                           "it takes --attacker and --defender, and --sft_steps or --ptx_coef above 0"),
         "training": (config.trains, f"--method {config.method} trains nobody"),
         "attacker": (config.method in ("gpo", "rlhf"), f"--method {config.method} trains no attacker"),
         "gpo": (config.method == "gpo", f"it belongs to --method gpo, not to {config.method}"),

@@ -50,7 +50,7 @@ class Config:
     benign_prompts: str | None = option("harmless prompts, to measure over-refusal; default: hh-rlhf's helpful-base "
                                         "test set, without --prompts", only="user", warm_start=True)
     sft_data: str | None = option("(prompt, response) pairs for the defender's warm start and --ptx_coef; default: "
-                                  "hh-rlhf's harmless-base, without --prompts", only="user", warm_start=True)
+                                  "hh-rlhf's harmless-base, without --prompts", only="demonstrations", warm_start=True)
     sft_steps: int | None = option("supervised steps of each player", 900, 400, warm_start=True)  # 400: 30% of hh-rlhf
     judge_steps: int = option("training steps of the toy judge", 900, at_least=1, only="toy", warm_start=True)
     method: str = option("rlhf: defender on fixed prompts and harmless requests, attacker against the initial one; "
