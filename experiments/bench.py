@@ -180,10 +180,6 @@ def _make_policy(size, critic="shared", dtype=torch.float32):
     return Policy(lm, tokenizer, critic, dtype)
 
 
-def _make_scores(batch):
-    return torch.rand(batch, generator=torch.Generator().manual_seed(0))
-
-
 def _make_prompts(batch):
     rng = np.random.default_rng(0)
     return [" ".join(f"w{i}" for i in rng.integers(1, 500, size=PROMPT)) for _ in range(batch)]
@@ -330,6 +326,12 @@ def _make_player(size, critic="shared", dtype=torch.float32):
     return Player("defender", _make_policy(size, critic, dtype), NEW, minibatches=4, missing_eos_penalty=0.0)
 
 
+def _make_work(size, batch):
+    """(reward model, prompts, scores (B,)) of `_ppo`."""
+    scores = torch.rand(batch, generator=torch.Generator().manual_seed(0))
+    return _make_policy(size, dtype=best_dtype(DEVICE)), _make_prompts(batch), scores
+
+
 def _ppo(player, reward_model, prompts, scores):
     """Sample, score, update: what is timed."""
     rollout = player.generate(prompts, 1)
@@ -340,7 +342,7 @@ def _ppo(player, reward_model, prompts, scores):
 
 def _bench_ppo_size(size, batch, args):
     dtype = best_dtype(DEVICE)
-    work = (_make_policy(size, dtype=dtype), _make_prompts(batch), _make_scores(batch))
+    work = _make_work(size, batch)
     name = f"ppo update {batch} x ({PROMPT} + {NEW}), {size}, 2 epochs x 4"
     for critic, keep_memory in (("separate", False), ("shared", False), ("separate", True)):
         if args.trl_python:
@@ -378,7 +380,7 @@ def profile_row(size: str, batch: int, critic: str) -> list[str]:
     """A row of a table: a PPO update as in `ppo`, the seconds of the fastest of three, and, from a fourth, the fraction
     of its time in each kind of operator."""
     player = _make_player(size, critic, best_dtype(DEVICE))
-    work = (_make_policy(size, dtype=best_dtype(DEVICE)), _make_prompts(batch), _make_scores(batch))
+    work = _make_work(size, batch)
     seconds = min(_seconds(lambda: _ppo(player, *work)) for _ in range(3))
     n = sum(p.numel() for p in player.policy.parameters())
     torch.zeros(16 * n, dtype=torch.uint8)  # spare memory, as the profiler's own records break up freed blocks
