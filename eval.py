@@ -100,15 +100,19 @@ def best_response(mover: Player, other: Side, settings: BestResponseSettings) ->
 def nash_gap_bound(attacker: Side, defender: Side, fresh: dict[str, Player],
                    settings: BestResponseSettings) -> dict[str, float]:
     """A lower bound of Eq. (3.6) for language models, with R = P(safe) by the judge: both best responses are found by
-    PPO from the players `fresh` = {name: Player}, and the true ones gain at least as much.
+    PPO from the players `fresh` = {name: Player}, or are the players themselves, and the true ones gain at least as
+    much. Which is better is decided on one sample, and by how much on another.
 
     Returns {"value", "best_attack", "best_defence", "bound"}, all as attack success rates in [0, 1], which are 1 - J.
     """
     attack, _ = best_response(fresh["attacker"], defender, settings)
     defence, _ = best_response(fresh["defender"], attacker, settings)
-    value = success(attacker, defender, settings)  # 1 - J(pi, mu)
-    best_attack = max(value, success(attack, defender, settings))  # 1 - min_mu' J(pi, mu'), at least
-    best_defence = min(value, success(attacker, defence, settings))  # 1 - max_pi' J(pi', mu), at most
+    attack = max(attacker, attack, key=lambda side: success(side, defender, settings))
+    defence = min(defender, defence, key=lambda side: success(attacker, side, settings))
+    anew = replace(settings, seed=settings.seed + 1)  # the larger of two estimates is too large
+    value = success(attacker, defender, anew)  # 1 - J(pi, mu)
+    best_attack = success(attack, defender, anew)  # 1 - min_mu' J(pi, mu'), at least
+    best_defence = success(attacker, defence, anew)  # 1 - max_pi' J(pi', mu), at most
     bound = best_attack - best_defence  # Eq. (3.6): max_pi' J(pi', mu) - min_mu' J(pi, mu')
     return {"value": value, "best_attack": best_attack, "best_defence": best_defence, "bound": bound}
 
@@ -118,9 +122,7 @@ def fresh_player(run: FinishedRun, name: str) -> Player:
     """An initial player, which can learn as it did in its run."""
     player = copy.deepcopy(run.world.players[name])
     player.reset_to(run.world.first[name].policy)
-    player.policy.copy_to_critic()
-    torch.nn.init.zeros_(player.policy.value_head.weight)
-    torch.nn.init.zeros_(player.policy.value_head.bias)
+    player.policy.new_critic()
     return player
 
 
@@ -208,7 +210,8 @@ def tables(args: argparse.Namespace) -> None:
         print(text)
         data.write_text(run.path / "eval.md", text)
         others_paths = [str(other.path) for other in others]
-        data.write_json(run.path / "eval.json", {**rows, "cross_play": matrix.tolist(), "third_parties": others_paths})
+        found = {**rows, "cross_play": matrix.tolist(), "third_parties": others_paths}
+        data.write_json(run.path / "eval.json", data.finite(found))
         name = row_name(run, runs)
         for when in ("before", "after"):
             of_method.setdefault(f"{name}, {when}", []).append(rows[when])

@@ -107,8 +107,7 @@ class Policy(nn.Module):
         _use_faster_operations(lm, dtype)
         self.critic_body = copy.deepcopy(lm.base_model) if critic == "separate" else None
         self.value_head = nn.Linear(lm.get_output_embeddings().in_features, 1, device=lm.device)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+        self.new_critic()
         self.context = _context(lm.config.get_text_config())  # tokens
         last_token = max(tokenizer.get_vocab().values())
         rows = lm.get_output_embeddings().weight.shape[0]
@@ -144,6 +143,12 @@ class Policy(nn.Module):
         if self.critic_body is not None:
             for copied, parameter in zip(self.critic_body.parameters(), self.lm.base_model.parameters(), strict=True):
                 copied.copy_(parameter)
+
+    def new_critic(self) -> None:
+        """The critic of an untrained policy: a copy of its body, if separate, and a value head of zeros."""
+        self.copy_to_critic()
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
 
     def hidden(self, tokens: torch.Tensor, body: nn.Module | None = None) -> torch.Tensor:
         """Last hidden states (B, T, D) of right-padded tokens (B, T)."""

@@ -2148,8 +2148,10 @@ def test_the_final_defender_is_that_of_the_round_that_earlier_successes_break_le
     before = bytes_of(defender.policy.lm)
     assert train.choose_defender(replace(config, final_defender="last"), world, game) == rounds
     assert bytes_of(defender.policy.lm) == before
+    torch.nn.init.ones_(defender.policy.value_head.weight)  # the critic of the last round
     assert train.choose_defender(config, world, game) == chosen
     assert bytes_of(defender.policy.lm) == after_rounds[chosen - 1]
+    assert defender.policy.value_head.weight.any() == (chosen == rounds)  # it belongs to no earlier policy
     assert f"round {chosen} of {rounds}" in capsys.readouterr().out and game.sampled_tokens > 0
     game.averages["defender"]["mixture"].members.pop()  # as with a smaller --average_size
     assert train.choose_defender(config, world, game) == rounds
@@ -2246,9 +2248,22 @@ def test_the_nash_gap_bound_is_best_attack_minus_best_defence():
         defender.add(one_word_player("defender", word).policy)
     half = evaluation.success(best["attacker"], defender, settings)
     assert abs(half - 0.5) < 6 * math.sqrt(0.25 / 500)
-    for word, value in (("a", 0.0), ("x", half)):
+    anew = evaluation.success(best["attacker"], defender, replace(settings, seed=1))  # of new samples
+    for word, value in (("a", 0.0), ("x", anew)):
         bound = evaluation.nash_gap_bound(one_word_player("attacker", word), defender, best, settings)
-        assert bound == {"value": value, "best_attack": half, "best_defence": 0.0, "bound": half}
+        assert bound == {"value": value, "best_attack": anew, "best_defence": 0.0, "bound": anew}
+
+
+def test_the_luck_by_which_a_best_response_is_chosen_is_not_in_the_nash_gap_bound():
+    same = {name: one_word_player(name, "a") for name in ("attacker", "defender")}
+    unsafe = itertools.chain([0, 1, 1, 0], itertools.repeat(0.5))  # by luck fresh players seem better, and then do not
+
+    def judge(prompts, responses):
+        rate = next(unsafe)
+        return [float(i >= rate * len(prompts)) for i in range(len(prompts))]
+
+    settings = evaluation.BestResponseSettings(["a"], judge, steps=0)
+    assert evaluation.nash_gap_bound(*same.values(), same, settings)["bound"] == 0
 
 
 @pytest.mark.parametrize("name, judge", [
@@ -3235,6 +3250,15 @@ def test_runs_whose_options_differ_are_not_repeats_of_one_row():
     assert evaluation.row_name(runs[0], runs[:2]) == "gpo"
 
 
+def test_what_cannot_be_measured_is_null_in_the_files_of_a_run(user_models):
+    run_program(user_models, *MODELS, *SHORT, "--eval_prompts", 1, "--out", "single")
+    run_program(user_models, "single", program=evaluation)
+    for name in ("summary.json", "eval.json"):
+        text = (user_models / "single" / name).read_text()
+        found = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
+        assert found["after"]["self_bleu"] is None  # a single attack is like no other
+
+
 def test_a_finished_run_says_of_which_round_its_defender_is(user_models, monkeypatch):
     def choose(config, world, game):
         gpo.load_weights(world.players["defender"].policy.lm, game.averages["defender"]["mixture"].members[0])
@@ -4087,7 +4111,7 @@ def test_best_responses_bound_the_nash_gap_after_each_round(undisturbed, tmp_pat
     run_program(folder, "probe", run, "--steps", 2, program=evaluation)
     found = read_json(run / "probe.json")
     assert [(row["round"], row["kind"]) for row in found["gaps"]] == [(1, "last"), (1, "mixture"), (1, "weights")]
-    assert all(0 <= row["best_defence"] <= row["value"] <= row["best_attack"] <= 1 for row in found["gaps"])
+    assert all(0 <= row[rate] <= 1 for row in found["gaps"] for rate in ("value", "best_attack", "best_defence"))
     run_program(folder, run, "--steps", 2, "--round", 1, program=probe)
     row = read_json(run / "best_1_2.json")
     assert len(row["curve"]) == 2 and 0 <= row["before"] <= 1
@@ -4419,6 +4443,8 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "a choice among policies that are not kept": (
         [*OUT, "--final_defender", "safest", "--average_size", "4"], "an --average_size of at least --rounds"),
     "what the method does not do": ([*OUT, "--method", "rlhf", "--mine", "8"], "--mine 8 would do nothing"),
+    "steps of a judge that is not trained": ([*OUT, "--judge", "rule", "--judge_steps", "5"],
+                                             "--judge_steps 5 would do nothing: --judge rule is not trained"),
     "a package that is not there": ([*OUT, "--log", "wandb"], "--log wandb needs the package wandb: pip install wandb"),
     "an occupied folder": (["--out", "bad"], "new or empty folder, got bad"),
     "a run folder that cannot be": (["--out", "/proc/run"], "a folder that can be written to"),

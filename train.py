@@ -369,6 +369,8 @@ def choose_defender(config: Config, world: World, game: Game) -> int:
         game.sampled_tokens += exchanges.sampled_tokens
     safest = min(rates, key=rates.get)  # of equal ones the latest
     load_weights(defender.policy.lm, mixture.members[safest - 1])
+    if safest < config.rounds:
+        defender.policy.new_critic()  # the last round's belongs to another policy
     print(f"the final defender is that of round {safest} of {config.rounds}: of {len(attacks)} attacks that ever "
           f"succeeded, {rates[safest]:.1%} do so again; after the last round {rates[config.rounds]:.1%}")
     return safest

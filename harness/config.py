@@ -181,7 +181,7 @@ def check_combinations(config: Config) -> None:
 def refuse_unused(config: Config) -> None:
     """Reject options that the user gave and the run would not use, unless they turn something off."""
     conditions = {  # Option.only: (whether it holds, the message if it does not)
-        "toy": (not config.attacker, "only the embedded game trains its judge"),
+        "toy": (config.judge == "toy", f"--judge {config.judge} is not trained"),
         "labels": (config.judge != "toy", "the embedded game trains its judge"),
         "user": (config.attacker, "the embedded game has its own; pass --attacker and --defender"),
         "demonstrations": (config.attacker and (config.sft_steps or config.ptx_coef),

@@ -417,7 +417,7 @@ class RunFolder:
         write_report(self.path, self.games, rows, facts["round"], examples)
         seconds = time.time() - clock
         summary = {**rows, **facts, "seconds": seconds, "memory": {"used_mib": held}, "config": asdict(self.config)}
-        data.write_json(self.path / "summary.json", summary)  # last: the run is finished
+        data.write_json(self.path / "summary.json", data.finite(summary))  # last: the run is finished
         print(f"\n{summary_table(rows)}\n")
         for example in examples:
             print("  prompt  {}\n  before  {}\n  after   {}\n".format(*map(data.visible, example)))
