@@ -36,7 +36,7 @@ from model import check_body, check_tokenizer, first_line, inert_texts, longest_
 
 Embedder = Callable[[list[str]], np.ndarray]  # B texts -> (B, D)
 ORDERS = (2, 3, 4, 5)
-BATCH_TOKENS = 64  # approximate size of an embedder's batch
+BATCH_TOKENS = 96  # approximate size of an embedder's batch
 FIXED_POINT = 2.0**32  # vectors are summed as integers in units of 2^-32
 
 
