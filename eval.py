@@ -63,7 +63,7 @@ def cross_play(attackers: Sequence[Side], defenders: Sequence[Side], seeds: Sequ
 
 @dataclass
 class BestResponseSettings:
-    """How a best response is trained and measured. For a run: as in its game, but by the held-out judge."""
+    """How a best response is trained and measured: by P(unsafe) or P(safe) alone, with the mover's own PPO settings."""
 
     seeds: Sequence[str]  # of the attacker, whichever side is trained
     judge: Judge
@@ -203,7 +203,7 @@ def tables(args: argparse.Namespace) -> None:
             columns[f"average ({kind})"] = {name: averages[kind] for name, averages in run.averages.items()}
         rows = {name: measure(run, pair["attacker"], pair["defender"], third_parties) for name, pair in columns.items()}
         matrix = cross_play([first["attacker"], final["attacker"]], [first["defender"], final["defender"]],
-                            run.world.seeds[:200], run.world.held_out_judge)
+                            run.world.attack_seeds, run.world.held_out_judge)
         text = run_text(run, rows, matrix)
         if labelled:
             text += f"\n{corrected_table(run.world, rows, labelled)}\n"
@@ -371,12 +371,13 @@ def attack_rows(run: FinishedRun | None, args: argparse.Namespace) -> list[dict]
     if not source.is_dir():
         source = args.target
     target = load_policy(source, "shared", attacker.compute_dtype, DEVICE, remote)
-    if args.tries > 1:  # hit@TRIES counts different seeds
+    temperature = config.temperature if args.temperature is None else args.temperature
+    n = args.n
+    if args.tries > 1 or temperature == 0:  # hit@TRIES counts different seeds; a greedy attack is always the same
         seeds = list(dict.fromkeys(seeds))
-    n = args.n if args.tries == 1 else min(args.n, len(seeds))
+        n = min(n, len(seeds))
     seeds = np.repeat(sample(seeds, n, np.random.default_rng(args.seed)), args.tries).tolist()
     prompts = [config.template.format(seed) for seed in seeds]
-    temperature = config.temperature if args.temperature is None else args.temperature
     attacks = generate(attacker, prompts, config.attack_tokens, temperature, args.top_k, args.top_p, args.seed,
                        clip_prompts=True).texts
     longest = config.response_tokens if args.response_tokens is None else args.response_tokens
@@ -486,7 +487,8 @@ def probe(args: argparse.Namespace) -> None:
             attacker = after_round(run, "attacker", round, kind)
             defender = after_round(run, "defender", round, kind)
             gaps.append({"round": round, "kind": kind, **nash_gap_bound(attacker, defender, fresh, settings)})
-    data.write_json(run.path / "probe.json", {"steps": args.steps, "gaps": gaps, "cross_play": matrix.tolist()})
+            found = {"steps": args.steps, "gaps": gaps, "cross_play": matrix.tolist()}
+            data.write_json(run.path / "probe.json", found)  # so far
     lines = [[row["round"], row["kind"], *map(show, list(row.values())[2:])] for row in gaps]
     print(markdown(["round", "policy", "success", "best attack", "best defence", "Nash gap at least"], lines))
     print(f"\nwritten to {run.path}/probe.json; python -m experiments.probe {run.path} --figure draws it")

@@ -40,6 +40,7 @@ from kernel import linear_logprob
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PLAIN_TEMPLATE = "Human: {} AI:"  # for tokenizers without a chat template, as in the authors' code
+THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)  # of a reasoning model, before its answer
 
 
 # --- policies and rollouts ------------------------------------------------------------------------------
@@ -194,10 +195,13 @@ class Policy(nn.Module):
         response_ids = []
         for start, ids, (prompt, response) in zip(prompt_ids, conversations, pairs):
             text = render(prompt, response)
-            continues = ids[:len(start)] == start or text.startswith(render(prompt))
-            if not continues or response.strip() not in text:
-                raise ValueError("a demonstration must be a response as its chat template writes it, after the prompt; "
-                                 f"the template changes {response[:60]!r}: drop it, or the reasoning in it")
+            if not (ids[:len(start)] == start or text.startswith(render(prompt))):
+                raise ValueError("supervised training needs a chat template whose conversations begin as its prompts "
+                                 f"do, got prompts that end in {render(prompt)[-20:]!r}; --sft_steps 0 and --ptx_coef "
+                                 "0 do without it")
+            if response.strip() not in text:
+                raise ValueError("a demonstration must be a response as its chat template writes it; the template "
+                                 f"changes {response[:60]!r}: drop it, or the reasoning in it")
             rest = ids[len(start):]
             if ids[:len(start)] != start:  # the response's first letters were merged into the prompt's last token
                 text, = inert_texts(self.tokenizer, [response])
@@ -213,9 +217,10 @@ class Policy(nn.Module):
         return rendered_chat(self.tokenizer, prompt, *response, add_generation_prompt=not response)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of a response's token ids, without the token that ended it, which need not be a special one."""
+        """The text of a response's token ids, without a reasoning model's thoughts before it, which its template may
+        write, and the token that ended it, which need not be a special one."""
         ids = [i for i in ids if i not in self.eos_ids]
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return THOUGHTS.sub("", self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
 def _scatter(x, mask):

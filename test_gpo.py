@@ -606,11 +606,26 @@ R1 = ("{% for m in messages %}{% if m['role'] == 'user' %}<|User|>{{ m['content'
       "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}")
 
 
-@pytest.mark.parametrize("template, response", [(R1, "take flour"), (R1.replace("<think>\n", ""), "<think>a</think>b")])
-def test_a_demonstration_that_the_template_would_change_is_refused(template, response):
+@pytest.mark.parametrize("template, response, message", [
+    (R1, "take flour", r"prompts that end in '.*<think>\\n'"),
+    (R1.replace("<think>\n", ""), "<think>a</think>b", "the template changes '<think>a")])
+def test_a_demonstration_that_the_template_would_change_is_refused(template, response, message):
     policy = tiny_policy(tokenizer=byte_tokenizer(["<|User|>", "<|Assistant|>"], template, eos_token="</s>"))
-    with pytest.raises(ValueError, match="the template changes"):
+    with pytest.raises(ValueError, match=message):
         policy.encode_pairs([("bake bread", response)])
+
+
+def test_the_thoughts_that_a_template_or_a_model_writes_before_an_answer_are_not_exchanged():
+    template = ("{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n"
+                "{% endif %}{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    tokenizer = byte_tokenizer(["<|user|>", "<|assistant|>"], template, eos_token="</s>")  # as Qwen3's
+    tokenizer.add_tokens(["<think>", "</think>"])  # not special, so decoding keeps them
+    policy = tiny_policy(tokenizer=tokenizer)
+    _, (learned,) = policy.encode_pairs([("bake bread", "take flour")])
+    assert "<think>" in tokenizer.decode(learned) and policy.decode(learned) == "take flour"
+    for text, answer in (("<think>so</think>\n\nyes", "yes"), ("a <think>b</think>", "a <think>b</think>"),
+                         ("<think>cut off", "<think>cut off")):
+        assert policy.decode(tokenizer(text).input_ids) == answer
 
 
 def test_a_chat_template_that_loses_the_users_words_is_refused():
@@ -1890,7 +1905,7 @@ def test_the_attacker_is_paid_for_unsafe_and_diverse_attacks_and_each_learns_fro
 
 def test_a_harmless_request_is_paid_for_a_helpful_answer_and_is_no_attack():
     def helpful(prompts, responses):
-        return [None if "a" in response else len(response) % 3 / 2 for response in responses]
+        return [None if i == 1 else len(response) % 3 / 2 for i, response in enumerate(responses)]
 
     config, world, game = new_match(benign_share=0.4, attacker_steps=0, defender_steps=3)
     world.benign_seeds = ["safe a", "safe b"]
@@ -1900,10 +1915,14 @@ def test_a_harmless_request_is_paid_for_a_helpful_answer_and_is_no_attack():
         assert exchanges.prompts[5:] and set(exchanges.prompts[5:]) <= {"safe a", "safe b"}  # int(0.4 * 8) of 8
         texts = exchanges.responses.texts
         p_safe = world.judge(exchanges.prompts, texts)
-        h = [1 if value is None else value for value in helpful(exchanges.prompts, texts)]
-        assert scores == pytest.approx(p_safe[:5] + [h[i] * (1 + p_safe[i]) / 2 for i in (5, 6, 7)])
+        first, _, last = helpful(exchanges.prompts[5:], texts[5:])
+        h = [first, (first + last) / 2, last]  # an undecided one is taken for one of the others
+        assert scores == pytest.approx(p_safe[:5] + [h[i - 5] * (1 + p_safe[i]) / 2 for i in (5, 6, 7)])
         assert metrics["game/attack_success"] == pytest.approx(1 - np.mean(p_safe[:5]))
     assert not {"safe a", "safe b"} & set(game.replay.last_success)
+    world.helpful = lambda prompts, responses: [None, None, 1.0]
+    with pytest.raises(JudgeError, match="at least half"):
+        played(config, world, game)
 
 
 TEXTS = {
@@ -2109,14 +2128,17 @@ def test_a_resumed_game_keeps_its_likelihood_bound():
         assert torch.equal(resumed.likelihood_bound, game.likelihood_bound)
 
 
-def test_a_judge_without_a_verdict_on_the_known_attacks_does_not_end_a_game():
+def test_a_judge_with_hardly_a_verdict_on_the_known_attacks_neither_ends_a_game_nor_chooses_a_defender():
     config, world, game = new_match(lambda prompts, responses: [None] * len(prompts), mine=4, rounds=2,
                                     average="mixture", final_defender="safest")
-    game.replay.ever_succeeded = {"a": None}
+    game.replay.ever_succeeded = dict.fromkeys("abc")
     train.mine(config, world, game, np.random.default_rng(0))
     assert not game.replay.last_success
     for _ in range(2):
         game.averages["defender"]["mixture"].add(game.players["defender"].policy)
+    assert train.choose_defender(config, world, game) == 2
+    verdicts = iter([[0.9, 0.9, 0.1], [0.9, None, None]])  # of the last round, and of the first: one, and safe
+    world.judge = lambda prompts, responses: next(verdicts)
     assert train.choose_defender(config, world, game) == 2
 
 
@@ -2491,6 +2513,19 @@ def test_the_defender_learns_no_response_that_is_labelled_unsafe_or_may_be(capsy
     assert capsys.readouterr().out == "x.jsonl without 1 rows labelled unsafe: 2 rows, none left out, 2 to learn from\n"
     with pytest.raises(ValueError, match="x.jsonl: the label 1 does not tell"):
         usable_pairs(resolve(Config()), "x.jsonl", [{"prompt": "a", "response": "b", "label": 1}], [], tiny_policy())
+
+
+@pytest.mark.parametrize("name", ["response_label", "response_harm_label", "is_harmful", "toxic", "is_response_safe"])
+def test_a_response_with_a_label_of_an_unknown_name_is_not_learned_from(name, tmp_path):
+    file = tmp_path / "x.jsonl"
+    for label, is_clear in (({name: "yes"}, False), ({name: "yes", "safe": 1}, True), ({name: None}, True)):
+        file.write_text(json.dumps({"prompt": "a", "response": "b", "prompt_label": "unsafe", **label}))
+        arguments = resolve(Config()), str(file), read_rows(file), [], tiny_policy()
+        if is_clear:
+            assert usable_pairs(*arguments) == [("a", "b")]
+        else:
+            with pytest.raises(ValueError, match=f"the label .{name} = 'yes'. does not tell whether"):
+                usable_pairs(*arguments)
 
 
 def test_a_file_or_folder_is_complete_or_absent_and_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -3072,6 +3107,12 @@ def test_a_run_leaves_a_complete_folder_with_every_step_and_every_exchange(finis
     assert not stopped.value.code and capsys.readouterr().out == "the run in run is finished: read run/report.md\n"
 
 
+def test_the_prompts_of_another_run_must_fit_beside_longer_answers(finished, tmp_path, capsys):
+    longer = [*SIZES, "--start", finished.folder, "--response_tokens", 50]  # in a context of 64
+    status, line = ending(capsys, tmp_path, *longer)
+    assert status == 2 and "--response_tokens must leave room for a prompt of" in line
+
+
 METHOD_TURNS = {"rlhf": SCHEDULE, "paraphrase": [],
                 "iterative": [*SCHEDULE, "--attacker_steps", "0", "--benign_share", "0.5"],
                 "gpo": [*SCHEDULE, "--mine", "8"]}
@@ -3191,6 +3232,18 @@ def test_a_warm_start_takes_a_ppo_batch_but_at_most_32_rows_a_step(flags, rows, 
     assert "harmless requests" not in capsys.readouterr().out  # that there are none, the user has chosen
 
 
+def test_a_template_that_cannot_be_fine_tuned_is_refused_before_anything_is_trained(user_models, tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.world.sft", Mock(side_effect=AssertionError("trained")))
+    monkeypatch.chdir(user_models)
+    thinker = shutil.copytree("attacker", tmp_path / "thinker")
+    tokenizer = AutoTokenizer.from_pretrained(thinker)
+    tokenizer.chat_template = ("{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}"
+                               "{% if add_generation_prompt %}think{% endif %}")
+    tokenizer.save_pretrained(thinker)
+    with pytest.raises(ValueError, match="--attacker: supervised training needs .* prompts that end in '.*think'"):
+        make_world(resolve(parse([*MODELS, *SHORT, "--attacker", str(thinker)])))
+
+
 def test_a_users_models_with_different_tokenizers_learn_from_what_the_judge_decides(user_models, capsys):
     (user_models / "open.py").write_text(
         "def judge(p, r):\n    return [None if i == 1 else len(text) % 7 / 7 for i, text in enumerate(r)]\n")
@@ -3234,11 +3287,12 @@ def test_alarms_see_a_rounds_last_step_and_a_metric_that_does_not_exist_is_left_
     assert None not in (*defender.values(), *attacker.values())
 
 
-def test_the_prompts_of_sft_are_its_attacks_and_none_is_measured_twice(user_models, monkeypatch):
+def test_the_prompts_of_sft_are_its_attacks_and_none_is_measured_twice(user_models, monkeypatch, capsys):
     monkeypatch.chdir(user_models)
     config = resolve(parse([*MODELS, "--judge", "rule", "--prompts", "prompts.txt", "--held_out_judge", "rule",
                             "--embedder", "words", "--sft_steps", "1", "--method", "sft", "--eval_prompts", "1000"]))
     world = make_world(config)
+    assert "--judge and --held_out_judge are the same: no rate is independent" in capsys.readouterr().out
     assert sorted(world.attack_seeds) == sorted({*world.seeds})  # there are fewer than 300
     card = model_card("attacker", config, "the last policy")
     assert "Trained with" not in card and "--method sft" in card
@@ -3863,7 +3917,10 @@ def test_a_trained_attacker_meets_a_target_and_its_attacks_are_written_the_worst
         successes[row["seed"]].append(row["p_safe"] == 0)
     assert len(successes) == 12 and {len(tries) for tries in successes.values()} == {5}
     hit = sum(map(any, successes.values())) / 12
-    assert f"{hit:.3f} [" in next(line for line in capsys.readouterr().out.splitlines() if "hit@5" in line)
+    greedy = ["-n", 1000, "--temperature", 0, "--out", tmp_path / "greedy.jsonl"]
+    run_program(HERE, "attack", *players, "--judge", "rule", *greedy, program=evaluation)
+    assert len(read_lines(greedy[-1])) == len(set(world.seeds))  # each seed once: it would have the same attack again
+    assert re.search(rf"hit@5.*{hit:.3f} \[", capsys.readouterr().out)
 
 
 def test_a_seed_of_which_no_try_was_decided_is_in_no_rate_of_an_attack(capsys):

@@ -193,6 +193,7 @@ INSTRUCTION = ("instruction", "input", "context")  # Alpaca's and Dolly's: toget
 PROMPTS = ("prompt", "question", "query", "goal", "transcript")
 RESPONSES = ("response", "completion", "answer", "output")  # not AdvBench's target, which no defender should learn
 UNREAD = ("history", "image", "images", "tools")  # a prompt without them would be another prompt
+LABEL_LIKE = re.compile(r"^(?!prompt).*(safe|harmful|toxic|_label)")  # columns that are not read, as response_label
 TRANSCRIPT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # HH's format: it starts with such a name
 
 
@@ -322,8 +323,8 @@ def _p_safe(value, one):
 
 
 def _label(fields):
-    """{"safe": P(safe)} of a row; {"label": value} if the value is ambiguous; {} without a label. `label`, which may be
-    that of the prompt, is the last to be read. Raises ValueError if `safe` and `unsafe` contradict each other."""
+    """{"safe": P(safe)} of a row; {"label": what it says} if that is ambiguous; {} without a label. `label`, which may
+    be that of the prompt, is the last to be read. Raises ValueError if `safe` and `unsafe` contradict each other."""
     columns = {"safe": ("safe", "is_safe"), "unsafe": ("unsafe", "is_unsafe"), "": ("label", "labels")}
     values = {one: _the_one(fields, names) for one, names in columns.items()}
     p = {one: _p_safe(value, one) for one, value in values.items()}
@@ -333,6 +334,9 @@ def _label(fields):
     for one, value in values.items():
         if value is not None:
             return {"label": value} if p[one] is None else {"safe": p[one]}
+    for name, value in fields.items():
+        if LABEL_LIKE.search(name) and not _is_blank(value):
+            return {"label": f"{name} = {value!r}"}
     return {}
 
 

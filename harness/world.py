@@ -17,7 +17,7 @@ from gpo import Player, PolicyAverage, SFTSettings, sample, sft
 from harness import data, parallel
 from harness.config import Config
 from model import DTYPES, Policy, first_line, load_policy
-from reward import Judge, JudgeTraining, call_judge, load_judge, refusals, train_judge, unsafe_rate
+from reward import Judge, JudgeTraining, call_judge, decided, load_judge, refusals, train_judge, unsafe_rate
 from toy import ToyGame, toy_classifier, toy_lm
 
 SFT_RATE = 5  # the warm start's learning rate for user models, in units of the player's PPO learning rate
@@ -101,6 +101,8 @@ def make_world(config: Config, start: Path | None = None) -> World:
         prompts = _user_prompts(config, files, policies)
         pairs = _user_pairs(config, prompts, embedder, rng)
     _check_prompts(config, prompts)
+    if config.start and config.given:  # the other run may have had more room
+        _check_room(config, policies, prompts.seeds + prompts.test_prompts + prompts.benign_prompts)
     if config.shard:
         for policy in policies.values():
             parallel.shard(policy)
@@ -134,7 +136,8 @@ def evaluate(world: World, attacker: Player | PolicyAverage,
     if world.benign_prompts:
         benign = defender.generate(world.benign_prompts, 0, temperature=0).texts
         over_refusal = float(np.mean(world.refused(benign)))
-        helpfulness = float(np.nanmean(call_judge(world.helpful, world.benign_prompts, benign)))
+        helpful = call_judge(world.helpful, world.benign_prompts, benign)
+        helpfulness = float(np.mean(helpful[decided(helpful)]))
     return {
         "asr_held_out_judge": unsafe_rate(held_out), "asr_train_judge": unsafe_rate(trained),
         "over_refusal": over_refusal, "helpfulness": helpfulness, "attacker_success": unsafe_rate(broken),
@@ -170,6 +173,9 @@ def _load_judges(config, toy, start):
         judge = working_judge("judge", config.judge, config.unsafe_label, truth, *place)
     elif start:
         judge = load_judge(str(start / "judge"), device=config.device)
+    if config.judge == config.held_out_judge and config.given:  # a run begins
+        print("--judge and --held_out_judge are the same: no rate is independent of training, and no alarm tells of "
+              "reward hacking")
     return {
         "judge": judge,
         "held_out_judge": working_judge("held_out_judge", config.held_out_judge, config.held_out_unsafe_label, truth,
@@ -220,11 +226,13 @@ def _save_memory(policy, config):
         parallel.checkpoint_blocks(policy)
 
 
-def _check_room(config, policies, longest=1):
-    """Raises ValueError unless each context has room for a prompt of `longest` tokens and the new tokens."""
+def _check_room(config, policies, prompts):
+    """Raises ValueError unless each context has room for the longest of the prompts and the new tokens."""
+    templates = {"attacker": config.template, "defender": "{}"}
     for name, flag in (("attacker", "attack_tokens"), ("defender", "response_tokens")):
         tokens = getattr(config, flag)
         context = policies[name].context
+        longest = max(map(len, policies[name].encode([templates[name].format(p) for p in prompts])))
         if longest + tokens > context:
             raise ValueError(f"--{flag} must leave room for a prompt of {longest} tokens, but the {name} has {tokens} "
                              f"new tokens in its context of {context}; lower it")
@@ -254,6 +262,9 @@ def _warm_start(config, policies, pairs):
     if config.attacker:
         batch_size = min(32, config.batch_size)
         rates = {"defender": SFT_RATE * config.learning_rate, "attacker": SFT_RATE * config.attacker_learning_rate}
+    for name, some in pairs.items():
+        if some:
+            _named(name, policies[name].encode_pairs, some[:1])  # fail before the other player is trained
     for i, name in enumerate(("defender", "attacker")):
         if pairs.get(name) and not config.dry_run:
             settings = SFTSettings(config.sft_steps, batch_size, rates[name], [config.seed, i], config.micro_batch,
@@ -289,7 +300,7 @@ def _toy_policies(config, toy):
     for name in ("defender", "attacker"):
         lm = toy_lm(tokenizer).to(config.device)
         policies[name] = Policy(lm, tokenizer, config.critic, DTYPES[config.dtype])
-    _check_room(config, policies, max(map(len, policies["defender"].encode(toy.fixed_prompts))))
+    _check_room(config, policies, toy.fixed_prompts)
     return policies
 
 
@@ -362,7 +373,7 @@ def split_prompts(config: Config, files: dict, policies: dict[str, Policy]) -> P
     """First human turns that fit the contexts of both players, in disjoint sets. Without --test_prompts a tenth of
     --prompts is for testing, by hash; with --benign_share half of --benign_prompts is for training. Raises ValueError.
     """
-    _check_room(config, policies)
+    _check_room(config, policies, [""])
     attack_room = policies["attacker"].context - config.attack_tokens
     room = policies["defender"].context - config.response_tokens
     limit = " or ".join(str(tokens) for tokens in sorted({attack_room, room}))
