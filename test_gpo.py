@@ -2518,7 +2518,9 @@ def test_the_defender_learns_no_response_that_is_labelled_unsafe_or_may_be(capsy
 @pytest.mark.parametrize("name", ["response_label", "response_harm_label", "is_harmful", "toxic", "is_response_safe"])
 def test_a_response_with_a_label_of_an_unknown_name_is_not_learned_from(name, tmp_path):
     file = tmp_path / "x.jsonl"
-    for label, is_clear in (({name: "yes"}, False), ({name: "yes", "safe": 1}, True), ({name: None}, True)):
+    text = "how a reader would see it"
+    for label, is_clear in (({name: "yes"}, False), ({name: "yes", "safe": 1}, True), ({name: None}, True),
+                            ({name: text}, True)):
         file.write_text(json.dumps({"prompt": "a", "response": "b", "prompt_label": "unsafe", **label}))
         arguments = resolve(Config()), str(file), read_rows(file), [], tiny_policy()
         if is_clear:

@@ -335,7 +335,7 @@ def _label(fields):
         if value is not None:
             return {"label": value} if p[one] is None else {"safe": p[one]}
     for name, value in fields.items():
-        if LABEL_LIKE.search(name) and not _is_blank(value):
+        if LABEL_LIKE.search(name) and not _is_blank(value) and len(str(value)) < 20:  # a longer one is a text
             return {"label": f"{name} = {value!r}"}
     return {}
 
