@@ -2435,9 +2435,8 @@ SAID = {  # a row: the prompt and the replies in it, by hand
     "a label that may mean either": ({**ANSWERED, "label": "toxic"}, {**ANSWERED, "label": "toxic"})}
 
 
-@pytest.mark.parametrize("name", SAID)
-def test_who_speaks_is_read_from_the_roles_and_names_of_a_row(tmp_path, name):
-    row, expected = SAID[name]
+@pytest.mark.parametrize("row, expected", SAID.values(), ids=SAID)
+def test_who_speaks_is_read_from_the_roles_and_names_of_a_row(tmp_path, row, expected):
     (tmp_path / "a.json").write_text(json.dumps([row, "next"]), encoding="utf-8")
     assert read_rows(tmp_path / "a.json") == [expected, {"prompt": "next"}]
 
@@ -2456,12 +2455,11 @@ def test_no_turn_becomes_the_words_of_another_and_the_seed_is_the_first_human_on
         assert not any(f"word{i}" in first_turn(prompt) for i, role in enumerate(roles) if role == "assistant")
 
 
-IMAGE = by("user", [{"type": "text", "text": "q"}, {"type": "image_url", "image_url": "x"}])
-REFUSED_ROWS = [  # a row, and what the line must hold
+@pytest.mark.parametrize("row, message", [
     ([Q, R, by("tool", "20 degrees"), R], "got role 'tool'"),
     ([Q, {**by("assistant", None), "tool_calls": [1]}], "tool_calls"),
     ([{"role": "user", "words": "q"}], "keys role, words"),
-    ([IMAGE], "no image"),
+    ([by("user", [{"type": "text", "text": "q"}, {"type": "image_url", "image_url": "x"}])], "no image"),
     ([Q, by("system", "s"), R], "a system message must come before a user's words"),
     ({"chosen": "g", "rejected": "b"}, "a row must have one of prompt"),
     ({"prompt": "q", "response": "r", "completion": "g"}, "response and completion must hold the same"),
@@ -2477,10 +2475,7 @@ REFUSED_ROWS = [  # a row, and what the line must hold
     ({"prompt": ["q", "p"]}, "a list of messages"),
     ({"prompt": "[{'role': 'user', 'content': 'q'}]"}, "a list of messages"),
     ({"prompt": "\ud83d"}, "surrogate"),
-    (5, "got '5'")]
-
-
-@pytest.mark.parametrize("row, message", REFUSED_ROWS)
+    (5, "got '5'")])
 def test_a_row_that_is_not_understood_is_refused_by_file_and_line(tmp_path, row, message):
     (tmp_path / "a.jsonl").write_text(f'"one"\n\n{json.dumps(row)}\n', encoding="utf-8")
     with pytest.raises(ValueError, match=re.escape(message)) as error:
