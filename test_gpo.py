@@ -83,8 +83,7 @@ from toy import ToyGame
 
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the other core is the other worker's
+torch.set_num_threads(1)  # bytes are compared: two threads would add in another order
 WORDS = "a b c d e f g h i j k l m n o p q r s t u v w x y z safe unsafe sorry yes no Human: AI:".split()
 PROMPTS = ["a b c", "d", "e f g h i j", "k l", "m n o p", "q", "r s t", "u v w x"]
 ARANGE = np.arange(8.0)  # scores of the responses to PROMPTS
@@ -3036,7 +3035,7 @@ TINY = [*SIZES, *SCHEDULE, "--mine", "8"]
 
 
 def interpreter(*arguments, cwd=HERE, **variables):
-    """A program in an interpreter of its own, as a user starts it, with one thread: two would add in another order."""
+    """A program in an interpreter of its own, as a user starts it, with one thread."""
     environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", **variables}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, **pipes)
@@ -3044,13 +3043,8 @@ def interpreter(*arguments, cwd=HERE, **variables):
 
 def run_program(folder, *arguments, program=train):
     """The same in this process: what a program does with these arguments, started from inside `folder`."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with contextlib.chdir(folder):
-            program.main([str(argument) for argument in arguments])
-    finally:
-        torch.set_num_threads(threads)
+    with contextlib.chdir(folder):
+        program.main([str(argument) for argument in arguments])
 
 
 def ending(capsys, folder, *arguments, program=train):
@@ -4617,13 +4611,11 @@ def test_every_number_of_the_walkthrough_and_its_exercises_is_what_its_snippet_p
     text = "\n".join((HERE / "docs" / page).read_text(encoding="utf-8") for page in pages)
     text = re.sub("^```.*", "", text, flags=re.MULTILINE)  # the closing fence would be taken for output
     examples = doctest.DocTestParser().get_doctest(text, {}, "walkthrough", "docs/walkthrough.md", 0)
-    threads = torch.get_num_threads()
     said = []
     try:
         runner = doctest.DocTestRunner(Rounded(), verbose=False, optionflags=doctest.FAIL_FAST)
         result = runner.run(examples, out=said.append)
     finally:
-        torch.set_num_threads(threads)
         torch.set_default_dtype(torch.float32)
     assert result.attempted > 100 and not result.failed, "".join(said)
 
