@@ -3600,11 +3600,11 @@ FAULTS = {  # what happens: (steps logged before, what the judge does, exit stat
 
 @pytest.fixture(scope="session")
 def undisturbed(user_models):
-    """The folder of models with the scripted judge, and the outcome of a run there, `whole`, that met no fault."""
+    """A run with the scripted judge, in the folder of models, that met no fault."""
     (user_models / "scripted.py").write_text(SCRIPTED)
     (user_models / "fault.txt").write_text("-2 none")
     run_program(user_models, *FAULTY, "--out", "whole")
-    return user_models, outcome(user_models / "whole")
+    return user_models / "whole"
 
 
 def newest_checkpoint(run):
@@ -3612,17 +3612,16 @@ def newest_checkpoint(run):
 
 
 @pytest.fixture
-def faulty(undisturbed, capsys):
+def faulty(user_models, undisturbed, capsys):
     """A function that plays the run `faulty` until its judge does something: (exit status, last line of stderr)."""
-    folder, _ = undisturbed
     before = signal.getsignal(signal.SIGTERM)
     data.as_a_program(Mock())  # as in a program that was started from a shell
 
     def play_until(fault, *flags):
-        shutil.rmtree(folder / "faulty", ignore_errors=True)
-        (folder / "fault.txt").write_text(fault)
-        ended = ending(capsys, folder, *FAULTY, *flags, "--out", "faulty")
-        (folder / "fault.txt").write_text("-2 none")
+        shutil.rmtree(user_models / "faulty", ignore_errors=True)
+        (user_models / "fault.txt").write_text(fault)
+        ended = ending(capsys, user_models, *FAULTY, *flags, "--out", "faulty")
+        (user_models / "fault.txt").write_text("-2 none")
         return ended
 
     yield play_until
@@ -3631,14 +3630,14 @@ def faulty(undisturbed, capsys):
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_stopped_run_says_in_one_line_how_to_go_on_and_ends_like_one_left_alone(undisturbed, faulty, name, tmp_path):
-    folder, expected = undisturbed
+    run = undisturbed.with_name("faulty")
     steps, fault, status, last_line, checkpoint = FAULTS[name]
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     assert faulty(f"{steps} {fault}") == (status, last_line)
-    assert newest_checkpoint(folder / "faulty") == checkpoint and not (folder / "faulty" / "summary.json").exists()
+    assert newest_checkpoint(run) == checkpoint and not (run / "summary.json").exists()
     assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
-    run_program(tmp_path, "--resume", folder / "faulty")  # from another folder than it was begun from
-    assert not differing(folder / "faulty", expected)
+    run_program(tmp_path, "--resume", run)  # from another folder than it was begun from
+    assert not differing(run, outcome(undisturbed))
 
 
 # A moving KL anchor, a separate critic, replay, mining, averages: all that a game remembers.
@@ -3647,24 +3646,23 @@ STATEFUL = ("--rounds 2 --critic separate --kl_anchor previous --mine 4 --replay
 
 
 @pytest.mark.parametrize("more", [[], "--lora 4 --gradient_checkpointing".split()], ids=["all", "lora"])
-def test_all_state_of_a_game_survives_a_stop_in_mid_turn(undisturbed, faulty, more, capsys):
-    folder, _ = undisturbed
-    shutil.rmtree(folder / "stateful", ignore_errors=True)
-    run_program(folder, *FAULTY, *STATEFUL, *more, "--out", "stateful")
+def test_all_state_of_a_game_survives_a_stop_in_mid_turn(user_models, faulty, more, capsys):
+    shutil.rmtree(user_models / "stateful", ignore_errors=True)
+    run_program(user_models, *FAULTY, *STATEFUL, *more, "--out", "stateful")
     faulty("5 raise KeyboardInterrupt", *STATEFUL, *more)  # after the first step of the attacker's second turn
-    assert newest_checkpoint(folder / "faulty") == "step_000005"
-    run_program(folder, "--resume", "faulty")
+    assert newest_checkpoint(user_models / "faulty") == "step_000005"
+    run_program(user_models, "--resume", "faulty")
     assert "going on after step 5 of " in capsys.readouterr().out
-    assert not differing(folder / "faulty", outcome(folder / "stateful"))
-    mixture = load_file(folder / "faulty" / "average" / "defender_mixture.safetensors")
+    assert not differing(user_models / "faulty", outcome(user_models / "stateful"))
+    mixture = load_file(user_models / "faulty" / "average" / "defender_mixture.safetensors")
     assert all(("lora_" in name) == bool(more) for name in mixture)
-    run = open_run(folder / "faulty")
-    mean = AutoModelForCausalLM.from_pretrained(folder / "faulty" / "average" / "defender").state_dict()
+    run = open_run(user_models / "faulty")
+    mean = AutoModelForCausalLM.from_pretrained(user_models / "faulty" / "average" / "defender").state_dict()
     if not more:  # with LoRA the folder has the merged weights
         ours = run.averages["defender"]["weights"].policy().lm.state_dict()
         assert ours.keys() == mean.keys() and all(torch.equal(ours[name], mean[name]) for name in ours)
     defender = run.world.players["defender"]  # the run's last answers come again
-    probes = [game for game in read_lines(folder / "faulty" / "games.jsonl") if game["role"] == "probe"][-3:]
+    probes = [game for game in read_lines(user_models / "faulty" / "games.jsonl") if game["role"] == "probe"][-3:]
     answers = defender.generate([game["attack"] for game in probes], 0, temperature=0).texts
     assert answers == [game["response"] for game in probes]
 
@@ -3695,27 +3693,25 @@ def test_a_killed_program_ends_with_the_same_bytes_after_it_is_resumed(finished,
     assert not differing(run, finished.outcome)
 
 
-def test_a_damaged_checkpoint_is_named_and_skipped(undisturbed, tmp_path, capsys):
-    folder, expected = undisturbed
-    run = shutil.copytree(folder / "whole", tmp_path / "run")
+def test_a_damaged_checkpoint_is_named_and_skipped(user_models, undisturbed, tmp_path, capsys):
+    run = shutil.copytree(undisturbed, tmp_path / "run")
     (run / "summary.json").unlink()
     weights = run / "checkpoints" / "step_000004" / "defender.safetensors"
     os.truncate(weights, weights.stat().st_size - 1)
     (run / "checkpoints" / "step_000002" / "state.json").unlink()  # none is complete: the run begins again
-    run_program(folder, "--resume", run)
+    run_program(user_models, "--resume", run)
     error = capsys.readouterr().err
     assert error.count("is damaged and not used") == 2
     for name in ("step_000002", "step_000004"):
         assert f"{run}/checkpoints/{name} is damaged and not used: " in error
-    assert not differing(run, expected)
+    assert not differing(run, outcome(undisturbed))
 
 
-def test_a_run_that_has_lost_its_start_is_not_continued(undisturbed, tmp_path, capsys):
-    folder, _ = undisturbed
-    run = shutil.copytree(folder / "whole", tmp_path / "run")
+def test_a_run_that_has_lost_its_start_is_not_continued(user_models, undisturbed, tmp_path, capsys):
+    run = shutil.copytree(undisturbed, tmp_path / "run")
     (run / "summary.json").unlink()
     shutil.rmtree(run / "checkpoints" / "start")  # else the trained players would be saved as the untrained ones
-    status, line = ending(capsys, folder, "--resume", run)
+    status, line = ending(capsys, user_models, "--resume", run)
     assert (status, line) == (2, f"error: the run in {run} is damaged, its checkpoints/start is missing; begin again, "
                                  "with another --out")
 
@@ -3784,29 +3780,28 @@ def test_a_run_that_collapses_and_hacks_its_judge_says_so_after_the_round_and_in
     assert alarms == [(None, None), (None, None), (None, None), (1, 1)] * 2
 
 
-def test_tensorboard_has_each_step_once_also_of_a_run_that_was_stopped(undisturbed, faulty):
+def test_tensorboard_has_each_step_once_also_of_a_run_that_was_stopped(user_models, faulty):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    folder, _ = undisturbed
     assert faulty(f"1 {SIGTERM}", "--log", "tensorboard")[0] == 143
-    run_program(folder, "--resume", "faulty")
-    metrics = read_lines(folder / "faulty" / "metrics.jsonl")
-    events = accumulator.EventAccumulator(str(folder / "faulty" / "tensorboard"), purge_orphaned_data=False).Reload()
+    run = user_models / "faulty"
+    run_program(user_models, "--resume", run)
+    metrics = read_lines(run / "metrics.jsonl")
+    events = accumulator.EventAccumulator(str(run / "tensorboard"), purge_orphaned_data=False).Reload()
     for name in ("game/attack_success", "attacker/objective/kl", "game/asr_held_out_judge"):
         expected = [(m["step"], pytest.approx(m[name], rel=1e-6)) for m in metrics if name in m]
         assert [(event.step, event.value) for event in events.Scalars(name)] == expected
 
 
 def test_weights_and_biases_gets_each_step_once_and_its_errors_do_not_end_a_run(
-        undisturbed, tmp_path, monkeypatch, capsys):
-    folder, expected = undisturbed
+        user_models, undisturbed, tmp_path, monkeypatch, capsys):
     log = Mock(side_effect=[None, None, ConnectionError("gone,\nfor good")])
     wandb = types.SimpleNamespace(init=lambda **options: types.SimpleNamespace(log=log), __spec__="it is there")
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    run_program(folder, *FAULTY, "--log", "wandb", "--out", tmp_path / "run")
+    run_program(user_models, *FAULTY, "--log", "wandb", "--out", tmp_path / "run")
     assert [step for (_, step), _ in log.call_args_list] == [0, 1, 2]
     said = "--log wandb does not work (ConnectionError: gone,); the run goes on without it, its metrics are in "
     assert f"{said}{tmp_path}/run/metrics.jsonl" in capsys.readouterr().err
-    assert not differing(tmp_path / "run", expected)
+    assert not differing(tmp_path / "run", outcome(undisturbed))
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
@@ -4153,14 +4148,13 @@ def test_mart_leaves_a_run_that_can_be_evaluated(finished, tmp_path, monkeypatch
         assert not (tmp_path / "stopped").exists()
 
 
-def test_best_responses_bound_the_nash_gap_after_each_round(undisturbed, tmp_path, capsys):
-    folder, _ = undisturbed
-    run = shutil.copytree(folder / "whole", tmp_path / "run")
-    run_program(folder, "probe", run, "--steps", 2, program=evaluation)
+def test_best_responses_bound_the_nash_gap_after_each_round(user_models, undisturbed, tmp_path, capsys):
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    run_program(user_models, "probe", run, "--steps", 2, program=evaluation)
     found = read_json(run / "probe.json")
     assert [(row["round"], row["kind"]) for row in found["gaps"]] == [(1, "last"), (1, "mixture"), (1, "weights")]
     assert all(0 <= row[rate] <= 1 for row in found["gaps"] for rate in ("value", "best_attack", "best_defence"))
-    run_program(folder, run, "--steps", 2, "--round", 1, program=probe)
+    run_program(user_models, run, "--steps", 2, "--round", 1, program=probe)
     row = read_json(run / "best_1_2.json")
     assert len(row["curve"]) == 2 and 0 <= row["before"] <= 1
     assert f"in {row['after']:.1%}" in capsys.readouterr().out
