@@ -1717,8 +1717,7 @@ def test_a_judge_whose_training_was_stopped_goes_on_to_the_same_weights(tmp_path
     status, line = ending(capsys, tmp_path, *stopped, program=train_judge)
     assert status == 2 and "cannot go on from stopped/training.pt" in line
     checkpoint.write_bytes(saved)
-    with monkeypatch.context() as patched:
-        patched.setattr(train_judge, "measure_judge", Mock(side_effect=KeyboardInterrupt))
+    with patch.object(train_judge, "measure_judge", side_effect=KeyboardInterrupt):
         status, line = ending(capsys, tmp_path, *stopped, program=train_judge)
     assert status == 130 and "the same command goes on" in line
     run_program(tmp_path, *stopped, program=train_judge)
@@ -1743,15 +1742,10 @@ def test_supervised_training_takes_the_batches_that_it_is_asked_for(by_length, m
     pairs = [("a", "b " * n) for n in range(1, 21)]
     batches = sample_batches(range(20), 3, 4, 7, by_length)  # the longer, the later: in tokens and in characters
     expected = [[pairs[i][1] for i in rows] for rows in batches]
-    seen = []
-
-    def loss(policy, demos):
-        seen.append(demos.texts)
-        return policy.head.weight.sum()
-
+    loss = Mock(side_effect=gpo.supervised_loss)
     monkeypatch.setattr("gpo.supervised_loss", loss)
     sft(tiny_policy(), pairs, SFTSettings(3, 4, 1e-3, 7, by_length=by_length))
-    assert seen == expected
+    assert [call.args[1].texts for call in loss.call_args_list] == expected
     tokenizer = tiny_tokenizer()
     logits = Mock(side_effect=reward.classifier_logits)
     monkeypatch.setattr("reward.classifier_logits", logits)
@@ -2160,10 +2154,9 @@ def test_the_final_defender_is_that_of_the_round_that_earlier_successes_break_le
     defender = game.players["defender"]
     after_rounds = []
     for seed in range(rounds):
-        weights = tiny_policy(100 + seed).lm
-        after_rounds.append(bytes_of(weights))
-        game.averages["defender"]["mixture"].add_weights(
-            {name: p.detach().clone() for name, p in weights.named_parameters()})
+        policy = tiny_policy(100 + seed)
+        after_rounds.append(bytes_of(policy.lm))
+        game.averages["defender"]["mixture"].add(policy)
     assert train.choose_defender(config, world, game) == rounds  # no attack has succeeded yet: the last one
     game.replay.ever_succeeded = dict.fromkeys(attacks)
     before = bytes_of(defender.policy.lm)
@@ -3334,10 +3327,9 @@ def test_a_tilde_that_the_shell_has_left_is_the_home_folder(monkeypatch):
     ("harness.data.append_lines", OSError(errno.ENOSPC, "No space left on device"),
      "error: [Errno 28] No space left on device; the run can go on with --resume full")])
 def test_without_room_in_memory_or_on_the_disk_a_run_ends_with_one_line_and_goes_on_with_more(
-        user_models, place, error, message, monkeypatch, capsys):
+        user_models, place, error, message, capsys):
     shutil.rmtree(user_models / "full", ignore_errors=True)
-    with monkeypatch.context() as patched:
-        patched.setattr(place, Mock(side_effect=error))
+    with patch(place, side_effect=error):
         status, line = ending(capsys, user_models, *MODELS, *SHORT, "--out", "full")
     assert status == 2 and line.startswith(message) and "--resume full" in line
     run_program(user_models, "--resume", "full", "--micro_batch", "2")
