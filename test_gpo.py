@@ -467,18 +467,12 @@ def test_a_token_of_probability_zero_is_never_sampled_whatever_the_random_number
 def test_a_filter_keeps_the_smallest_set_of_likeliest_tokens_whose_mass_reaches_top_p(top_k, top_p):
     policy = tiny_policy()
     rollout = generate(policy, PROMPTS, 5, temperature=0.9, top_k=top_k, top_p=top_p, seed=0)
-    logits = policy.lm(rollout.tokens).logits / 0.9  # (B, T, V)
-    for b, t in rollout.response_mask.nonzero().tolist():
-        p = logits[b, t - 1].softmax(-1).tolist()
-        ranked = sorted(range(len(p)), key=lambda i: -p[i])[:top_k or None]
-        total = sum(p[i] for i in ranked)
-        kept = []
-        while sum(p[i] for i in kept) / total < top_p and len(kept) < len(ranked):
-            kept.append(ranked[len(kept)])
-        filtered = model.filter_logits(logits[b, t - 1:t], top_k, top_p)[0]
-        assert filtered.isfinite().nonzero()[:, 0].tolist() == sorted(kept)
-        assert torch.equal(filtered[kept], logits[b, t - 1, kept])
-        assert rollout.tokens[b, t] in kept
+    mask = rollout.response_mask[:, 1:]
+    logits = (policy.lm(rollout.tokens).logits / 0.9)[:, :-1][mask]  # (N, V)
+    expected = transformers.TopKLogitsWarper(top_k)(None, logits) if top_k else logits  # independent
+    expected = transformers.TopPLogitsWarper(top_p)(None, expected)
+    assert torch.equal(model.filter_logits(logits, top_k, top_p), expected)
+    assert expected.gather(1, rollout.tokens[:, 1:][mask][:, None]).isfinite().all()
 
 
 # --- text is not control tokens -------------------------------------------------------------------------------------
