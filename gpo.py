@@ -646,10 +646,14 @@ class PolicyAverage:
         """Whether a mixture still has every policy that was added: `members` are then in the order of the rounds."""
         return self.count == len(self.members)
 
+    def copy_to(self, policy: Policy, member: int) -> None:
+        """Give a policy a member's weights."""
+        load_weights(policy.lm, self.members[member])
+
     def policy(self, member: int = 0) -> Policy:
         """A frozen policy with a member's weights."""
         policy = frozen_copy(self.player.policy)
-        load_weights(policy.lm, self.members[member])
+        self.copy_to(policy, member)
         return policy
 
     def generate(self, prompts: list[str], seed: int, temperature: float | None = None) -> Rollout:

@@ -41,18 +41,7 @@ import numpy as np
 import torch
 
 from diversity import Diversity
-from gpo import (
-    Exchanges,
-    Player,
-    PolicyAverage,
-    load_weights,
-    log_likelihoods,
-    new_seed,
-    play,
-    ppo_update,
-    sample,
-    world_size,
-)
+from gpo import Exchanges, Player, PolicyAverage, log_likelihoods, new_seed, play, ppo_update, sample, world_size
 from harness.config import Config
 from harness.data import as_a_program, finite, normalized
 from harness.run import RunFolder, run_folder, start_program
@@ -369,7 +358,7 @@ def choose_defender(config: Config, world: World, game: Game) -> int:
             rates[round] = unsafe_rate(exchanges.p_safe)
         game.sampled_tokens += exchanges.sampled_tokens
     safest = min(rates, key=rates.get)  # of equal ones the latest
-    load_weights(defender.policy.lm, mixture.members[safest - 1])
+    mixture.copy_to(defender.policy, safest - 1)
     if safest < config.rounds:
         defender.policy.new_critic()  # the last round's belongs to another policy
     print(f"the final defender is that of round {safest} of {config.rounds}: of {len(attacks)} attacks that ever "
