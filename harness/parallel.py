@@ -158,8 +158,7 @@ def add_lora(policy: Policy, lora_rank: int, seed: int = 0) -> None:
     if policy.critic_body is not None:
         shared = {id(p): p for p in policy.lm.parameters() if not p.requires_grad}
         policy.critic_body = copy.deepcopy(policy.lm.base_model, shared)
-        nn.init.zeros_(policy.value_head.weight)
-        nn.init.zeros_(policy.value_head.bias)
+        policy.new_critic()
     policy.eval()
 
 
