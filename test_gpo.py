@@ -3091,17 +3091,13 @@ def test_the_prompts_of_another_run_must_fit_beside_longer_answers(finished, tmp
     assert status == 2 and "--response_tokens must leave room for a prompt of" in line
 
 
-METHOD_TURNS = {"rlhf": SCHEDULE, "paraphrase": [],
-                "iterative": [*SCHEDULE, "--attacker_steps", "0", "--benign_share", "0.5"],
-                "gpo": [*SCHEDULE, "--mine", "8"]}
-
-
-@pytest.mark.parametrize("method", METHOD_TURNS)
-def test_every_method_runs_from_the_warm_start_of_another_run(finished, method, tmp_path, capsys):
+@pytest.mark.parametrize("method, turns, in_a_round", [
+    ("rlhf", SCHEDULE, ["attacker", "defender", "defender"]), ("paraphrase", [], []),
+    ("iterative", [*SCHEDULE, "--attacker_steps", "0", "--benign_share", "0.5"], ["defender", "defender"]),
+    ("gpo", [*SCHEDULE, "--mine", "8"], ["attacker", "defender", "defender"])])
+def test_every_method_runs_from_the_warm_start_of_another_run(finished, method, turns, in_a_round, tmp_path, capsys):
     start = ["--method", method, "--start", finished.folder]
-    run_program(tmp_path, *SIZES, *METHOD_TURNS[method], *start, "--average", "none", "--out", "run")
-    in_a_round = {"gpo": ["attacker", "defender", "defender"], "rlhf": ["attacker", "defender", "defender"],
-                  "iterative": ["defender", "defender"]}.get(method, [])
+    run_program(tmp_path, *SIZES, *turns, *start, "--average", "none", "--out", "run")
     assert [m["role"] for m in read_lines(tmp_path / "run" / "metrics.jsonl")] == in_a_round * 2
     has_curves = (tmp_path / "run" / "curves.png").exists()
     assert has_curves == bool(in_a_round) == ("curves.png" in capsys.readouterr().out)
@@ -3444,12 +3440,6 @@ def test_a_dry_run_prints_what_the_models_read_and_writes_nothing(user_models, c
 
 
 # --- the hub: everything from a cache that is laid out as huggingface_hub lays it out --------------------------------
-HUB_ASSETS = {  # what is not in the cache: the flag that could name something else
-    "models--gpt2": "--attacker", "models--facebook--roberta-hate-speech-dynabench-r4-target": "--judge",
-    "models--sentence-transformers--all-MiniLM-L6-v2": "--embedder",
-    "datasets--Anthropic--hh-rlhf/snapshots/*/red-team-attempts": "--prompts"}
-
-
 def put_on_hub(cache, name, files):
     """A folder as the snapshot of a commit, without links, as on a file system that has none."""
     commit = "0" * 40
@@ -3505,14 +3495,17 @@ def test_the_users_command_takes_everything_from_the_hub(hub, tmp_path, monkeypa
     assert summary["after"]["over_refusal"] is not None and summary["average (mixture)"]["cosine"] is not None
 
 
-@pytest.mark.parametrize("asset", HUB_ASSETS)
-def test_what_the_hub_cannot_give_is_named_with_its_flag(hub, asset, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("asset, flag", [  # what is not in the cache; the flag that could name something else
+    ("models--gpt2", "--attacker"), ("models--facebook--roberta-hate-speech-dynabench-r4-target", "--judge"),
+    ("models--sentence-transformers--all-MiniLM-L6-v2", "--embedder"),
+    ("datasets--Anthropic--hh-rlhf/snapshots/*/red-team-attempts", "--prompts")])
+def test_what_the_hub_cannot_give_is_named_with_its_flag(hub, asset, flag, tmp_path, monkeypatch, capsys):
     cache = shutil.copytree(hub, tmp_path / "hub", symlinks=True)
     for missing in cache.glob(asset):
         shutil.rmtree(missing)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     status, error = ending(capsys, tmp_path, *HUB, "--out", "never")
-    assert status == 2 and error.startswith("error: ") and HUB_ASSETS[asset] in error
+    assert status == 2 and error.startswith("error: ") and flag in error
     assert asset.split("--")[-1].split("/")[-1] in error and not (tmp_path / "never").exists()
 
 
@@ -4625,10 +4618,7 @@ def test_imports_go_one_way(name):
     assert imported & SOURCES.keys() <= allowed
 
 
-PAGES = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [HERE / "README.md", *sorted(HERE.glob("docs/*.md"))], ids=lambda page: page.name)
 def test_what_the_readme_and_the_docs_link_to_is_there(page):
     text = page.read_text(encoding="utf-8")
     assert set(re.findall(r"`(test_\w+)`", text)) <= globals().keys()
