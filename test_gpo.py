@@ -3021,11 +3021,11 @@ SCHEDULE = "--rounds 2 --attacker_steps 1 --defender_steps 2".split()
 TINY = [*SIZES, *SCHEDULE, "--mine", "8"]
 
 
-def interpreter(*arguments, cwd=HERE, **variables):
+def interpreter(*arguments, **variables):
     """A program in an interpreter of its own, as a user starts it, with one thread."""
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", **variables}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, **pipes)
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=HERE, env=environment, **pipes)
 
 
 def run_program(folder, *arguments, program=train):
@@ -3151,8 +3151,7 @@ def test_help_comes_before_the_imports_that_take_seconds(program):
 def test_a_terminal_is_told_at_once_why_nothing_happens_yet_and_ctrl_c_ends_that(program):
     pty = pytest.importorskip("pty")
     ours, theirs = pty.openpty()
-    environment = {**os.environ, "PYTHONPATH": str(HERE)}
-    process = subprocess.Popen([sys.executable, *program], cwd=HERE, env=environment, stderr=theirs)
+    process = subprocess.Popen([sys.executable, *program], cwd=HERE, stderr=theirs)
     os.close(theirs)
     first_words = os.read(ours, 1000)  # waits for them
     process.send_signal(signal.SIGINT)
