@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from diversity import ORDERS, Diversity, word_embedder
 from eval import DEVICE, run_program
@@ -43,10 +43,10 @@ from model import DTYPE_NAMES, DTYPES, Policy, best_dtype, generate
 
 PROMPT = 16  # prompt tokens in `sample` and `ppo`
 NEW = 32  # response tokens
-SIZES = {"4x128": dict(vocab_size=512, n_embd=128, n_layer=4, n_head=4),
-         "gpt2": dict(vocab_size=50257, n_embd=768, n_layer=12, n_head=12),
-         "smollm2": dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-                         num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)}
+SIZES = {"4x128": dict(model_type="gpt2", vocab_size=512, n_embd=128, n_layer=4, n_head=4),
+         "gpt2": dict(model_type="gpt2", vocab_size=50257, n_embd=768, n_layer=12, n_head=12),
+         "smollm2": dict(model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536,
+                         num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)}
 PPO_BATCHES = {"4x128": 64, "gpt2": 16, "smollm2": 16}  # exchanges of `ppo` and `profile`
 SHAPES = {  # N, D, V, dtype for `logprob`
     "cpu": [(512, 768, 50257, "fp32"), (2048, 768, 50257, "fp32"), (2048, 768, 50257, "bf16"),
@@ -171,9 +171,9 @@ def _make_policy(size, critic="shared", dtype=torch.float32):
     template = "{% for turn in messages %}{{ turn.content }} {% endfor %}"
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=f"w{V - 1}", chat_template=template)
     torch.manual_seed(0)
-    kind = GPT2Config if "n_embd" in SIZES[size] else LlamaConfig
-    lm = AutoModelForCausalLM.from_config(kind(**SIZES[size], bos_token_id=V - 1, eos_token_id=V - 1)).to(DEVICE)
-    if kind is GPT2Config:  # the first hidden unit is always 1; the EOS has weight -50 there: its logit is about -50
+    config = AutoConfig.for_model(**SIZES[size], bos_token_id=V - 1, eos_token_id=V - 1)
+    lm = AutoModelForCausalLM.from_config(config).to(DEVICE)
+    if config.model_type == "gpt2":  # hidden unit 0 is always 1; the EOS has weight -50 there: its logit is about -50
         lm.transformer.ln_f.weight.data[0] = 0
         lm.transformer.ln_f.bias.data[0] = 1
         lm.transformer.wte.weight.data[V - 1, 0] = -50
@@ -253,8 +253,7 @@ import json, sys, tempfile
 import torch, trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, LlamaConfig
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 from trl import PPOConfig, PPOTrainer
 
 work = json.loads(sys.argv[1])
@@ -263,8 +262,7 @@ V = work["config"]["vocab_size"]
 batch = work["batch"]
 words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(V)}, unk_token="w0"))
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{V - 1}", pad_token="w0")
-kind = GPT2Config if "n_embd" in work["config"] else LlamaConfig
-config = kind(**work["config"], bos_token_id=V - 1, eos_token_id=V - 1, pad_token_id=0, num_labels=1)
+config = AutoConfig.for_model(**work["config"], bos_token_id=V - 1, eos_token_id=V - 1, pad_token_id=0, num_labels=1)
 make_lm = AutoModelForCausalLM.from_config
 make_classifier = AutoModelForSequenceClassification.from_config
 rows = Dataset.from_dict({"input_ids": torch.randint(1, 500, (batch * 4, work["prompt"])).tolist()})
