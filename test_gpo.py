@@ -3786,10 +3786,11 @@ def test_weights_and_biases_gets_each_step_once_and_its_errors_do_not_end_a_run(
 def test_a_sharded_run_of_two_processes_stops_as_one_and_goes_on_with_two_or_one(tmp_path):
     (tmp_path / "for_two.py").write_text(SCRIPTED)
     (tmp_path / "fault.txt").write_text("-2 none")
-    flags = ("--sft_steps 4 --defender_steps 1 --save_every 1 --eval_prompts 12 --average mixture --critic separate "
+    flags = ("--sft_steps 4 --rounds 2 --attacker_steps 1 --defender_steps 1 --batch_size 8 --attack_tokens 12 "
+             "--response_tokens 6 --mine 8 --save_every 1 --eval_prompts 12 --average mixture --critic separate "
              f"--shard --judge {tmp_path}/for_two.py:judge --out {tmp_path}/run").split()
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "train.py"]
-    with interpreter(*torchrun, *TINY, *flags) as process:
+    with interpreter(*torchrun, *flags) as process:
         printed, error = process.communicate(timeout=300)
     assert process.returncode == 0 and "Traceback" not in error, error
     assert printed.count("attack success on held-out prompts, held-out judge") == 1
