@@ -4,7 +4,7 @@
     python eval.py attack ATTACKER TARGET   the attacker of a run, or any language model, on any language model
     python eval.py report RUN [RUN ...]     one HTML page: tables, figures, every exchange with filter and search
     python eval.py nash                     Algorithms 2 and 3 on small tables: Nash gap of average and last iterate
-    python eval.py probe RUN                round by round: a lower bound of the Nash gap, and who breaks whom
+    python eval.py probe RUN                every few rounds a lower bound of the Nash gap; and who breaks whom
 
 The tables of many runs are made by `python -m experiments.reproduce`, which calls this program for each of them.
 """
@@ -538,7 +538,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     option("--trust_remote_code", action="store_true", help="run Python files that come with a model")
     option("--out", metavar="FILE", help="default: attack_TARGET.jsonl in the attacker's run")
     option = command(report, "run", nargs="+")
-    option("--out", metavar="FILE", help="default: report.html beside the runs")
+    option("--out", metavar="FILE", help="default: report.html in the run, or in the folder of all runs")
     option = command(nash)
     option("--out", metavar="FOLDER", default="results", help="of nash.png")
     option = command(probe, "run")

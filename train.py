@@ -1,7 +1,7 @@
 """Train an attacker and a defender against each other: Algorithm 1 of "Toward Optimal LLM Alignments Using
 Two-Player Games" (arXiv 2406.10977), from an empty folder to a report.
 
-    python train.py                                            the embedded game, on a CPU, about 3 minutes
+    python train.py                                            the embedded game, on a CPU, 3 to 5 minutes
     python train.py --attacker gpt2 --defender gpt2            your own models: hub ids or local folders
     python train.py config.yaml --seed 3                       options from a file; flags after it override it
     python train.py --resume runs/...                          continue a stopped run (Ctrl-C ends a step and saves)
@@ -14,10 +14,10 @@ Differs from the paper (numbers as in the README; rows are of docs/results.md):
 (4) The attacker moves first, so that the finished defender was trained against the last attacker: row *defender first*.
 (5) `--final_defender safest`: a turn can reopen what an earlier one closed, so the defender that is saved is the one
 of the latest rounds that earlier successes break least: table *the worst case, exactly*.
-(6) `--replay`: a fraction of the defender's batch is sampled from earlier attacks, the successful ones more often, so
+(6) `--replay`: a fraction of the attacks in the defender's batch are earlier ones, the successful ones more often, so
 that it does not forget them: section *ablations of the recommended setting*.
 (7) `--mine`: attacks of the untrained attacker, and attacks that ever succeeded, are tried on the defender before its
-turns; successes are replayed too: section *today's setting*.
+turns; successes are replayed too: section *how the settings were found*.
 (8) `--ptx_coef`: a supervised loss on demonstrations, against over-refusal: row *no demonstrations*.
 (11) R_div is centred over the batch. Its level, about -k / 2 for every attack, is no signal, but it swamps a critic
 that starts at zero: exercise 2 of docs/exercises.md. Row *k = 10* depends on it.
@@ -229,7 +229,8 @@ def likelihood_bound(config: Config, world: World) -> torch.Tensor:
 
 # --- the turns --------------------------------------------------------------------------------------------------
 def opponent(config: Config, game: Game, name: str) -> Player | PolicyAverage:
-    """The frozen player that the mover plays against: its last policy or, if `--opponent` names one, its average."""
+    """The frozen player that the mover plays against: its last policy, its average if `--opponent` names one, or the
+    first defender with `--method rlhf`."""
     if name == "defender" and config.method == "rlhf":
         return game.first["defender"]
     if config.opponent != "last" and game.averages[name][config.opponent].count:

@@ -1,8 +1,8 @@
 """Speed comparisons: every row is a ratio against a peer on the same work in the same run.
 
     python -m experiments.bench [all]     the rows of docs/speed.md:
-        logprob      our log-prob against eager, PyTorch's two cross entropies, and TRL's (>= 1.16) where it is
-                     installed: time and peak memory
+        logprob      our log-prob against eager, PyTorch's two cross entropies and, where installed, TRL's (>= 1.16),
+                     Liger and Cut Cross-Entropy (on a GPU): time and peak memory
         sample       our sampler against transformers' `generate`
         ppo          a whole PPO update (sample, score, update) against plain PyTorch with `generate` and, with
                      --trl_python PYTHON, an interpreter with trl==0.23.1, against TRL's PPOTrainer

@@ -9,7 +9,8 @@ trained on human labels, real questions. Results and what they show: docs/real_m
     3. train two judges on disjoint human labels, one for training and one for evaluation; measure both on other labels;
        and a judge of helpfulness on the model's own answers
     4. warm-start both players of each seed (`train.py --method sft`)
-    5. play every method from there (`train.py`), with equal steps of the defender; measure it (real_scores.py)
+    5. play every method from there (`train.py`), with equal steps or tokens, then fresh attackers; measure
+       them (real_scores.py)
     6. tables, paired tests, and the trade-off between attack success and over-refusal as a figure
 
 FOLDER holds the human-labelled sets, which are not part of this project: saferlhf_mini, gptfuzz, diasafety,

@@ -5,7 +5,7 @@
     python -m experiments.real_scores OUT                   the tables and the figure of all scores so far
 
 A score names its measure and its test set: unsafe by either judge, refused (by a list of phrases), `answered` (neither
-refused nor empty nor repetitive). Its value is a list with a 0 or 1 for each prompt, so that tests can be paired.
+refused nor empty nor repetitive). Most values are lists with a 0 or 1 for each prompt.
 """
 
 import argparse
@@ -45,7 +45,7 @@ CLAIMS = [  # (claim, key of the scores, the larger row, the smaller row)
     ("attack success, other kinds: GPO+Div, last above its mean of weights", OTHER_KINDS, "GPO+Div, last",
      "GPO+Div, mean of weights"),
     ("success of a fresh attacker: against RLHF's defender above GPO+Div's", 0,
-     "fresh, against RLHF's own finished defender", "fresh, against GPO+Div's own finished defender")]
+     "fresh, against RLHF's mean of weights", "fresh, against GPO+Div's mean of weights")]
 
 
 def load(folder: Path) -> Policy:
@@ -220,7 +220,7 @@ def attacker_rows(out: Path) -> Rows:
         for method, scores in read_json(file).items():
             rows.setdefault(method, {})[file.parent.name] = {**scores, **dict(enumerate(scores["success"]))}
     for file in sorted(out.glob("seed_*/*, fresh attacker/summary.json")):
-        name = f"fresh, against {file.parent.name.removesuffix(', fresh attacker')}'s own finished defender"
+        name = f"fresh, against {file.parent.name.removesuffix(', fresh attacker')}'s mean of weights"
         rows.setdefault(name, {})[file.parent.parent.name] = {0: read_json(file)["after"]["attacker_success"]}
     return rows
 

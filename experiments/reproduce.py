@@ -5,7 +5,7 @@
     python -m experiments.reproduce rounds               ROUNDS: performance against the number of rounds T
 
 `train.py`, `eval.py RUN` and `experiments.probe RUN` are called as a user would call them, with one thread each and as
-many at once as there are cores. Finished work is not repeated: after a stop, give the same command.
+many at once as there are cores (at most 8). Finished work is not repeated: after a stop, give the same command.
 """
 
 import argparse

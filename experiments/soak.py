@@ -1,6 +1,6 @@
 """Soak test: runs of train.py that are killed at any moment and resumed must end like an undisturbed one.
 
-    python -m experiments.soak --kills 100        100 runs' worth of SIGKILLs, some seconds each
+    python -m experiments.soak --kills 100        100 SIGKILLs, some seconds each
 
 A small run is killed in one function after another, in the order in which a run calls them, at a random moment of the
 function's first or second call, and resumed until it finishes; then the next run begins. On a CPU with one thread,

@@ -83,7 +83,8 @@ class Config:
                               "defender turn; successes are replayed", 600, 0, only="gpo")
     opponent: str = option("the other's last policy, or the mixture, mean of the weights or exponential average of all",
                            "last", choices=("last", "mixture", "weights", "ema"), only="gpo")
-    replay: float = option("fraction of earlier attacks in the defender's batch, by success", 0.6, below=1, only="gpo")
+    replay: float = option("fraction of earlier ones among the attacks in the defender's batch, by success", 0.6,
+                           below=1, only="gpo")
     diversity: float | None = option("weight k of the diversity reward; 0: off", 0.3, 1.0, only="training",
                                      heading="diversity")
     diversity_terms: str = option("terms of the diversity reward", "bleu,embedding", only="diversity",
@@ -108,7 +109,7 @@ class Config:
     micro_batch: int | None = option("rows per forward and backward, four times as many without gradients; 0: a "
                                      "minibatch", 0, 24)
     gradient_checkpointing: bool = option("keep only block inputs for the backward: less memory, a third slower", False)
-    lora: int = option("rank of LoRA adapters (needs peft), which alone are then trained and saved; 0: off", 0)
+    lora: int = option("rank of LoRA adapters (needs peft), trained in place of the model's weights; 0: off", 0)
     dtype: str | None = option("auto: bf16 if the processor has it", "fp32", "auto", choices=("fp32", "bf16", "auto"))
     device: str = option("auto, cpu, cuda or cuda:N", "auto")
     deterministic: bool = option("the same bits in every run on one machine: one CPU thread, slower kernels", False)
@@ -136,7 +137,7 @@ OPTIONS = {entry.name: entry.metadata["option"] for entry in fields(Config)}
 USAGE = """usage: python train.py [FILE.yaml | FILE.json] [--OPTION VALUE ...]
 
 Train an attacker and a defender against each other: Algorithm 1 of arXiv 2406.10977.
-Without options: the embedded game, on a CPU, about 3 minutes.
+Without options: the embedded game, on a CPU, 3 to 5 minutes.
 Of two defaults the first is for the embedded game, the second for user-supplied models. Names in a file have no dashes.
 """
 

@@ -1,9 +1,9 @@
 """A run's folder: what it holds, and how it is locked, written, resumed and read.
 
-A run writes config.json (first), metrics.jsonl (one line per PPO step), games.jsonl (every exchange), checkpoints/,
-attacker/, defender/ and average/, curves.png, report.md, summary.json (last: it marks the run as finished). Every file
-is complete or absent, and a run continues from its newest complete checkpoint as if it had never been stopped. This
-file uses the state of the game only through its `state_dict`.
+A run writes config.json (first), metrics.jsonl (one line per PPO step), games.jsonl (every exchange of these steps),
+checkpoints/, attacker/, defender/ and average/, curves.png, report.md, summary.json (last: it marks the run as
+finished). Every file but the logs is complete or absent, and a run continues from its newest complete checkpoint as if
+it had never been stopped. This file uses the state of the game only through its `state_dict`.
 """
 
 import contextlib
