@@ -498,8 +498,7 @@ def train_judge(model: Model, tokenizer: Tokenizer, samples: list[tuple], settin
     model.config.problem_type = "single_label_classification"
     model.config.judge_input = "pair"
     judge = classifier_judge(model, tokenizer)
-    fused = settings.dtype != torch.float32  # faster, in other bits: in fp32 the toy judge keeps those of its tables
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), fused=fused)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98))
     schedule = one_cycle(optimizer, settings.learning_rate, settings.steps)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     done = 0
