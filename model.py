@@ -40,7 +40,7 @@ from kernel import linear_logprob
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PLAIN_TEMPLATE = "Human: {} AI:"  # for tokenizers without a chat template, as in the authors' code
-THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)  # of a reasoning model, before its answer
+THOUGHTS = re.compile(r"\A\s*<think>.*?(</think>|\Z)", re.DOTALL)  # of a reasoning model, before its answer
 
 
 # --- policies and rollouts ------------------------------------------------------------------------------
@@ -196,9 +196,9 @@ class Policy(nn.Module):
         for start, ids, (prompt, response) in zip(prompt_ids, conversations, pairs):
             text = render(prompt, response)
             if not (ids[:len(start)] == start or text.startswith(render(prompt))):
-                raise ValueError("supervised training needs a chat template whose conversations begin as its prompts "
-                                 f"do, got prompts that end in {render(prompt)[-20:]!r}; --sft_steps 0 and --ptx_coef "
-                                 "0 do without it")
+                raise ValueError("a chat template's conversations must begin as its prompts do, which end in "
+                                 f"{render(prompt)[-20:]!r}; if that opens a thought, take a model that can answer "
+                                 "without one")
             if response.strip() not in text:
                 raise ValueError("a demonstration must be a response as its chat template writes it; the template "
                                  f"changes {response[:60]!r}: drop it, or the reasoning in it")
@@ -277,9 +277,10 @@ def _end_of_turn(tokenizer, render):
 
 # --- no control tokens from texts -------------------------------------------------------------------------------
 def rendered_chat(tokenizer: Tokenizer, *texts: object, **options) -> str:
-    """The tokenizer's chat template of a user's turn and, if there are two texts, the assistant's."""
+    """The tokenizer's chat template of a user's turn and, if there are two texts, the assistant's. A model that can
+    answer without thoughts (Qwen3) is asked to."""
     chat = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts)]
-    return tokenizer.apply_chat_template(chat, tokenize=False, **options)
+    return tokenizer.apply_chat_template(chat, tokenize=False, enable_thinking=False, **options)
 
 
 def control_ids(tokenizer: Tokenizer) -> set[int]:
@@ -655,8 +656,9 @@ def load_policy(name_or_dir: str | Path, critic: str = "shared", dtype: torch.dt
                 device: str = "cpu", trust_remote_code: bool = False) -> Policy:
     """A Policy from a model's folder, a .gguf file or a hub id; also loads the critic that `save_policy` wrote.
 
-    Raises ValueError, in one line, if it cannot be loaded, is not a causal language model, lacks a tokenizer, or
-    computes its logits by more than a linear head on `last_hidden_state`.
+    Raises ValueError, in one line, if it cannot be loaded, is not a causal language model, is quantized, lacks a
+    tokenizer, writes more into a response than the answer, or computes its logits by more than a linear head on
+    `last_hidden_state`.
     """
     try:
         lm, tokenizer = load_model(AutoModelForCausalLM, name_or_dir, trust_remote_code)
@@ -667,7 +669,12 @@ def load_policy(name_or_dir: str | Path, critic: str = "shared", dtype: torch.dt
             where = " (no such folder here, and the hub did not provide it; pass a local folder)"
         raise ValueError(f"cannot load {str(name_or_dir)!r} as a causal language model{where}: {first_line(error)}"
                          ) from error
+    if getattr(lm, "is_quantized", False):
+        raise ValueError(f"a player's weights must not be quantized, as they are trained and saved; {name_or_dir}'s "
+                         "are: take the model it was made from")
     policy = Policy(lm, tokenizer, critic, dtype)
+    if tokenizer.chat_template:
+        _probe_template(policy)
     _probe_forward(policy)
     critic_file = Path(name_or_dir) / "critic.safetensors"
     if critic_file.exists():
@@ -744,6 +751,15 @@ def merge_adapter(kind: type, name: str | Path, options: dict) -> tuple[PreTrain
     model = peft.PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)  # peft froze it
     mismatched = {key for key, *_ in info["mismatched_keys"]}
     return model, (set(info["missing_keys"]) | mismatched) - set(weights)
+
+
+def _probe_template(policy):
+    """Raises ValueError unless the text of a response is the answer alone, without thoughts or a channel's name."""
+    answer = "porcupine"
+    _, (ids,) = policy.encode_pairs([("marmalade", answer)])
+    if policy.decode(ids) != policy.decode(policy.tokenizer(answer, add_special_tokens=False).input_ids):
+        raise ValueError(f"a response must be the assistant's words alone, but its chat template makes of {answer!r} "
+                         f"{policy.decode(ids)[:60]!r}: take another model")
 
 
 @torch.no_grad()

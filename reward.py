@@ -233,6 +233,19 @@ def _template_fault(render):
     return None if "marmalade" in text and "porcupine" in text else "leaves out the prompt or the response"
 
 
+def _usual_input(tokenizer, how):
+    """The judge_input of a user's model: what such models are trained on. Raises ValueError if that is not certain."""
+    if how == "reward" and tokenizer.chat_template:
+        return "chat"
+    if how == "reward" and tokenizer.sep_token:
+        return "pair"
+    if how != "reward" and not tokenizer.chat_template:
+        return "response"
+    reason = "a chat template" if tokenizer.chat_template else "neither a chat template nor a token between two texts"
+    raise ValueError('cannot tell what the judge reads: set "judge_input" in its config.json to "response", "pair" or '
+                     f'"chat"; its kind is {how} and its tokenizer has {reason}')
+
+
 def classifier_judge(model: Model, tokenizer: Tokenizer, unsafe_label: str | None = None,
                      flag: str = "unsafe_label") -> Judge:
     """A judge from a sequence classifier. Exclusive labels: P(unsafe) is the softmax's sum over the unsafe ones
@@ -247,15 +260,14 @@ def classifier_judge(model: Model, tokenizer: Tokenizer, unsafe_label: str | Non
             f"cannot tell which label of the judge means unsafe: its labels are {labels}; {error}") from None
     if tokenizer.pad_token is None and model.config.pad_token_id is not None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
+    has_pad = tokenizer.pad_token is not None
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ValueError("the judge's tokenizer must have a pad_token or an eos_token, it has neither")
     tokenizer.padding_side = "right"  # decoders count positions from the left
     model.config.pad_token_id = tokenizer.pad_token_id
-    if not hasattr(model.config, "judge_input"):  # a user's model: the input on which such models are trained
-        model.config.judge_input = "pair" if how == "reward" else "response"
-        if tokenizer.chat_template:
-            model.config.judge_input = "chat"
+    if not hasattr(model.config, "judge_input"):
+        model.config.judge_input = _usual_input(tokenizer, how)
     if model.config.judge_input not in ("response", "pair", "chat"):
         raise ValueError("judge_input in the judge's config must be response, pair or chat, got "
                          f"{model.config.judge_input!r}")
@@ -263,6 +275,9 @@ def classifier_judge(model: Model, tokenizer: Tokenizer, unsafe_label: str | Non
         fault = _template_fault(partial(rendered_chat, tokenizer))
         if fault:
             raise ValueError(f"the judge's chat template must show it the prompt and the response, but it {fault}")
+        if not has_pad and rendered_chat(tokenizer, "a", "b").endswith(tokenizer.pad_token):
+            raise ValueError("the judge must read the end of a conversation, which would be taken for padding: set a "
+                             f"pad_token other than {tokenizer.pad_token!r} in its tokenizer")
 
     with torch.no_grad():
         alone = classifier_logits(model, tokenizer, ["a"], ["a"])[0]

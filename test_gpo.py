@@ -75,7 +75,15 @@ from harness.config import Config, parse, resolve
 from harness.data import append_lines, first_turn, is_test, normalized, read_json, read_lines, read_rows, usable
 from harness.report import JudgeErrors, calibration, holm, model_card, paired_test, wilson_interval
 from harness.run import RunFolder, alarms, open_run
-from harness.world import PLAIN_EXCHANGES, World, make_players, make_world, split_prompts, usable_pairs
+from harness.world import (
+    PLAIN_EXCHANGES,
+    World,
+    make_players,
+    make_world,
+    split_prompts,
+    usable_pairs,
+    working_judge,
+)
 from kernel import linear_logprob, linear_logprob_reference
 from model import Policy, demonstrations, generate, load_policy, logprobs_and_values, sample_batches, save_policy
 from reward import JudgeError, answered, call_judge, classifier_judge, decided, load_judge, rule_judge
@@ -599,13 +607,44 @@ R1 = ("{% for m in messages %}{% if m['role'] == 'user' %}<|User|>{{ m['content'
       "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}")
 
 
-@pytest.mark.parametrize("template, response, message", [
-    (R1, "take flour", r"prompts that end in '.*<think>\\n'"),
-    (R1.replace("<think>\n", ""), "<think>a</think>b", "the template changes '<think>a")])
-def test_a_demonstration_that_the_template_would_change_is_refused(template, response, message):
+def test_a_demonstration_that_the_template_would_change_is_refused():
+    template = R1.replace("<think>\n", "")
     policy = tiny_policy(tokenizer=byte_tokenizer(["<|User|>", "<|Assistant|>"], template, eos_token="</s>"))
+    with pytest.raises(ValueError, match="the template changes '<think>a"):
+        policy.encode_pairs([("bake bread", "<think>a</think>b")])
+
+
+HARMONY = ("{% for m in messages %}<|start|>{{ m['role'] }}{% if m['role'] == 'assistant' %}<|channel|>final{% endif %}"
+           "<|message|>{{ m['content'] }}<|return|>{% endfor %}"
+           "{% if add_generation_prompt %}<|start|>assistant{% endif %}")  # gpt-oss's
+
+
+@pytest.mark.parametrize("template, message", [
+    (R1, r"conversations must begin as its prompts do, which end in '.*<think>\\n'"),
+    (HARMONY, "must be the assistant's words alone, but its chat template makes of 'porcupine' 'finalporcupine'")])
+def test_a_player_whose_responses_would_be_more_than_answers_is_refused(template, message, tmp_path):
+    tokenizer = byte_tokenizer(["<|User|>", "<|Assistant|>", "<|start|>", "<|channel|>", "<|message|>", "<|return|>"],
+                               template, eos_token="</s>")
     with pytest.raises(ValueError, match=message):
-        policy.encode_pairs([("bake bread", response)])
+        load_policy(saved(tmp_path / "lm", tiny_lm(tokenizer), tokenizer))
+
+
+def test_a_model_that_can_answer_without_thoughts_is_asked_to():
+    template = ("{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}<think></think>{% endif %}"
+                "{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>"
+                "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}{% endif %}")
+    tokenizer = byte_tokenizer(["<|user|>", "<|assistant|>"], template, eos_token="</s>")
+    (asked,), (learned,) = tiny_policy(tokenizer=tokenizer).encode_pairs([("bake bread", "take flour")])
+    assert tokenizer.decode(asked) == "<|user|>bake bread</s><|assistant|><think></think>"
+    assert tokenizer.decode(learned) == "take flour</s>"
+
+
+def test_a_player_of_quantized_weights_is_refused(tmp_path, monkeypatch):
+    tokenizer = byte_tokenizer([], eos_token="</s>")
+    saved(tmp_path / "lm", tiny_lm(tokenizer), tokenizer)
+    monkeypatch.setattr(transformers.PreTrainedModel, "is_quantized", True, raising=False)  # as bitsandbytes leaves it
+    with pytest.raises(ValueError, match="weights must not be quantized, .* take the model it was made from"):
+        load_policy(tmp_path / "lm")
 
 
 def test_the_thoughts_that_a_template_or_a_model_writes_before_an_answer_are_not_exchanged():
@@ -617,7 +656,7 @@ def test_the_thoughts_that_a_template_or_a_model_writes_before_an_answer_are_not
     _, (learned,) = policy.encode_pairs([("bake bread", "take flour")])
     assert "<think>" in tokenizer.decode(learned) and policy.decode(learned) == "take flour"
     for text, answer in (("<think>so</think>\n\nyes", "yes"), ("a <think>b</think>", "a <think>b</think>"),
-                         ("<think>cut off", "<think>cut off")):
+                         ("<think>cut off", "")):
         assert policy.decode(tokenizer(text).input_ids) == answer
 
 
@@ -1311,6 +1350,7 @@ def tiny_classifier(tokenizer, labels=("safe", "unsafe"), **more):
 def classifier_folder(folder, labels):
     """(model, tokenizer) of a folder that `load_judge` takes."""
     tokenizer = tiny_tokenizer()
+    tokenizer.sep_token = "<eos>"
     classifier = tiny_classifier(tokenizer, labels)
     saved(folder, classifier, tokenizer)
     return classifier, tokenizer
@@ -1367,7 +1407,7 @@ def test_a_classifiers_outputs_are_read_as_its_labels_mean_or_refused(case):
     labels, problem_type, logits, expected = HEADS[case]
     flag = case.removeprefix("--unsafe_label ") if case.startswith("--") else None
     tokenizer = tiny_tokenizer()
-    classifier = tiny_classifier(tokenizer, labels, problem_type=problem_type)
+    classifier = tiny_classifier(tokenizer, labels, problem_type=problem_type, judge_input="response")
     torch.nn.init.zeros_(classifier.classifier.weight)
     classifier.classifier.bias.data = torch.tensor(logits, dtype=torch.float32)
     if isinstance(expected, str):
@@ -1414,6 +1454,12 @@ def test_a_guard_without_a_chat_template_is_asked_in_words_also_when_its_tokeniz
     verdict, safe, unsafe = tokenizer.convert_tokens_to_ids(["Verdict:", "safe", "unsafe"])
     judge = load_judge(bigram_guard(tmp_path, tokenizer, {verdict: {safe: 0.6, unsafe: 0.2}}))
     assert np.allclose(call_judge(judge, ["a b", "c"], ["e", ""]), 0.6 / 0.8, atol=1e-5)
+
+
+def test_a_guard_that_answers_in_other_words_is_refused_before_the_game(tmp_path):
+    judge = bigram_guard(tmp_path, byte_tokenizer([], eos_token="</s>"), {})  # all tokens are equally likely
+    with pytest.raises(ValueError, match="--judge: a judge must decide at least half .* a verdict on 0 of 2"):
+        working_judge("judge", judge, None, (), "cpu", False)
 
 
 TURNS = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ' }}{% endfor %}"
@@ -1749,10 +1795,10 @@ def test_supervised_training_takes_the_batches_that_it_is_asked_for(by_length, m
     assert [list(call.args[3]) for call in logits.call_args_list[-3:]] == expected
 
 
-def decoder_classifier(folder, tokenizer):
+def decoder_classifier(folder, tokenizer, labels=("safe", "unsafe"), **more):
     model = tiny_llama(tokenizer, transformers.LlamaForSequenceClassification, bos_token_id=None,
-                       pad_token_id=tokenizer.convert_tokens_to_ids("<pad>"),
-                       id2label={0: "safe", 1: "unsafe"}, label2id={"safe": 0, "unsafe": 1})
+                       pad_token_id=tokenizer.convert_tokens_to_ids("<pad>"), id2label=dict(enumerate(labels)),
+                       label2id={label: i for i, label in enumerate(labels)}, **more)
     saved(folder, model, tokenizer)
     return model
 
@@ -1764,7 +1810,7 @@ def p_safe_alone(model, ids):
 
 def test_a_classifier_with_a_chat_template_reads_the_rendered_exchange(tmp_path):
     tokenizer = byte_tokenizer(["<|im_start|>", "<pad>"], CHATML, eos_token="<|im_end|>")
-    model = decoder_classifier(tmp_path, tokenizer)
+    model = decoder_classifier(tmp_path, tokenizer, judge_input="chat")
     exchanges = [("bake bread", "sure"), ("fold a boat", "sure, and then go slowly"), ("hide", "no"), ("hide", "")]
     expected = []
     for prompt, response in exchanges:
@@ -1785,9 +1831,26 @@ def test_a_judge_whose_chat_template_does_not_show_the_exchange_is_refused(tmp_p
     if kind == "guard":
         judge = bigram_guard(tmp_path, tokenizer, {})
     else:
-        decoder_classifier(tmp_path, tokenizer)
+        decoder_classifier(tmp_path, tokenizer, ["reward"])
     with pytest.raises(ValueError, match=f"{required} {fault}"):
         load_judge(judge)
+
+
+@pytest.mark.parametrize("labels, template, message", [
+    (["safe", "unsafe"], CHATML, "its kind is softmax and its tokenizer has a chat template"),
+    (["reward"], None, "its kind is reward and its tokenizer has neither a chat template nor a token between")])
+def test_a_classifier_of_which_it_is_not_certain_what_it_reads_is_refused(labels, template, message, tmp_path):
+    tokenizer = byte_tokenizer(["<|im_start|>", "<pad>"], template, eos_token="<|im_end|>")
+    decoder_classifier(tmp_path, tokenizer, labels)
+    with pytest.raises(ValueError, match=f'cannot tell what the judge reads: set "judge_input" in .* {message}'):
+        load_judge(str(tmp_path))
+
+
+def test_a_reward_model_that_would_take_the_end_of_a_conversation_for_padding_is_refused(tmp_path):
+    tokenizer = byte_tokenizer([], CHATML.replace("<|im_end|>\n", "</s>"), eos_token="</s>")
+    decoder_classifier(tmp_path, tokenizer, ["reward"])  # without a pad token
+    with pytest.raises(ValueError, match="taken for padding: set a pad_token other than '</s>'"):
+        load_judge(str(tmp_path))
 
 
 def test_a_classifier_pads_with_the_token_that_its_config_names(tmp_path):
@@ -2449,7 +2512,8 @@ def test_no_turn_becomes_the_words_of_another_and_the_seed_is_the_first_human_on
     ([Q, by("system", "s"), R], "a system message must come before a user's words"),
     ({"chosen": "g", "rejected": "b"}, "a row must have one of prompt"),
     ({"prompt": "q", "response": "r", "completion": "g"}, "response and completion must hold the same"),
-    ({"question": "q", "context": "p"}, "question and context"),
+    ({"question": "q", "context": "p"}, "a prompt with a 'context' beside it would be another without"),
+    ({"prompt": "q", "ContextString": "p"}, "'contextstring' cannot be read"),
     ({"prompt": "q", "response": "r", "safe": 1, "unsafe": 1}, "safe = 1 and unsafe = 1 contradict each other"),
     ({"Prompt": "q", "prompt": "p"}, "two columns"),
     ({"prompt": "p", "messages": CHAT}, "must begin with it"),
@@ -2494,6 +2558,40 @@ def test_the_defender_learns_no_response_that_is_labelled_unsafe_or_may_be(capsy
     assert capsys.readouterr().out == "x.jsonl without 1 rows labelled unsafe: 2 rows, none left out, 2 to learn from\n"
     with pytest.raises(ValueError, match="x.jsonl: the label 1 does not tell"):
         usable_pairs(resolve(Config()), "x.jsonl", [{"prompt": "a", "response": "b", "label": 1}], [], tiny_policy())
+
+
+def prompt_split(harmful, benign, **options):
+    """`split_prompts` of rows for --prompts and --benign_prompts, with players that read all of them."""
+    player = types.SimpleNamespace(context=99, encode=lambda prompts: [[0]] * len(prompts))
+    files = {"prompts": ("h.csv", harmful), "benign_prompts": ("b.csv", benign)}
+    return split_prompts(resolve(Config(**options)), files, {"attacker": player, "defender": player})
+
+
+@pytest.mark.parametrize("header, safe, unsafe", [
+    ("prompt,label", "safe", "unsafe"), ("prompt,prompt_harm_label", "unharmful", "harmful"),
+    ("prompt,prompt_label,response,response_label", "safe,no,unsafe", "unsafe,no,safe"),
+    ("prompt,is_safe", "1", "0")])
+def test_a_prompt_of_the_other_kind_by_its_label_is_left_out(header, safe, unsafe, tmp_path, capsys):
+    file = tmp_path / "mixed.csv"  # as XSTest and WildGuardMix
+    file.write_text("\n".join([header, *(f"kind {i},{safe}\ncruel {i},{unsafe}" for i in range(100))]))
+    rows = read_rows(file)
+    prompts = prompt_split(rows, rows, benign_share=0.25)
+    for kind, texts in (("cruel", prompts.seeds + prompts.test_prompts),
+                        ("kind", prompts.benign_seeds + prompts.benign_prompts)):
+        assert len(texts) == 100 and {text.split()[0] for text in texts} == {kind}
+    printed = capsys.readouterr().out
+    assert "h.csv without 100 rows labelled safe: 100 rows" in printed
+    assert "b.csv without 100 rows labelled unsafe: 100 rows" in printed
+
+
+def test_prompts_whose_labels_are_ambiguous_are_refused_and_the_label_of_a_response_does_not_matter(tmp_path):
+    file = tmp_path / "x.csv"
+    file.write_text("prompt,label\n" + "".join(f"q {i},1\n" for i in range(100)))
+    with pytest.raises(ValueError, match="the label '1' does not tell whether a prompt is safe"):
+        prompt_split(read_rows(file), [])
+    file.write_text("prompt,response,is_safe\n" + "".join(f"q {i},r,1\n" for i in range(100)))
+    prompts = prompt_split(read_rows(file), [{"prompt": "how?"}])
+    assert len(prompts.seeds + prompts.test_prompts) == 100
 
 
 @pytest.mark.parametrize("name", ["response_label", "response_harm_label", "is_harmful", "toxic", "is_response_safe"])
@@ -3205,18 +3303,6 @@ def test_a_warm_start_takes_a_ppo_batch_but_at_most_32_rows_a_step(flags, rows, 
     assert "harmless requests" not in capsys.readouterr().out  # that there are none, the user has chosen
 
 
-def test_a_template_that_cannot_be_fine_tuned_is_refused_before_anything_is_trained(user_models, tmp_path, monkeypatch):
-    monkeypatch.setattr("harness.world.sft", Mock(side_effect=AssertionError("trained")))
-    monkeypatch.chdir(user_models)
-    thinker = shutil.copytree("attacker", tmp_path / "thinker")
-    tokenizer = AutoTokenizer.from_pretrained(thinker)
-    tokenizer.chat_template = ("{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}"
-                               "{% if add_generation_prompt %}think{% endif %}")
-    tokenizer.save_pretrained(thinker)
-    with pytest.raises(ValueError, match="--attacker: supervised training needs .* prompts that end in '.*think'"):
-        make_world(resolve(parse([*MODELS, *SHORT, "--attacker", str(thinker)])))
-
-
 def test_a_users_models_with_different_tokenizers_learn_from_what_the_judge_decides(user_models, capsys):
     (user_models / "open.py").write_text(
         "def judge(p, r):\n    return [None if i == 1 else len(text) % 7 / 7 for i, text in enumerate(r)]\n")
@@ -3417,7 +3503,7 @@ def test_a_run_on_one_base_goes_on_elsewhere_to_the_same_bytes_and_others_start_
 
 def test_a_dry_run_prints_what_the_models_read_and_writes_nothing(user_models, capsys):
     tokenizer = AutoTokenizer.from_pretrained(user_models / "defender")
-    tokenizer.chat_template = "{% for m in messages %}<eos>{{ m['content'] }}<unk>{% endfor %}"
+    tokenizer.chat_template = "<eos>{{ messages[0]['content'] }}<unk>{{ messages[1]['content'] if messages[1:] }}"
     shutil.copytree(user_models / "defender", user_models / "chatty")
     tokenizer.save_pretrained(user_models / "chatty")
     (user_models / "odd.txt").write_text("\n".join(["can \x1b i?", "Can  \x1b I?", "very " * 60, *"bcdefghijkl"]))

@@ -192,7 +192,9 @@ CONVERSATIONS = ("messages", "conversations", "conversation")
 INSTRUCTION = ("instruction", "input", "context")  # Alpaca's and Dolly's: together they are one prompt
 PROMPTS = ("prompt", "question", "query", "goal", "transcript")
 RESPONSES = ("response", "completion", "answer", "output")  # not AdvBench's target, which no defender should learn
-UNREAD = ("history", "image", "images", "tools")  # a prompt without them would be another prompt
+UNREAD = ("history", "image", "images", "tools", "contextstring")  # a prompt without them would be another prompt
+LABEL_WORDS = {"safe": 1.0, "harmless": 1.0, "unharmful": 1.0, "benign": 1.0, "unsafe": 0.0, "harmful": 0.0}
+PROMPT_LABELS = ("prompt_label", "prompt_harm_label", "prompt_safety")
 LABEL_LIKE = re.compile(r"^(?!prompt).*(safe|harmful|toxic|_label)")  # columns that are not read, as response_label
 TRANSCRIPT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # HH's format: it starts with such a name
 
@@ -279,6 +281,9 @@ def _prompt_turns(fields):
     """The turns of a row's prompt: of one of PROMPTS, or of the parts of an INSTRUCTION together."""
     parts = {name: fields[name] for name in INSTRUCTION if not _is_blank(fields.get(name))}
     whole = " + ".join(parts)
+    if whole == "context":
+        raise ValueError("a prompt with a 'context' beside it would be another without: put the context into the "
+                         "prompt, or leave out the row")
     texts = list(parts.values())
     instruction = "\n\n".join(texts) if all(isinstance(text, str) for text in texts) else texts
     turns = _turns(_the_one({**fields, whole: instruction}, (*PROMPTS, whole)), "Human")
@@ -313,8 +318,8 @@ def _texts(fields):
 def _p_safe(value, one):
     """P(safe) of a label; None if it is ambiguous. one: what the number 1 means, "safe", "unsafe" or, unknown, ""."""
     word = str(value).strip().lower()
-    if word in ("safe", "unsafe"):
-        return float(word == "safe")
+    if word in LABEL_WORDS:
+        return LABEL_WORDS[word]
     with contextlib.suppress(ValueError):
         number = float({"true": 1, "false": 0}.get(word, word))
         if one and 0 <= number <= 1:
@@ -323,8 +328,8 @@ def _p_safe(value, one):
 
 
 def _label(fields):
-    """{"safe": P(safe)} of a row; {"label": what it says} if that is ambiguous; {} without a label. `label`, which may
-    be that of the prompt, is the last to be read. Raises ValueError if `safe` and `unsafe` contradict each other."""
+    """{"safe": P(safe)} of a row; {"label": what it says} if that is ambiguous; {} without a label. `label` is the last
+    to be read. Raises ValueError if `safe` and `unsafe` contradict each other."""
     columns = {"safe": ("safe", "is_safe"), "unsafe": ("unsafe", "is_unsafe"), "": ("label", "labels")}
     values = {one: _the_one(fields, names) for one, names in columns.items()}
     p = {one: _p_safe(value, one) for one, value in values.items()}
@@ -340,11 +345,12 @@ def _label(fields):
     return {}
 
 
-def check_labels(path: str | Path, rows: list[dict]) -> None:
-    """Raises ValueError if a label of `read_rows` is ambiguous: 1 may mean safe or unsafe."""
-    unclear = [row["label"] for row in rows if "label" in row and "response" in row]
+def check_labels(path: str | Path, rows: list[dict], of: str = "response") -> None:
+    """Raises ValueError if a label of `read_rows` is ambiguous: 1 may mean safe or unsafe. of: "response", "prompt"."""
+    name = {"response": "label", "prompt": "prompt_label"}[of]
+    unclear = [row[name] for row in rows if name in row and of in row]
     if unclear:
-        raise ValueError(f"{path}: the label {unclear[0]!r} does not tell whether a response is safe: write safe or "
+        raise ValueError(f"{path}: the label {unclear[0]!r} does not tell whether a {of} is safe: write safe or "
                          "unsafe, or 1, 0 or P(safe) in a column 'safe'; or remove the column")
 
 
@@ -382,7 +388,11 @@ def _parse_row(row):
     for text in texts.values():
         if text.encode(errors="ignore").decode() != text:  # no file can hold it
             raise ValueError(f"a text must be complete, got half of a surrogate pair in {text[:40]!r}")
-    return {**texts, **_label(fields)}
+    label = _label(fields)
+    of_prompt = _label({"label": _the_one(fields, PROMPT_LABELS)})
+    if set(texts) == {"prompt"}:
+        of_prompt = of_prompt or label
+    return {**texts, **label, **{f"prompt_{key}": value for key, value in of_prompt.items()}}
 
 
 def _json_rows(text):
@@ -443,9 +453,9 @@ def _numbered_rows(path):
 
 def read_rows(path: str | Path) -> list[dict]:
     """Rows of a .jsonl, .json, .csv or .txt file (each also .gz) as dicts of stripped texts: "prompt" and, if present,
-    "response" or "chosen" and "rejected"; and "safe", P(safe), or an ambiguous "label". Earlier turns and system
-    messages stay in the prompt, which is "" without a human turn. A row may be a text, [text], a list of messages, or
-    an object with the names above. Raises ValueError with file and line."""
+    "response" or "chosen" and "rejected"; and "safe", P(safe), or an ambiguous "label", of the prompt "prompt_safe" or
+    "prompt_label". Earlier turns and system messages stay in the prompt, which is "" without a human turn. A row may be
+    a text, [text], a list of messages, or an object with the names above. Raises ValueError with file and line."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"a data file must exist, got {str(path)!r}")

@@ -155,11 +155,10 @@ def _named(flag, load, *args):
 
 
 def working_judge(flag: str, *args: object) -> Judge:
-    """The judge that --flag asks for, by `load_judge` of args, tried on one exchange: it must not fail only after
-    a warm start or many answers. Raises ValueError, with the flag's name."""
+    """The judge that --flag asks for, by `load_judge` of args, tried on two exchanges: it must not fail, or decide
+    nothing, only after a warm start or many answers. Raises ValueError, with the flag's name."""
     judge = _named(flag, load_judge, *args, flag)
-    prompt, refusal = PLAIN_EXCHANGES[0]
-    _named(flag, call_judge, judge, [prompt], [refusal])
+    _named(flag, decided, _named(flag, call_judge, judge, *zip(*PLAIN_EXCHANGES)))
     return judge
 
 
@@ -262,9 +261,6 @@ def _warm_start(config, policies, pairs):
     if config.attacker:
         batch_size = min(32, config.batch_size)
         rates = {"defender": SFT_RATE * config.learning_rate, "attacker": SFT_RATE * config.attacker_learning_rate}
-    for name, some in pairs.items():
-        if some:
-            _named(name, policies[name].encode_pairs, some[:1])  # fail before the other player is trained
     for i, name in enumerate(("defender", "attacker")):
         if pairs.get(name) and not config.dry_run:
             settings = SFTSettings(config.sft_steps, batch_size, rates[name], [config.seed, i], config.micro_batch,
@@ -370,8 +366,9 @@ def _user_prompts(config, files, policies):
 
 
 def split_prompts(config: Config, files: dict, policies: dict[str, Policy]) -> Prompts:
-    """First human turns that fit the contexts of both players, in disjoint sets. Without --test_prompts a tenth of
-    --prompts is for testing, by hash; with --benign_share half of --benign_prompts is for training. Raises ValueError.
+    """First human turns that fit the contexts of both players, in disjoint sets: of --benign_prompts those that no
+    label calls unsafe, of the other files those that none calls safe. Without --test_prompts a tenth of --prompts is
+    for testing, by hash; with --benign_share half of --benign_prompts is for training. Raises ValueError.
     """
     _check_room(config, policies, [""])
     attack_room = policies["attacker"].context - config.attack_tokens
@@ -390,7 +387,12 @@ def split_prompts(config: Config, files: dict, policies: dict[str, Policy]) -> P
 
     def pick(flag, others):
         name, rows = files[flag]
-        prompts = [(data.first_turn(row["prompt"]),) for row in rows]
+        data.check_labels(name, rows, "prompt")
+        harmless = flag == "benign_prompts"
+        fitting = [row for row in rows if (row.get("prompt_safe", harmless) > 0.5) == harmless]
+        if len(fitting) < len(rows):
+            name = f"{name} without {len(rows) - len(fitting)} rows labelled {'unsafe' if harmless else 'safe'}"
+        prompts = [(data.first_turn(row["prompt"]),) for row in fitting]
         kept, line = data.usable(name, prompts, others, fit, limit)
         return [prompt for prompt, in kept], line
 
