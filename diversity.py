@@ -36,7 +36,7 @@ from model import check_body, check_tokenizer, first_line, inert_texts, longest_
 
 Embedder = Callable[[list[str]], np.ndarray]  # B texts -> (B, D)
 ORDERS = (2, 3, 4, 5)
-BATCH_TOKENS = 96  # approximate size of an embedder's batch
+BATCH_TOKENS = 192  # approximate size of an embedder's batch
 FIXED_POINT = 2.0**32  # vectors are summed as integers in units of 2^-32
 
 
@@ -162,16 +162,18 @@ def word_embedder(texts: Sequence[str], width: int = 256) -> np.ndarray:
     return _unit(vectors)
 
 
-def _equal_groups(lengths):
-    """Row numbers in groups of texts of equal length; the last group is filled up by repetition. A batch's shape
-    depends on the length alone: otherwise a vector's last bits would depend on the texts beside it."""
+def _groups(lengths, longest):
+    """(length in multiples of 8, or longest, row numbers) of groups of texts of similar length; the last group of a
+    length is filled up by repetition. A batch's shape depends on its length alone: otherwise a vector's last bits would
+    depend on the texts beside it."""
+    lengths = [min(longest, -(-length // 8) * 8) for length in lengths]
     by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     for length, same in itertools.groupby(by_length, key=lengths.__getitem__):
         rows = list(same)
         size = max(1, BATCH_TOKENS // length)
         for start in range(0, len(rows), size):
             group = rows[start : start + size]
-            yield group + group[-1:] * (size - len(group))
+            yield length, group + group[-1:] * (size - len(group))
 
 
 def _pool(name):
@@ -202,10 +204,19 @@ def _pool(name):
     return pool
 
 
-def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool = False) -> Embedder:
+@torch.no_grad()
+def _states(model, rows, T, pad):
+    """An encoder's last hidden states (B, T, D) float64 of lists of token ids, padded on the right to T."""
+    padded = torch.tensor([ids + [pad] * (T - len(ids)) for ids in rows], device=model.device)
+    mask = torch.tensor([[1] * len(ids) + [0] * (T - len(ids)) for ids in rows], device=model.device)
+    return model(input_ids=padded, attention_mask=mask).last_hidden_state.double()  # only an encoder has it
+
+
+def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool = False,
+                  dtype: torch.dtype = torch.float32) -> Embedder:
     """Load an embedder from its `--embedder` string: `words`, or the folder or hub id of an encoder, whose last hidden
     states are averaged over the tokens (or the first is taken, if its modules.json says so): B texts -> (B, D)
-    float64 unit vectors. Raises ValueError if it cannot be loaded."""
+    float64 unit vectors. dtype: of the encoder. Raises ValueError if it cannot be loaded."""
     if name_or_dir == "words":
         return word_embedder
     try:
@@ -216,25 +227,28 @@ def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool
         check_body(model, info)
         check_tokenizer(tokenizer)
         pool = _pool(name_or_dir)
-        _ = model(**tokenizer("a", return_tensors="pt").to(device)).last_hidden_state  # only an encoder has it
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        ids = tokenizer("a").input_ids
+        alone, padded = (_states(model, [ids], len(ids) + n, tokenizer.pad_token_id)[0, : len(ids)] for n in (0, 9))
+        if not torch.allclose(alone, padded, atol=1e-3):
+            raise ValueError("padding changes its states; take another encoder")
+        model.to(dtype)
+        if dtype != torch.float32:
+            model.set_attn_implementation("eager")  # faster for short texts on a CPU
     except Exception as error:
         raise ValueError(f"cannot load the embedder {name_or_dir!r}; --embedder takes a local encoder folder, a hub id "
                          f"or 'words': {first_line(error)}") from error
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     longest = longest_input(tokenizer, model.config)
 
-    @torch.no_grad()
     def embed(texts):
         texts = [text if text.strip() else tokenizer.pad_token for text in inert_texts(tokenizer, texts)]  # a token
         ids = tokenizer(texts, truncation=True, max_length=longest).input_ids
         vectors = [None] * len(ids)
-        for rows in _equal_groups([len(row) for row in ids]):
-            batch = torch.tensor([ids[i] for i in rows], device=device)  # (B, T)
-            states = model(input_ids=batch).last_hidden_state.double()  # (B, T, D)
-            pooled = states.mean(1) if pool == "mean" else states[:, 0]
-            for i, vector in zip(rows, pooled.cpu().numpy()):
-                vectors[i] = vector
-        return _unit(np.stack(vectors))
+        for T, rows in _groups([len(row) for row in ids], longest):
+            states = _states(model, [ids[i] for i in rows], T, tokenizer.pad_token_id)  # (B, T, D)
+            for i, of_text in zip(rows, states):
+                vectors[i] = of_text[: len(ids[i])].mean(0) if pool == "mean" else of_text[0]
+        return _unit(torch.stack(vectors).cpu().numpy())
 
     return embed
 

@@ -1231,9 +1231,19 @@ def test_an_encoder_without_all_of_its_weights_is_refused(encoder, tmp_path, cap
     assert status == 2 and f"it has no weights for bert.{lost}" in line and not (tmp_path / "judge").exists()
 
 
-def test_the_bits_of_an_embedding_do_not_depend_on_the_other_texts(encoder):
-    texts = [" ".join(WORDS[i % 25:][:1 + i % 9]) for i in range(90)]  # up to ten of one length, of several lengths
-    embedder = load_embedder(encoder)
+def test_an_encoder_that_padding_changes_is_refused(encoder, monkeypatch):
+    forward = transformers.BertModel.forward
+    monkeypatch.setattr(transformers.BertModel, "forward",
+                        lambda self, input_ids, attention_mask: forward(self, input_ids))
+    with pytest.raises(ValueError, match="padding changes its states; take another encoder"):
+        load_embedder(encoder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bits_of_an_embedding_do_not_depend_on_the_other_texts(encoder, dtype):
+    texts = [" ".join(WORDS[i % 25:][:1 + i % 19]) for i in range(190)]  # up to ten of one length, of several lengths
+    embedder = load_embedder(encoder, dtype=dtype)
+    assert np.allclose(embedder(texts), load_embedder(encoder)(texts), atol=0.02)
     assert np.array_equal(embedder(texts), np.concatenate([embedder([text]) for text in texts]))
 
 

@@ -87,7 +87,7 @@ def make_world(config: Config, start: Path | None = None) -> World:
     if config.embedder == "toy":
         embedder = toy.embed
     else:
-        embedder = load_embedder(config.embedder, config.device, config.trust_remote_code)
+        embedder = load_embedder(config.embedder, config.device, config.trust_remote_code, DTYPES[config.dtype])
     rng = np.random.default_rng([config.seed, 2**20])
     if start:
         policies = _load_policies(config, start)
