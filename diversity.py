@@ -222,19 +222,20 @@ def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_dir, trust_remote_code=trust_remote_code)
         model, info = AutoModel.from_pretrained(name_or_dir, trust_remote_code=trust_remote_code,
-                                                output_loading_info=True)
+                                                dtype=torch.float32, output_loading_info=True)
         model.to(device).eval()
         check_body(model, info)
         check_tokenizer(tokenizer)
         pool = _pool(name_or_dir)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         ids = tokenizer("a").input_ids
-        alone, padded = (_states(model, [ids], len(ids) + n, tokenizer.pad_token_id)[0, : len(ids)] for n in (0, 9))
+        alone, padded = (_states(model, [ids], len(ids) + n, tokenizer.pad_token_id)[0, : len(ids)] for n in (0, 1))
         if not torch.allclose(alone, padded, atol=1e-3):
             raise ValueError("padding changes its states; take another encoder")
-        model.to(dtype)
+        for weight in model.parameters():  # not the buffers: rotary frequencies stay exact
+            weight.data = weight.data.to(dtype)
         if dtype != torch.float32:
-            model.set_attn_implementation("eager")  # faster for short texts on a CPU
+            model.set_attn_implementation("eager")  # on a CPU faster for short texts
     except Exception as error:
         raise ValueError(f"cannot load the embedder {name_or_dir!r}; --embedder takes a local encoder folder, a hub id "
                          f"or 'words': {first_line(error)}") from error
@@ -247,7 +248,7 @@ def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool
         for T, rows in _groups([len(row) for row in ids], longest):
             states = _states(model, [ids[i] for i in rows], T, tokenizer.pad_token_id)  # (B, T, D)
             for i, of_text in zip(rows, states):
-                vectors[i] = of_text[: len(ids[i])].mean(0) if pool == "mean" else of_text[0]
+                vectors[i] = of_text[: len(ids[i])].mean(0) if pool == "mean" else of_text[0].clone()
         return _unit(torch.stack(vectors).cpu().numpy())
 
     return embed

@@ -364,7 +364,8 @@ def attack_rows(run: FinishedRun | None, args: argparse.Namespace) -> list[dict]
         config = Config(template=PAPER_TEMPLATE, attack_tokens=48, response_tokens=64)
         attacker = load_policy(args.attacker, "shared", best_dtype(DEVICE), DEVICE, remote)
     if args.prompts:
-        seeds = [data.first_turn(row["prompt"]) for row in data.read_rows(args.prompts) if row["prompt"]]
+        _, rows = data.of_kind(args.prompts, data.read_rows(args.prompts), harmless=False)
+        seeds = [data.first_turn(row["prompt"]) for row in rows if row["prompt"]]
     if args.judge:
         judge = working_judge("judge", args.judge, args.unsafe_label, (), DEVICE, remote)
     source = Path(args.target) / "defender"  # if the target is a run

@@ -41,6 +41,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PLAIN_TEMPLATE = "Human: {} AI:"  # for tokenizers without a chat template, as in the authors' code
 THOUGHTS = re.compile(r"\A\s*<think>.*?(</think>|\Z)", re.DOTALL)  # of a reasoning model, before its answer
+EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*\Z")  # at the end of a prompt that asks for none
 
 
 # --- policies and rollouts ------------------------------------------------------------------------------
@@ -195,15 +196,18 @@ class Policy(nn.Module):
         response_ids = []
         for start, ids, (prompt, response) in zip(prompt_ids, conversations, pairs):
             text = render(prompt, response)
-            if not (ids[:len(start)] == start or text.startswith(render(prompt))):
+            same_tokens = ids[:len(start)] == start
+            begins = same_tokens or text.startswith(EMPTY_THOUGHT.sub("", render(prompt)))
+            thinks = not same_tokens and THOUGHTS.match(response)
+            if not begins and not thinks:
                 raise ValueError("a chat template's conversations must begin as its prompts do, which end in "
                                  f"{render(prompt)[-20:]!r}; if that opens a thought, take a model that can answer "
                                  "without one")
-            if response.strip() not in text:
+            if thinks or response.strip() not in text:
                 raise ValueError("a demonstration must be a response as its chat template writes it; the template "
                                  f"changes {response[:60]!r}: drop it, or the reasoning in it")
             rest = ids[len(start):]
-            if ids[:len(start)] != start:  # the response's first letters were merged into the prompt's last token
+            if not same_tokens:  # first letters merged into the prompt's last token, or no empty thought
                 text, = inert_texts(self.tokenizer, [response])
                 rest = self.tokenizer(text, add_special_tokens=False).input_ids
             end = next((i for i, token in enumerate(rest) if token in self.eos_ids), len(rest))

@@ -241,9 +241,10 @@ def _usual_input(tokenizer, how):
         return "pair"
     if how != "reward" and not tokenizer.chat_template:
         return "response"
-    reason = "a chat template" if tokenizer.chat_template else "neither a chat template nor a token between two texts"
-    raise ValueError('cannot tell what the judge reads: set "judge_input" in its config.json to "response", "pair" or '
-                     f'"chat"; its kind is {how} and its tokenizer has {reason}')
+    known = '"response", "pair" or "chat"' if tokenizer.chat_template else '"response" or "pair"'
+    reason = "a chat template" if tokenizer.chat_template else "neither a chat template nor a sep_token"
+    raise ValueError(f"cannot tell what the judge reads, as its kind is {how} and its tokenizer has {reason}: set "
+                     f'"judge_input" in the config.json of a local copy to {known}, or pass file.py:function')
 
 
 def classifier_judge(model: Model, tokenizer: Tokenizer, unsafe_label: str | None = None,
@@ -258,9 +259,9 @@ def classifier_judge(model: Model, tokenizer: Tokenizer, unsafe_label: str | Non
     except ValueError as error:
         raise ValueError(
             f"cannot tell which label of the judge means unsafe: its labels are {labels}; {error}") from None
-    if tokenizer.pad_token is None and model.config.pad_token_id is not None:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
-    has_pad = tokenizer.pad_token is not None
+    config_pad = model.config.pad_token_id  # with which it was trained
+    if tokenizer.pad_token is None and config_pad is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config_pad)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ValueError("the judge's tokenizer must have a pad_token or an eos_token, it has neither")
@@ -275,9 +276,9 @@ def classifier_judge(model: Model, tokenizer: Tokenizer, unsafe_label: str | Non
         fault = _template_fault(partial(rendered_chat, tokenizer))
         if fault:
             raise ValueError(f"the judge's chat template must show it the prompt and the response, but it {fault}")
-        if not has_pad and rendered_chat(tokenizer, "a", "b").endswith(tokenizer.pad_token):
+        if config_pad is None and rendered_chat(tokenizer, "a", "b").endswith(tokenizer.pad_token):
             raise ValueError("the judge must read the end of a conversation, which would be taken for padding: set a "
-                             f"pad_token other than {tokenizer.pad_token!r} in its tokenizer")
+                             f"pad_token other than {tokenizer.pad_token!r} in the tokenizer of a local copy")
 
     with torch.no_grad():
         alone = classifier_logits(model, tokenizer, ["a"], ["a"])[0]

@@ -637,6 +637,11 @@ def test_a_model_that_can_answer_without_thoughts_is_asked_to():
     (asked,), (learned,) = tiny_policy(tokenizer=tokenizer).encode_pairs([("bake bread", "take flour")])
     assert tokenizer.decode(asked) == "<|user|>bake bread</s><|assistant|><think></think>"
     assert tokenizer.decode(learned) == "take flour</s>"
+    tokenizer.chat_template = template.replace("{% if m['role'] == 'assistant' %}<think></think>{% endif %}", "")
+    pairs = [("bake bread", "take flour")]  # its conversations lack the empty thought, which is no part of the answer
+    assert tiny_policy(tokenizer=tokenizer).encode_pairs(pairs) == ([asked], [learned])
+    with pytest.raises(ValueError, match="a demonstration must be .* drop it, or the reasoning in it"):
+        tiny_policy(tokenizer=tokenizer).encode_pairs([("bake bread", "<think>so</think>take flour")])
 
 
 def test_a_player_of_quantized_weights_is_refused(tmp_path, monkeypatch):
@@ -1231,6 +1236,14 @@ def test_an_encoder_without_all_of_its_weights_is_refused(encoder, tmp_path, cap
     assert status == 2 and f"it has no weights for bert.{lost}" in line and not (tmp_path / "judge").exists()
 
 
+def test_an_encoder_that_was_saved_in_half_precision_runs_in_full_precision(encoder, tmp_path):
+    half = transformers.AutoModel.from_pretrained(encoder).half()
+    saved(tmp_path / "half", half, tiny_tokenizer())
+    saved(tmp_path / "full", half.float(), tiny_tokenizer())
+    vectors = [load_embedder(str(tmp_path / name))(["a b", "c"]) for name in ("half", "full")]
+    assert np.array_equal(*vectors)
+
+
 def test_an_encoder_that_padding_changes_is_refused(encoder, monkeypatch):
     forward = transformers.BertModel.forward
     monkeypatch.setattr(transformers.BertModel, "forward",
@@ -1468,7 +1481,7 @@ def test_a_guard_without_a_chat_template_is_asked_in_words_also_when_its_tokeniz
 
 def test_a_guard_that_answers_in_other_words_is_refused_before_the_game(tmp_path):
     judge = bigram_guard(tmp_path, byte_tokenizer([], eos_token="</s>"), {})  # all tokens are equally likely
-    with pytest.raises(ValueError, match="--judge: a judge must decide at least half .* a verdict on 0 of 2"):
+    with pytest.raises(ValueError, match="--judge: a judge must decide plain exchanges, .* as file.py:function"):
         working_judge("judge", judge, None, (), "cpu", False)
 
 
@@ -1847,18 +1860,19 @@ def test_a_judge_whose_chat_template_does_not_show_the_exchange_is_refused(tmp_p
 
 
 @pytest.mark.parametrize("labels, template, message", [
-    (["safe", "unsafe"], CHATML, "its kind is softmax and its tokenizer has a chat template"),
-    (["reward"], None, "its kind is reward and its tokenizer has neither a chat template nor a token between")])
+    (["safe", "unsafe"], CHATML, 'softmax and its tokenizer has a chat template: .* to "response", "pair" or "chat"'),
+    (["reward"], None, 'reward and its tokenizer has neither .* nor a sep_token: .* to "response" or "pair"')])
 def test_a_classifier_of_which_it_is_not_certain_what_it_reads_is_refused(labels, template, message, tmp_path):
     tokenizer = byte_tokenizer(["<|im_start|>", "<pad>"], template, eos_token="<|im_end|>")
     decoder_classifier(tmp_path, tokenizer, labels)
-    with pytest.raises(ValueError, match=f'cannot tell what the judge reads: set "judge_input" in .* {message}'):
+    with pytest.raises(ValueError, match=f"what the judge reads, as its kind is {message}, or pass file.py:function"):
         load_judge(str(tmp_path))
 
 
-def test_a_reward_model_that_would_take_the_end_of_a_conversation_for_padding_is_refused(tmp_path):
-    tokenizer = byte_tokenizer([], CHATML.replace("<|im_end|>\n", "</s>"), eos_token="</s>")
-    decoder_classifier(tmp_path, tokenizer, ["reward"])  # without a pad token
+@pytest.mark.parametrize("more", [{}, {"pad_token": "</s>"}])
+def test_a_reward_model_that_would_take_the_end_of_a_conversation_for_padding_is_refused(more, tmp_path):
+    tokenizer = byte_tokenizer([], CHATML.replace("<|im_end|>\n", "</s>"), eos_token="</s>", **more)
+    decoder_classifier(tmp_path, tokenizer, ["reward"])  # without a pad token in its config
     with pytest.raises(ValueError, match="taken for padding: set a pad_token other than '</s>'"):
         load_judge(str(tmp_path))
 
@@ -2599,9 +2613,12 @@ def test_prompts_whose_labels_are_ambiguous_are_refused_and_the_label_of_a_respo
     file.write_text("prompt,label\n" + "".join(f"q {i},1\n" for i in range(100)))
     with pytest.raises(ValueError, match="the label '1' does not tell whether a prompt is safe"):
         prompt_split(read_rows(file), [])
-    file.write_text("prompt,response,is_safe\n" + "".join(f"q {i},r,1\n" for i in range(100)))
-    prompts = prompt_split(read_rows(file), [{"prompt": "how?"}])
-    assert len(prompts.seeds + prompts.test_prompts) == 100
+    for header in ("prompt,response,is_safe", "prompt,model_output,is_safe", "prompt,response_0,is_response_0_safe"):
+        file.write_text(f"{header}\n" + "".join(f"q {i},r,1\n" for i in range(100)))  # the last as PKU-SafeRLHF
+        prompts = prompt_split(read_rows(file), [{"prompt": "how?"}])
+        assert len(prompts.seeds + prompts.test_prompts) == 100
+    with pytest.raises(ValueError, match="h.csv without 1 rows labelled safe: no prompt remains; take another file"):
+        prompt_split([{"prompt": "how?", "prompt_safe": 1.0}], [])
 
 
 @pytest.mark.parametrize("name", ["response_label", "response_harm_label", "is_harmful", "toxic", "is_response_safe"])
@@ -3971,6 +3988,10 @@ def test_a_trained_attacker_meets_a_target_and_its_attacks_are_written_the_worst
     assert hits > 0 and f"| {hits / 40:.3f} [{low:.3f}, {high:.3f}] |" in printed and rows[0]["response"] in printed
     status, line = ending(capsys, HERE, "attack", *players, *flags, program=evaluation)
     assert status == 2 and "--out must name a new file" in line and read_lines(tmp_path / "attacks.jsonl") == rows
+    (tmp_path / "seeds.csv").write_text(f"prompt,label\n{world.seeds[0]},safe\n{world.seeds[1]},unsafe\n")
+    flags = ["-n", 9, "--prompts", tmp_path / "seeds.csv", "--judge", "rule", "--out", tmp_path / "labelled.jsonl"]
+    run_program(HERE, "attack", *players, *flags, program=evaluation)
+    assert {row["seed"] for row in read_lines(flags[-1])} == {world.seeds[1]}
     out = tmp_path / "tries.jsonl"
     run_program(HERE, "attack", *players, "-n", 12, "--tries", 5, "--judge", "rule", "--out", out, program=evaluation)
     successes = defaultdict(list)

@@ -196,6 +196,7 @@ UNREAD = ("history", "image", "images", "tools", "contextstring")  # a prompt wi
 LABEL_WORDS = {"safe": 1.0, "harmless": 1.0, "unharmful": 1.0, "benign": 1.0, "unsafe": 0.0, "harmful": 0.0}
 PROMPT_LABELS = ("prompt_label", "prompt_harm_label", "prompt_safety")
 LABEL_LIKE = re.compile(r"^(?!prompt).*(safe|harmful|toxic|_label)")  # columns that are not read, as response_label
+RESPONSE_LIKE = re.compile("response|completion|answer|output|generation|chosen")  # a label beside one may be its own
 TRANSCRIPT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # HH's format: it starts with such a name
 
 
@@ -345,6 +346,18 @@ def _label(fields):
     return {}
 
 
+def of_kind(name: str, rows: list[dict], harmless: bool) -> tuple[str, list[dict]]:
+    """(name, rows) without rows whose prompts are labelled as of the other kind: harmless or, if not `harmless`,
+    harmful ones. The name then tells their number. Raises ValueError if a label is ambiguous, or if none remain."""
+    check_labels(name, rows, "prompt")
+    kept = [row for row in rows if (row.get("prompt_safe", harmless) > 0.5) == harmless]
+    if len(kept) < len(rows):
+        name = f"{name} without {len(rows) - len(kept)} rows labelled {'unsafe' if harmless else 'safe'}"
+    if not kept:
+        raise ValueError(f"{name}: no prompt remains; take another file")
+    return name, kept
+
+
 def check_labels(path: str | Path, rows: list[dict], of: str = "response") -> None:
     """Raises ValueError if a label of `read_rows` is ambiguous: 1 may mean safe or unsafe. of: "response", "prompt"."""
     name = {"response": "label", "prompt": "prompt_label"}[of]
@@ -390,7 +403,7 @@ def _parse_row(row):
             raise ValueError(f"a text must be complete, got half of a surrogate pair in {text[:40]!r}")
     label = _label(fields)
     of_prompt = _label({"label": _the_one(fields, PROMPT_LABELS)})
-    if set(texts) == {"prompt"}:
+    if set(texts) == {"prompt"} and not any(map(RESPONSE_LIKE.search, fields)):
         of_prompt = of_prompt or label
     return {**texts, **label, **{f"prompt_{key}": value for key, value in of_prompt.items()}}
 

@@ -158,7 +158,9 @@ def working_judge(flag: str, *args: object) -> Judge:
     """The judge that --flag asks for, by `load_judge` of args, tried on two exchanges: it must not fail, or decide
     nothing, only after a warm start or many answers. Raises ValueError, with the flag's name."""
     judge = _named(flag, load_judge, *args, flag)
-    _named(flag, decided, _named(flag, call_judge, judge, *zip(*PLAIN_EXCHANGES)))
+    if np.isnan(_named(flag, call_judge, judge, *zip(*PLAIN_EXCHANGES))).all():
+        raise ValueError(f"--{flag}: a judge must decide plain exchanges, but it decides neither a refusal nor an "
+                         "insult; a guard must answer safe or unsafe: wrap one with other words as file.py:function")
     return judge
 
 
@@ -386,13 +388,8 @@ def split_prompts(config: Config, files: dict, policies: dict[str, Policy]) -> P
         return sample(prompts, n, np.random.default_rng(0)) if len(prompts) > n else prompts
 
     def pick(flag, others):
-        name, rows = files[flag]
-        data.check_labels(name, rows, "prompt")
-        harmless = flag == "benign_prompts"
-        fitting = [row for row in rows if (row.get("prompt_safe", harmless) > 0.5) == harmless]
-        if len(fitting) < len(rows):
-            name = f"{name} without {len(rows) - len(fitting)} rows labelled {'unsafe' if harmless else 'safe'}"
-        prompts = [(data.first_turn(row["prompt"]),) for row in fitting]
+        name, rows = data.of_kind(*files[flag], flag == "benign_prompts")
+        prompts = [(data.first_turn(row["prompt"]),) for row in rows]
         kept, line = data.usable(name, prompts, others, fit, limit)
         return [prompt for prompt, in kept], line
 
