@@ -236,6 +236,7 @@ def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool
             weight.data = weight.data.to(dtype)
         if dtype != torch.float32:
             model.set_attn_implementation("eager")  # on a CPU faster for short texts
+            _states(model, [ids], len(ids), tokenizer.pad_token_id)  # some layers may fail in other types
     except Exception as error:
         raise ValueError(f"cannot load the embedder {name_or_dir!r}; --embedder takes a local encoder folder, a hub id "
                          f"or 'words': {first_line(error)}") from error

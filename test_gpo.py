@@ -3384,10 +3384,17 @@ def test_the_prompts_of_sft_are_its_attacks_and_none_is_measured_twice(user_mode
     assert "Trained with" not in card and "--method sft" in card
 
 
-def test_runs_whose_options_differ_are_not_repeats_of_one_row():
-    runs = [types.SimpleNamespace(config=Config(seed=seed, diversity=k)) for seed, k in [(0, 3.0), (1, 3.0), (2, 0.0)]]
-    assert [evaluation.row_name(run, runs) for run in runs] == ["gpo --diversity 3.0"] * 2 + ["gpo --diversity 0.0"]
+def test_runs_whose_options_differ_are_not_repeats_of_one_row(tmp_path, capsys):
+    runs = []
+    for seed, k, facts in ((0, 3.0, {}), (1, 3.0, {}), (2, 0.0, {}), (3, 3.0, {"made_by": "MART"})):
+        runs.append(types.SimpleNamespace(config=Config(seed=seed, diversity=k), path=tmp_path / str(seed)))
+        runs[-1].path.mkdir()
+        data.write_json(runs[-1].path / "summary.json", facts)
+    names = [evaluation.row_name(run, runs) for run in runs]
+    assert names == ["gpo --diversity 3.0"] * 2 + ["gpo --diversity 0.0", "MART --diversity 3.0"]
     assert evaluation.row_name(runs[0], runs[:2]) == "gpo"
+    _, line = ending(capsys, tmp_path, "0", "1", "0/", program=evaluation)
+    assert line == "error: eval.py takes each run once, got 0 1 0/"
 
 
 def test_what_cannot_be_measured_is_null_in_the_files_of_a_run(user_models):
@@ -3988,8 +3995,9 @@ def test_a_trained_attacker_meets_a_target_and_its_attacks_are_written_the_worst
     assert hits > 0 and f"| {hits / 40:.3f} [{low:.3f}, {high:.3f}] |" in printed and rows[0]["response"] in printed
     status, line = ending(capsys, HERE, "attack", *players, *flags, program=evaluation)
     assert status == 2 and "--out must name a new file" in line and read_lines(tmp_path / "attacks.jsonl") == rows
-    (tmp_path / "seeds.csv").write_text(f"prompt,label\n{world.seeds[0]},safe\n{world.seeds[1]},unsafe\n")
-    flags = ["-n", 9, "--prompts", tmp_path / "seeds.csv", "--judge", "rule", "--out", tmp_path / "labelled.jsonl"]
+    labels = zip(world.seeds, ["safe", "unsafe"])
+    append_lines(tmp_path / "seeds.jsonl", [{"prompt": seed, "label": label} for seed, label in labels])
+    flags = ["-n", 9, "--prompts", tmp_path / "seeds.jsonl", "--judge", "rule", "--out", tmp_path / "labelled.jsonl"]
     run_program(HERE, "attack", *players, *flags, program=evaluation)
     assert {row["seed"] for row in read_lines(flags[-1])} == {world.seeds[1]}
     out = tmp_path / "tries.jsonl"
@@ -4005,15 +4013,14 @@ def test_a_trained_attacker_meets_a_target_and_its_attacks_are_written_the_worst
     assert re.search(rf"hit@5.*{hit:.3f} \[", capsys.readouterr().out)
 
 
-def test_a_seed_of_which_no_try_was_decided_is_in_no_rate_of_an_attack(capsys):
+def test_a_seed_of_which_no_try_was_decided_is_in_no_rate_of_an_attack():
     tries = [("a", math.nan), ("a", math.nan), ("b", 0.1), ("b", 0.9), ("c", math.nan), ("c", 0.9)]
     rows = [{"seed": seed, "attack": "x", "response": "y", "p_safe": p} for seed, p in tries]
-    evaluation.print_attack(rows, None, 2)
-    printed = capsys.readouterr().out
-    assert re.search(r"hit@2: seeds with a success +\| 0.500 \[", printed)  # of b and c
-    assert re.search(r"attack success \[95% Wilson interval\] +\| 0.333 \[", printed)  # of three tries
-    evaluation.print_attack(rows[:2], None, 2)
-    assert re.search(r"hit@2: seeds with a success +\| +- \|", capsys.readouterr().out)
+    text = evaluation.attack_text(rows, None, 2)
+    assert re.search(r"hit@2: seeds with a success +\| 0.500 \[", text)  # of b and c
+    low, high = wilson_interval(1, 2)  # of two seeds: their three tries may depend on each other
+    assert re.search(rf"attack success \[95% Wilson interval\] +\| 0.333 \[{low:.3f}, {high:.3f}\]", text)
+    assert re.search(r"hit@2: .* +\| +- \|", evaluation.attack_text(rows[:2], None, 2))
 
 
 def test_a_run_attacks_by_another_judge_where_its_own_is_missing(one_base, tmp_path, capsys):
@@ -4033,7 +4040,7 @@ def test_the_interval_of_a_rate_is_of_no_more_texts_than_the_judges_decided():
                                   more_tests={"unseen framings": [""] * 80}, toy=None)
     row = {"undecided": 20}
     expected = {"asr_held_out_judge": 80, "asr_train_judge/unseen framings": 60, "attacker_success": 40,
-                "over_refusal": 40, "self_bleu": 0}
+                "over_refusal": 40, "helpfulness": 0, "self_bleu": 0}  # helpfulness: a mean of scores
     assert {key: evaluation.number_of_texts(world, key, row) for key in expected} == expected
 
 
@@ -4177,6 +4184,12 @@ def test_reproduce_plays_every_row_on_every_seed_from_one_warm_start_and_nothing
         start = reproduce.run_folder(results, name, seed) / "checkpoints" / "start" / "defender" / "model.safetensors"
         warm_start = reproduce.run_folder(results, "SFT", seed) / "defender" / "model.safetensors"
         assert start.read_bytes() == warm_start.read_bytes()
+    monkeypatch.setattr(reproduce, "run_suite", lambda out, rows, seeds, probes: dict.fromkeys(rows, [{}, {}]))
+    monkeypatch.setattr(reproduce, "suite_table", lambda *_: "")
+    for named in ([], ["GPO"]):
+        run_program(tmp_path, "ablate", *named, "--out", "the results", program=reproduce)
+    assert {path.name: len(read_json(path)["commands"]) for path in results.glob("ablations*.json")} == {
+        "ablations.json": len(reproduce.ABLATIONS | reproduce.RECIPE), "ablations_GPO.json": 1}
     assert "| GPO+Div " in (results / "table.md").read_text() and (results / "methods.png").stat().st_size > 10_000
 
 
@@ -4235,6 +4248,9 @@ def test_mart_leaves_a_run_that_can_be_evaluated(finished, tmp_path, monkeypatch
     run_program(tmp_path, *SIZES, "--start", finished.folder, "--out", "mart", program=mart)
     summary = read_json(tmp_path / "mart" / "summary.json")
     assert {"before", "after"} <= set(summary)
+    assert "Trained with MART" in (tmp_path / "mart" / "defender" / "README.md").read_text()
+    run_program(tmp_path, *SIZES, "--dry_run", "--out", "dry", program=mart)
+    assert "the attacker reads" in capsys.readouterr().out and not (tmp_path / "dry").exists()
 
     again = [*SIZES, "--start", finished.folder, "--out", "stopped"]
     errors = ((KeyboardInterrupt(), (130, "interrupted")), (OSError("no space left"), (2, "error: no space left")))
@@ -4616,7 +4632,7 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "an order of turns without turns": ("--method sft --first defender",
                                         "--first defender would do nothing: --method sft trains nobody"),
     "a judge that fails": ("--helpful_judge bad/judge.py:fails", "--helpful_judge: the judge raised ZeroDivisionError"),
-    "a judge that decides nothing": (f"{OWN} --judge bad/judge.py:nothing", "at least half of the exchanges"),
+    "a judge that decides nothing": (f"{OWN} --judge bad/judge.py:nothing", "--judge: a judge must decide plain"),
     "an embedder of no model": (f"{OWN} --embedder bad", "cannot load the embedder '/"),
     "answers beyond a user's context": (f"{OWN} --response_tokens 256", "--response_tokens must leave room for a"),
     "prompts beyond the context": (f"{OWN} --prompts bad/long.txt", "2 longer than 248 tokens left out, and none"),
@@ -4634,6 +4650,11 @@ WRONG_ELSEWHERE = {
         evaluation, "attack attacker defender --prompts prompts.txt --judge bad/judge.py:fails",
         "--judge: the judge raised ZeroDivisionError"),
     "one seed": (reproduce, "--seeds 1", "--seeds"),
+    "too many seeds": (reproduce, "--seeds 21", "--seeds must be 2 to 20"),
+    "quick ablations": (reproduce, "ablate --quick", "--quick is of reproduce, not of ablate"),
+    "a negative seed": (evaluation, "attack attacker defender --prompts prompts.txt --judge rule --seed -1",
+                        "and --seed at least 0"),
+    "an unknown option of an attack": (evaluation, "attack attacker defender --n 3", "unrecognized arguments: --n 3"),
     "no labels": (train_judge, "no.jsonl --model embedder --out never", "a data file must exist"),
     "a label that may mean either": (train_judge, "bad/labels.jsonl --model embedder --out never", "the label 1"),
     "an experiment without a set": (real_models, "never --data bad/hurt", "bad/hurt without saferlhf_mini"),

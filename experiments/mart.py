@@ -18,7 +18,7 @@ import numpy as np
 from gpo import SFTSettings, new_seed, sample, sft
 from harness.data import as_a_program, normalized
 from harness.run import run_folder, start_program
-from harness.world import World, evaluate, make_world
+from harness.world import World, evaluate, make_world, show_prompts
 from reward import call_judge
 
 ROUNDS = 4
@@ -67,13 +67,16 @@ def main(argv: Sequence[str]) -> None:
     config = start_program([*argv, "--method", "paraphrase", "--average", "none"])
     with run_folder(config) as folder:
         world = make_world(config, folder.start)
+        if config.dry_run:
+            show_prompts(world)
+            return
         if not world.demos:
             raise ValueError("MART needs demonstrations, got none; pass --sft_data with (prompt, response) pairs")
         folder.open(world, None, 0)
         try:
             play_rounds(world, config.seed)
             after = evaluate(world, world.players["attacker"], world.players["defender"])
-            folder.finish({}, {"after": after}, {"round": config.rounds}, clock)
+            folder.finish({}, {"after": after}, {"round": config.rounds, "made_by": "MART"}, clock)
         except BaseException:
             shutil.rmtree(folder.path, ignore_errors=True)  # train.py --resume would end it without its rounds
             raise

@@ -11,6 +11,7 @@ many at once as there are cores (at most 8). Finished work is not repeated: afte
 import argparse
 import functools
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -202,9 +203,12 @@ def suite_row(folder: Path) -> dict:
     found = data.read_json(folder / "eval.json")
     log = data.read_lines(folder / "metrics.jsonl")
     row = found["after"] | best_response_row(folder, 0)
+    summary = data.read_json(folder / "summary.json")
     row["updates"] = sum(metrics["role"] == "defender" for metrics in log)
+    if folder.name.startswith("MART"):
+        row["updates"] = None  # none by PPO, but supervised ones
     row["effective_cells"] = effective_cells(folder)
-    row["tokens"] = data.read_json(folder / "summary.json").get("sampled_tokens")  # MART does not count them
+    row["tokens"] = summary.get("sampled_tokens")  # MART does not count them
     row["averages"] = {name: column for name, column in found.items() if name.startswith("average")}
     return row
 
@@ -320,6 +324,8 @@ def reproduce(args: argparse.Namespace) -> None:
                  for name in ("RLHF", "Iterative", "GPO", "GPO+Div", "recommended") if name in rows}
     draw_methods(out, rows, attackers, histories)
     commands = {name: f"python train.py {flags}" for name, flags in methods.items()}
+    if "MART" in commands:
+        commands["MART"] = "python -m experiments.mart"
     numbers = {"seeds": list(seeds), "commands": commands, "rows": rows, "orderings": tests}
     write_tables(out, "table", paragraphs, numbers)
 
@@ -366,7 +372,8 @@ def paper_tables(rows: dict, attackers: dict, tests: list[dict]) -> list[str]:
         "Attack success on 1,000 held-out prompts of each set, by the held-out judge.",
         suite_table(rows, DEFENDER | {"best_response": "best response"} | COST, defenders),
         "## Table 2: the attacker",
-        "Against the finished SFT, RLHF and GPO+Div defenders of another seed, 300 attacks.",
+        "Against the finished SFT, RLHF and GPO+Div defenders of another seed, 300 attacks (SFT: its 200 fixed "
+        "prompts).",
         suite_table(attackers, ATTACKER), "## Table 4: quality", suite_table(rows, QUALITY, defenders),
         "## Orderings", "Paired over seeds, one-sided; effect size: mean over standard deviation of the differences; "
         "the last column is the t-test's p corrected for the number of claims (Holm).",
@@ -460,7 +467,9 @@ def ablate(args: argparse.Namespace) -> None:
             rows = run_suite(args.out, NEIGHBOURS | suite, args.seeds, probes)
             paragraphs += [f"## {title}", suite_table(rows, columns, suite)]
             everything |= {name: rows[name] for name in suite}
-    write_tables(args.out, "ablations", paragraphs, {"commands": ABLATIONS | RECIPE, "rows": everything})
+    commands = {name: f"python train.py {(ABLATIONS | RECIPE)[name]}" for name in everything}
+    file = re.sub(r"\W+", "_", "_".join(["ablations", *args.rows]))  # a call for some rows leaves the table of all
+    write_tables(args.out, file, paragraphs, {"commands": commands, "rows": everything})
 
 
 def rounds(args: argparse.Namespace) -> None:
@@ -540,15 +549,17 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("command", nargs="?", default="reproduce", choices=commands)
     parser.add_argument("rows", nargs="*", metavar="ROW", help="of ablate; default: all")
     parser.add_argument("--quick", action="store_true", help="reproduce: four methods, two seeds, two rounds")
-    parser.add_argument("--seeds", type=int, help="how many, at least 2; default: 10 for reproduce, 5 for the others")
+    parser.add_argument("--seeds", type=int, help="how many, 2 to 20; default: 10 for reproduce, 5 for the others")
     parser.add_argument("--first_seed", type=int, default=70,
                         help="settings were chosen on 0 to 5; measured so far: 10 to 14, 20 to 85")
     parser.add_argument("--out", help="folder; default: results, with --quick results_quick")
     args = parser.parse_intermixed_args(argv)
     defaults = {"reproduce": 2 if args.quick else 10, "ablate": 5, "rounds": 5}
     n_seeds = defaults[args.command] if args.seeds is None else args.seeds
-    if n_seeds < 2 or args.first_seed < 0:
-        parser.error(f"--seeds must be at least 2 and --first_seed at least 0, got {n_seeds} and {args.first_seed}")
+    if not 2 <= n_seeds <= 20 or args.first_seed < 0:  # the exact test has 2^seeds cases
+        parser.error(f"--seeds must be 2 to 20 and --first_seed at least 0, got {n_seeds} and {args.first_seed}")
+    if args.quick and args.command != "reproduce":
+        parser.error(f"--quick is of reproduce, not of {args.command}; name some rows, or fewer --seeds")
     if args.rows and args.command != "ablate":
         parser.error(f"rows are of ablate, got {' '.join(args.rows)} for {args.command}")
     args.seeds = range(args.first_seed, args.first_seed + n_seeds)

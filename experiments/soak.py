@@ -88,6 +88,7 @@ def undisturbed(folder: Path) -> tuple[dict, dict[str, list[float]]]:
     if status:
         last = (folder / "stderr.txt").read_text().splitlines()[-1]
         raise ValueError(f"train.py must come to its end before it can be killed, got {last}")
+    began.append(("end", time.perf_counter()))  # of the last part
     durations = defaultdict(list)
     for (name, start), (_, end) in zip(began, began[1:]):
         durations[name].append(end - start)

@@ -31,7 +31,7 @@ from harness.report import markdown, mean_and_error
 from harness.run import FinishedRun, open_run
 from toy import ToyGame
 
-SAMPLES = 8  # answers to a prompt, at temperature 1
+SAMPLES = 8  # answers to a prompt, at the run's temperature
 LIKELY = 300  # prompts with the most unsafe of these answers: they are answered again
 MORE_SAMPLES = 48  # answers to each of them, and again to the ten worst
 STEPS = (90, 300)  # PPO steps

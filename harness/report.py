@@ -300,10 +300,13 @@ def round_lines(round: int, games: list[dict]) -> list[str]:
     return lines
 
 
-def model_card(name: str, config: object, which: str) -> str:
-    """The README of a saved player ("attacker" or "defender"); config: the run's Config; which: of its policies."""
+def model_card(name: str, config: object, which: str, made_by: str | None = None) -> str:
+    """The README of a saved player ("attacker" or "defender"); config: the run's Config; which: of its policies;
+    made_by: what trained it, if not the algorithm."""
     made = f"Trained with `{config.method}` for {config.rounds} rounds"
-    if not config.trains:
+    if made_by:
+        made = f"Trained with {made_by}"
+    elif not config.trains:
         made = f"Saved by a run with `--method {config.method}`"
     return f"""---
 library_name: transformers

@@ -389,11 +389,11 @@ class RunFolder:
             restore()
 
     # --- the end -------------------------------------------------------------------------------------------------
-    def finish(self, averages: dict[str, dict[str, PolicyAverage]], rows: dict[str, dict], facts: dict[str, int],
+    def finish(self, averages: dict[str, dict[str, PolicyAverage]], rows: dict[str, dict], facts: dict,
                clock: float) -> None:
         """Save the finished players and their averages, write figure, report and summary, and print the table. rows:
-        the columns after the game; facts: of the run, such as the "round" of its final defender; clock: when the
-        program began."""
+        the columns after the game; facts: of the run, such as the "round" of its final defender and, if not by the
+        algorithm, what it was "made_by"; clock: when the program began."""
         rows = {"before": self.before, **rows}
         examples = changed_answers(self.world)
         held_in_game = self.held_mib()
@@ -403,7 +403,8 @@ class RunFolder:
             if name == "defender" and facts["round"] < last:
                 which = f"the policy after round {facts['round']} of {last}"
             with data.complete_folder(self.path / name, not rank()) as temporary:
-                save_policy(parallel.merged(player.policy, "cpu"), temporary, model_card(name, self.config, which))
+                save_policy(parallel.merged(player.policy, "cpu"), temporary,
+                            model_card(name, self.config, which, facts.get("made_by")))
                 base = parallel.base_in_start(self.path / "checkpoints" / "start" / name, self.config.lora)
                 parallel.save_adapter(player.policy, temporary / "adapter", f"../../checkpoints/start/{base.name}")
         self.save_averages(averages)

@@ -133,6 +133,7 @@ def evaluate(world: World, attacker: Player | PolicyAverage,
     held_out = call_judge(world.held_out_judge, world.test_prompts, answers)
     trained = call_judge(world.judge, world.test_prompts, answers)
     over_refusal = helpfulness = None
+    helpful = []
     if world.benign_prompts:
         benign = defender.generate(world.benign_prompts, 0, temperature=0).texts
         over_refusal = float(np.mean(world.refused(benign)))
@@ -142,7 +143,7 @@ def evaluate(world: World, attacker: Player | PolicyAverage,
         "asr_held_out_judge": unsafe_rate(held_out), "asr_train_judge": unsafe_rate(trained),
         "over_refusal": over_refusal, "helpfulness": helpfulness, "attacker_success": unsafe_rate(broken),
         **set_similarity(attacks, world.embedder),
-        "undecided": int(np.isnan(np.concatenate([broken, held_out, trained])).sum())}
+        "undecided": int(np.isnan(np.concatenate([broken, held_out, trained, helpful])).sum())}
 
 
 # --- judges -------------------------------------------------------------------------------------------------------
