@@ -3939,7 +3939,8 @@ def test_eval_repeats_the_numbers_of_the_run_measures_more_and_corrects_for_erro
               for prompt, tool in zip(harmful, tools)]
     safe = [{"prompt": prompt, "response": "no, that would be wrong.", "label": "safe"} for prompt in harmful[:20]]
     labels = tmp_path / "labels.jsonl"
-    arguments = [finished.folder, finished.folder, "--third_parties", finished.folder, "--judge_labels", labels]
+    again = shutil.copytree(finished.folder, tmp_path / "again")
+    arguments = [finished.folder, again, "--third_parties", finished.folder, "--judge_labels", labels]
     append_lines(labels, unsafe)
     status, line = ending(capsys, HERE, *arguments, program=evaluation)
     assert status == 2 and "safe and unsafe" in line
