@@ -205,8 +205,8 @@ def suite_row(folder: Path) -> dict:
     row = found["after"] | best_response_row(folder, 0)
     summary = data.read_json(folder / "summary.json")
     row["updates"] = sum(metrics["role"] == "defender" for metrics in log)
-    if folder.name.startswith("MART"):
-        row["updates"] = None  # none by PPO, but supervised ones
+    if "made_by" in summary:  # MART, by supervised updates
+        row["updates"] = None
     row["effective_cells"] = effective_cells(folder)
     row["tokens"] = summary.get("sampled_tokens")  # MART does not count them
     row["averages"] = {name: column for name, column in found.items() if name.startswith("average")}
