@@ -229,7 +229,9 @@ def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool
         pool = _pool(name_or_dir)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         ids = tokenizer("a").input_ids
-        alone, padded = (_states(model, [ids], len(ids) + n, tokenizer.pad_token_id)[0, : len(ids)] for n in (0, 1))
+        longest = longest_input(tokenizer, model.config)
+        lengths = (len(ids), max(len(ids), min(8, longest)))  # as `_groups` pads it
+        alone, padded = (_states(model, [ids], T, tokenizer.pad_token_id)[0, : len(ids)] for T in lengths)
         if not torch.allclose(alone, padded, atol=1e-3):
             raise ValueError("padding changes its states; take another encoder")
         for weight in model.parameters():  # not the buffers: rotary frequencies stay exact
@@ -240,7 +242,6 @@ def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool
     except Exception as error:
         raise ValueError(f"cannot load the embedder {name_or_dir!r}; --embedder takes a local encoder folder, a hub id "
                          f"or 'words': {first_line(error)}") from error
-    longest = longest_input(tokenizer, model.config)
 
     def embed(texts):
         texts = [text if text.strip() else tokenizer.pad_token for text in inert_texts(tokenizer, texts)]  # a token

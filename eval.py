@@ -414,7 +414,7 @@ def attack_text(rows: list[dict], run: FinishedRun | None, tries: int) -> str:
         hits = len({row["seed"] for row in broken})
         lines.append([f"hit@{tries}: seeds with a success", show(hits / n if n else None, n)])
     counts = Counter(group for group in groups if group is not None)
-    parts = [markdown(["", f"{len(rows)} attacks, {n} seeds"], [
+    parts = [markdown(["", f"{len(rows)} attacks, {len({row['seed'] for row in rows})} seeds"], [
         *lines, ["undecided, in no rate", len(rows) - len(decided)],
         ["different attacks that succeed", len(set(texts))], [f"{name}s broken", len(counts)]])]
     for group, count in counts.most_common(5):

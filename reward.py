@@ -276,7 +276,7 @@ def classifier_judge(model: Model, tokenizer: Tokenizer, unsafe_label: str | Non
         fault = _template_fault(partial(rendered_chat, tokenizer))
         if fault:
             raise ValueError(f"the judge's chat template must show it the prompt and the response, but it {fault}")
-        if config_pad is None and rendered_chat(tokenizer, "a", "b").endswith(tokenizer.pad_token):
+        if config_pad != tokenizer.pad_token_id and rendered_chat(tokenizer, "a", "b").endswith(tokenizer.pad_token):
             raise ValueError("the judge must read the end of a conversation, which would be taken for padding: set a "
                              f"pad_token other than {tokenizer.pad_token!r} in the tokenizer of a local copy")
 

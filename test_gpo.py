@@ -1236,12 +1236,14 @@ def test_an_encoder_without_all_of_its_weights_is_refused(encoder, tmp_path, cap
     assert status == 2 and f"it has no weights for bert.{lost}" in line and not (tmp_path / "judge").exists()
 
 
-def test_an_encoder_that_was_saved_in_half_precision_runs_in_full_precision(encoder, tmp_path):
-    half = transformers.AutoModel.from_pretrained(encoder).half()
-    saved(tmp_path / "half", half, tiny_tokenizer())
-    saved(tmp_path / "full", half.float(), tiny_tokenizer())
-    vectors = [load_embedder(str(tmp_path / name))(["a b", "c"]) for name in ("half", "full")]
-    assert np.array_equal(*vectors)
+def test_an_encoder_that_was_saved_in_half_precision_runs_in_full_precision(encoder, tmp_path, monkeypatch):
+    saved(tmp_path / "half", transformers.AutoModel.from_pretrained(encoder).half(), tiny_tokenizer())
+    dtypes = set()
+    forward = transformers.BertModel.forward
+    monkeypatch.setattr(transformers.BertModel, "forward",
+                        lambda self, **inputs: dtypes.add(self.dtype) or forward(self, **inputs))
+    load_embedder(str(tmp_path / "half"))(["a b", "c"])
+    assert dtypes == {torch.float32}  # from the first check on: in fp16 padding changes the states a little
 
 
 def test_an_encoder_that_padding_changes_is_refused(encoder, monkeypatch):
@@ -1869,10 +1871,11 @@ def test_a_classifier_of_which_it_is_not_certain_what_it_reads_is_refused(labels
         load_judge(str(tmp_path))
 
 
-@pytest.mark.parametrize("more", [{}, {"pad_token": "</s>"}])
-def test_a_reward_model_that_would_take_the_end_of_a_conversation_for_padding_is_refused(more, tmp_path):
-    tokenizer = byte_tokenizer([], CHATML.replace("<|im_end|>\n", "</s>"), eos_token="</s>", **more)
-    decoder_classifier(tmp_path, tokenizer, ["reward"])  # without a pad token in its config
+@pytest.mark.parametrize("marks, more", [
+    ([], {}), ([], {"pad_token": "</s>"}), (["<pad>"], {"pad_token": "</s>"})])  # the last: its config has another one
+def test_a_reward_model_that_would_take_the_end_of_a_conversation_for_padding_is_refused(marks, more, tmp_path):
+    tokenizer = byte_tokenizer(marks, CHATML.replace("<|im_end|>\n", "</s>"), eos_token="</s>", **more)
+    decoder_classifier(tmp_path, tokenizer, ["reward"])
     with pytest.raises(ValueError, match="taken for padding: set a pad_token other than '</s>'"):
         load_judge(str(tmp_path))
 
@@ -4019,7 +4022,7 @@ def test_a_seed_of_which_no_try_was_decided_is_in_no_rate_of_an_attack():
     rows = [{"seed": seed, "attack": "x", "response": "y", "p_safe": p} for seed, p in tries]
     text = evaluation.attack_text(rows, None, 2)
     assert re.search(r"hit@2: seeds with a success +\| 0.500 \[", text)  # of b and c
-    low, high = wilson_interval(1, 2)  # of two seeds: their three tries may depend on each other
+    low, high = wilson_interval(2 / 3, 2)  # of two seeds: their three tries may depend on each other
     assert re.search(rf"attack success \[95% Wilson interval\] +\| 0.333 \[{low:.3f}, {high:.3f}\]", text)
     assert re.search(r"hit@2: .* +\| +- \|", evaluation.attack_text(rows[:2], None, 2))
 
@@ -4189,8 +4192,8 @@ def test_reproduce_plays_every_row_on_every_seed_from_one_warm_start_and_nothing
     monkeypatch.setattr(reproduce, "suite_table", lambda *_: "")
     for named in ([], ["GPO"]):
         run_program(tmp_path, "ablate", *named, "--out", "the results", program=reproduce)
-    assert {path.name: len(read_json(path)["commands"]) for path in results.glob("ablations*.json")} == {
-        "ablations.json": len(reproduce.ABLATIONS | reproduce.RECIPE), "ablations_GPO.json": 1}
+    assert {path.name: len(read_json(path)["commands"]) for path in results.glob("ablation*.json")} == {
+        "ablations.json": len(reproduce.ABLATIONS | reproduce.RECIPE), "ablation_GPO.json": 1}
     assert "| GPO+Div " in (results / "table.md").read_text() and (results / "methods.png").stat().st_size > 10_000
 
 

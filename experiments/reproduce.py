@@ -468,7 +468,9 @@ def ablate(args: argparse.Namespace) -> None:
             paragraphs += [f"## {title}", suite_table(rows, columns, suite)]
             everything |= {name: rows[name] for name in suite}
     commands = {name: f"python train.py {(ABLATIONS | RECIPE)[name]}" for name in everything}
-    file = re.sub(r"\W+", "_", "_".join(["ablations", *args.rows]))  # a call for some rows leaves the table of all
+    file = "ablations"
+    if args.rows:  # they leave the table of all rows
+        file = re.sub(r"\W+", "_", "_".join(["ablation", *everything]))[:200]
     write_tables(args.out, file, paragraphs, {"commands": commands, "rows": everything})
 
 
@@ -556,10 +558,10 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_intermixed_args(argv)
     defaults = {"reproduce": 2 if args.quick else 10, "ablate": 5, "rounds": 5}
     n_seeds = defaults[args.command] if args.seeds is None else args.seeds
-    if not 2 <= n_seeds <= 20 or args.first_seed < 0:  # the exact test has 2^seeds cases
+    if not 2 <= n_seeds <= 20 or args.first_seed < 0:  # the exact test of reproduce has 2^seeds cases
         parser.error(f"--seeds must be 2 to 20 and --first_seed at least 0, got {n_seeds} and {args.first_seed}")
     if args.quick and args.command != "reproduce":
-        parser.error(f"--quick is of reproduce, not of {args.command}; name some rows, or fewer --seeds")
+        parser.error(f"--quick is of reproduce, not of {args.command}; take fewer --seeds")
     if args.rows and args.command != "ablate":
         parser.error(f"rows are of ablate, got {' '.join(args.rows)} for {args.command}")
     args.seeds = range(args.first_seed, args.first_seed + n_seeds)

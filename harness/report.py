@@ -66,7 +66,7 @@ def show(value: float | None, n: int = 0) -> str:
         return "-"
     if n == 0:
         return f"{value:.3f}"
-    low, high = wilson_interval(round(value * n), n)
+    low, high = wilson_interval(value * n, n)
     return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
@@ -85,8 +85,8 @@ def standard_error(values: Sequence | np.ndarray) -> np.ndarray:
     return np.std(values, axis=0, ddof=1) / math.sqrt(len(values))
 
 
-def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """95% interval (low, high) of a proportion of n > 0 (Wilson, 1927)."""
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+    """95% interval (low, high) of a proportion of n > 0 (Wilson, 1927); successes may be a sum of rates."""
     z = 1.959963984540054  # 97.5% of a normal distribution lie below
     p = successes / n
     centre = p + z * z / (2 * n)
