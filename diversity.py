@@ -162,11 +162,16 @@ def word_embedder(texts: Sequence[str], width: int = 256) -> np.ndarray:
     return _unit(vectors)
 
 
+def _padded(length, longest):
+    """The length to which a text is padded: a multiple of 8, or longest."""
+    return min(longest, -(-length // 8) * 8)
+
+
 def _groups(lengths, longest):
-    """(length in multiples of 8, or longest, row numbers) of groups of texts of similar length; the last group of a
+    """(padded length, row numbers) of groups of texts of similar length; the last group of a
     length is filled up by repetition. A batch's shape depends on its length alone: otherwise a vector's last bits would
     depend on the texts beside it."""
-    lengths = [min(longest, -(-length // 8) * 8) for length in lengths]
+    lengths = [_padded(length, longest) for length in lengths]
     by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     for length, same in itertools.groupby(by_length, key=lengths.__getitem__):
         rows = list(same)
@@ -230,7 +235,7 @@ def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         ids = tokenizer("a").input_ids
         longest = longest_input(tokenizer, model.config)
-        lengths = (len(ids), max(len(ids), min(8, longest)))  # as `_groups` pads it
+        lengths = (len(ids), _padded(len(ids), longest))
         alone, padded = (_states(model, [ids], T, tokenizer.pad_token_id)[0, : len(ids)] for T in lengths)
         if not torch.allclose(alone, padded, atol=1e-3):
             raise ValueError("padding changes its states; take another encoder")

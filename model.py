@@ -41,6 +41,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PLAIN_TEMPLATE = "Human: {} AI:"  # for tokenizers without a chat template, as in the authors' code
 THOUGHTS = re.compile(r"\A\s*<think>.*?(</think>|\Z)", re.DOTALL)  # of a reasoning model, before its answer
+PROBE = ("marmalade", "porcupine")  # a prompt and a response, to see what a chat template makes of them
 EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*\Z")  # at the end of a prompt that asks for none
 
 
@@ -267,15 +268,15 @@ def _eos_ids(lm, tokenizer, render, V):
 def _end_of_turn(tokenizer, render):
     """The first control token after the assistant's text in the chat template; None if the turn ends in plain text."""
     try:
-        text = render("marmalade", "porcupine")
+        text = render(*PROBE)
     except Exception as error:  # a template may raise anything
         raise ValueError(f"its chat template cannot render a user's and an assistant's turn: {first_line(error)}"
                          ) from error
-    if text.count("marmalade") != 1 or text.count("porcupine") != 1:
+    if [text.count(words) for words in PROBE] != [1, 1]:
         raise ValueError("its chat template must render the words of the user and of the assistant once each, got "
                          f"{text[:200]!r}")
     control = control_ids(tokenizer)
-    rest = tokenizer(text.partition("porcupine")[2], add_special_tokens=False).input_ids
+    rest = tokenizer(text.partition(PROBE[1])[2], add_special_tokens=False).input_ids
     return next((i for i in rest if i in control), None)
 
 
@@ -759,8 +760,8 @@ def merge_adapter(kind: type, name: str | Path, options: dict) -> tuple[PreTrain
 
 def _probe_template(policy):
     """Raises ValueError unless the text of a response is the answer alone, without thoughts or a channel's name."""
-    answer = "porcupine"
-    _, (ids,) = policy.encode_pairs([("marmalade", answer)])
+    _, answer = PROBE
+    _, (ids,) = policy.encode_pairs([PROBE])
     if policy.decode(ids) != policy.decode(policy.tokenizer(answer, add_special_tokens=False).input_ids):
         raise ValueError(f"a response must be the assistant's words alone, but its chat template makes of {answer!r} "
                          f"{policy.decode(ids)[:60]!r}: take another model")

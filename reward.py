@@ -33,6 +33,7 @@ from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from model import (
+    PROBE,
     encode_rendered,
     first_line,
     inert_texts,
@@ -227,10 +228,10 @@ def classifier_logits(model: Model, tokenizer: Tokenizer, prompts: Sequence[str]
 def _template_fault(render):
     """Why the chat template behind render(prompt, response) does not show a judge both of them; None if it does."""
     try:
-        text = render("marmalade", "porcupine")
+        text = render(*PROBE)
     except Exception as error:  # of the template
         return f"fails: {first_line(error)}"
-    return None if "marmalade" in text and "porcupine" in text else "leaves out the prompt or the response"
+    return None if all(words in text for words in PROBE) else "leaves out the prompt or the response"
 
 
 def _usual_input(tokenizer, how):
