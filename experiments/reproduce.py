@@ -538,7 +538,7 @@ def draw_rounds(out: str | Path, rows: dict) -> None:
             report.band(axis, horizons, np.array(values).T, label, look)
         axis.set(xscale="log", xlabel="rounds T", ylabel="attack success", ylim=(0, 1), title=title)
         axis.set_xticks(HORIZONS, HORIZONS)
-        axis.legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8)  # of both
     report.save_figure(canvas, Path(out) / "rounds.png")
 
 
