@@ -23,6 +23,7 @@ import itertools
 import math
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -144,6 +145,29 @@ def supervised_loss(policy: Policy, demos: Rollout) -> torch.Tensor:
     """Mean negative log-likelihood per response token of demonstrations (a Rollout of B rows), in nats: shape ()."""
     logprobs, _, _ = logprobs_and_values(policy, demos, with_values=False)
     return -(logprobs * demos.response_mask).sum() / demos.response_mask.sum().clamp(min=1)
+
+
+def unlikelihood_loss(policy: Policy, answers: Rollout, initial: Policy) -> torch.Tensor:
+    """How likely given answers (a Rollout of B rows) still are, per response token: shape (). With answers y of the
+    initial policy pi_0 that are unsafe, sum_y pi(y|x) / pi_0(y|x) estimates P(unsafe) by importance sampling. This
+    loss has its gradient, sum_y w grad log pi(y|x), with weights w truncated at 1 (Ionides, 2008). Sampling from pi
+    itself would give this gradient only once in 1 / P(unsafe) answers. After unlikelihood training (Welleck et al.,
+    2020)."""
+    with torch.no_grad():
+        before, _, _ = logprobs_and_values(initial, answers, with_values=False)
+    logprobs, _, _ = logprobs_and_values(policy, answers, with_values=False)
+    change = ((logprobs - before) * answers.response_mask).sum(1)  # (B,) nats
+    weights = change.detach().clamp(max=0).exp()
+    return (weights * change).sum() / answers.response_mask.sum().clamp(min=1)
+
+
+@dataclass
+class ExtraLoss:
+    """A loss on given (prompt, response) pairs, beside PPO's."""
+
+    pairs: Rollout
+    coef: float = 1.0
+    loss: Callable[[Policy, Rollout], torch.Tensor] = supervised_loss  # per response token: shape ()
 
 
 # --- players ------------------------------------------------------------------------------------------------
@@ -342,13 +366,13 @@ class Experience:
 
 
 def ppo_update(player: Player, rollout: Rollout, scores: np.ndarray | torch.Tensor, seed: int,
-               demos: Rollout | None = None, ptx_coef: float = 0.0) -> dict[str, float]:
+               extra: Sequence[ExtraLoss] = ()) -> dict[str, float]:
     """One PPO update (Schulman et al., 2017) of a player on its own rollout; returns its metrics by name.
 
-    scores (B,): one number for each response. demos: demonstrations whose likelihood is kept up during the update with
-    weight ptx_coef (PPO-ptx, Ouyang et al., 2022). With several processes all pass the same arguments. A step with a
-    non-finite number is skipped; so is the whole update if whitening would spread that number. Non-finite metrics are
-    left out. Raises NotFinite, and ValueError if the batch cannot be divided evenly.
+    scores (B,): one number for each response. extra: losses added to PPO's, as that of demonstrations (PPO-ptx, Ouyang
+    et al., 2022). With several processes all pass the same arguments. A step with a non-finite number is skipped; so is
+    the whole update if whitening would spread that number. Non-finite metrics are left out. Raises NotFinite, and
+    ValueError if the batch cannot be divided evenly.
     """
     B = len(rollout)
     parts = player.minibatches * world_size()
@@ -369,9 +393,9 @@ def ppo_update(player: Player, rollout: Rollout, scores: np.ndarray | torch.Tens
         for m, rows in enumerate(minibatches):
             if not mask[rows].any():  # none of its exchanges was decided: a step would be AdamW's momentum alone
                 continue
-            if demos is not None and ptx_coef > 0:
-                part = torch.arange(len(demos)).tensor_split(player.minibatches)[m]
-                supervised_gradients(player.policy, demos, part, player.micro_batch, ptx_coef)
+            for term in extra:
+                part = torch.arange(len(term.pairs)).tensor_split(player.minibatches)[m]
+                extra_gradients(player.policy, term, part, player.micro_batch)
             steps.append(minibatch_gradients(player, rollout, old, rows, is_first=not steps))
             optimizer_step(player, steps[-1])
     metrics = rollout_metrics(old, rollout, scores)
@@ -414,14 +438,13 @@ def experience(player: Player, rollout: Rollout, scores: torch.Tensor,
     return Experience(logprobs, ref_logprobs, values, entropy, whiten(advantages, mask), returns)
 
 
-def supervised_gradients(policy: Policy, demos: Rollout, rows: torch.Tensor, micro_batch: int,
-                         coef: float = 1.0) -> float:
-    """Add the gradient of coef times `supervised_loss` on the given rows (n,); returns what it is the gradient of."""
-    n_tokens = demos.response_mask[rows].sum()
+def extra_gradients(policy: Policy, term: ExtraLoss, rows: torch.Tensor, micro_batch: int) -> float:
+    """Add the gradient of an extra loss on the given rows (n,); returns what it is the gradient of."""
+    n_tokens = term.pairs.response_mask[rows].sum()
     total = torch.zeros((), device=policy.device)
     for some in my_rows(rows).split(micro_batch or len(rows)):
-        part = demos.select(some)
-        loss = coef * supervised_loss(policy, part) * (part.response_mask.sum() / n_tokens)
+        part = term.pairs.select(some)
+        loss = term.coef * term.loss(policy, part) * (part.response_mask.sum() / n_tokens)
         loss.backward()
         total += loss.detach()
     return all_sum(total).item()
@@ -545,7 +568,7 @@ def sft(policy: Policy, pairs: list[tuple[str, str]], settings: SFTSettings) -> 
     bar = trange(settings.steps, desc=f"{settings.name:<22}", dynamic_ncols=True)
     for step in bar:
         rows = torch.from_numpy(batches[step]).to(policy.device)
-        loss = supervised_gradients(policy, demos, rows, settings.micro_batch)
+        loss = extra_gradients(policy, ExtraLoss(demos), rows, settings.micro_batch)
         if not_finite(gradient=clip_gradients(policy, 1.0)):
             raise NotFinite(f"supervised training stopped at step {step + 1}: its gradient is not finite; "
                             "lower the learning rate or look at the model's weights")
@@ -646,14 +669,10 @@ class PolicyAverage:
         """Whether a mixture still has every policy that was added: `members` are then in the order of the rounds."""
         return self.count == len(self.members)
 
-    def copy_to(self, policy: Policy, member: int) -> None:
-        """Give a policy a member's weights."""
-        load_weights(policy.lm, self.members[member])
-
     def policy(self, member: int = 0) -> Policy:
         """A frozen policy with a member's weights."""
         policy = frozen_copy(self.player.policy)
-        self.copy_to(policy, member)
+        load_weights(policy.lm, self.members[member])
         return policy
 
     def generate(self, prompts: list[str], seed: int, temperature: float | None = None) -> Rollout:

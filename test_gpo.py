@@ -69,7 +69,20 @@ import train
 from diversity import Diversity, load_embedder, self_bleu, set_similarity, word_embedder
 from experiments import bench, mart, probe, real_models, real_scores, reproduce, train_judge, worst_case
 from experiments.soak import outcome
-from gpo import Player, PolicyAverage, SFTSettings, gae, nash_gap, play, ppo_update, sft, solve_matrix_game
+from gpo import (
+    Exchanges,
+    ExtraLoss,
+    Player,
+    PolicyAverage,
+    SFTSettings,
+    gae,
+    nash_gap,
+    play,
+    ppo_update,
+    sft,
+    solve_matrix_game,
+    unlikelihood_loss,
+)
 from harness import data, parallel
 from harness.config import Config, parse, resolve
 from harness.data import append_lines, first_turn, is_test, normalized, read_json, read_lines, read_rows, usable
@@ -163,7 +176,7 @@ def bytes_of(module):
 def a_config(**kwargs):
     """Resolved options of a short game between tiny players."""
     sizes = dict(rounds=1, attacker_steps=2, defender_steps=1, batch_size=8, attack_tokens=6, response_tokens=6)
-    off = dict(mine=0, benign_share=0.0, ptx_coef=0.0, min_likelihood=0.0)
+    off = dict(mine=0, unlikelihood_coef=0.0, benign_share=0.0, ptx_coef=0.0, min_likelihood=0.0)
     rates = dict(learning_rate=1e-3, attacker_learning_rate=1e-3)
     return resolve(Config(**{"out": f"nowhere_{os.getpid()}", **sizes, **off, **rates, **kwargs}))
 
@@ -1129,9 +1142,56 @@ def test_a_supervised_term_keeps_demonstrations_likely():
         player = tiny_player(learning_rate=3e-3)
         demos = demonstrations(player.policy, [("a b", "yes"), ("c d", "no")] * 4)
         for step in range(10):
-            ppo_update(player, player.generate(PROMPTS, step), np.zeros(8), step, demos, coef)
+            ppo_update(player, player.generate(PROMPTS, step), np.zeros(8), step, [ExtraLoss(demos, coef)])
         likelihood[coef] = -gpo.supervised_loss(player.policy, demos).item()
     assert likelihood[1.0] > likelihood[0.0] + 0.5
+
+
+def test_the_unlikelihood_loss_has_the_gradient_of_the_unsafe_probability():
+    """Answers are one token; those with an even id are unsafe. The loss, weighted by the chance pi_0 of each answer,
+    has the gradient of the sum of pi over them. Where pi exceeds pi_0 its weight stays 1 instead of pi / pi_0."""
+    policy = tiny_policy(1)
+    initial = tiny_policy(0)
+    at = demonstrations(policy, [("a b", "yes")])
+    prompt = at.tokens[:, : int(at.prompt_lengths[0])]  # (1, T)
+
+    def probabilities(policy):
+        return policy.lm(prompt).logits[0, -1].softmax(-1)  # (V,)
+
+    p_0, p = probabilities(initial).detach(), probabilities(policy)
+    unsafe = range(0, policy.tokens, 2)
+    head = policy.lm.get_output_embeddings().weight
+    truncated = (p_0 / p.detach()).clamp(max=1)
+    expected, = torch.autograd.grad(sum(truncated[y] * p[y] for y in unsafe), head)
+    loss = 0
+    for y in unsafe:
+        answer = replace(at, tokens=torch.cat([prompt, torch.tensor([[y]])], 1), lengths=at.prompt_lengths + 1)
+        loss = loss + p_0[y] * unlikelihood_loss(policy, answer, initial)
+    found, = torch.autograd.grad(loss, head)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-7) and expected.abs().max() > 1e-4
+    assert 0.1 < (truncated < 1).float().mean() < 0.9
+
+
+def test_unlearned_answers_become_unlikely_and_the_likely_ones_are_unlearned_first():
+    config, world, game = new_match(unlikelihood_coef=20.0, batch_size=8)
+    defender = game.players["defender"]
+    answers = {"a b": "yes no", "c d": "no", "e f": "safe"}
+    responses = demonstrations(defender.policy, list(answers.items()))
+    played = Exchanges(list(answers), None, list(answers), responses, np.array([0.1, 0.2, 0.6]), 0.0, 0)
+    game.replay.add_answers(played)
+    assert game.replay.unsafe_answers == {"a b": "yes no", "c d": "no"}  # the third is safe
+    extra, = train.extra_losses(config, world, game, np.random.default_rng(0))
+    before = game.replay.answers(list(game.replay.unsafe_answers), defender)
+    first = gpo.log_likelihoods(defender.policy, before)
+    for step in range(10):
+        ppo_update(defender, defender.generate(PROMPTS, step), np.zeros(8), step, [extra])
+    game.replay.measure(defender)
+    n_tokens = before.response_mask.sum(1)
+    change = (gpo.log_likelihoods(defender.policy, before) - first)[:, 0] * n_tokens
+    assert change.max() < -1 and list(game.replay.likelihood.values()) == pytest.approx(change.exp().tolist())
+    game.replay.likelihood = {"a b": 0.9, "c d": 0.1}
+    sampled = game.replay.sample_answers(1000, defender, np.random.default_rng(0))
+    assert Counter(sampled.texts)["yes no"] == pytest.approx(900, abs=40)
 
 
 def test_a_separate_critic_begins_as_a_copy_of_the_fine_tuned_policy():
@@ -1807,10 +1867,10 @@ def test_supervised_training_takes_the_batches_that_it_is_asked_for(by_length, m
     pairs = [("a", "b " * n) for n in range(1, 21)]
     batches = sample_batches(range(20), 3, 4, 7, by_length)  # the longer, the later: in tokens and in characters
     expected = [[pairs[i][1] for i in rows] for rows in batches]
-    loss = Mock(side_effect=gpo.supervised_loss)
-    monkeypatch.setattr("gpo.supervised_loss", loss)
+    forward = Mock(side_effect=gpo.logprobs_and_values)
+    monkeypatch.setattr("gpo.logprobs_and_values", forward)
     sft(tiny_policy(), pairs, SFTSettings(3, 4, 1e-3, 7, by_length=by_length))
-    assert [call.args[1].texts for call in loss.call_args_list] == expected
+    assert [call.args[1].texts for call in forward.call_args_list] == expected
     tokenizer = tiny_tokenizer()
     logits = Mock(side_effect=reward.classifier_logits)
     monkeypatch.setattr("reward.classifier_logits", logits)
@@ -2032,7 +2092,9 @@ def test_any_text_is_logged_generated_judged_compared_and_learned_from(name, tmp
     assert exchanges.attacks.lengths.max() <= 64
     metrics = ppo_update(attacker, exchanges.attacks, np.arange(4.0), 0)
     answers = play(None, defender, [text, "a"], rule_judge, 0).responses
-    metrics |= ppo_update(defender, answers, [0.0, 1], 0, demonstrations(policy, [(text, text)] * 2), 1.0)
+    pairs = demonstrations(policy, [(text, text)] * 2)
+    unlearned = ExtraLoss(pairs, loss=functools.partial(unlikelihood_loss, initial=defender.initial))
+    metrics |= ppo_update(defender, answers, [0.0, 1], 0, [ExtraLoss(pairs), unlearned])
     assert all(map(math.isfinite, metrics.values())) and "defender/loss/value" in metrics
     for embedder in (word_embedder, load_embedder(str(tmp_path / "judge"))):
         diversity = Diversity(embedder=embedder)
@@ -2167,31 +2229,17 @@ def test_the_defender_is_never_trained_on_a_test_prompt():
     assert excluded.isdisjoint(map(normalized, again))
 
 
-def test_mining_keeps_what_succeeds_and_no_test_prompt_and_tries_former_successes_again():
-    is_unsafe = {}  # by default an attack of odd length is
-    tried = []
-
-    def judge(prompts, responses):
-        tried.append(prompts)
-        return [0.1 if is_unsafe.get(prompt, len(prompt) % 2) else 0.9 for prompt in prompts]
-
-    def mined():
-        train.mine(config, world, game, np.random.default_rng(0))
-        return game.replay.last_success
-
-    config, world, game = new_match(judge, mine=20)
-    success = mined()
-    attacks, again = tried
-    succeeded = {attack for attack in attacks if len(attack) % 2}
-    assert len(attacks) == 20 and success == dict.fromkeys(succeeded, pytest.approx(0.9))
-    assert sorted(again) == sorted(succeeded) and game.sampled_tokens > 0
-    is_unsafe |= dict.fromkeys(attacks, False)  # all holes are closed ...
-    success["failed always"] = 0.0
-    assert max(mined().values()) < 0.2 and sorted(tried[-1]) == sorted(succeeded)
-    is_unsafe[again[0]] = True  # ... and one comes open again
-    assert [attack for attack, p_unsafe in mined().items() if p_unsafe > 0.5] == [again[0]]
-    game.replay = train.ReplayBuffer(excluded=set(map(normalized, attacks)))
-    assert not mined() and not game.replay.ever_succeeded
+def test_mining_remembers_the_initial_defenders_unsafe_answers_and_no_test_prompt():
+    config, world, game = new_match(mine=20, unlikelihood_coef=1.0)
+    game.players["defender"].generate = Mock(side_effect=AssertionError("not the initial defender"))
+    train.mine(config, world, game, np.random.default_rng(0))
+    found = game.replay.unsafe_answers
+    assert found and all("a" in answer for answer in found.values())  # what the judge of `new_match` calls unsafe
+    assert game.replay.likelihood == dict.fromkeys(found, 1.0)
+    assert not game.replay.last_success and game.sampled_tokens > 0  # the current defender was not tried
+    game.replay = train.ReplayBuffer(excluded=set(map(normalized, found)))
+    train.mine(config, world, game, np.random.default_rng(0))
+    assert not game.replay.unsafe_answers
 
 
 def test_a_resumed_game_keeps_its_likelihood_bound():
@@ -2205,55 +2253,11 @@ def test_a_resumed_game_keeps_its_likelihood_bound():
         assert torch.equal(resumed.likelihood_bound, game.likelihood_bound)
 
 
-def test_a_judge_with_hardly_a_verdict_on_the_known_attacks_neither_ends_a_game_nor_chooses_a_defender():
-    config, world, game = new_match(lambda prompts, responses: [None] * len(prompts), mine=4, rounds=2,
-                                    average="mixture", final_defender="safest")
-    game.replay.ever_succeeded = dict.fromkeys("abc")
-    train.mine(config, world, game, np.random.default_rng(0))
-    assert not game.replay.last_success
-    for _ in range(2):
-        game.averages["defender"]["mixture"].add(game.players["defender"].policy)
-    assert train.choose_defender(config, world, game) == 2
-    verdicts = iter([[0.9, 0.9, 0.1], [0.9, None, None]])  # of the last round, and of the first: one, and safe
-    world.judge = lambda prompts, responses: next(verdicts)
-    assert train.choose_defender(config, world, game) == 2
-
-
-@pytest.mark.parametrize("unsafe, latest, chosen", [
-    ((2, 0, 1, 4), 5, 2), ((2, 0, 1, 4), 2, 3), ((0, 1, 1, 1), 3, 4)], ids=["least", "of the latest", "a tie"])
-def test_the_final_defender_is_that_of_the_round_that_earlier_successes_break_least(unsafe, latest, chosen,
-                                                                                    monkeypatch, capsys):
-    """unsafe: how many of four earlier successes break the defender of each round again."""
-    attacks = ["a", "b", "c", "d"]
-    rounds = len(unsafe)
-    broken = iter(unsafe[max(rounds - latest, 0) :][::-1])  # the last round is tried first
-
-    def judge(prompts, responses):
-        assert prompts == attacks
-        n = next(broken)
-        return [0.1] * n + [0.9] * (len(prompts) - n)
-
-    monkeypatch.setattr(train, "LATEST", latest)
-    config, world, game = new_match(judge, rounds=rounds, average="mixture", final_defender="safest")
-    defender = game.players["defender"]
-    after_rounds = []
-    for seed in range(rounds):
-        policy = tiny_policy(100 + seed)
-        after_rounds.append(bytes_of(policy.lm))
-        game.averages["defender"]["mixture"].add(policy)
-    assert train.choose_defender(config, world, game) == rounds  # no attack has succeeded yet: the last one
-    game.replay.ever_succeeded = dict.fromkeys(attacks)
-    before = bytes_of(defender.policy.lm)
-    assert train.choose_defender(replace(config, final_defender="last"), world, game) == rounds
-    assert bytes_of(defender.policy.lm) == before
-    torch.nn.init.ones_(defender.policy.value_head.weight)  # the critic of the last round
-    assert train.choose_defender(config, world, game) == chosen
-    assert bytes_of(defender.policy.lm) == after_rounds[chosen - 1]
-    assert defender.policy.value_head.weight.any() == (chosen == rounds)  # it belongs to no earlier policy
-    assert f"round {chosen} of {rounds}" in capsys.readouterr().out and game.sampled_tokens > 0
-    game.averages["defender"]["mixture"].members.pop()  # as with a smaller --average_size
-    assert train.choose_defender(config, world, game) == rounds
-    assert f"an --average_size of at least {rounds}" in capsys.readouterr().out
+def test_a_judge_without_a_verdict_on_mined_attacks_does_not_end_a_game():
+    config, world, game = new_match(lambda prompts, responses: [None] * len(prompts), mine=4, unlikelihood_coef=1.0)
+    turn = train.Turn(0, "defender", is_first=True, ends_round=False)
+    train.begin_turn(config, world, game, turn, np.random.default_rng(0))
+    assert not game.replay.unsafe_answers and not train.extra_losses(config, world, game, np.random.default_rng(0))
 
 
 def test_log_likelihoods_are_the_mean_and_the_least_log_prob_of_a_response():
@@ -3011,7 +3015,12 @@ def one_update(sharded=False, ptx_coef=0.0, critic="shared", **settings):
             parallel.shard(frozen)
     rollout = rollout_of(tiny_policy(), LONG_AND_SHORT, PROMPTS, cut=(3,))
     # seed 5: one process has 7 tokens of the first step, the other 14, so a mean of their means would be another step
-    metrics = ppo_update(player, rollout, np.arange(8.0), 5, demonstrations(policy, PAIRS), ptx_coef)
+    extra = []
+    if ptx_coef:
+        pairs = demonstrations(policy, PAIRS)
+        unlikelihood = functools.partial(unlikelihood_loss, initial=player.initial)
+        extra = [ExtraLoss(pairs, ptx_coef), ExtraLoss(pairs, ptx_coef, unlikelihood)]
+    metrics = ppo_update(player, rollout, np.arange(8.0), 5, extra)
     weights = {name: complete(p) for name, p in policy.named_parameters()}
     moments = {name: complete(player.optimizer.state[p]["exp_avg"]) for name, p in policy.named_parameters()}
     return player, metrics, weights, moments
@@ -3409,24 +3418,6 @@ def test_what_cannot_be_measured_is_null_in_the_files_of_a_run(user_models):
         assert found["after"]["self_bleu"] is None  # a single attack is like no other
 
 
-def test_a_finished_run_says_of_which_round_its_defender_is(user_models, monkeypatch):
-    def choose(config, world, game):
-        gpo.load_weights(world.players["defender"].policy.lm, game.averages["defender"]["mixture"].members[0])
-        return 1
-
-    monkeypatch.setattr(train, "choose_defender", choose)
-    run_program(user_models, *MODELS, *SHORT, "--rounds", 2, "--out", "chosen")
-    run = user_models / "chosen"
-    assert read_json(run / "summary.json")["round"] == 1
-    assert "the policy after round 1 of 2" in (run / "defender" / "README.md").read_text()
-    assert "the last policy" in (run / "attacker" / "README.md").read_text()
-    assert "The final defender is that of round 1 of 2" in (run / "report.md").read_text()
-    finished = open_run(run)
-    member = finished.averages["defender"]["mixture"].members[0]
-    final = finished.world.players["defender"].policy.lm.state_dict()
-    assert all(torch.equal(final[name], weight) for name, weight in member.items())
-
-
 def test_a_tilde_that_the_shell_has_left_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     config = parse(["--out=~/run", "--judge", "guard:~/guard", "--template", "a ~ b {}"])
@@ -3742,7 +3733,7 @@ def test_a_stopped_run_says_in_one_line_how_to_go_on_and_ends_like_one_left_alon
 
 
 # A moving KL anchor, a separate critic, replay, mining, averages: all that a game remembers.
-STATEFUL = ("--rounds 2 --critic separate --kl_anchor previous --mine 4 --replay 0.5 --average both "
+STATEFUL = ("--rounds 2 --critic separate --kl_anchor previous --mine 4 --unlikelihood_coef 5 --average both "
             "--min_likelihood 0.01 --embedder embedder --save_every 1").split()
 
 
@@ -4597,8 +4588,7 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "shards for one process": ("--shard", "--shard needs several processes"),
     "demonstrations that nobody learns from": (f"{OWN} --sft_data x.jsonl --sft_steps 0 --ptx_coef 0",
                                                "--sft_data x.jsonl would do nothing: it takes"),
-    "a choice among policies that are not kept": ("--final_defender safest --average_size 4",
-                                                  "an --average_size of at least --rounds"),
+    "attacks that nobody learns from": ("--unlikelihood_coef 0 --mine 8", "--mine 8 would do nothing: it takes"),
     "what the method does not do": ("--method rlhf --mine 8", "--mine 8 would do nothing"),
     "steps of a judge that is not trained": ("--judge rule --judge_steps 5",
                                              "--judge_steps 5 would do nothing: --judge rule is not trained"),

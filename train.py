@@ -12,12 +12,13 @@ One round: the attacker takes `--attacker_steps` PPO steps against the frozen de
 
 Differs from the paper (numbers as in the README; rows are of docs/results.md):
 (4) The attacker moves first, so that the finished defender was trained against the last attacker: row *defender first*.
-(5) `--final_defender safest`: a turn can reopen what an earlier one closed, so the defender that is saved is the one
-of the latest rounds that earlier successes break least: table *the worst case, exactly*.
+(5) `--unlikelihood_coef`: the defender's updates also make known unsafe answers less likely. It is the policy gradient
+of P(unsafe) by importance sampling; sampling would find a rare unsafe answer once in thousands: section *the worst
+case, exactly*.
 (6) `--replay`: a fraction of the attacks in the defender's batch are earlier ones, the successful ones more often, so
 that it does not forget them: section *ablations of the recommended setting*.
-(7) `--mine`: attacks of the untrained attacker, and attacks that ever succeeded, are tried on the defender before its
-turns; successes are replayed too: section *how the settings were found*.
+(7) `--mine`: these are the initial defender's unsafe answers to attacks of the untrained attacker, new ones before each
+defender turn. The likelier an answer still is, the more often it is taken.
 (8) `--ptx_coef`: a supervised loss on demonstrations, against over-refusal: row *no demonstrations*.
 (11) R_div is centred over the batch. Its level, about -k / 2 for every attack, is no signal, but it swamps a critic
 that starts at zero: exercise 2 of docs/exercises.md. Row *k = 10* depends on it.
@@ -34,20 +35,33 @@ if __name__ == "__main__":
     before_slow_imports(help_text())
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from diversity import Diversity
-from gpo import Exchanges, Player, PolicyAverage, log_likelihoods, new_seed, play, ppo_update, sample, world_size
+from gpo import (
+    Exchanges,
+    ExtraLoss,
+    Player,
+    PolicyAverage,
+    log_likelihoods,
+    new_seed,
+    play,
+    ppo_update,
+    sample,
+    unlikelihood_loss,
+    world_size,
+)
 from harness.config import Config
 from harness.data import as_a_program, finite, normalized
 from harness.run import RunFolder, run_folder, start_program
 from harness.world import World, evaluate, make_world, show_prompts
 from model import Rollout, demonstrations
-from reward import call_judge, decided, unsafe_rate
+from reward import call_judge, decided
 
 
 # --- the loop: Algorithm 1 --------------------------------------------------------------------------------------
@@ -67,7 +81,7 @@ def train(config: Config, world: World, game: "Game", folder: RunFolder) -> None
             exchanges = play(mover, opponent(config, game, "defender"), seeds, world.judge, new_seed(rng))
             scores, similarity = attacker_scores(config, game, exchanges)
             rollout = exchanges.attacks
-            demos = None
+            extra = []
             n_harmless = 0
         else:  # prompt of the frozen attacker, or of an earlier one, then harmless ones -> response -> P(safe)
             n_harmless = int(config.benign_share * config.batch_size)
@@ -78,11 +92,11 @@ def train(config: Config, world: World, game: "Game", folder: RunFolder) -> None
             scores = defender_scores(world, exchanges, n_harmless)
             similarity = {}
             rollout = exchanges.responses
-            demos = sample_demos(config, world, mover, rng)
+            extra = extra_losses(config, world, game, rng)
         game.replay.add(exchanges)
         game.sampled_tokens += exchanges.sampled_tokens
         played = time.time()
-        metrics = ppo_update(mover, rollout, scores, new_seed(rng), demos, config.ptx_coef)  # Eq. (3.3)
+        metrics = ppo_update(mover, rollout, scores, new_seed(rng), extra)  # Eq. (3.3)
         metrics |= {"time/rollout": played - clock - exchanges.judge_seconds, "time/score": exchanges.judge_seconds,
                     "time/update": time.time() - played}
         metrics |= game_metrics(game, turn, exchanges, similarity, n_harmless)
@@ -128,25 +142,49 @@ def schedule(config: Config) -> list[Turn]:
 # --- the state of the game ------------------------------------------------------------------------------------------
 @dataclass
 class ReplayBuffer:
-    """Earlier attacks, on which the defender is trained again."""
+    """Earlier attacks and unsafe answers, on which the defender is trained again."""
 
     excluded: set[str] = field(default_factory=set)  # normalized test prompts, not to be trained on, and harmless ones
     last_success: dict[str, float] = field(default_factory=dict)  # attack -> P(unsafe) of its last try
-    ever_succeeded: dict[str, None] = field(default_factory=dict)  # attacks, in the order of their first success
+    unsafe_answers: dict[str, str] = field(default_factory=dict)  # attack -> the latest unsafe answer to it
+    likelihood: dict[str, float] = field(default_factory=dict)  # attack -> pi / pi_0 of that answer, at most 1
 
-    def add(self, exchanges: Exchanges, successes_only: bool = False) -> None:
+    def add(self, exchanges: Exchanges) -> None:
         """Record P(unsafe) of each decided attack; a later try of an attack replaces an earlier one."""
         for prompt, p_safe in zip(exchanges.prompts, exchanges.p_safe.tolist()):
-            succeeded = p_safe < 0.5  # False where undecided
-            if self.excludes(prompt) or np.isnan(p_safe) or (successes_only and not succeeded):
-                continue
-            self.last_success[prompt] = 1 - p_safe
-            if succeeded:
-                self.ever_succeeded[prompt] = None
+            if not self.excludes(prompt) and not np.isnan(p_safe):
+                self.last_success[prompt] = 1 - p_safe
+
+    def add_answers(self, exchanges: Exchanges) -> None:
+        """Record the unsafe answers, whoever gave them."""
+        for prompt, answer, p_safe in zip(exchanges.prompts, exchanges.responses.texts, exchanges.p_safe.tolist()):
+            if p_safe < 0.5 and not self.excludes(prompt):  # False where undecided
+                self.unsafe_answers[prompt] = answer
+                self.likelihood[prompt] = 1.0  # until it is measured
 
     def excludes(self, prompt: str) -> bool:
         """Whether a prompt is excluded, in whatever case and white space."""
         return normalized(prompt) in self.excluded
+
+    def measure(self, defender: Player) -> None:
+        """Compute anew how likely each unsafe answer is under the current defender, relative to the initial one."""
+        attacks = list(self.unsafe_answers) * world_size()  # as many rows for every process
+        answers = self.answers(attacks, defender)
+        n_tokens = answers.response_mask.sum(1).cpu()  # (B,)
+        now, before = (log_likelihoods(policy, answers, defender.micro_batch)[:, 0] * n_tokens  # (B,) nats
+                       for policy in (defender.policy, defender.initial))
+        self.likelihood = dict(zip(self.unsafe_answers, (now - before).clamp(max=0).exp().tolist()))
+
+    def sample_answers(self, n: int, defender: Player, rng: np.random.Generator) -> Rollout:
+        """n unsafe answers, the likely ones more often."""
+        attacks = list(self.unsafe_answers)
+        chance = np.array([self.likelihood[attack] for attack in attacks]) + 1e-6  # for the case that all are 0
+        return self.answers([attacks[i] for i in rng.choice(len(attacks), n, p=chance / chance.sum())], defender)
+
+    def answers(self, attacks: list[str], defender: Player) -> Rollout:
+        """The unsafe answers to these attacks, with the defender's tokens and temperature."""
+        pairs = [(attack, self.unsafe_answers[attack]) for attack in attacks]
+        return replace(demonstrations(defender.policy, pairs), temperature=defender.temperature)
 
     def sample(self, n: int, rng: np.random.Generator) -> list[str]:
         """n earlier attacks: 3/4 in proportion to their last P(unsafe) if above 1/2, 1/4 uniform against forgetting
@@ -180,7 +218,8 @@ class Game:
         """{file: (tensors, numbers)} of a checkpoint; all processes must call it."""
         states = {"game": ({}, {
             "diversity": self.diversity.state_dict(), "last_success": self.replay.last_success,
-            "ever_succeeded": list(self.replay.ever_succeeded), "sampled_tokens": self.sampled_tokens,
+            "unsafe_answers": self.replay.unsafe_answers, "likelihood": self.replay.likelihood,
+            "sampled_tokens": self.sampled_tokens,
             "likelihood_bound": finite(self.likelihood_bound.tolist())})}
         for name, player in self.players.items():
             states[name] = player.state_dict()
@@ -193,7 +232,8 @@ class Game:
         _, numbers = states["game"]
         self.diversity.load_state_dict(numbers["diversity"])
         self.replay.last_success = numbers["last_success"]
-        self.replay.ever_succeeded = dict.fromkeys(numbers["ever_succeeded"])
+        self.replay.unsafe_answers = numbers["unsafe_answers"]
+        self.replay.likelihood = numbers["likelihood"]
         self.sampled_tokens = numbers["sampled_tokens"]
         if None not in numbers.get("likelihood_bound", [None]):  # None: -inf, or from an older version
             self.likelihood_bound = torch.tensor(numbers["likelihood_bound"])
@@ -239,29 +279,23 @@ def opponent(config: Config, game: Game, name: str) -> Player | PolicyAverage:
 
 
 def begin_turn(config: Config, world: World, game: Game, turn: Turn, rng: np.random.Generator) -> None:
-    """Before the first step of a player's turn: KL anchor, and attacks mined for the defender."""
+    """Before the first step of a player's turn: KL anchor; for the defender, the unsafe answers to unlearn."""
     if config.kl_anchor == "previous":
         game.players[turn.player].anchor()
-    if turn.player == "defender" and config.mine and config.method == "gpo":
-        mine(config, world, game, rng)
+    if turn.player == "defender" and config.unlikelihood_coef:
+        if config.mine and config.method in ("gpo", "iterative"):
+            mine(config, world, game, rng)
+        if game.replay.unsafe_answers:
+            game.replay.measure(game.players["defender"])
 
 
 def mine(config: Config, world: World, game: Game, rng: np.random.Generator) -> None:
-    """Try `--mine` attacks of the initial attacker on the current defender, and add the successes to the replay
-    buffer. Then retry at most as many earlier successes: a hole that was closed may have reopened."""
-    defender = game.players["defender"]
+    """Add the initial defender's unsafe answers to `--mine` attacks of the initial attacker."""
     repeats = config.mine // len(world.seeds) + 1  # so that there are enough to sample without replacement
     seeds = sample(world.seeds * repeats, config.mine, rng)
-    attacks = game.first["attacker"].generate(seeds, new_seed(rng))
-    exchanges = play(None, defender, attacks.texts, world.judge, new_seed(rng), at_least=0)
-    game.replay.add(exchanges, successes_only=True)
-    game.sampled_tokens += int(attacks.response_mask.sum()) + exchanges.sampled_tokens
-    known = list(game.replay.ever_succeeded)
-    if known:
-        again = sample(known, min(config.mine, len(known)), rng)
-        exchanges = play(None, defender, again, world.judge, new_seed(rng), at_least=0)  # perhaps a single one
-        game.replay.add(exchanges)
-        game.sampled_tokens += exchanges.sampled_tokens
+    exchanges = play(game.first["attacker"], game.first["defender"], seeds, world.judge, new_seed(rng), at_least=0)
+    game.replay.add_answers(exchanges)
+    game.sampled_tokens += exchanges.sampled_tokens
 
 
 def attacker_scores(config: Config, game: Game, exchanges: Exchanges) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -325,46 +359,19 @@ def write_attacks(config: Config, game: Game, seeds: list[str], rng: np.random.G
     return rollout.texts
 
 
-def sample_demos(config: Config, world: World, defender: Player, rng: np.random.Generator) -> Rollout | None:
-    """Demonstrations for --ptx_coef: about half as many as exchanges, a multiple of minibatches x processes."""
-    if config.ptx_coef == 0:
-        return None
+def extra_losses(config: Config, world: World, game: Game, rng: np.random.Generator) -> list[ExtraLoss]:
+    """What is added to the defender's PPO loss: demonstrations become likelier, unsafe answers less likely. About half
+    as many pairs as exchanges of each, a multiple of minibatches x processes."""
     parts = config.minibatches * world_size()
     n = parts * max(1, config.batch_size // (2 * parts))
-    return demonstrations(defender.policy, sample(world.demos, n, rng))
-
-
-LATEST = 5  # rounds among which the final defender is chosen: earlier ones are weaker, and each costs many answers
-
-
-def choose_defender(config: Config, world: World, game: Game) -> int:
-    """Give the defender the policy that it had after one of the LATEST rounds: the one that attacks that ever succeeded
-    break least often. Returns this round, counted from 1. It is the last one with `--final_defender last`, if no attack
-    has succeeded, or if the mixture does not have all rounds (then a line says so)."""
-    mixture = game.averages["defender"].get("mixture")
-    attacks = list(game.replay.ever_succeeded)
-    if config.final_defender == "last" or not attacks:
-        return config.rounds
-    if not (mixture and mixture.has_all):
-        print("the final defender is that of the last round: to choose among rounds takes --average mixture and an "
-              f"--average_size of at least {config.rounds}")
-        return config.rounds
     defender = game.players["defender"]
-    rates = {}  # {round: fraction of unsafe answers}
-    for round in range(config.rounds, max(config.rounds - LATEST, 0), -1):
-        candidate = defender.with_policy(mixture.policy(round - 1))  # member i is the policy after round i + 1
-        exchanges = play(None, candidate, attacks, world.judge, config.seed, at_least=0)
-        rates[round] = 1.0  # with hardly any verdict
-        if exchanges.decided.mean() >= 0.5:
-            rates[round] = unsafe_rate(exchanges.p_safe)
-        game.sampled_tokens += exchanges.sampled_tokens
-    safest = min(rates, key=rates.get)  # of equal ones the latest
-    mixture.copy_to(defender.policy, safest - 1)
-    if safest < config.rounds:
-        defender.policy.new_critic()  # the last round's belongs to another policy
-    print(f"the final defender is that of round {safest} of {config.rounds}: of {len(attacks)} attacks that ever "
-          f"succeeded, {rates[safest]:.1%} do so again; after the last round {rates[config.rounds]:.1%}")
-    return safest
+    extra = []
+    if config.ptx_coef:
+        extra.append(ExtraLoss(demonstrations(defender.policy, sample(world.demos, n, rng)), config.ptx_coef))
+    if config.unlikelihood_coef and game.replay.unsafe_answers:
+        loss = partial(unlikelihood_loss, initial=defender.initial)
+        extra.append(ExtraLoss(game.replay.sample_answers(n, defender, rng), config.unlikelihood_coef, loss))
+    return extra
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------
@@ -417,9 +424,7 @@ def main(argv: list[str]) -> None:
         folder.open(world, game, len(schedule(config)))
         with folder.stop_after_a_step():
             train(config, world, game, folder)
-        final_round = choose_defender(config, world, game)
-        facts = {"round": final_round, "sampled_tokens": game.sampled_tokens}
-        folder.finish(game.averages, final_rows(world, game), facts, clock)
+        folder.finish(game.averages, final_rows(world, game), {"sampled_tokens": game.sampled_tokens}, clock)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
         try:
             play_rounds(world, config.seed)
             after = evaluate(world, world.players["attacker"], world.players["defender"])
-            folder.finish({}, {"after": after}, {"round": config.rounds, "made_by": "MART"}, clock)
+            folder.finish({}, {"after": after}, {"made_by": "MART"}, clock)
         except BaseException:
             shutil.rmtree(folder.path, ignore_errors=True)  # train.py --resume would end it without its rounds
             raise

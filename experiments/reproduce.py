@@ -36,9 +36,9 @@ from toy import ToyGame
 ROOT = Path(__file__).resolve().parent.parent
 
 # --- rows: {name: flags of train.py}; of two equal flags the last one is used ---------------------------------------
-# Algorithm 1 as in the paper: long turns; no replay, mining, harmless requests or choice of the final defender
-PAPER = ("--replay 0 --mine 0 --benign_share 0 --rounds 2 --attacker_steps 30 --defender_steps 20 "
-         "--kl_coef 0.1 --attacker_kl_coef 0.01 --diversity 3 --final_defender last")
+# Algorithm 1 as in the paper: long turns; no replay, harmless requests or unlearned answers
+PAPER = ("--replay 0 --mine 0 --unlikelihood_coef 0 --benign_share 0 --rounds 2 --attacker_steps 30 "
+         "--defender_steps 20 --kl_coef 0.1 --attacker_kl_coef 0.01 --diversity 3")
 METHODS = {
     "SFT": "--method sft --average none",
     "Paraphrase": "--method paraphrase --average none",
@@ -66,8 +66,8 @@ FLAGS = {
 ABLATIONS = {"GPO+Div": METHODS["GPO+Div"], "GPO": METHODS["GPO"],
              **{name: f"{PAPER} --average none {flag}" for name, flag in FLAGS.items()}}
 RECIPE = {
-    "recommended": METHODS["recommended"], "last round": "--final_defender last --average none",
-    "no mining": "--mine 0 --average mixture", "no mining, no replay": "--mine 0 --replay 0 --average mixture",
+    "recommended": METHODS["recommended"], "no unlearned answers": "--unlikelihood_coef 0 --average mixture",
+    "no replay": "--replay 0 --average mixture",
     "no harmless requests": "--benign_share 0 --average mixture",
     "against mixtures": "--opponent mixture --average mixture", "against the mean of weights": "--opponent weights",
     "against an exponential average": "--opponent ema --average mixture,ema",
@@ -75,8 +75,8 @@ RECIPE = {
 HORIZONS = (1, 2, 4, 8, 16, 32)  # T, the number of rounds
 ROUNDS = {  # a run for each T with the same totals of updates and mined attacks; and one long run, round by round
     **{f"equal, T = {t}": f"--rounds {t} --defender_steps {64 // t} --attacker_steps {64 // t} --mine {4800 // t} "
-                          "--average mixture --final_defender last" for t in HORIZONS},
-    "growing": "--rounds 32 --defender_steps 6 --attacker_steps 6 --average mixture --final_defender last"}
+                          "--average mixture" for t in HORIZONS},
+    "growing": "--rounds 32 --defender_steps 6 --attacker_steps 6 --average mixture"}
 THIRD_PARTIES = ("SFT", "RLHF", "GPO+Div")  # every attacker is tried on their finished defenders
 PROBE_STEPS = 90  # PPO steps of a fresh attacker
 LABELLED = 400  # exchanges by which the training judge's errors are estimated

@@ -159,9 +159,6 @@ def check_combinations(config: Config) -> None:
         raise ValueError(f"--template must hold {{}} once, for the seed, or not at all, got {config.template!r}")
     if config.opponent != "last" and config.opponent not in config.average:
         raise ValueError(f"--opponent {config.opponent} needs --average {config.opponent}, got {config.average!r}")
-    if "final_defender" in config.given and config.final_defender == "safest" and config.rounds > config.average_size:
-        raise ValueError(f"--final_defender safest needs an --average_size of at least --rounds, got "
-                         f"{config.average_size} and {config.rounds}")
     unit = config.minibatches * world_size()
     if config.batch_size % unit:
         raise ValueError(f"--batch_size must be a multiple of --minibatches x processes ({config.minibatches} x "
@@ -188,6 +185,8 @@ def refuse_unused(config: Config) -> None:
                            "it takes --attacker and --defender, and --sft_steps or --ptx_coef above 0"),
         "training": (config.trains, f"--method {config.method} trains nobody"),
         "attacker": (config.method in ("gpo", "rlhf"), f"--method {config.method} trains no attacker"),
+        "mining": (config.method in ("gpo", "iterative") and config.unlikelihood_coef,
+                   "it takes --method gpo or iterative, and --unlikelihood_coef above 0"),
         "gpo": (config.method == "gpo", f"it belongs to --method gpo, not to {config.method}"),
         "mixture": ("mixture" in config.average, "--average keeps no mixture"),
         "diversity": (config.diversity or config.method == "iterative", "--diversity is 0"),

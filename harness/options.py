@@ -70,6 +70,8 @@ class Config:
                             choices=("initial", "previous"), only="training")
     entropy_coef: float = option("eta_H of Eq. (3.7): entropy bonus of the attacker", 0.0, only="attacker")
     ptx_coef: float | None = option("weight of the supervised loss on demonstrations, for the defender", 1.0, 0.0)
+    unlikelihood_coef: float | None = option("weight of the loss that makes remembered unsafe answers less likely, for "
+                                             "the defender", 100.0, 0.0, only="training")
     lam: float | None = option("lambda of GAE: below 1 the first tokens of a long text get little of its reward while "
                                "the critic is new", 0.95, 1.0, at_most=1)
     missing_eos_penalty: float | None = option("subtracted from the score of a response that --response_tokens cuts "
@@ -79,8 +81,8 @@ class Config:
     benign_share: float | None = option("fraction of the defender's batch that is harmless requests "
                                         "(--benign_prompts), paid for a helpful answer (--helpful_judge)", 0.25, 0.4,
                                         below=1, only="training", heading="opponents")
-    mine: int | None = option("attacks of the initial attacker, and as many earlier successes, tried before each "
-                              "defender turn; successes are replayed", 600, 0, only="gpo")
+    mine: int | None = option("attacks of the initial attacker before each defender turn: the initial defender's "
+                              "unsafe answers are remembered", 600, 0, only="mining")
     opponent: str = option("the other's last policy, or the mixture, mean of the weights or exponential average of all",
                            "last", choices=("last", "mixture", "weights", "ema"), only="gpo")
     replay: float = option("fraction of earlier ones among the attacks in the defender's batch, by success", 0.6,
@@ -97,9 +99,6 @@ class Config:
     embedder: str | None = option("words, toy, folder or hub id", "toy", "sentence-transformers/all-MiniLM-L6-v2")
     average: str = option("policy averages to keep; ema: exponential, of weights; both: mixture and weights",
                           "mixture,weights", choices=AVERAGES, heading="averages")
-    final_defender: str | None = option("defender to save: of the last round or, of the latest, the one that earlier "
-                                        "successes break least", "safest", "last", choices=("safest", "last"),
-                                        only="mixture")
     average_size: int | None = option("policies kept, by reservoir sampling", 32, 8, at_least=1, only="mixture")
     temperature: float = option("of sampling and log-probs", 1.0, above_0=True, heading="models and sampling")
     critic: str = option("body of the value head: the policy's or its own", "shared", choices=("shared", "separate"))

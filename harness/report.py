@@ -257,17 +257,13 @@ def quoted(text: str) -> str:
     return html.escape(visible(" ".join(text.split())), quote=False).replace("|", "\\|") or "*(nothing)*"
 
 
-def write_report(folder: Path, games: list[dict], rows: dict[str, dict], final_round: int,
+def write_report(folder: Path, games: list[dict], rows: dict[str, dict],
                  examples: Sequence[tuple[str, str, str]]) -> None:
     """report.md: the table, the curves, and dialogues. The page (`write_page`) has all exchanges.
 
-    games: the lines of games.jsonl; final_round: that of the saved defender, counted from 1; examples: (held-out
-    prompt, the defender's answer before, its answer after)."""
+    games: the lines of games.jsonl; examples: (held-out prompt, the defender's answer before, its answer after)."""
     config = read_config(folder)
     lines = [f"# {config['method']}, seed {config['seed']}", "", summary_table(rows), ""]
-    if final_round < config["rounds"]:
-        lines += [f"The final defender is that of round {final_round} of {config['rounds']}, which earlier successes "
-                  "break least.", ""]
     if games:
         lines += ["![curves](curves.png)", ""]
     lines += ["## What changed", "", "Held-out prompts, never seen in training, answered greedily.", ""]

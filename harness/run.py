@@ -392,19 +392,15 @@ class RunFolder:
     def finish(self, averages: dict[str, dict[str, PolicyAverage]], rows: dict[str, dict], facts: dict,
                clock: float) -> None:
         """Save the finished players and their averages, write figure, report and summary, and print the table. rows:
-        the columns after the game; facts: of the run, such as the "round" of its final defender and, if not by the
-        algorithm, what it was "made_by"; clock: when the program began."""
+        the columns after the game; facts: of the run, such as its sampled tokens and, if not by the algorithm, what it
+        was "made_by"; clock: when the program began."""
         rows = {"before": self.before, **rows}
         examples = changed_answers(self.world)
         held_in_game = self.held_mib()
-        last = self.config.rounds
         for name, player in self.world.players.items():
-            which = "the last policy"
-            if name == "defender" and facts["round"] < last:
-                which = f"the policy after round {facts['round']} of {last}"
             with data.complete_folder(self.path / name, not rank()) as temporary:
                 save_policy(parallel.merged(player.policy, "cpu"), temporary,
-                            model_card(name, self.config, which, facts.get("made_by")))
+                            model_card(name, self.config, "the last policy", facts.get("made_by")))
                 base = parallel.base_in_start(self.path / "checkpoints" / "start" / name, self.config.lora)
                 parallel.save_adapter(player.policy, temporary / "adapter", f"../../checkpoints/start/{base.name}")
         self.save_averages(averages)
@@ -415,7 +411,7 @@ class RunFolder:
         if self.config.lora:
             print(f"{held_in_game:.0f} MiB before adapters were merged, each into a copy of its base, to be saved")
         draw_curves(self.path, self.metrics, self.before)
-        write_report(self.path, self.games, rows, facts["round"], examples)
+        write_report(self.path, self.games, rows, examples)
         seconds = time.time() - clock
         summary = {**rows, **facts, "seconds": seconds, "memory": {"used_mib": held}, "config": asdict(self.config)}
         data.write_json(self.path / "summary.json", data.finite(summary))  # last: the run is finished
