@@ -2231,11 +2231,11 @@ def test_the_defender_is_never_trained_on_a_test_prompt():
 
 def test_mining_remembers_the_initial_defenders_unsafe_answers_and_no_test_prompt():
     config, world, game = new_match(mine=20, unlikelihood_coef=1.0)
-    game.players["defender"].generate = Mock(side_effect=AssertionError("not the initial defender"))
+    game.players["defender"].generate = Mock(side_effect=AssertionError("the initial defender answers"))
     train.mine(config, world, game, np.random.default_rng(0))
     found = game.replay.unsafe_answers
     assert found and all("a" in answer for answer in found.values())  # what the judge of `new_match` calls unsafe
-    assert game.replay.likelihood == dict.fromkeys(found, 1.0)
+    assert list(game.replay.likelihood.values()) == pytest.approx([1.0] * len(found))  # nothing is unlearned yet
     assert not game.replay.last_success and game.sampled_tokens > 0  # the current defender was not tried
     game.replay = train.ReplayBuffer(excluded=set(map(normalized, found)))
     train.mine(config, world, game, np.random.default_rng(0))
@@ -4589,6 +4589,8 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "demonstrations that nobody learns from": (f"{OWN} --sft_data x.jsonl --sft_steps 0 --ptx_coef 0",
                                                "--sft_data x.jsonl would do nothing: it takes"),
     "attacks that nobody learns from": ("--unlikelihood_coef 0 --mine 8", "--mine 8 would do nothing: it takes"),
+    "unsafe answers that nobody looks for": (f"{OWN} --unlikelihood_coef 8",
+                                             "--unlikelihood_coef 8.0 would do nothing: it takes"),
     "what the method does not do": ("--method rlhf --mine 8", "--mine 8 would do nothing"),
     "steps of a judge that is not trained": ("--judge rule --judge_steps 5",
                                              "--judge_steps 5 would do nothing: --judge rule is not trained"),

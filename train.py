@@ -282,20 +282,21 @@ def begin_turn(config: Config, world: World, game: Game, turn: Turn, rng: np.ran
     """Before the first step of a player's turn: KL anchor; for the defender, the unsafe answers to unlearn."""
     if config.kl_anchor == "previous":
         game.players[turn.player].anchor()
-    if turn.player == "defender" and config.unlikelihood_coef:
-        if config.mine and config.method in ("gpo", "iterative"):
-            mine(config, world, game, rng)
-        if game.replay.unsafe_answers:
-            game.replay.measure(game.players["defender"])
+    unlearns = config.mine and config.unlikelihood_coef and config.method in ("gpo", "iterative")
+    if turn.player == "defender" and unlearns:
+        mine(config, world, game, rng)
 
 
 def mine(config: Config, world: World, game: Game, rng: np.random.Generator) -> None:
-    """Add the initial defender's unsafe answers to `--mine` attacks of the initial attacker."""
+    """Add the initial defender's unsafe answers to `--mine` attacks of the initial attacker, and measure how likely all
+    of them still are."""
     repeats = config.mine // len(world.seeds) + 1  # so that there are enough to sample without replacement
     seeds = sample(world.seeds * repeats, config.mine, rng)
     exchanges = play(game.first["attacker"], game.first["defender"], seeds, world.judge, new_seed(rng), at_least=0)
     game.replay.add_answers(exchanges)
     game.sampled_tokens += exchanges.sampled_tokens
+    if game.replay.unsafe_answers:
+        game.replay.measure(game.players["defender"])
 
 
 def attacker_scores(config: Config, game: Game, exchanges: Exchanges) -> tuple[np.ndarray, dict[str, np.ndarray]]:
