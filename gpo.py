@@ -148,17 +148,17 @@ def supervised_loss(policy: Policy, demos: Rollout) -> torch.Tensor:
 
 
 def unlikelihood_loss(policy: Policy, answers: Rollout, initial: Policy) -> torch.Tensor:
-    """How likely given answers (a Rollout of B rows) still are, per response token: shape (). With answers y of the
-    initial policy pi_0 that are unsafe, sum_y pi(y|x) / pi_0(y|x) estimates P(unsafe) by importance sampling. This
-    loss has its gradient, sum_y w grad log pi(y|x), with weights w truncated at 1 (Ionides, 2008). Sampling from pi
-    itself would give this gradient only once in 1 / P(unsafe) answers. After unlikelihood training (Welleck et al.,
-    2020)."""
+    """A loss that makes given answers (a Rollout of B rows) less likely: shape (). Only its gradient has a meaning, the
+    sum of w grad log pi(y|x) over answers, per response token, with w = pi(y|x) / pi_0(y|x), truncated at 1 (Ionides,
+    2008). For unsafe answers y of the initial policy pi_0 it estimates, up to a factor, the gradient of P(unsafe) by
+    importance sampling; with answers of pi itself, only one in 1 / P(unsafe) would contribute. After unlikelihood
+    training (Welleck et al., 2020)."""
     with torch.no_grad():
         before, _, _ = logprobs_and_values(initial, answers, with_values=False)
     logprobs, _, _ = logprobs_and_values(policy, answers, with_values=False)
     change = ((logprobs - before) * answers.response_mask).sum(1)  # (B,) nats
-    weights = change.detach().clamp(max=0).exp()
-    return (weights * change).sum() / answers.response_mask.sum().clamp(min=1)
+    w = change.detach().clamp(max=0).exp()
+    return (w * change).sum() / answers.response_mask.sum().clamp(min=1)
 
 
 @dataclass

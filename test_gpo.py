@@ -1148,50 +1148,59 @@ def test_a_supervised_term_keeps_demonstrations_likely():
 
 
 def test_the_unlikelihood_loss_has_the_gradient_of_the_unsafe_probability():
-    """Answers are one token; those with an even id are unsafe. The loss, weighted by the chance pi_0 of each answer,
+    """Answers are two tokens; those with an even sum are unsafe. The loss, weighted by the chance pi_0 of each answer,
     has the gradient of the sum of pi over them. Where pi exceeds pi_0 its weight stays 1 instead of pi / pi_0."""
     policy = tiny_policy(1)
     initial = tiny_policy(0)
-    at = demonstrations(policy, [("a b", "yes")])
-    prompt = at.tokens[:, : int(at.prompt_lengths[0])]  # (1, T)
+    V = policy.tokens
+    answers = torch.cartesian_prod(torch.arange(V), torch.arange(V))
+    answers = answers[answers.sum(1) % 2 == 0]  # (B, 2)
+    B = len(answers)
+    prompt, = policy.encode(["a b"])
+    rollout = model.pack(policy, ["a b"] * B, [""] * B, [prompt] * B, answers.tolist(), temperature=2.0)
 
     def probabilities(policy):
-        return policy.lm(prompt).logits[0, -1].softmax(-1)  # (V,)
+        logits = policy.lm(rollout.tokens).logits[:, len(prompt) - 1 : -1]  # of both tokens
+        return (logits / 2.0).log_softmax(-1).gather(2, answers[:, :, None]).sum((1, 2)).exp()  # (B,)
 
-    p_0, p = probabilities(initial).detach(), probabilities(policy)
-    unsafe = range(0, policy.tokens, 2)
     head = policy.lm.get_output_embeddings().weight
+    p_0 = probabilities(initial).detach()
+    p = probabilities(policy)
     truncated = (p_0 / p.detach()).clamp(max=1)
-    expected, = torch.autograd.grad(sum(truncated[y] * p[y] for y in unsafe), head)
-    loss = 0
-    for y in unsafe:
-        answer = replace(at, tokens=torch.cat([prompt, torch.tensor([[y]])], 1), lengths=at.prompt_lengths + 1)
-        loss = loss + p_0[y] * unlikelihood_loss(policy, answer, initial)
+    expected, = torch.autograd.grad((truncated * p).sum(), head)
+    rows = [rollout.select(torch.tensor([i])) for i in range(B)]
+    loss = sum(p_0[i] * 2 * unlikelihood_loss(policy, row, initial) for i, row in enumerate(rows))  # per token
     found, = torch.autograd.grad(loss, head)
-    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-7) and expected.abs().max() > 1e-4
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-7) and expected.abs().max() > 1e-4
     assert 0.1 < (truncated < 1).float().mean() < 0.9
 
 
 def test_unlearned_answers_become_unlikely_and_the_likely_ones_are_unlearned_first():
-    config, world, game = new_match(unlikelihood_coef=20.0, batch_size=8)
+    config, world, game = new_match(unlikelihood_coef=20.0, batch_size=8, temperature=2.0)
     defender = game.players["defender"]
-    answers = {"a b": "yes no", "c d": "no", "e f": "safe"}
-    responses = demonstrations(defender.policy, list(answers.items()))
-    played = Exchanges(list(answers), None, list(answers), responses, np.array([0.1, 0.2, 0.6]), 0.0, 0)
-    game.replay.add_answers(played)
-    assert game.replay.unsafe_answers == {"a b": "yes no", "c d": "no"}  # the third is safe
+    attacks = ["a b", "a b", "c d", "e f", "a b"]
+    texts = ["yes no", "no", "no", "safe", "no"]
+    rollout = rollout_of(defender.policy, texts, attacks, cut=(1, 4))  # the last repeats the second
+    game.replay.add_answers(Exchanges(attacks, None, attacks, rollout, np.array([0.1, 0.2, 0.3, 0.6, 0.2]), 0.0, 0))
+    unsafe = replace(rollout.select(torch.arange(3)), temperature=2.0)  # the fourth is safe
+    n_tokens = unsafe.response_mask.sum(1)
+    first = gpo.log_likelihoods(defender.policy, unsafe)[:, 0] * n_tokens
+    assert len(game.replay.answers) == 3
+    game.replay.measure(defender)
+    assert game.replay.likelihood == [1.0, 1.0, 1.0]
     extra, = train.extra_losses(config, world, game, np.random.default_rng(0))
-    before = game.replay.answers(list(game.replay.unsafe_answers), defender)
-    first = gpo.log_likelihoods(defender.policy, before)
     for step in range(10):
         ppo_update(defender, defender.generate(PROMPTS, step), np.zeros(8), step, [extra])
     game.replay.measure(defender)
-    n_tokens = before.response_mask.sum(1)
-    change = (gpo.log_likelihoods(defender.policy, before) - first)[:, 0] * n_tokens
-    assert change.max() < -1 and list(game.replay.likelihood.values()) == pytest.approx(change.exp().tolist())
-    game.replay.likelihood = {"a b": 0.9, "c d": 0.1}
+    change = gpo.log_likelihoods(defender.policy, unsafe)[:, 0] * n_tokens - first
+    assert change.max() < -1 and game.replay.likelihood == pytest.approx(change.exp().tolist())
+    defender.initial = defender.policy
+    defender.policy = tiny_policy(2)  # as it was: the answers have become likelier
+    game.replay.measure(defender)
+    assert game.replay.likelihood == [1.0, 1.0, 1.0]
+    game.replay.likelihood = [0.9, 0.1, 0.0]
     sampled = game.replay.sample_answers(1000, defender, np.random.default_rng(0))
-    assert Counter(sampled.texts)["yes no"] == pytest.approx(900, abs=40)
+    assert Counter(sampled.texts)["yes no"] == pytest.approx(900, abs=40) and sampled.temperature == 2.0
 
 
 def test_a_separate_critic_begins_as_a_copy_of_the_fine_tuned_policy():
@@ -2229,17 +2238,25 @@ def test_the_defender_is_never_trained_on_a_test_prompt():
     assert excluded.isdisjoint(map(normalized, again))
 
 
-def test_mining_remembers_the_initial_defenders_unsafe_answers_and_no_test_prompt():
+def test_mining_keeps_the_initial_defenders_unsafe_answers_and_no_test_prompt():
     config, world, game = new_match(mine=20, unlikelihood_coef=1.0)
-    game.players["defender"].generate = Mock(side_effect=AssertionError("the initial defender answers"))
+    defender = game.players["defender"]
+    defender.generate = Mock(side_effect=AssertionError("the initial defender answers"))
+    gpo.copy_weights(tiny_policy(3), defender.policy)  # it has moved
     train.mine(config, world, game, np.random.default_rng(0))
-    found = game.replay.unsafe_answers
-    assert found and all("a" in answer for answer in found.values())  # what the judge of `new_match` calls unsafe
-    assert list(game.replay.likelihood.values()) == pytest.approx([1.0] * len(found))  # nothing is unlearned yet
-    assert not game.replay.last_success and game.sampled_tokens > 0  # the current defender was not tried
-    game.replay = train.ReplayBuffer(excluded=set(map(normalized, found)))
+    found = game.replay.answers
+    assert found and all("a" in text for _, text, _, _ in found)  # what the judge of `new_match` calls unsafe
+    assert len(game.replay.likelihood) == len(found) and min(game.replay.likelihood) < 0.9
+    assert not game.replay.last_success and game.sampled_tokens > 0
+    states = json.loads(json.dumps(game.state_dict()["game"][1]))
+    resumed = train.new_game(config, world)
+    resumed.load_state_dict({"game": ({}, states), **{k: v for k, v in game.state_dict().items() if k != "game"}})
+    assert resumed.replay.likelihood == game.replay.likelihood
+    rollouts = [of.replay.sample_answers(8, defender, np.random.default_rng(0)) for of in (game, resumed)]
+    assert torch.equal(*(rollout.tokens for rollout in rollouts))
+    game.replay = train.ReplayBuffer(excluded={normalized(attack) for attack, *_ in found})
     train.mine(config, world, game, np.random.default_rng(0))
-    assert not game.replay.unsafe_answers
+    assert not game.replay.answers
 
 
 def test_a_resumed_game_keeps_its_likelihood_bound():
@@ -2257,7 +2274,7 @@ def test_a_judge_without_a_verdict_on_mined_attacks_does_not_end_a_game():
     config, world, game = new_match(lambda prompts, responses: [None] * len(prompts), mine=4, unlikelihood_coef=1.0)
     turn = train.Turn(0, "defender", is_first=True, ends_round=False)
     train.begin_turn(config, world, game, turn, np.random.default_rng(0))
-    assert not game.replay.unsafe_answers and not train.extra_losses(config, world, game, np.random.default_rng(0))
+    assert not game.replay.answers and not train.extra_losses(config, world, game, np.random.default_rng(0))
 
 
 def test_log_likelihoods_are_the_mean_and_the_least_log_prob_of_a_response():

@@ -35,7 +35,8 @@ if __name__ == "__main__":
     before_slow_imports(help_text())
 
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ from harness.config import Config
 from harness.data import as_a_program, finite, normalized
 from harness.run import RunFolder, run_folder, start_program
 from harness.world import World, evaluate, make_world, show_prompts
-from model import Rollout, demonstrations
+from model import Rollout, demonstrations, pack
 from reward import call_judge, decided
 
 
@@ -146,8 +147,8 @@ class ReplayBuffer:
 
     excluded: set[str] = field(default_factory=set)  # normalized test prompts, not to be trained on, and harmless ones
     last_success: dict[str, float] = field(default_factory=dict)  # attack -> P(unsafe) of its last try
-    unsafe_answers: dict[str, str] = field(default_factory=dict)  # attack -> the latest unsafe answer to it
-    likelihood: dict[str, float] = field(default_factory=dict)  # attack -> pi / pi_0 of that answer, at most 1
+    answers: list[tuple] = field(default_factory=list)  # unsafe ones: (attack, text, prompt ids, response ids)
+    likelihood: list[float] = field(default_factory=list)  # pi / pi_0 of each answer, at most 1
 
     def add(self, exchanges: Exchanges) -> None:
         """Record P(unsafe) of each decided attack; a later try of an attack replaces an earlier one."""
@@ -155,36 +156,36 @@ class ReplayBuffer:
             if not self.excludes(prompt) and not np.isnan(p_safe):
                 self.last_success[prompt] = 1 - p_safe
 
-    def add_answers(self, exchanges: Exchanges) -> None:
-        """Record the unsafe answers, whoever gave them."""
-        for prompt, answer, p_safe in zip(exchanges.prompts, exchanges.responses.texts, exchanges.p_safe.tolist()):
-            if p_safe < 0.5 and not self.excludes(prompt):  # False where undecided
-                self.unsafe_answers[prompt] = answer
-                self.likelihood[prompt] = 1.0  # until it is measured
-
     def excludes(self, prompt: str) -> bool:
         """Whether a prompt is excluded, in whatever case and white space."""
         return normalized(prompt) in self.excluded
 
+    def add_answers(self, exchanges: Exchanges) -> None:
+        """Record the unsafe answers, which are the initial defender's."""
+        known = {(attack, text) for attack, text, *_ in self.answers}
+        for attack, p_safe, row in zip(exchanges.prompts, exchanges.p_safe.tolist(), exchanges.responses.rows()):
+            if p_safe < 0.5 and not self.excludes(attack) and (attack, row[0]) not in known:  # False where undecided
+                known.add((attack, row[0]))
+                self.answers.append((attack, *row))
+
     def measure(self, defender: Player) -> None:
-        """Compute anew how likely each unsafe answer is under the current defender, relative to the initial one."""
-        attacks = list(self.unsafe_answers) * world_size()  # as many rows for every process
-        answers = self.answers(attacks, defender)
-        n_tokens = answers.response_mask.sum(1).cpu()  # (B,)
-        now, before = (log_likelihoods(policy, answers, defender.micro_batch)[:, 0] * n_tokens  # (B,) nats
-                       for policy in (defender.policy, defender.initial))
-        self.likelihood = dict(zip(self.unsafe_answers, (now - before).clamp(max=0).exp().tolist()))
+        """Compute how likely each unsafe answer is under the current defender, relative to the initial one."""
+        rows = [*range(len(self.answers)), *[0] * (-len(self.answers) % world_size())]  # as many for every process
+        rollout = self.rollout(rows, defender)
+        n_tokens = rollout.response_mask.sum(1).cpu()  # (B,)
+        now = log_likelihoods(defender.policy, rollout, defender.micro_batch)[:, 0] * n_tokens  # (B,) nats
+        before = log_likelihoods(defender.initial, rollout, defender.micro_batch)[:, 0] * n_tokens
+        self.likelihood = (now - before).clamp(max=0).exp().tolist()[: len(self.answers)]
 
     def sample_answers(self, n: int, defender: Player, rng: np.random.Generator) -> Rollout:
-        """n unsafe answers, the likely ones more often."""
-        attacks = list(self.unsafe_answers)
-        chance = np.array([self.likelihood[attack] for attack in attacks]) + 1e-6  # for the case that all are 0
-        return self.answers([attacks[i] for i in rng.choice(len(attacks), n, p=chance / chance.sum())], defender)
+        """n unsafe answers, in proportion to their likelihood when it was measured."""
+        chance = np.array(self.likelihood) + 1e-6  # for the case that all are 0
+        return self.rollout(rng.choice(len(chance), n, p=chance / chance.sum()), defender)
 
-    def answers(self, attacks: list[str], defender: Player) -> Rollout:
-        """The unsafe answers to these attacks, with the defender's tokens and temperature."""
-        pairs = [(attack, self.unsafe_answers[attack]) for attack in attacks]
-        return replace(demonstrations(defender.policy, pairs), temperature=defender.temperature)
+    def rollout(self, rows: Sequence[int], defender: Player) -> Rollout:
+        """These rows of the unsafe answers."""
+        attacks, *responses = zip(*(self.answers[i] for i in rows))
+        return pack(defender.policy, attacks, *responses, defender.temperature)
 
     def sample(self, n: int, rng: np.random.Generator) -> list[str]:
         """n earlier attacks: 3/4 in proportion to their last P(unsafe) if above 1/2, 1/4 uniform against forgetting
@@ -204,9 +205,9 @@ class Game:
     first: dict[str, Player]  # the initial players, frozen
     averages: dict[str, dict[str, PolicyAverage]]  # {player: {kind: its policies after each round}}
     diversity: Diversity  # the history X of attacks
-    replay: ReplayBuffer  # earlier attacks
+    replay: ReplayBuffer  # earlier attacks, and unsafe answers
     likelihood_bound: torch.Tensor  # (2,) for the mean and least token log-prob: an attack below either is unlikely
-    sampled_tokens: int = 0  # by both players, for their PPO steps
+    sampled_tokens: int = 0  # by both players, for their PPO steps and in mining
 
     def add_to_averages(self) -> None:
         """Add both current policies."""
@@ -218,8 +219,7 @@ class Game:
         """{file: (tensors, numbers)} of a checkpoint; all processes must call it."""
         states = {"game": ({}, {
             "diversity": self.diversity.state_dict(), "last_success": self.replay.last_success,
-            "unsafe_answers": self.replay.unsafe_answers, "likelihood": self.replay.likelihood,
-            "sampled_tokens": self.sampled_tokens,
+            "answers": self.replay.answers, "likelihood": self.replay.likelihood, "sampled_tokens": self.sampled_tokens,
             "likelihood_bound": finite(self.likelihood_bound.tolist())})}
         for name, player in self.players.items():
             states[name] = player.state_dict()
@@ -232,7 +232,7 @@ class Game:
         _, numbers = states["game"]
         self.diversity.load_state_dict(numbers["diversity"])
         self.replay.last_success = numbers["last_success"]
-        self.replay.unsafe_answers = numbers["unsafe_answers"]
+        self.replay.answers = numbers["answers"]
         self.replay.likelihood = numbers["likelihood"]
         self.sampled_tokens = numbers["sampled_tokens"]
         if None not in numbers.get("likelihood_bound", [None]):  # None: -inf, or from an older version
@@ -282,8 +282,7 @@ def begin_turn(config: Config, world: World, game: Game, turn: Turn, rng: np.ran
     """Before the first step of a player's turn: KL anchor; for the defender, the unsafe answers to unlearn."""
     if config.kl_anchor == "previous":
         game.players[turn.player].anchor()
-    unlearns = config.mine and config.unlikelihood_coef and config.method in ("gpo", "iterative")
-    if turn.player == "defender" and unlearns:
+    if turn.player == "defender" and config.unlearns:
         mine(config, world, game, rng)
 
 
@@ -295,7 +294,7 @@ def mine(config: Config, world: World, game: Game, rng: np.random.Generator) -> 
     exchanges = play(game.first["attacker"], game.first["defender"], seeds, world.judge, new_seed(rng), at_least=0)
     game.replay.add_answers(exchanges)
     game.sampled_tokens += exchanges.sampled_tokens
-    if game.replay.unsafe_answers:
+    if game.replay.answers:
         game.replay.measure(game.players["defender"])
 
 
@@ -369,7 +368,7 @@ def extra_losses(config: Config, world: World, game: Game, rng: np.random.Genera
     extra = []
     if config.ptx_coef:
         extra.append(ExtraLoss(demonstrations(defender.policy, sample(world.demos, n, rng)), config.ptx_coef))
-    if config.unlikelihood_coef and game.replay.unsafe_answers:
+    if game.replay.answers:
         loss = partial(unlikelihood_loss, initial=defender.initial)
         extra.append(ExtraLoss(game.replay.sample_answers(n, defender, rng), config.unlikelihood_coef, loss))
     return extra
@@ -386,6 +385,8 @@ def game_metrics(game: Game, turn: Turn, exchanges: Exchanges, similarity: dict[
         "sampled_tokens": game.sampled_tokens,
         "game/attack_success": float(np.nanmean(1 - attacks)),  # by the training judge
         "game/undecided": int((~decided).sum())}  # in no update and in no rate
+    if game.replay.likelihood:
+        metrics["game/unsafe_likelihood"] = float(np.mean(game.replay.likelihood))
     if turn.player == "attacker":
         metrics["diversity/different"] = len(set(exchanges.prompts)) / len(exchanges.prompts)
     for name, term in (("self_bleu", "bleu"), ("cosine", "embedding")):

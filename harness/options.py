@@ -70,7 +70,7 @@ class Config:
                             choices=("initial", "previous"), only="training")
     entropy_coef: float = option("eta_H of Eq. (3.7): entropy bonus of the attacker", 0.0, only="attacker")
     ptx_coef: float | None = option("weight of the supervised loss on demonstrations, for the defender", 1.0, 0.0)
-    unlikelihood_coef: float | None = option("weight of the loss that makes these unsafe answers (--mine) less likely, "
+    unlikelihood_coef: float | None = option("weight of the loss that makes the unsafe answers of --mine less likely, "
                                              "for the defender", 100.0, 0.0, only="unlearning")
     lam: float | None = option("lambda of GAE: below 1 the first tokens of a long text get little of its reward while "
                                "the critic is new", 0.95, 1.0, at_most=1)
@@ -128,6 +128,11 @@ class Config:
     def trains(self) -> bool:
         """Whether the method updates any player."""
         return self.method not in ("sft", "paraphrase")
+
+    @property
+    def unlearns(self) -> bool:
+        """Whether the defender unlearns unsafe answers."""
+        return bool(self.method in ("gpo", "iterative") and self.mine and self.unlikelihood_coef)
 
 
 OPTIONS = {entry.name: entry.metadata["option"] for entry in fields(Config)}
