@@ -229,12 +229,11 @@ def draw_curves(folder: Path, log: list[dict], before: dict) -> None:
     def plot(axis, values, style, color, label):
         axis.plot(ends[-len(values):], values, style, ms=3, color=color, label=label)
 
-    plot(success, since_the_start("asr_held_out_judge"), "o-", "black", "held-out prompts, held-out judge")
-    plot(success, since_the_start("asr_train_judge"), "o:", "black", "held-out prompts, training judge")
-    plot(success, per_round("attacker", "game/attack_success"), "-.", ATTACKER,
-         "the attacker in training, training judge")
+    plot(success, since_the_start("asr_held_out_judge"), "o-", "black", "held-out prompts")
+    plot(success, since_the_start("asr_train_judge"), "o:", "black", "the same, training judge")
+    plot(success, per_round("attacker", "game/attack_success"), "-.", ATTACKER, "attacker in training")
     if before["over_refusal"] is not None:
-        plot(success, since_the_start("over_refusal"), "--", "grey", "over-refusal, harmless prompts")
+        plot(success, since_the_start("over_refusal"), "--", "grey", "over-refusal")
     plot(alike, since_the_start("self_bleu"), "o-", ATTACKER, "SelfBLEU")
     plot(alike, since_the_start("cosine"), "o--", ATTACKER, "cosine of embeddings")
     for player, style, color in (("attacker", "o-", ATTACKER), ("defender", "o--", DEFENDER)):
