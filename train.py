@@ -328,7 +328,7 @@ def defender_scores(world: World, exchanges: Exchanges, n_harmless: int) -> np.n
 
 
 def defender_prompts(config: Config, game: Game, seeds: list[str], rng: np.random.Generator) -> list[str]:
-    """The defender's prompts of one step. For the defender, the methods of Table 1 differ only here."""
+    """The defender's prompts of one step. For the defender, the methods of the paper's Table 1 differ only here."""
     if config.method == "rlhf":  # the fixed prompts themselves
         return seeds
     if config.method == "iterative":
