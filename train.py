@@ -12,13 +12,10 @@ One round: the attacker takes `--attacker_steps` PPO steps against the frozen de
 
 Differs from the paper (numbers as in the README; rows are of docs/results.md):
 (4) The attacker moves first, so that the finished defender was trained against the last attacker: row *defender first*.
-(5) `--unlikelihood_coef`: the defender's updates also make known unsafe answers less likely. It is the policy gradient
-of P(unsafe) by importance sampling; sampling would find a rare unsafe answer once in thousands: section *the worst
-case, exactly*.
-(6) `--replay`: a fraction of the attacks in the defender's batch are earlier ones, the successful ones more often, so
-that it does not forget them: section *ablations of the recommended setting*.
+(5) `--unlikelihood_coef`: the defender's updates also make known unsafe answers less likely. PPO learns from a rare
+unsafe answer only when it is sampled, once in thousands of answers: section *the worst case, exactly*.
 (7) `--mine`: these are the initial defender's unsafe answers to attacks of the untrained attacker, new ones before each
-defender turn. The likelier an answer still is, the more often it is taken.
+defender turn. The likelier an answer was before the turn, the more often it is taken.
 (8) `--ptx_coef`: a supervised loss on demonstrations, against over-refusal: row *no demonstrations*.
 (11) R_div is centred over the batch. Its level, about -k / 2 for every attack, is no signal, but it swamps a critic
 that starts at zero: exercise 2 of docs/exercises.md. Row *k = 10* depends on it.
