@@ -168,9 +168,9 @@ def _padded(length, longest):
 
 
 def _groups(lengths, longest):
-    """(padded length, row numbers) of groups of texts of similar length; the last group of a
-    length is filled up by repetition. A batch's shape depends on its length alone: otherwise a vector's last bits would
-    depend on the texts beside it."""
+    """(padded length, row numbers) of groups of texts of similar length; the last group of a length is filled up by
+    repetition. A batch's shape depends on its length alone: otherwise a vector's last bits would depend on the texts
+    beside it."""
     lengths = [_padded(length, longest) for length in lengths]
     by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     for length, same in itertools.groupby(by_length, key=lengths.__getitem__):
