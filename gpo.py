@@ -147,18 +147,23 @@ def supervised_loss(policy: Policy, demos: Rollout) -> torch.Tensor:
     return -(logprobs * demos.response_mask).sum() / demos.response_mask.sum().clamp(min=1)
 
 
+RARE = 0.01  # likelihood relative to the initial policy's: below it unlearning an answer follows its probability
+
+
 def unlikelihood_loss(policy: Policy, answers: Rollout, initial: Policy) -> torch.Tensor:
-    """A loss that makes given answers (a Rollout of B rows) less likely: shape (). Only its gradient has a meaning, the
-    sum of w grad log pi(y|x) over answers, per response token, with w = pi(y|x) / pi_0(y|x), truncated at 1 (Ionides,
-    2008). For unsafe answers y of the initial policy pi_0 it estimates, up to a factor, the gradient of P(unsafe) by
-    importance sampling; with answers of pi itself, only one in 1 / P(unsafe) would contribute. After unlikelihood
-    training (Welleck et al., 2020)."""
+    """A loss that makes given answers (a Rollout of B rows) of the initial policy less likely, per response token:
+    shape (). With p = pi(y|x) / pi_0(y|x), an answer adds p / RARE where p < RARE, else 1 + log(p / RARE). After
+    unlikelihood training (Welleck et al., 2020).
+
+    For unsafe answers sampled from pi_0 the first estimates P(unsafe) by importance sampling, up to a factor; with
+    samples of pi itself, only one in 1 / P(unsafe) would contribute. The second has the gradient of a demonstration,
+    reversed; p / RARE would drown the other losses before p is small."""
     with torch.no_grad():
         before, _, _ = logprobs_and_values(initial, answers, with_values=False)
     logprobs, _, _ = logprobs_and_values(policy, answers, with_values=False)
-    change = ((logprobs - before) * answers.response_mask).sum(1)  # (B,) nats
-    w = change.detach().clamp(max=0).exp()
-    return (w * change).sum() / answers.response_mask.sum().clamp(min=1)
+    log_p = ((logprobs - before) * answers.response_mask).sum(1)  # (B,) nats
+    losses = 1 + torch.nn.functional.elu(log_p - math.log(RARE))  # elu(x): exp(x) - 1 where x < 0, else x
+    return losses.sum() / answers.response_mask.sum().clamp(min=1)
 
 
 @dataclass

@@ -1147,14 +1147,13 @@ def test_a_supervised_term_keeps_demonstrations_likely():
     assert likelihood[1.0] > likelihood[0.0] + 0.5
 
 
-def test_the_unlikelihood_loss_has_the_gradient_of_the_unsafe_probability():
-    """Answers are two tokens; those with an even sum are unsafe. The loss, weighted by the chance pi_0 of each answer,
-    has the gradient of the sum of pi over them. Where pi exceeds pi_0 its weight stays 1 instead of pi / pi_0."""
+def test_the_unlikelihood_loss_follows_the_probability_of_rare_answers_and_the_log_prob_of_likely_ones():
+    """Answers are two tokens; the policy's distribution is sharp, so many of them have become rare."""
     policy = tiny_policy(1)
     initial = tiny_policy(0)
+    policy.lm.transformer.ln_f.weight.data *= 4
     V = policy.tokens
-    answers = torch.cartesian_prod(torch.arange(V), torch.arange(V))
-    answers = answers[answers.sum(1) % 2 == 0]  # (B, 2)
+    answers = torch.cartesian_prod(torch.arange(V), torch.arange(V))[::5]  # (B, 2)
     B = len(answers)
     prompt, = policy.encode(["a b"])
     rollout = model.pack(policy, ["a b"] * B, [""] * B, [prompt] * B, answers.tolist(), temperature=2.0)
@@ -1163,20 +1162,27 @@ def test_the_unlikelihood_loss_has_the_gradient_of_the_unsafe_probability():
         logits = policy.lm(rollout.tokens).logits[:, len(prompt) - 1 : -1]  # of both tokens
         return (logits / 2.0).log_softmax(-1).gather(2, answers[:, :, None]).sum((1, 2)).exp()  # (B,)
 
-    head = policy.lm.get_output_embeddings().weight
+    def loss(rows):
+        """The sums over tokens of the losses of the rows."""
+        return torch.stack([2 * unlikelihood_loss(policy, rollout.select(torch.tensor([i])), initial) for i in rows])
+
+    weight = policy.lm.transformer.ln_f.weight
     p_0 = probabilities(initial).detach()
     p = probabilities(policy)
-    truncated = (p_0 / p.detach()).clamp(max=1)
-    expected, = torch.autograd.grad((truncated * p).sum(), head)
-    rows = [rollout.select(torch.tensor([i])) for i in range(B)]
-    loss = sum(p_0[i] * 2 * unlikelihood_loss(policy, row, initial) for i, row in enumerate(rows))  # per token
-    found, = torch.autograd.grad(loss, head)
-    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-7) and expected.abs().max() > 1e-4
-    assert 0.1 < (truncated < 1).float().mean() < 0.9
+    rare, = (p / p_0 < 0.01).nonzero(as_tuple=True)
+    likely, = (p / p_0 >= 0.01).nonzero(as_tuple=True)
+    assert min(len(rare), len(likely)) > 10
+    assert torch.allclose(loss(rare), (p / p_0)[rare] / 0.01, rtol=1e-3, atol=1e-6)
+    assert torch.allclose(loss(likely), 1 + (p / p_0)[likely].log() - math.log(0.01), rtol=1e-3)
+    for found, expected in (((p_0[rare] * loss(rare)).sum(), p[rare].sum() / 0.01),  # importance sampling, exact
+                            (loss(likely).sum(), p[likely].log().sum())):
+        found, = torch.autograd.grad(found, weight, retain_graph=True)
+        expected, = torch.autograd.grad(expected, weight, retain_graph=True)
+        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5) and expected.abs().max() > 1e-3
 
 
 def test_unlearned_answers_become_unlikely_and_the_likely_ones_are_unlearned_first():
-    config, world, game = new_match(unlikelihood_coef=20.0, batch_size=8, temperature=2.0)
+    config, world, game = new_match(unlikelihood_coef=1.0, batch_size=8, temperature=2.0)
     defender = game.players["defender"]
     attacks = ["a b", "a b", "c d", "e f", "a b"]
     texts = ["yes no", "no", "no", "safe", "no"]

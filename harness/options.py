@@ -71,7 +71,7 @@ class Config:
     entropy_coef: float = option("eta_H of Eq. (3.7): entropy bonus of the attacker", 0.0, only="attacker")
     ptx_coef: float | None = option("weight of the supervised loss on demonstrations, for the defender", 1.0, 0.0)
     unlikelihood_coef: float | None = option("weight of the loss that makes the unsafe answers of --mine less likely, "
-                                             "for the defender", 100.0, 0.0, only="unlearning")
+                                             "for the defender", 1.0, 0.0, only="unlearning")
     lam: float | None = option("lambda of GAE: below 1 the first tokens of a long text get little of its reward while "
                                "the critic is new", 0.95, 1.0, at_most=1)
     missing_eos_penalty: float | None = option("subtracted from the score of a response that --response_tokens cuts "
