@@ -2265,6 +2265,30 @@ def test_mining_keeps_the_initial_defenders_unsafe_answers_and_no_test_prompt():
     assert not game.replay.answers
 
 
+def test_the_initial_defenders_helpful_and_safe_answers_to_harmless_requests_are_learned():
+    def helpful(prompts, responses):
+        return [None if "y" in text else float("x" not in text) for text in responses]
+
+    config, world, _ = new_match(mine=30, unlikelihood_coef=1.0, batch_size=8)
+    world = replace(world, benign_seeds=["e f", "a b", "g", "c d"] * 10, helpful=helpful)
+    assert train.new_game(config, world).helpful is None  # --benign_share is 0
+    config = replace(config, benign_share=0.25)
+    assert train.new_game(replace(config, mine=0), world).helpful is None
+    game = train.new_game(config, world)
+    answers = game.helpful
+    assert 5 < len(answers) < 25 and set(answers.prompts) <= set(world.benign_seeds)
+    assert set(helpful(answers.prompts, answers.texts)) == {1.0}
+    assert min(world.judge(answers.prompts, answers.texts)) > 0.5
+    assert game.sampled_tokens >= int(answers.response_mask.sum())
+    defender = game.players["defender"]
+    before = gpo.log_likelihoods(defender.policy, answers)[:, 0].mean()
+    extra, = train.extra_losses(config, world, game, np.random.default_rng(0))
+    for step in range(10):
+        ppo_update(defender, defender.generate(PROMPTS, step), np.zeros(8), step, [extra])
+    assert gpo.log_likelihoods(defender.policy, answers)[:, 0].mean() > before + 0.15
+    assert torch.equal(train.new_game(config, world).helpful.tokens, answers.tokens)  # after a resume too
+
+
 def test_a_resumed_game_keeps_its_likelihood_bound():
     for options in ({}, {"min_likelihood": 0.01}):
         config, world, game = new_match(**options)

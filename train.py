@@ -12,10 +12,10 @@ One round: the attacker takes `--attacker_steps` PPO steps against the frozen de
 
 Differs from the paper (numbers as in the README; rows are of docs/results.md):
 (4) The attacker moves first, so that the finished defender was trained against the last attacker: row *defender first*.
-(5) `--unlikelihood_coef`: the defender's updates also make known unsafe answers less likely. PPO learns from a rare
-unsafe answer only when it is sampled, once in thousands of answers: section *the worst case, exactly*.
-(7) `--mine`: these are the initial defender's unsafe answers to attacks of the untrained attacker, new ones before each
-defender turn. The likelier an answer was before the turn, the more often it is taken.
+(5) `--unlikelihood_coef`: the defender's updates also make known unsafe answers less likely, and helpful ones likelier.
+PPO learns from a rare answer only when it is sampled, once in thousands: section *the worst case, exactly*.
+(7) `--mine`: these are answers of the initial defender: unsafe ones to attacks of the untrained attacker, new ones
+before each defender turn, the likelier before the turn, the more often; helpful ones to harmless requests.
 (8) `--ptx_coef`: a supervised loss on demonstrations, against over-refusal: row *no demonstrations*.
 (11) R_div is centred over the batch. Its level, about -k / 2 for every attack, is no signal, but it swamps a critic
 that starts at zero: exercise 2 of docs/exercises.md. Row *k = 10* depends on it.
@@ -204,6 +204,7 @@ class Game:
     diversity: Diversity  # the history X of attacks
     replay: ReplayBuffer  # earlier attacks, and unsafe answers
     likelihood_bound: torch.Tensor  # (2,) for the mean and least token log-prob: an attack below either is unlikely
+    helpful: Rollout | None = None  # the initial defender's helpful answers to harmless requests
     sampled_tokens: int = 0  # by both players, for their PPO steps and in mining
 
     def add_to_averages(self) -> None:
@@ -250,7 +251,10 @@ def new_game(config: Config, world: World) -> Game:
     diversity = Diversity(tuple(config.diversity_terms.split(",")), world.embedder, config.history)
     no_attacks = world.held_out() | set(map(normalized, world.benign_seeds))
     bound = likelihood_bound(config, world)
-    return Game(world.players, world.first, averages, diversity, ReplayBuffer(no_attacks), bound)
+    game = Game(world.players, world.first, averages, diversity, ReplayBuffer(no_attacks), bound)
+    if config.unlearns and config.benign_share:
+        mine_helpful(config, world, game)
+    return game
 
 
 def likelihood_bound(config: Config, world: World) -> torch.Tensor:
@@ -293,6 +297,20 @@ def mine(config: Config, world: World, game: Game, rng: np.random.Generator) -> 
     game.sampled_tokens += exchanges.sampled_tokens
     if game.replay.answers:
         game.replay.measure(game.players["defender"])
+
+
+def mine_helpful(config: Config, world: World, game: Game) -> None:
+    """Keep the initial defender's helpful and safe answers to at most `--mine` harmless requests. Learning them while
+    unsafe ones are unlearned prevents that all of a topic is refused: then no helpful answer is sampled from which PPO
+    could learn."""
+    n = min(config.mine, len(world.benign_seeds))
+    requests = sample(world.benign_seeds, n, np.random.default_rng(config.seed))
+    exchanges = play(None, world.first["defender"], requests, world.judge, config.seed, at_least=0)
+    helpful = call_judge(world.helpful, requests, exchanges.responses.texts)
+    kept = np.flatnonzero((helpful > 0.5) & (exchanges.p_safe > 0.5))  # False where undecided
+    if len(kept):
+        game.helpful = exchanges.responses.select(torch.from_numpy(kept))
+    game.sampled_tokens += exchanges.sampled_tokens
 
 
 def attacker_scores(config: Config, game: Game, exchanges: Exchanges) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -357,14 +375,17 @@ def write_attacks(config: Config, game: Game, seeds: list[str], rng: np.random.G
 
 
 def extra_losses(config: Config, world: World, game: Game, rng: np.random.Generator) -> list[ExtraLoss]:
-    """What is added to the defender's PPO loss: demonstrations become likelier, unsafe answers less likely. About half
-    as many pairs as exchanges of each, a multiple of minibatches x processes."""
+    """What is added to the defender's PPO loss: demonstrations and helpful answers become likelier, unsafe ones less
+    likely. About half as many pairs as exchanges of each, a multiple of minibatches x processes."""
     parts = config.minibatches * world_size()
     n = parts * max(1, config.batch_size // (2 * parts))
     defender = game.players["defender"]
     extra = []
     if config.ptx_coef:
         extra.append(ExtraLoss(demonstrations(defender.policy, sample(world.demos, n, rng)), config.ptx_coef))
+    if game.helpful:
+        rows = torch.from_numpy(rng.choice(len(game.helpful), n))
+        extra.append(ExtraLoss(game.helpful.select(rows), config.unlikelihood_coef))
     if game.replay.answers:
         loss = partial(unlikelihood_loss, initial=defender.initial)
         extra.append(ExtraLoss(game.replay.sample_answers(n, defender, rng), config.unlikelihood_coef, loss))

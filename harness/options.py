@@ -70,8 +70,9 @@ class Config:
                             choices=("initial", "previous"), only="training")
     entropy_coef: float = option("eta_H of Eq. (3.7): entropy bonus of the attacker", 0.0, only="attacker")
     ptx_coef: float | None = option("weight of the supervised loss on demonstrations, for the defender", 1.0, 0.0)
-    unlikelihood_coef: float | None = option("weight of the loss that makes the unsafe answers of --mine less likely, "
-                                             "for the defender", 1.0, 0.0, only="unlearning")
+    unlikelihood_coef: float | None = option("weight of the losses that make the unsafe answers of --mine less likely "
+                                             "and its helpful ones likelier, for the defender", 1.0, 0.0,
+                                             only="unlearning")
     lam: float | None = option("lambda of GAE: below 1 the first tokens of a long text get little of its reward while "
                                "the critic is new", 0.95, 1.0, at_most=1)
     missing_eos_penalty: float | None = option("subtracted from the score of a response that --response_tokens cuts "
@@ -82,7 +83,8 @@ class Config:
                                         "(--benign_prompts), paid for a helpful answer (--helpful_judge)", 0.25, 0.4,
                                         below=1, only="training", heading="opponents")
     mine: int | None = option("attacks of the initial attacker before each defender turn: the initial defender's "
-                              "unsafe answers are unlearned", 600, 0, only="unlearning")
+                              "unsafe answers are unlearned; and at most as many harmless requests: its helpful "
+                              "answers are learned", 600, 0, only="unlearning")
     opponent: str = option("the other's last policy, or the mixture, mean of the weights or exponential average of all",
                            "last", choices=("last", "mixture", "weights", "ema"), only="gpo")
     replay: float = option("fraction of earlier ones among the attacks in the defender's batch, by success", 0.6,
