@@ -56,7 +56,7 @@ class Config:
     method: str = option("rlhf: defender on fixed prompts and harmless requests, attacker against the initial one; "
                          "iterative: prompts by the initial attacker; paraphrase, sft: no updates", "gpo",
                          choices=METHODS, heading="game")
-    rounds: int | None = option("rounds of the game", 10, 5, at_least=1, only="training")
+    rounds: int | None = option("rounds of the game", 8, 5, at_least=1, only="training")
     defender_steps: int | None = option("PPO steps per round (N_d)", 6, 20, only="training")  # the authors: 400
     attacker_steps: int | None = option("PPO steps per round (N_a)", 12, 10, only="attacker")  # the authors: 200
     first: str = option("who moves first in a round; defender_twice: the defender, in the first round with twice its "
