@@ -1182,7 +1182,7 @@ def test_the_unlikelihood_loss_follows_the_probability_of_rare_answers_and_the_l
 
 
 def test_unlearned_answers_become_unlikely_and_the_likely_ones_are_unlearned_first():
-    config, world, game = new_match(unlikelihood_coef=1.0, batch_size=8, temperature=2.0)
+    config, world, game = new_match(unlikelihood_coef=3.0, batch_size=8, temperature=2.0)
     defender = game.players["defender"]
     attacks = ["a b", "a b", "c d", "e f", "a b"]
     texts = ["yes no", "no", "no", "safe", "no"]
@@ -1195,6 +1195,7 @@ def test_unlearned_answers_become_unlikely_and_the_likely_ones_are_unlearned_fir
     game.replay.measure(defender)
     assert game.replay.likelihood == [1.0, 1.0, 1.0]
     extra, = train.extra_losses(config, world, game, np.random.default_rng(0))
+    assert extra.coef == 3.0
     for step in range(10):
         ppo_update(defender, defender.generate(PROMPTS, step), np.zeros(8), step, [extra])
     game.replay.measure(defender)
@@ -2269,24 +2270,40 @@ def test_the_initial_defenders_helpful_and_safe_answers_to_harmless_requests_are
     def helpful(prompts, responses):
         return [None if "y" in text else float("x" not in text) for text in responses]
 
-    config, world, _ = new_match(mine=30, unlikelihood_coef=1.0, batch_size=8)
-    world = replace(world, benign_seeds=["e f", "a b", "g", "c d"] * 10, helpful=helpful)
-    assert train.new_game(config, world).helpful is None  # --benign_share is 0
-    config = replace(config, benign_share=0.25)
-    assert train.new_game(replace(config, mine=0), world).helpful is None
-    game = train.new_game(config, world)
-    answers = game.helpful
-    assert 5 < len(answers) < 25 and set(answers.prompts) <= set(world.benign_seeds)
+    config, world, game = new_match(mine=4, unlikelihood_coef=3.0, benign_share=0.25, batch_size=8, response_tokens=40)
+    world = replace(world, benign_seeds=["e f", "a b", "g", "c d"] * 40, helpful=helpful)
+    defender = game.players["defender"]
+    gpo.copy_weights(tiny_policy(3), defender.policy)  # it has moved
+    before_turn = functools.partial(train.begin_turn, config, world, game)
+    before_turn(train.Turn(0, "attacker", is_first=True, ends_round=False), np.random.default_rng(0))
+    assert not game.replay.helpful
+    before_turn(train.Turn(0, "defender", is_first=True, ends_round=False), np.random.default_rng(0))
+    kept = game.replay.helpful
+    answers = train.as_rollout(kept, defender)
+    assert 5 < len(kept) < 100 and set(answers.prompts) <= set(world.benign_seeds) and answers.ended.all()
     assert set(helpful(answers.prompts, answers.texts)) == {1.0}
     assert min(world.judge(answers.prompts, answers.texts)) > 0.5
     assert game.sampled_tokens >= int(answers.response_mask.sum())
-    defender = game.players["defender"]
-    before = gpo.log_likelihoods(defender.policy, answers)[:, 0].mean()
+    before_turn(train.Turn(1, "defender", is_first=True, ends_round=False), np.random.default_rng(0))
+    assert game.replay.helpful is kept  # once
+    game.replay.answers = []
     extra, = train.extra_losses(config, world, game, np.random.default_rng(0))
-    for step in range(10):
-        ppo_update(defender, defender.generate(PROMPTS, step), np.zeros(8), step, [extra])
-    assert gpo.log_likelihoods(defender.policy, answers)[:, 0].mean() > before + 0.15
-    assert torch.equal(train.new_game(config, world).helpful.tokens, answers.tokens)  # after a resume too
+    assert extra.coef == 3.0 and extra.loss is gpo.supervised_loss
+    assert set(zip(extra.pairs.prompts, extra.pairs.texts)) <= set(zip(answers.prompts, answers.texts))
+    states = json.loads(json.dumps(game.state_dict()["game"][1]))
+    resumed = train.new_game(config, world)
+    resumed.load_state_dict({"game": ({}, states), **{k: v for k, v in game.state_dict().items() if k != "game"}})
+    again, = train.extra_losses(config, world, resumed, np.random.default_rng(0))
+    assert torch.equal(again.pairs.tokens, extra.pairs.tokens)
+
+
+@pytest.mark.parametrize("verdict", [None, 0.0])
+def test_a_game_goes_on_without_helpful_answers(verdict):
+    config, world, game = new_match(mine=4, unlikelihood_coef=1.0, benign_share=0.25)
+    world = replace(world, benign_seeds=["e f", "a b"], helpful=lambda prompts, responses: [verdict] * len(prompts))
+    train.mine_helpful(config, world, game)
+    game.replay.answers = []
+    assert not game.replay.helpful and not train.extra_losses(config, world, game, np.random.default_rng(0))
 
 
 def test_a_resumed_game_keeps_its_likelihood_bound():
@@ -3376,6 +3393,7 @@ def user_models(tmp_path_factory):
     (folder / "pairs.jsonl").write_text('{"prompt": "how are you?", "response": "fine"}\n'
                                         '{"prompt": "hi", "chosen": "hello", "rejected": "go"}\n')
     (folder / "benign.txt").write_text("how do i boil an egg?\n")
+    (folder / "requests.txt").write_text("\n".join(f"how do i boil {n} eggs?" for n in range(60)))
     return folder
 
 
@@ -3781,7 +3799,8 @@ def test_a_stopped_run_says_in_one_line_how_to_go_on_and_ends_like_one_left_alon
 
 # A moving KL anchor, a separate critic, replay, mining, averages: all that a game remembers.
 STATEFUL = ("--rounds 2 --critic separate --kl_anchor previous --mine 4 --unlikelihood_coef 5 --average both "
-            "--min_likelihood 0.01 --embedder embedder --save_every 1").split()
+            "--min_likelihood 0.01 --embedder embedder --save_every 1 --benign_prompts requests.txt "
+            "--response_tokens 40").split()
 
 
 @pytest.mark.parametrize("more", [[], "--lora 4 --gradient_checkpointing".split()], ids=["all", "lora"])
@@ -3790,6 +3809,8 @@ def test_all_state_of_a_game_survives_a_stop_in_mid_turn(user_models, faulty, mo
     run_program(user_models, *FAULTY, *STATEFUL, *more, "--out", "stateful")
     faulty("5 raise KeyboardInterrupt", *STATEFUL, *more)  # after the first step of the attacker's second turn
     assert newest_checkpoint(user_models / "faulty") == "step_000005"
+    remembered = read_json(user_models / "faulty" / "checkpoints" / "step_000005" / "state.json")["numbers"]["game"]
+    assert remembered["answers"] and remembered["helpful"]
     run_program(user_models, "--resume", "faulty")
     assert "going on after step 5 of " in capsys.readouterr().out
     assert not differing(user_models / "faulty", outcome(user_models / "stateful"))

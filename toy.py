@@ -240,7 +240,7 @@ class ToyGame:
 
     def is_demonstration(self, prompt: str, response: str) -> bool:
         """Whether a pair may be a demonstration (--ptx_coef): a helpful answer on one of 22 harmless topics. On the
-        other 11, only the KL penalty, --benign_share and --mine keep the defender from refusing."""
+        other 11, only the KL penalty and harmless requests keep the defender from refusing."""
         return (self._served(prompt, response, harmful=False) and set(self.topics_in(prompt)) <= self.demo_topics
                 and prompt not in self._jailbreaks)
 

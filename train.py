@@ -32,7 +32,6 @@ if __name__ == "__main__":
     before_slow_imports(help_text())
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -140,12 +139,13 @@ def schedule(config: Config) -> list[Turn]:
 # --- the state of the game ------------------------------------------------------------------------------------------
 @dataclass
 class ReplayBuffer:
-    """Earlier attacks and unsafe answers, on which the defender is trained again."""
+    """Earlier attacks, and the initial defender's answers, on which the defender is trained again."""
 
     excluded: set[str] = field(default_factory=set)  # normalized test prompts, not to be trained on, and harmless ones
     last_success: dict[str, float] = field(default_factory=dict)  # attack -> P(unsafe) of its last try
     answers: list[tuple] = field(default_factory=list)  # unsafe ones: (attack, text, prompt ids, response ids)
-    likelihood: list[float] = field(default_factory=list)  # pi / pi_0 of each answer, at most 1
+    likelihood: list[float] = field(default_factory=list)  # pi / pi_0 of each unsafe answer, at most 1
+    helpful: list[tuple] = field(default_factory=list)  # safe and helpful ones: (request, text, prompt ids, ...)
 
     def add(self, exchanges: Exchanges) -> None:
         """Record P(unsafe) of each decided attack; a later try of an attack replaces an earlier one."""
@@ -167,8 +167,8 @@ class ReplayBuffer:
 
     def measure(self, defender: Player) -> None:
         """Compute how likely each unsafe answer is under the current defender, relative to the initial one."""
-        rows = [*range(len(self.answers)), *[0] * (-len(self.answers) % world_size())]  # as many for every process
-        rollout = self.rollout(rows, defender)
+        padded = self.answers + self.answers[:1] * (-len(self.answers) % world_size())  # as many for every process
+        rollout = as_rollout(padded, defender)
         n_tokens = rollout.response_mask.sum(1).cpu()  # (B,)
         now = log_likelihoods(defender.policy, rollout, defender.micro_batch)[:, 0] * n_tokens  # (B,) nats
         before = log_likelihoods(defender.initial, rollout, defender.micro_batch)[:, 0] * n_tokens
@@ -177,12 +177,12 @@ class ReplayBuffer:
     def sample_answers(self, n: int, defender: Player, rng: np.random.Generator) -> Rollout:
         """n unsafe answers, in proportion to their likelihood when it was measured."""
         chance = np.array(self.likelihood) + 1e-6  # for the case that all are 0
-        return self.rollout(rng.choice(len(chance), n, p=chance / chance.sum()), defender)
+        rows = rng.choice(len(chance), n, p=chance / chance.sum())
+        return as_rollout([self.answers[i] for i in rows], defender)
 
-    def rollout(self, rows: Sequence[int], defender: Player) -> Rollout:
-        """These rows of the unsafe answers."""
-        attacks, *responses = zip(*(self.answers[i] for i in rows))
-        return pack(defender.policy, attacks, *responses, defender.temperature)
+    def sample_helpful(self, n: int, defender: Player, rng: np.random.Generator) -> Rollout:
+        """n helpful answers."""
+        return as_rollout([self.helpful[i] for i in rng.choice(len(self.helpful), n)], defender)
 
     def sample(self, n: int, rng: np.random.Generator) -> list[str]:
         """n earlier attacks: 3/4 in proportion to their last P(unsafe) if above 1/2, 1/4 uniform against forgetting
@@ -194,6 +194,12 @@ class ReplayBuffer:
         return [earlier[i] for i in rng.choice(len(earlier), n, p=chance / chance.sum())]
 
 
+def as_rollout(answers: list[tuple], defender: Player) -> Rollout:
+    """Answers of the ReplayBuffer as a Rollout."""
+    prompts, *responses = zip(*answers)
+    return pack(defender.policy, prompts, *responses, defender.temperature)
+
+
 @dataclass
 class Game:
     """All state of the algorithm. A checkpoint holds what changes; the rest is made again from the run's start."""
@@ -202,9 +208,8 @@ class Game:
     first: dict[str, Player]  # the initial players, frozen
     averages: dict[str, dict[str, PolicyAverage]]  # {player: {kind: its policies after each round}}
     diversity: Diversity  # the history X of attacks
-    replay: ReplayBuffer  # earlier attacks, and unsafe answers
+    replay: ReplayBuffer  # earlier attacks, and the initial defender's answers
     likelihood_bound: torch.Tensor  # (2,) for the mean and least token log-prob: an attack below either is unlikely
-    helpful: Rollout | None = None  # the initial defender's helpful answers to harmless requests
     sampled_tokens: int = 0  # by both players, for their PPO steps and in mining
 
     def add_to_averages(self) -> None:
@@ -217,8 +222,8 @@ class Game:
         """{file: (tensors, numbers)} of a checkpoint; all processes must call it."""
         states = {"game": ({}, {
             "diversity": self.diversity.state_dict(), "last_success": self.replay.last_success,
-            "answers": self.replay.answers, "likelihood": self.replay.likelihood, "sampled_tokens": self.sampled_tokens,
-            "likelihood_bound": finite(self.likelihood_bound.tolist())})}
+            "answers": self.replay.answers, "likelihood": self.replay.likelihood, "helpful": self.replay.helpful,
+            "sampled_tokens": self.sampled_tokens, "likelihood_bound": finite(self.likelihood_bound.tolist())})}
         for name, player in self.players.items():
             states[name] = player.state_dict()
             for kind, average in self.averages[name].items():
@@ -232,6 +237,7 @@ class Game:
         self.replay.last_success = numbers["last_success"]
         self.replay.answers = numbers["answers"]
         self.replay.likelihood = numbers["likelihood"]
+        self.replay.helpful = numbers["helpful"]
         self.sampled_tokens = numbers["sampled_tokens"]
         if None not in numbers.get("likelihood_bound", [None]):  # None: -inf, or from an older version
             self.likelihood_bound = torch.tensor(numbers["likelihood_bound"])
@@ -251,10 +257,7 @@ def new_game(config: Config, world: World) -> Game:
     diversity = Diversity(tuple(config.diversity_terms.split(",")), world.embedder, config.history)
     no_attacks = world.held_out() | set(map(normalized, world.benign_seeds))
     bound = likelihood_bound(config, world)
-    game = Game(world.players, world.first, averages, diversity, ReplayBuffer(no_attacks), bound)
-    if config.unlearns and config.benign_share:
-        mine_helpful(config, world, game)
-    return game
+    return Game(world.players, world.first, averages, diversity, ReplayBuffer(no_attacks), bound)
 
 
 def likelihood_bound(config: Config, world: World) -> torch.Tensor:
@@ -280,11 +283,13 @@ def opponent(config: Config, game: Game, name: str) -> Player | PolicyAverage:
 
 
 def begin_turn(config: Config, world: World, game: Game, turn: Turn, rng: np.random.Generator) -> None:
-    """Before the first step of a player's turn: KL anchor; for the defender, the unsafe answers to unlearn."""
+    """Before the first step of a player's turn: KL anchor; for the defender, the answers to learn and to unlearn."""
     if config.kl_anchor == "previous":
         game.players[turn.player].anchor()
     if turn.player == "defender" and config.unlearns:
         mine(config, world, game, rng)
+        if turn.round == 0 and config.benign_share:
+            mine_helpful(config, world, game)
 
 
 def mine(config: Config, world: World, game: Game, rng: np.random.Generator) -> None:
@@ -299,17 +304,20 @@ def mine(config: Config, world: World, game: Game, rng: np.random.Generator) -> 
         game.replay.measure(game.players["defender"])
 
 
+MOST_HELPFUL = 600  # harmless requests that the initial defender answers
+
+
 def mine_helpful(config: Config, world: World, game: Game) -> None:
-    """Keep the initial defender's helpful and safe answers to at most `--mine` harmless requests. Learning them while
-    unsafe ones are unlearned prevents that all of a topic is refused: then no helpful answer is sampled from which PPO
-    could learn."""
-    n = min(config.mine, len(world.benign_seeds))
+    """Keep the initial defender's safe and helpful answers to harmless requests. Learning them while unsafe ones are
+    unlearned prevents that all of a topic is refused: then no helpful answer is sampled from which PPO could learn."""
+    n = min(MOST_HELPFUL, len(world.benign_seeds))
     requests = sample(world.benign_seeds, n, np.random.default_rng(config.seed))
     exchanges = play(None, world.first["defender"], requests, world.judge, config.seed, at_least=0)
     helpful = call_judge(world.helpful, requests, exchanges.responses.texts)
-    kept = np.flatnonzero((helpful > 0.5) & (exchanges.p_safe > 0.5))  # False where undecided
-    if len(kept):
-        game.helpful = exchanges.responses.select(torch.from_numpy(kept))
+    kept = (helpful > 0.5) & (exchanges.p_safe > 0.5)  # False where undecided
+    kept &= exchanges.responses.ended.cpu().numpy()
+    rows = zip(requests, exchanges.responses.rows())
+    game.replay.helpful = [(request, *row) for (request, row), keep in zip(rows, kept) if keep]
     game.sampled_tokens += exchanges.sampled_tokens
 
 
@@ -383,9 +391,8 @@ def extra_losses(config: Config, world: World, game: Game, rng: np.random.Genera
     extra = []
     if config.ptx_coef:
         extra.append(ExtraLoss(demonstrations(defender.policy, sample(world.demos, n, rng)), config.ptx_coef))
-    if game.helpful:
-        rows = torch.from_numpy(rng.choice(len(game.helpful), n))
-        extra.append(ExtraLoss(game.helpful.select(rows), config.unlikelihood_coef))
+    if game.replay.helpful:
+        extra.append(ExtraLoss(game.replay.sample_helpful(n, defender, rng), config.unlikelihood_coef))
     if game.replay.answers:
         loss = partial(unlikelihood_loss, initial=defender.initial)
         extra.append(ExtraLoss(game.replay.sample_answers(n, defender, rng), config.unlikelihood_coef, loss))

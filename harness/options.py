@@ -83,8 +83,8 @@ class Config:
                                         "(--benign_prompts), paid for a helpful answer (--helpful_judge)", 0.25, 0.4,
                                         below=1, only="training", heading="opponents")
     mine: int | None = option("attacks of the initial attacker before each defender turn: the initial defender's "
-                              "unsafe answers are unlearned; and at most as many harmless requests: its helpful "
-                              "answers are learned", 600, 0, only="unlearning")
+                              "unsafe answers are unlearned, and its helpful ones to harmless requests learned "
+                              "(--benign_share)", 600, 0, only="unlearning")
     opponent: str = option("the other's last policy, or the mixture, mean of the weights or exponential average of all",
                            "last", choices=("last", "mixture", "weights", "ema"), only="gpo")
     replay: float = option("fraction of earlier ones among the attacks in the defender's batch, by success", 0.6,
