@@ -241,7 +241,7 @@ def draw_curves(folder: Path, log: list[dict], before: dict) -> None:
         plot(kl, per_round(player, f"{player}/objective/kl"), style, color, player)
     success.set(title="attack success", ylim=(0, 1))
     reward.set(title="mean reward of the round")
-    alike.set(title="how alike the attacks are", ylim=(0, 1))
+    alike.set(title="how alike the attacks are", ylim=(0, 1.3), yticks=[0, 0.25, 0.5, 0.75, 1])  # room for the legend
     kl.set(title="KL to the reference, nats")
     for axis in (success, reward, alike, kl):
         axis.set_xlabel("round")
