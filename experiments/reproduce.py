@@ -66,7 +66,7 @@ FLAGS = {
 ABLATIONS = {"GPO+Div": METHODS["GPO+Div"], "GPO": METHODS["GPO"],
              **{name: f"{PAPER} --average none {flag}" for name, flag in FLAGS.items()}}
 RECIPE = {
-    "recommended": METHODS["recommended"], "no unlearned answers": "--unlikelihood_coef 0 --average mixture",
+    "recommended": METHODS["recommended"], "no known answers": "--unlikelihood_coef 0 --average mixture",
     "no replay": "--replay 0 --average mixture",
     "no harmless requests": "--benign_share 0 --average mixture",
     "against mixtures": "--opponent mixture --average mixture", "against the mean of weights": "--opponent weights",
