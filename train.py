@@ -308,8 +308,9 @@ MOST_HELPFUL = 600  # harmless requests that the initial defender answers
 
 
 def mine_helpful(config: Config, world: World, game: Game) -> None:
-    """Keep the initial defender's safe and helpful answers to harmless requests. Learning them while unsafe ones are
-    unlearned prevents that all of a topic is refused: then no helpful answer is sampled from which PPO could learn."""
+    """Keep the initial defender's safe and helpful answers to harmless requests, cut ones left out. Learning them while
+    unsafe ones are unlearned prevents that all of a topic is refused: then PPO samples no helpful answer to learn from.
+    """
     n = min(MOST_HELPFUL, len(world.benign_seeds))
     requests = sample(world.benign_seeds, n, np.random.default_rng(config.seed))
     exchanges = play(None, world.first["defender"], requests, world.judge, config.seed, at_least=0)

@@ -1,6 +1,6 @@
 """The worst case of finished defenders in the embedded game: every prompt of its grammar, and four families of attacker
-(after "The Attacker Moves Second", arXiv 2510.09023). In training a defender has met its opponent; it has
-unlearned the initial defender's unsafe answers to the untrained attacker.
+(after "The Attacker Moves Second", arXiv 2510.09023). In training a defender has met its opponent; it has unlearned the
+initial defender's unsafe answers to the untrained attacker, and learned its helpful ones to harmless requests.
 
     python -m experiments.worst_case RUN [RUN ...]           RUN/worst_case.json of each, and one table over all runs
     python -m experiments.worst_case RUN [RUN ...] --rounds  the grammar alone, after every round: RUN/open.json
