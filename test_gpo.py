@@ -2250,7 +2250,11 @@ def test_mining_keeps_the_initial_defenders_unsafe_answers_and_no_test_prompt():
     defender = game.players["defender"]
     defender.generate = Mock(side_effect=AssertionError("the initial defender answers"))
     gpo.copy_weights(tiny_policy(3), defender.policy)  # it has moved
+    attacker = game.first["attacker"]
+    attacker.generate = Mock(wraps=attacker.generate)
     train.mine(config, world, game, np.random.default_rng(0))
+    asked = [(len(call.args[0]), call.args[2]) for call in attacker.generate.call_args_list]
+    assert asked == [(10, attacker.temperature), (10, 2 * attacker.temperature)]
     found = game.replay.answers
     assert found and all("a" in text for _, text, _, _ in found)  # what the judge of `new_match` calls unsafe
     assert len(game.replay.likelihood) == len(found) and min(game.replay.likelihood) < 0.9
@@ -2264,6 +2268,12 @@ def test_mining_keeps_the_initial_defenders_unsafe_answers_and_no_test_prompt():
     game.replay = train.ReplayBuffer(excluded={normalized(attack) for attack, *_ in found})
     train.mine(config, world, game, np.random.default_rng(0))
     assert not game.replay.answers
+
+
+def test_one_attack_can_be_mined():
+    config, world, game = new_match(mine=1, unlikelihood_coef=1.0)
+    train.mine(config, world, game, np.random.default_rng(0))
+    assert game.sampled_tokens > 0
 
 
 def test_the_initial_defenders_helpful_and_safe_answers_to_harmless_requests_are_learned():
