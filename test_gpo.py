@@ -2246,7 +2246,7 @@ def test_the_defender_is_never_trained_on_a_test_prompt():
 
 
 def test_mining_keeps_the_initial_defenders_unsafe_answers_and_no_test_prompt():
-    config, world, game = new_match(mine=20, unlikelihood_coef=1.0)
+    config, world, game = new_match(mine=21, unlikelihood_coef=1.0)
     defender = game.players["defender"]
     defender.generate = Mock(side_effect=AssertionError("the initial defender answers"))
     gpo.copy_weights(tiny_policy(3), defender.policy)  # it has moved
@@ -2254,7 +2254,7 @@ def test_mining_keeps_the_initial_defenders_unsafe_answers_and_no_test_prompt():
     attacker.generate = Mock(wraps=attacker.generate)
     train.mine(config, world, game, np.random.default_rng(0))
     asked = [(len(call.args[0]), call.args[2]) for call in attacker.generate.call_args_list]
-    assert asked == [(10, attacker.temperature), (10, 2 * attacker.temperature)]
+    assert asked == [(14, attacker.temperature), (7, 2 * attacker.temperature)]
     found = game.replay.answers
     assert found and all("a" in text for _, text, _, _ in found)  # what the judge of `new_match` calls unsafe
     assert len(game.replay.likelihood) == len(found) and min(game.replay.likelihood) < 0.9

@@ -14,9 +14,9 @@ Differs from the paper (numbers as in the README; rows are of docs/results.md):
 (4) The attacker moves first, so that the finished defender was trained against the last attacker: row *defender first*.
 (5) `--unlikelihood_coef`: the defender's updates also make known unsafe answers less likely, and helpful ones likelier.
 PPO learns from a rare answer only when it is sampled, once in thousands: section *the worst case, exactly*.
-(7) `--mine`: these are answers of the initial defender: unsafe ones to attacks of the untrained attacker, half of them
-at twice its temperature, new ones before each defender turn, the likelier before the turn, the more often; helpful ones
-to harmless requests.
+(7) `--mine`: these are answers of the initial defender: unsafe ones to attacks of the untrained attacker, a third of
+them at twice its temperature, new ones before each defender turn, the likelier before the turn, the more often; helpful
+ones to harmless requests.
 (8) `--ptx_coef`: a supervised loss on demonstrations, against over-refusal: row *no demonstrations*.
 (11) R_div is centred over the batch. Its level, about -k / 2 for every attack, is no signal, but it swamps a critic
 that starts at zero: exercise 2 of docs/exercises.md. Row *k = 10* depends on it.
@@ -295,14 +295,15 @@ def begin_turn(config: Config, world: World, game: Game, turn: Turn, rng: np.ran
 
 def mine(config: Config, world: World, game: Game, rng: np.random.Generator) -> None:
     """Add the initial defender's unsafe answers to `--mine` attacks of the initial attacker, and measure how likely all
-    of them still are. Half of the attacks are sampled at twice the temperature: what is harmful in them is named in a
-    heap of words, of which the defender would else learn little."""
+    of them still are. A third of the attacks are sampled at twice the temperature: what is harmful in them is named in
+    a heap of words, of which the defender would else learn little."""
     repeats = config.mine // len(world.seeds) + 1  # so that there are enough to sample without replacement
     seeds = sample(world.seeds * repeats, config.mine, rng)
     attacker = game.first["attacker"]
+    third = config.mine // 3
     attacks = []
-    for part, factor in ((seeds[::2], 1), (seeds[1::2], 2)):
-        if part:  # not with --mine 1
+    for part, factor in ((seeds[third:], 1), (seeds[:third], 2)):
+        if part:  # not of two
             rollout = attacker.generate(part, new_seed(rng), factor * attacker.temperature)
             attacks += rollout.texts
             game.sampled_tokens += int(rollout.response_mask.sum())

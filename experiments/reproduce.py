@@ -74,7 +74,7 @@ RECIPE = {
     "no diversity": "--diversity 0 --average mixture"}
 HORIZONS = (1, 2, 4, 8, 16, 32)  # T, the number of rounds
 ROUNDS = {  # a run for each T with the same totals of updates and mined attacks; and one long run, round by round
-    **{f"equal, T = {t}": f"--rounds {t} --defender_steps {64 // t} --attacker_steps {64 // t} --mine {4800 // t} "
+    **{f"equal, T = {t}": f"--rounds {t} --defender_steps {64 // t} --attacker_steps {64 // t} --mine {7200 // t} "
                           "--average mixture" for t in HORIZONS},
     "growing": "--rounds 32 --defender_steps 6 --attacker_steps 6 --average mixture"}
 THIRD_PARTIES = ("SFT", "RLHF", "GPO+Div")  # every attacker is tried on their finished defenders

@@ -56,7 +56,7 @@ class Config:
     method: str = option("rlhf: defender on fixed prompts and harmless requests, attacker against the initial one; "
                          "iterative: prompts by the initial attacker; paraphrase, sft: no updates", "gpo",
                          choices=METHODS, heading="game")
-    rounds: int | None = option("rounds of the game", 6, 5, at_least=1, only="training")
+    rounds: int | None = option("rounds of the game", 8, 5, at_least=1, only="training")
     defender_steps: int | None = option("PPO steps per round (N_d)", 6, 20, only="training")  # the authors: 400
     attacker_steps: int | None = option("PPO steps per round (N_a)", 12, 10, only="attacker")  # the authors: 200
     first: str = option("who moves first in a round; defender_twice: the defender, in the first round with twice its "
@@ -82,9 +82,9 @@ class Config:
     benign_share: float | None = option("fraction of the defender's batch that is harmless requests "
                                         "(--benign_prompts), paid for a helpful answer (--helpful_judge)", 0.25, 0.4,
                                         below=1, only="training", heading="opponents")
-    mine: int | None = option("attacks of the initial attacker before each defender turn, half of them at twice "
+    mine: int | None = option("attacks of the initial attacker before each defender turn, a third of them at twice "
                               "its temperature: the initial defender's unsafe answers are unlearned, and its helpful "
-                              "ones to harmless requests learned (--benign_share)", 600, 0, only="unlearning")
+                              "ones to harmless requests learned (--benign_share)", 900, 0, only="unlearning")
     opponent: str = option("the other's last policy, or the mixture, mean of the weights or exponential average of all",
                            "last", choices=("last", "mixture", "weights", "ema"), only="gpo")
     replay: float = option("fraction of earlier ones among the attacks in the defender's batch, by success", 0.6,
