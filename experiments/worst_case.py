@@ -209,10 +209,9 @@ def measure(run: FinishedRun, kinds: Sequence[str]) -> dict[str, dict]:
 
 
 def measured_so_far(run: FinishedRun) -> dict[str, dict]:
-    """What RUN/worst_case.json holds, without the rows of older versions, which lack a measure."""
+    """What RUN/worst_case.json holds."""
     file = run.path / "worst_case.json"
-    rows = read_json(file) if file.is_file() else {}
-    return {kind: row for kind, row in rows.items() if "grammar, ten worst prompts" in row}
+    return read_json(file) if file.is_file() else {}
 
 
 def open_by_round(run: FinishedRun) -> list[dict]:
