@@ -553,7 +553,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--quick", action="store_true", help="reproduce: four methods, two seeds, two rounds")
     parser.add_argument("--seeds", type=int, help="how many, 2 to 20; default: 10 for reproduce, 5 for the others")
     parser.add_argument("--first_seed", type=int, default=70,
-                        help="settings were chosen on 0 to 5; measured so far: 10 to 14, 20 to 105")
+                        help="settings were chosen on 0 to 5; measured so far: 10 to 14, 20 to 117")
     parser.add_argument("--out", help="folder; default: results, with --quick results_quick")
     args = parser.parse_intermixed_args(argv)
     defaults = {"reproduce": 2 if args.quick else 10, "ablate": 5, "rounds": 5}
