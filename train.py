@@ -303,7 +303,7 @@ def mine(config: Config, world: World, game: Game, rng: np.random.Generator) -> 
     third = config.mine // 3
     attacks = []
     for part, factor in ((seeds[third:], 1), (seeds[:third], 2)):
-        if part:  # not of two
+        if part:  # no third of one or two attacks
             rollout = attacker.generate(part, new_seed(rng), factor * attacker.temperature)
             attacks += rollout.texts
             game.sampled_tokens += int(rollout.response_mask.sum())
