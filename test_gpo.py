@@ -2222,7 +2222,8 @@ def test_iterative_asks_the_most_novel_quarter_of_what_the_untrained_attacker_wr
     game.replay.excluded = {normalized(texts[0]), texts[15]}  # test prompts
     allowed = texts[1:15]
     policy = tiny_policy()
-    game.players["attacker"] = types.SimpleNamespace(generate=lambda prompts, seed: rollout_of(policy, texts, prompts))
+    written = Mock(side_effect=lambda prompts, *_: rollout_of(policy, texts, prompts))
+    game.players["attacker"] = types.SimpleNamespace(generate=written)
     game.diversity.add(["a b", "c d"])
     novelty = dict(zip(allowed, game.diversity.score(allowed)["reward"]))
     asked = train.defender_prompts(config, game, seeds, np.random.default_rng(0))

@@ -301,12 +301,9 @@ def mine(config: Config, world: World, game: Game, rng: np.random.Generator) -> 
     seeds = sample(world.seeds * repeats, config.mine, rng)
     attacker = game.first["attacker"]
     third = config.mine // 3
-    attacks = []
-    for part, factor in ((seeds[third:], 1), (seeds[:third], 2)):
-        if part:  # no third of one or two attacks
-            rollout = attacker.generate(part, new_seed(rng), factor * attacker.temperature)
-            attacks += rollout.texts
-            game.sampled_tokens += int(rollout.response_mask.sum())
+    attacks = write_attacks(game, attacker, seeds[third:], rng, attacker.temperature)
+    if third:
+        attacks += write_attacks(game, attacker, seeds[:third], rng, 2 * attacker.temperature)
     exchanges = play(None, game.first["defender"], attacks, world.judge, new_seed(rng), at_least=0)
     game.replay.add_answers(exchanges)
     game.sampled_tokens += exchanges.sampled_tokens
@@ -371,14 +368,15 @@ def defender_prompts(config: Config, game: Game, seeds: list[str], rng: np.rando
     if game.replay.last_success and config.replay > 0:
         replayed = game.replay.sample(int(config.replay * len(seeds)), rng)
     seeds = seeds[len(replayed) :]
-    fresh = write_attacks(config, game, seeds, rng)
+    fresh = write_attacks(game, opponent(config, game, "attacker"), seeds, rng)
     fresh = [seed if game.replay.excludes(attack) else attack for attack, seed in zip(fresh, seeds, strict=True)]
     return fresh + replayed
 
 
 def novel_prompts(config: Config, game: Game, seeds: list[str], rng: np.random.Generator) -> list[str]:
     """Prompts of method iterative, without an adversary: the most diverse quarter of the untrained attacker's."""
-    texts = [text for text in write_attacks(config, game, seeds * 4, rng) if not game.replay.excludes(text)]
+    attacker = opponent(config, game, "attacker")
+    texts = [text for text in write_attacks(game, attacker, seeds * 4, rng) if not game.replay.excludes(text)]
     r_div = game.diversity.score(texts)["reward"]
     chosen = [texts[i] for i in np.argsort(-r_div, kind="stable")[: len(seeds)]]
     chosen += seeds[len(chosen) :]  # where nearly all were test prompts or harmless
@@ -386,9 +384,10 @@ def novel_prompts(config: Config, game: Game, seeds: list[str], rng: np.random.G
     return chosen
 
 
-def write_attacks(config: Config, game: Game, seeds: list[str], rng: np.random.Generator) -> list[str]:
-    """Prompts for the defender's turn, written by the frozen attacker."""
-    rollout = opponent(config, game, "attacker").generate(seeds, new_seed(rng))
+def write_attacks(game: Game, attacker: Player | PolicyAverage, seeds: list[str], rng: np.random.Generator,
+                  temperature: float | None = None) -> list[str]:
+    """Prompts for the defender, written by a frozen attacker, at its own temperature by default."""
+    rollout = attacker.generate(seeds, new_seed(rng), temperature)
     game.sampled_tokens += int(rollout.response_mask.sum())
     return rollout.texts
 
