@@ -682,7 +682,7 @@ class PolicyAverage:
 
     def generate(self, prompts: list[str], seed: int, temperature: float | None = None) -> Rollout:
         """As `Player.generate`, each prompt by a uniformly sampled member; one member's policy at a time is loaded."""
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng([seed, 1])  # not the stream by which a caller may have sampled the prompts
         drawn = rng.integers(len(self.members), size=len(prompts))  # (B,)
         rows = [None] * len(prompts)
         for member in np.unique(drawn):

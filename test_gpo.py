@@ -1126,6 +1126,17 @@ def test_an_average_answers_each_prompt_by_one_of_its_members_and_keeps_the_orde
     assert average.generate(PROMPTS * 2, 1, temperature=0).texts != rollout.texts  # by other members
 
 
+def test_the_member_that_answers_a_prompt_does_not_depend_on_the_number_that_sampled_the_prompt():
+    average = PolicyAverage(tiny_player(max_new_tokens=1))
+    for word in ("a", "b"):
+        average.add(one_word_player("defender", word).policy)
+    prompts = gpo.sample(PROMPTS, 200, np.random.default_rng(0))
+    answers = defaultdict(set)
+    for prompt, text in zip(prompts, average.generate(prompts, 0).texts):
+        answers[prompt].add(text)
+    assert answers == {prompt: {"a", "b"} for prompt in PROMPTS}  # each of some 25 tries by either member
+
+
 def test_a_mixture_of_equal_members_samples_rows_as_independently_as_one_policy():
     player = tiny_player()
     average = PolicyAverage(player)
