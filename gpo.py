@@ -265,7 +265,7 @@ class Player:
             states = dcp.get_optimizer_state_dict(self.policy, self.optimizer, options=options).get("state", {})
             for name, state in states.items():
                 tensors |= {f"optimizer.{part}.{name}": tensor for part, tensor in state.items()}  # part: exp_avg, ...
-        return tensors, {"skipped_steps": self.skipped_steps}
+        return tensors, {"skipped_steps": self.skipped_steps, "skipped_in_a_row": self.skipped_in_a_row}
 
     def load_state_dict(self, tensors: dict[str, torch.Tensor], numbers: dict[str, int]) -> None:
         """Restore what `state_dict` returned; only the first process's tensors are used."""
@@ -281,6 +281,7 @@ class Player:
             self.anchor()  # a reference of its own
             load_weights(self.reference.lm, groups["reference"])
         self.skipped_steps = numbers["skipped_steps"]
+        self.skipped_in_a_row = numbers.get("skipped_in_a_row", 0)  # absent in older checkpoints
 
     def _load_optimizer(self, moments):
         """Load AdamW's moments {"part.parameter": tensor}."""

@@ -1112,6 +1112,15 @@ def test_a_player_restored_from_its_state_dict_continues_bit_for_bit(kwargs):
     assert bytes_of(restored.reference) == bytes_of(player.reference)
 
 
+def test_ten_skipped_steps_in_a_row_end_a_run_that_was_stopped_between_them_too():
+    player, restored = tiny_player(), tiny_player()
+    for step in range(gpo.MAX_SKIPPED - 1):
+        ppo_update(player, player.generate(PROMPTS, 0), np.full(8, math.nan), step)
+    restored.load_state_dict(*player.state_dict())
+    with pytest.raises(gpo.NotFinite, match="10 in a row"):
+        ppo_update(restored, restored.generate(PROMPTS, 0), np.full(8, math.nan), 0)
+
+
 def test_an_average_answers_each_prompt_by_one_of_its_members_and_keeps_the_order_of_the_prompts():
     echo = tiny_policy(template=True)  # greedily it repeats its prompt's last word
     average = PolicyAverage(Player("defender", echo, 1, template="z {}"))
