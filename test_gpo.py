@@ -3828,6 +3828,21 @@ def test_a_stopped_run_says_in_one_line_how_to_go_on_and_ends_like_one_left_alon
     assert not differing(run, outcome(undisturbed))
 
 
+def test_a_signal_while_the_last_checkpoint_is_written_stops_a_run_before_it_is_evaluated(undisturbed, faulty):
+    def then_stop(folder, done, game):
+        write(folder, done, game)
+        if done == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    write = RunFolder.write_checkpoint
+    with patch.object(RunFolder, "write_checkpoint", then_stop):
+        assert faulty("-2 none") == (143, f"interrupted; {GO_ON}")
+    run = undisturbed.with_name("faulty")
+    assert newest_checkpoint(run) == "step_000004" and not (run / "summary.json").exists()
+    run_program(run.parent, "--resume", run.name)
+    assert not differing(run, outcome(undisturbed))
+
+
 # A moving KL anchor, a separate critic, replay, mining, averages: all that a game remembers.
 STATEFUL = ("--rounds 2 --critic separate --kl_anchor previous --mine 4 --unlikelihood_coef 5 --average both "
             "--min_likelihood 0.01 --embedder embedder --save_every 1 --benign_prompts requests.txt "

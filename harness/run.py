@@ -308,7 +308,7 @@ class RunFolder:
         """Write a checkpoint every --save_every steps, after the last one, and when a signal has asked to stop. In that
         case raises KeyboardInterrupt."""
         done = step + 1
-        stop = max(parallel.gather_results(lambda: self.stop_signal))  # the same in all processes, to avoid a deadlock
+        stop = self.signal_in_any_process()
         if stop or done % self.config.save_every == 0 or done == self.total_steps:
             self.write_checkpoint(done, game)
         if stop:
@@ -367,6 +367,10 @@ class RunFolder:
                 print(f"{folder} is damaged and not used: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
 
     # --- stopping ----------------------------------------------------------------------------------------------
+    def signal_in_any_process(self) -> int:
+        """The signal that asked to stop, or 0; the same in all processes, to avoid a deadlock."""
+        return max(parallel.gather_results(lambda: self.stop_signal))
+
     @contextlib.contextmanager
     def stop_after_a_step(self) -> Iterator[None]:
         """In this context the first Ctrl-C or SIGTERM lets the current PPO step end; a second one stops at once."""
@@ -387,6 +391,9 @@ class RunFolder:
                 yield
         finally:
             restore()
+        stop = self.signal_in_any_process()
+        if stop:  # it came while the last checkpoint was written
+            raise KeyboardInterrupt(stop)
 
     # --- the end -------------------------------------------------------------------------------------------------
     def finish(self, averages: dict[str, dict[str, PolicyAverage]], rows: dict[str, dict], facts: dict,
