@@ -3323,6 +3323,12 @@ def test_the_prompts_of_another_run_must_fit_beside_longer_answers(finished, tmp
     assert status == 2 and "--response_tokens must leave room for a prompt of" in line
 
 
+def test_the_test_prompts_of_the_embedded_game_must_fit_beside_longer_answers(tmp_path, capsys):
+    status, line = ending(capsys, tmp_path, *SIZES, "--response_tokens", 41, "--out", "long")
+    assert status == 2 and "--response_tokens must leave room for a prompt of" in line
+    assert not (tmp_path / "long").exists()
+
+
 @pytest.mark.parametrize("method, turns, in_a_round", [
     ("rlhf", SCHEDULE, ["attacker", "defender", "defender"]), ("paraphrase", [], []),
     ("iterative", [*SCHEDULE, "--attacker_steps", "0", "--benign_share", "0.5"], ["defender", "defender"]),

@@ -101,8 +101,9 @@ def make_world(config: Config, start: Path | None = None) -> World:
         prompts = _user_prompts(config, files, policies)
         pairs = _user_pairs(config, prompts, embedder, rng)
     _check_prompts(config, prompts)
-    if config.start and config.given:  # the other run may have had more room
-        _check_room(config, policies, prompts.seeds + prompts.test_prompts + prompts.benign_prompts)
+    if not start or config.given:  # the run begins; that of --start may have had more room
+        tests = prompts.test_prompts + prompts.benign_prompts + sum(prompts.more_tests.values(), [])
+        _check_room(config, policies, prompts.seeds, prompts.benign_seeds + tests)
     if config.shard:
         for policy in policies.values():
             parallel.shard(policy)
@@ -228,13 +229,14 @@ def _save_memory(policy, config):
         parallel.checkpoint_blocks(policy)
 
 
-def _check_room(config, policies, prompts):
-    """Raises ValueError unless each context has room for the longest of the prompts and the new tokens."""
-    templates = {"attacker": config.template, "defender": "{}"}
+def _check_room(config, policies, seeds, others):
+    """Raises ValueError unless each context has room for the new tokens beside the longest of the prompts: seeds, which
+    both players read, and others, which only the defender reads."""
+    prompts = {"attacker": list(map(config.template.format, seeds)), "defender": seeds + others}
     for name, flag in (("attacker", "attack_tokens"), ("defender", "response_tokens")):
         tokens = getattr(config, flag)
         context = policies[name].context
-        longest = max(map(len, policies[name].encode([templates[name].format(p) for p in prompts])))
+        longest = max(map(len, policies[name].encode(prompts[name])))
         if longest + tokens > context:
             raise ValueError(f"--{flag} must leave room for a prompt of {longest} tokens, but the {name} has {tokens} "
                              f"new tokens in its context of {context}; lower it")
@@ -299,7 +301,6 @@ def _toy_policies(config, toy):
     for name in ("defender", "attacker"):
         lm = toy_lm(tokenizer).to(config.device)
         policies[name] = Policy(lm, tokenizer, config.critic, DTYPES[config.dtype])
-    _check_room(config, policies, toy.fixed_prompts)
     return policies
 
 
@@ -373,7 +374,7 @@ def split_prompts(config: Config, files: dict, policies: dict[str, Policy]) -> P
     label calls unsafe, of the other files those that none calls safe. Without --test_prompts a tenth of --prompts is
     for testing, by hash; with --benign_share half of --benign_prompts is for training. Raises ValueError.
     """
-    _check_room(config, policies, [""])
+    _check_room(config, policies, [""], [])
     attack_room = policies["attacker"].context - config.attack_tokens
     room = policies["defender"].context - config.response_tokens
     limit = " or ".join(str(tokens) for tokens in sorted({attack_room, room}))
