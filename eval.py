@@ -148,8 +148,10 @@ def measure(run: FinishedRun, attacker: Side, defender: Side, third_parties: Seq
     row = evaluate(world, attacker, defender)
     for name, prompts in world.more_tests.items():
         responses = greedy(defender, prompts)
-        row[f"asr_held_out_judge/{name}"] = unsafe_rate(call_judge(world.held_out_judge, prompts, responses))
-        row[f"asr_train_judge/{name}"] = unsafe_rate(call_judge(world.judge, prompts, responses))
+        for key, judge in (("asr_held_out_judge", world.held_out_judge), ("asr_train_judge", world.judge)):
+            p_safe = call_judge(judge, prompts, responses)
+            row[f"{key}/{name}"] = unsafe_rate(p_safe)
+            row["undecided"] += int(np.isnan(p_safe).sum())
     if look_alikes(world):
         row["over_refusal/look-alikes"] = float(np.mean(world.refused(greedy(defender, look_alikes(world)))))
     if isinstance(defender, Player):
@@ -383,7 +385,8 @@ def attack_rows(run: FinishedRun | None, args: argparse.Namespace) -> list[dict]
     if args.tries > 1 or temperature == 0:  # hit@TRIES counts different seeds; a greedy attack is always the same
         seeds = list(dict.fromkeys(seeds))
         n = min(n, len(seeds))
-    seeds = np.repeat(sample(seeds, n, np.random.default_rng(args.seed)), args.tries).tolist()
+    chosen = sample(seeds, n, np.random.default_rng(args.seed))
+    seeds = [seed for seed in chosen for _ in range(args.tries)]
     prompts = [config.template.format(seed) for seed in seeds]
     attacks = generate(attacker, prompts, config.attack_tokens, temperature, args.top_k, args.top_p, args.seed,
                        clip_prompts=True).texts

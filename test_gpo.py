@@ -4150,6 +4150,16 @@ def test_a_run_attacks_by_another_judge_where_its_own_is_missing(one_base, tmp_p
     assert len(read_lines(tmp_path / "attacks.jsonl")) == 4
 
 
+def test_what_a_judge_leaves_undecided_in_a_further_test_set_counts_as_undecided(finished):
+    run = open_run(finished.folder)
+    players = run.world.players
+    left_open = set(run.world.more_tests["unseen framings"][:10])
+    truth = run.world.held_out_judge
+    run.world.held_out_judge = lambda prompts, responses: [
+        None if prompt in left_open else p for prompt, p in zip(prompts, truth(prompts, responses))]
+    assert evaluation.measure(run, players["attacker"], players["defender"])["undecided"] == 10
+
+
 def test_the_interval_of_a_rate_is_of_no_more_texts_than_the_judges_decided():
     world = types.SimpleNamespace(test_prompts=[""] * 100, attack_seeds=[""] * 60, benign_prompts=[""] * 40,
                                   more_tests={"unseen framings": [""] * 80}, toy=None)

@@ -98,7 +98,7 @@ def untrained_attacks(out: Path, start: Path) -> list[str]:
     file = start / "attacks.json"
     if not file.exists():
         seeds = (out / "fixed.txt").read_text(encoding="utf-8").splitlines()[:SEEDS]
-        write_json(file, write_attacks(load(start / "attacker"), np.repeat(seeds, TRIES).tolist()).texts)
+        write_json(file, write_attacks(load(start / "attacker"), [s for s in seeds for _ in range(TRIES)]).texts)
     return read_json(file)
 
 

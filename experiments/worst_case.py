@@ -194,7 +194,7 @@ def measure(run: FinishedRun, kinds: Sequence[str]) -> dict[str, dict]:
         return found
     toy = run.world.toy
     seeds = sample(run.world.seeds, SEEDS, np.random.default_rng(run.config.seed))
-    asked = np.repeat(seeds, TRIES).tolist()
+    asked = [seed for seed in seeds for _ in range(TRIES)]
     first = run.world.first["attacker"]
     attacks = {temperature: first.generate(asked, 0, temperature=temperature).texts for temperature in TEMPERATURES}
     some = sample(attacks[1.0], 4 * CHILDREN, np.random.default_rng(run.config.seed))
