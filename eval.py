@@ -211,11 +211,11 @@ def tables(args: argparse.Namespace) -> None:
         text = run_text(run, rows, matrix)
         if labelled:
             text += f"\n{corrected_table(run.world, rows, labelled)}\n"
+        print(text)
         data.write_text(run.path / "eval.md", text)
         others_paths = [str(other.path) for other in others]
         found = {**rows, "cross_play": matrix.tolist(), "third_parties": others_paths}
         data.write_json(run.path / "eval.json", data.finite(found))
-        print(text)
         name = row_name(run, runs)
         for when in ("before", "after"):
             of_method.setdefault(f"{name}, {when}", []).append(rows[when])
@@ -351,9 +351,9 @@ def attack(args: argparse.Namespace) -> None:
     if out.exists() or not out.parent.is_dir():
         raise ValueError(f"--out must name a new file in a folder that exists, got {out}")
     rows = attack_rows(run, args)
-    text = attack_text(rows, run, args.tries)
-    data.append_lines(out, rows)
-    print(f"{text}\n\nwritten to {out}, the worst first")
+    print(attack_text(rows, run, args.tries))
+    data.write_text(out, data.json_lines(rows))
+    print(f"\nwritten to {out}, the worst first")
 
 
 def attack_rows(run: FinishedRun | None, args: argparse.Namespace) -> list[dict]:

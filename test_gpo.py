@@ -83,7 +83,7 @@ from gpo import (
     solve_matrix_game,
     unlikelihood_loss,
 )
-from harness import data, parallel
+from harness import data, parallel, report
 from harness.config import Config, parse, resolve
 from harness.data import append_lines, first_turn, is_test, normalized, read_json, read_lines, read_rows, usable
 from harness.report import JudgeErrors, calibration, holm, model_card, paired_test, wilson_interval
@@ -4126,6 +4126,24 @@ def test_a_trained_attacker_meets_a_target_and_its_attacks_are_written_the_worst
     run_program(HERE, "attack", *players, "--judge", "rule", *greedy, program=evaluation)
     assert len(read_lines(greedy[-1])) == len(set(world.seeds))  # each seed once: it would have the same attack again
     assert re.search(rf"hit@5.*{hit:.3f} \[", capsys.readouterr().out)
+
+
+def test_a_full_disk_leaves_the_printed_table_of_an_attack_and_no_part_of_its_file(finished, tmp_path, capsys):
+    with patch("harness.data.sync", side_effect=OSError(errno.ENOSPC, "No space left on device")):
+        with pytest.raises(SystemExit):
+            run_program(HERE, "attack", finished.folder, finished.folder, "-n", 4, "--judge", "rule", "--out",
+                        tmp_path / "attacks.jsonl", program=evaluation)
+    printed = capsys.readouterr()
+    assert "attack success" in printed.out and "No space left on device" in printed.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+    canvas, _ = report.figure(1)
+    (tmp_path / "curves.png").write_text("the picture before")
+    with patch("harness.data.sync", side_effect=OSError), pytest.raises(OSError):
+        report.save_figure(canvas, tmp_path / "curves.png")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["the picture before"]
 
 
 def test_a_seed_of_which_no_try_was_decided_is_in_no_rate_of_an_attack():

@@ -126,11 +126,16 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def json_lines(rows: Iterable) -> str:
+    """One JSON line per row."""
+    return "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
+
+
 def append_lines(path: str | Path, rows: Iterable) -> None:
     """Append one JSON line per row."""
-    lines = [json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows]
+    lines = json_lines(rows)
     with open(path, "a", encoding="utf-8") as file:
-        file.writelines(lines)
+        file.write(lines)
 
 
 def sync(path: str | Path) -> None:
@@ -141,12 +146,20 @@ def sync(path: str | Path) -> None:
         os.close(descriptor)
 
 
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file atomically, and flush it to the disk."""
+    temporary = Path(f"{path}.writing")
+    try:
+        temporary.write_bytes(content)
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically, and flush it to the disk."""
-    temporary = Path(f"{path}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    os.replace(temporary, path)
+    write_bytes(path, text.encode())
 
 
 def write_json(path: str | Path, value: object) -> None:

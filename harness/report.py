@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from harness.data import read_config, read_json, read_lines, visible, write_text
+from harness.data import read_config, read_json, read_lines, visible, write_bytes, write_text
 
 # key of a row -> (label among many runs, label in the table of one run; "" is not in that table).
 # A key after "/" names a test set.
@@ -194,9 +194,10 @@ def save_figure(canvas: object, file: Path) -> None:
     """A PNG of at most 128 colours: a third of the bytes."""
     from PIL import Image  # comes with matplotlib
 
-    picture = io.BytesIO()
+    picture, smaller = io.BytesIO(), io.BytesIO()
     canvas.savefig(picture, dpi=150)
-    Image.open(picture).convert("RGB").quantize(128).save(file, optimize=True)
+    Image.open(picture).convert("RGB").quantize(128).save(smaller, "PNG", optimize=True)
+    write_bytes(file, smaller.getvalue())
 
 
 def band(axis: object, x: Sequence[float], values: Sequence | np.ndarray, label: str, look: dict) -> None:

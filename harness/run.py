@@ -353,7 +353,7 @@ class RunFolder:
     def trim(self, log: Path) -> list[dict]:
         """The lines of a log up to the checkpoint; those after it are dropped."""
         rows = [line for line in data.read_lines(log) if line["step"] < self.steps_done]
-        data.write_text(log, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        data.write_text(log, data.json_lines(rows))
         return rows
 
     def newest_checkpoint(self) -> Path | None:
