@@ -4653,7 +4653,7 @@ def test_the_page_filters_and_sorts_the_exchanges_of_several_runs_as_asked(unfin
     # P(safe) is i / 16 for 16 exchanges, four a step; the probe, the 17th, counts as 1/2 where it has no verdict
     expected = [[*range(8, 17)], [*range(8)], [12, 13, 14, 15], [*range(15, 8, -1), 8, 16, *range(7, -1, -1)]]
     assert found == [[n + i for i in indices] for indices in expected]
-    assert "finished in" in " ".join(page.words)
+    assert "finished; its last command took" in " ".join(page.words)
 
 
 # --- what is let in, and what is not ---------------------------------------------------------------------------------

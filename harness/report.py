@@ -354,7 +354,7 @@ def rows_and_state(folder: Path) -> tuple[dict[str, dict], str]:
     if (folder / "summary.json").is_file():
         summary = read_json(folder / "summary.json")
         rows = {name: row for name, row in summary.items() if name.startswith(("before", "after", "average"))}
-        return rows, f"finished in {summary['seconds']:.0f} seconds"
+        return rows, f"finished; its last command took {summary['seconds']:.0f} seconds"
     log = read_lines(folder / "metrics.jsonl")
     rows = {}
     for state in sorted(folder.glob("checkpoints/step_*/state.json"))[-1:]:
