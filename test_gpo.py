@@ -3529,16 +3529,21 @@ def test_a_tilde_that_the_shell_has_left_is_the_home_folder(monkeypatch):
 @pytest.mark.parametrize("place, error, message", [
     ("gpo.policy_loss", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
      "error: out of memory with --micro_batch 24; take a smaller one"),
+    ("gpo.policy_loss", RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+     "error: out of memory with --micro_batch 24; take a smaller one"),
+    ("gpo.policy_loss", MemoryError(), "error: out of memory with --micro_batch 24; take a smaller one"),
     ("harness.data.append_lines", OSError(errno.ENOSPC, "No space left on device"),
-     "error: [Errno 28] No space left on device; the run can go on with --resume full")])
+     "error: [Errno 28] No space left on device; the run can go on with --resume 'full disk'")])
 def test_without_room_in_memory_or_on_the_disk_a_run_ends_with_one_line_and_goes_on_with_more(
         user_models, place, error, message, capsys):
-    shutil.rmtree(user_models / "full", ignore_errors=True)
+    run = user_models / "full disk"
+    shutil.rmtree(run, ignore_errors=True)
     with patch(place, side_effect=error):
-        status, line = ending(capsys, user_models, *MODELS, *SHORT, "--out", "full")
-    assert status == 2 and line.startswith(message) and "--resume full" in line
-    run_program(user_models, "--resume", "full", "--micro_batch", "2")
-    assert read_json(user_models / "full" / "summary.json")["config"]["micro_batch"] == 2
+        status, line = ending(capsys, user_models, *MODELS, *SHORT, "--out", run.name)
+    assert status == 2 and line.startswith(message) and "--resume 'full disk'" in line
+    run_program(user_models, "--resume", run.name, "--micro_batch", "2")
+    for name in ("config.json", "summary.json"):  # a second stop, or eval.py, does not forget it
+        assert read_json(run / name)["config"]["micro_batch"] == 2
 
 
 def test_two_players_of_one_base_with_lora_meet_harmless_requests(gguf_model, user_models, tmp_path, capsys):

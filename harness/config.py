@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import re
+import shlex
 import time
 from pathlib import Path
 
@@ -219,5 +220,7 @@ def check_out(folder: Path) -> None:
     if folder.is_dir():
         occupied = {path.name for path in folder.iterdir()} - LEFT_BY_A_START - LEFT_ALONE
     if occupied:
-        go_on = f"; continue the run in it with --resume {folder}" if (folder / "config.json").is_file() else ""
+        go_on = ""
+        if (folder / "config.json").is_file():
+            go_on = f"; continue the run in it with --resume {shlex.quote(str(folder))}"
         raise ValueError(f"--out must name a new or empty folder, got {folder}{go_on}")

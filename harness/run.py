@@ -7,9 +7,9 @@ it had never been stopped. This file uses the state of the game only through its
 """
 
 import contextlib
-import json
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -74,14 +74,15 @@ def run_folder(config: Config) -> Iterator["RunFolder"]:
             folder.leave_nothing()
             data.fail(error)
         if isinstance(error, (JudgeError, NotFinite, OSError, SafetensorError)):
-            data.fail(f"{error}; the run can go on with --resume {folder.path}" if folder.has_config() else error)
+            data.fail(f"{error}; the run can go on with --resume {folder.quoted}" if folder.has_config() else error)
         raise  # a bug
-    except RuntimeError as error:
-        if "out of memory" not in str(error) and "not enough memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        texts = ("out of memory", "not enough memory", "can't allocate memory")  # on CUDA, Windows, Linux
+        if isinstance(error, RuntimeError) and not any(text in str(error) for text in texts):
             raise
         go_on = " or begin again with --lora or --gradient_checkpointing"
         if folder.is_playing and folder.has_config():
-            go_on = f": train.py --resume {folder.path} --micro_batch N;{go_on}"
+            go_on = f": train.py --resume {folder.quoted} --micro_batch N;{go_on}"
         folder.leave_nothing()
         if rank():  # the others may have enough
             sys.stderr = sys.__stderr__
@@ -91,7 +92,7 @@ def run_folder(config: Config) -> Iterator["RunFolder"]:
         when = "" if folder.is_playing else " before the game began"
         go_on = ""
         if folder.has_config():
-            go_on = f"; go on with: python train.py --resume {folder.path}"
+            go_on = f"; go on with: python train.py --resume {folder.quoted}"
         else:
             folder.leave_nothing()
         data.interrupted(stop, f"{when}{go_on}")
@@ -164,12 +165,20 @@ class RunFolder:
                 self.is_new = True
                 data.write_json(self.path / "config.json", {"config": asdict(self.config),
                                                             "versions": _versions(self.config)})
+            elif self.has_config():
+                self.update_config("micro_batch")  # `--resume` may have changed it
         except OSError as error:
             raise ValueError(f"a run needs a folder that can be written to, got {self.path}: {error}") from error
         if not self.has_start() and any(self.path.glob("checkpoints/step_*")):
             raise ValueError(f"the run in {self.path} is damaged, its checkpoints/start is missing; begin again, with "
                              "another --out")
         self.track([])
+
+    def update_config(self, name: str) -> None:
+        """Write the present value of an option to config.json."""
+        saved = data.read_json(self.path / "config.json")
+        saved["config"][name] = getattr(self.config, name)
+        data.write_json(self.path / "config.json", saved)
 
     def leave_nothing(self) -> None:
         """After a failed start, restore the folder to what it was before, absent or empty."""
@@ -183,6 +192,11 @@ class RunFolder:
         with contextlib.suppress(OSError):  # another run may have begun in one of them
             for folder in self.made:
                 folder.rmdir()
+
+    @property
+    def quoted(self) -> str:
+        """The folder's path, as a shell takes it."""
+        return shlex.quote(str(self.path))
 
     def has_config(self) -> bool:
         """Whether the run has begun and not been removed again (by experiments.mart): it can be resumed."""
@@ -228,9 +242,7 @@ class RunFolder:
                 judge.model.save_pretrained(temporary / "judge")
                 save_tokenizer(judge.tokenizer, temporary / "judge")
             data.write_json(temporary / "prompts.json", self.world.prompts())
-            saved = data.read_json(self.path / "config.json")
-            saved["config"]["benign_share"] = self.config.benign_share  # 0, if there are no harmless requests
-            data.write_json(self.path / "config.json", saved)
+            self.update_config("benign_share")  # 0, if there are no harmless requests
             for name in LOGS:
                 (self.path / name).touch()
 
