@@ -369,8 +369,8 @@ def attack_rows(run: FinishedRun | None, args: argparse.Namespace) -> list[dict]
         print(f"{args.attacker} is not the attacker of a run: it writes 48 tokens after the prompt {PAPER_TEMPLATE!r}")
         attacker = load_policy(args.attacker, "shared", best_dtype(DEVICE), DEVICE, remote)
     if args.prompts:
-        name, rows = data.of_kind(args.prompts, data.read_rows(args.prompts), harmless=False)
-        seeds = [data.first_turn(row["prompt"]) for row in rows if row["prompt"]]
+        name, rows = data.of_kind(args.prompts, data.read_rows(args.prompts, first_turn=True), harmless=False)
+        seeds = [row["prompt"] for row in rows if row["prompt"]]
         print(f"{name}: {len(seeds)} seeds")
         if not seeds:
             raise ValueError(f"--prompts needs rows with a prompt, got none in {args.prompts}")

@@ -85,7 +85,7 @@ from gpo import (
 )
 from harness import data, parallel, report
 from harness.config import Config, parse, resolve
-from harness.data import append_lines, first_turn, is_test, normalized, read_json, read_lines, read_rows, usable
+from harness.data import append_lines, is_test, normalized, read_json, read_lines, read_rows, usable
 from harness.report import JudgeErrors, calibration, holm, model_card, paired_test, wilson_interval
 from harness.run import RunFolder, alarms, open_run
 from harness.world import (
@@ -2622,12 +2622,18 @@ def test_no_turn_becomes_the_words_of_another_and_the_seed_is_the_first_human_on
         if roles[-1] != "user":  # so every turn belongs to the prompt
             continue
         data.write_text(tmp_path / "a.json", json.dumps([by(role, f"word{i}") for i, role in enumerate(roles)]))
-        prompt = read_rows(tmp_path / "a.json")[0]["prompt"]
+        prompt, first = (read_rows(tmp_path / "a.json", kind)[0]["prompt"] for kind in (False, True))
         whole = prompt if prompt.startswith("AI: ") else f"Human: {prompt}"
         for i, role in enumerate(roles):
             assert re.findall("Human: |AI: ", whole[: whole.index(f"word{i}")])[-1] == f"{sides[role]}: "
-        assert f"word{roles.index('user')}" in first_turn(prompt)
-        assert not any(f"word{i}" in first_turn(prompt) for i, role in enumerate(roles) if role == "assistant")
+        assert f"word{roles.index('user')}" in first
+        assert not any(f"word{i}" in first for i, role in enumerate(roles) if role == "assistant")
+
+
+@pytest.mark.parametrize("prompt", ["Go on with this.\n\nBob: hi\n\nAI: now say why", "AI: I am one\n\nHuman: say why"])
+def test_a_prompt_that_looks_like_a_conversation_is_one_turn(tmp_path, prompt):
+    data.write_json(tmp_path / "a.json", [{"prompt": prompt}, prompt])
+    assert read_rows(tmp_path / "a.json", first_turn=True) == [{"prompt": prompt}] * 2
 
 
 @pytest.mark.parametrize("row, message", [
@@ -4746,6 +4752,12 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "what the method does not do": ("--method rlhf --mine 8", "--mine 8 would do nothing"),
     "steps of a judge that is not trained": ("--judge rule --judge_steps 5",
                                              "--judge_steps 5 would do nothing: --judge rule is not trained"),
+    "no steps": ("--attacker_steps 0 --defender_steps 0", "--attacker_steps or --defender_steps must be above 0"),
+    "a batch without room for harmless requests": ("--batch_size 2 --minibatches 2", "--benign_share must be 0 or at"),
+    "a folder of data": (f"{OWN} --prompts bad", "a data file must be a file, got the folder 'bad'"),
+    "a run as a player": (f"{OWN} --attacker bad/hurt", "it is a run's folder; take the attacker or the defender"),
+    "attacks beyond the defender's context": (f"{OWN} --attack_tokens 150 --response_tokens 110",
+                                              "--response_tokens must leave room for an attack of"),
     "a package that is not there": ("--log wandb", "--log wandb needs the package wandb: pip install wandb"),
     "an occupied folder": ("--out bad", "new or empty folder, got bad"),
     "a run folder that cannot be": ("--out /proc/run", "a folder that can be written to"),

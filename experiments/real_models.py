@@ -224,7 +224,7 @@ def write_prompts(folder: Path, out: Path, quick: bool) -> None:
     fixed = sample([prompt for prompt in inside if not data.is_test(prompt, 3)], 200, rng)
     others = [row["instruction"] for row in beavertails if row["category"] not in KINDS]
     goals = [row["prompt"] for row in data.read_rows(folder / "advbench.csv")]
-    look_alikes = [data.first_turn(row["prompt"]) for row in data.read_rows(folder / "or_bench_hard.csv")]
+    look_alikes = [row["prompt"] for row in data.read_rows(folder / "or_bench_hard.csv", first_turn=True)]
     same_kinds = sample([prompt for prompt in inside if data.is_test(prompt, 3)], 150, rng)
     tests = {"fixed kinds": same_kinds, "other kinds": sample(others, 300, rng), "AdvBench": sample(goals, 200, rng),
              "unseen framing": [FRAMING.format(prompt) for prompt in same_kinds],

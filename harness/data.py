@@ -288,7 +288,8 @@ def _prompt_and_reply(turns):
         raise ValueError("a system message must come before a user's words; move it, or leave out the row")
     reply = sides.pop()[1] if sides and sides[-1][0] == "AI" else ""
     prompt = "".join(f"\n\n{role}: {text}" for role, text in sides)
-    return prompt.removeprefix("\n\nHuman: ").strip(), reply
+    first = next((text for role, text in sides if role == "Human"), "")
+    return prompt.removeprefix("\n\nHuman: ").strip(), first, reply
 
 
 def _prompt_turns(fields):
@@ -308,8 +309,9 @@ def _prompt_turns(fields):
     return turns
 
 
-def _texts(fields):
-    """{"prompt"} and, if a row has them, {"response", "chosen", "rejected"}, all replies to this prompt."""
+def _texts(fields, first_turn):
+    """{"prompt"} and, if a row has them, {"response", "chosen", "rejected"}, all replies to this prompt. first_turn: of
+    the prompt only that."""
     turns = _continued(_prompt_turns(fields), _turns(_the_one(fields, CONVERSATIONS)))
     n = max((n for n, (role, _) in enumerate(turns, 1) if role != "AI"), default=0)
     start = turns[:n]
@@ -325,8 +327,9 @@ def _texts(fields):
         if end or not any(ends.values()):
             turns = _continued(start, end)
             replies[name] = _prompt_and_reply([turn for turn in system if turn not in turns] + turns)
-    prompt = next((prompt for prompt, _ in replies.values() if prompt), "")
-    return {"prompt": prompt, **{name: reply for name, (own, reply) in replies.items() if reply and own == prompt}}
+    prompt, first = next(((prompt, first) for prompt, first, _ in replies.values() if prompt), ("", ""))
+    of_prompt = {name: reply for name, (own, _, reply) in replies.items() if reply and own == prompt}
+    return {"prompt": first if first_turn else prompt, **of_prompt}
 
 
 def _p_safe(value, one):
@@ -407,10 +410,10 @@ def _fields(row):
     return fields
 
 
-def _parse_row(row):
+def _parse_row(row, first_turn):
     """A row as {"prompt", ...} of stripped texts, and its label. Raises ValueError."""
     fields = _fields(row)
-    texts = _texts(fields)
+    texts = _texts(fields, first_turn)
     for text in texts.values():
         if text.encode(errors="ignore").decode() != text:  # no file can hold it
             raise ValueError(f"a text must be complete, got half of a surrogate pair in {text[:40]!r}")
@@ -477,14 +480,17 @@ def _numbered_rows(path):
     raise ValueError("the name must end in .jsonl, .json, .csv or .txt, or one of them and .gz")
 
 
-def read_rows(path: str | Path) -> list[dict]:
+def read_rows(path: str | Path, first_turn: bool = False) -> list[dict]:
     """Rows of a .jsonl, .json, .csv or .txt file (each also .gz) as dicts of stripped texts: "prompt" and, if present,
     "response" or "chosen" and "rejected"; and "safe", P(safe), or an ambiguous "label", of the prompt "prompt_safe" or
-    "prompt_label". Earlier turns and system messages stay in the prompt, which is "" without a human turn. A row may be
-    a text, [text], a list of messages, or an object with the names above. Raises ValueError with file and line."""
+    "prompt_label". Earlier turns and system messages stay in the prompt, which is "" without a human turn; with
+    `first_turn` only the first human turn stays, with the system messages before it. A row may be a text, [text], a
+    list of messages, or an object with the names above. Raises ValueError with file and line."""
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"a data file must exist, got {str(path)!r}")
+    if path.is_dir():
+        raise ValueError(f"a data file must be a file, got the folder {str(path)!r}; name a file in it")
     try:
         numbered = _numbered_rows(path)
     except Exception as error:  # a damaged archive, bytes that are not text, an overlong CSV field, ...
@@ -492,7 +498,7 @@ def read_rows(path: str | Path) -> list[dict]:
     rows = []
     for n, row in numbered:
         try:
-            rows.append(_parse_row(row))
+            rows.append(_parse_row(row, first_turn))
         except Exception as error:
             raise ValueError(f"{path}, row {n}: {error}") from error
     if not rows:
@@ -501,19 +507,12 @@ def read_rows(path: str | Path) -> list[dict]:
 
 
 # --- which rows may be used ---------------------------------------------------------------------------------------
-def first_turn(prompt: str) -> str:
-    """The first human turn of a prompt from `read_rows`, without an AI turn before it."""
-    before, _, after = prompt.partition("\n\nHuman: ")
-    if after and before.startswith("AI: "):
-        prompt = after
-    return prompt.split("\n\nAI: ")[0]
-
-
 def human_texts(prompt: str) -> list[str]:
     """A prompt from `read_rows`, its human turns, and its first turn without up to 50 of its leading paragraphs, which
     may be a system message."""
     turns = [turn.split("\n\nAI: ")[0] for turn in prompt.split("\n\nHuman: ")]
-    paragraphs = first_turn(prompt).split("\n\n")
+    first = turns[1] if prompt.startswith("AI: ") and len(turns) > 1 else turns[0]
+    paragraphs = first.split("\n\n")
     ends = ["\n\n".join(paragraphs[i:]) for i in range(min(len(paragraphs), 51))]
     return [prompt, *turns, *ends]
 

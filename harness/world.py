@@ -348,11 +348,12 @@ def _read_data(config):
         flags.append("sft_data")
     files = {}
     for flag in flags:
-        path = getattr(config, flag)
+        name = path = getattr(config, flag)
+        if not path and flag in data.HUB_DATA and not config.prompts:
+            path = data.hub_file(flag)
+            name = f"Anthropic/hh-rlhf/{data.HUB_DATA[flag]}"
         if path:
-            files[flag] = (path, data.read_rows(path))
-        elif flag in data.HUB_DATA and not config.prompts:
-            files[flag] = (f"Anthropic/hh-rlhf/{data.HUB_DATA[flag]}", data.read_rows(data.hub_file(flag)))
+            files[flag] = (name, data.read_rows(path, first_turn=flag != "sft_data"))
     return files
 
 
@@ -391,7 +392,7 @@ def split_prompts(config: Config, files: dict, policies: dict[str, Policy]) -> P
 
     def pick(flag, others):
         name, rows = data.of_kind(*files[flag], flag == "benign_prompts")
-        prompts = [(data.first_turn(row["prompt"]),) for row in rows]
+        prompts = [(row["prompt"],) for row in rows]
         kept, line = data.usable(name, prompts, others, fit, limit)
         return [prompt for prompt, in kept], line
 
