@@ -713,6 +713,7 @@ def load_model(kind: type, name: str | Path, trust_remote_code: bool = False) ->
     else:
         model, info = kind.from_pretrained(name, **load_options)
         missing = info["missing_keys"]
+    check_finite(model)
     if missing:  # a classifier or an encoder, say
         task = kind.__name__.removeprefix("AutoModelFor")
         raise ValueError(f"it has no weights for {sorted(missing)[0]}, so it is not a trained {task} model")
@@ -852,9 +853,17 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
         raise ValueError("it has no tokenizer")
 
 
+def check_finite(model: PreTrainedModel) -> None:
+    """Raises ValueError if a weight is NaN or infinite, as after a training that diverged."""
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"its weights in {name} are not all finite; take a checkpoint in which they are")
+
+
 def check_body(model: PreTrainedModel, info: dict) -> None:
-    """Raises ValueError if weights of a model's body are missing: transformers has made them at random. info: of
-    `from_pretrained`. A head, which is trained, and a pooler, which is not used or trained, may be new."""
+    """Raises ValueError if weights of a model's body are missing (transformers has made them at random) or not finite.
+    info: of `from_pretrained`. A head, which is trained, and a pooler, which is not used or trained, may be new."""
+    check_finite(model.base_model)
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     new = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     missing = [key for key in new if key.startswith(prefix) and "pooler" not in key]

@@ -15,6 +15,7 @@ run ends (`decided`). No row measures this: the toy world's judges decide everyt
 """
 
 import importlib
+import math
 import os
 import re
 import sys
@@ -543,6 +544,9 @@ def train_judge(model: Model, tokenizer: Tokenizer, samples: list[tuple], settin
         optimizer.step()
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"the judge's training stopped at step {step + 1}: its loss is not finite; lower the "
+                             "learning rate")
         if settings.checkpoint and time.time() - saved_at >= SAVE_SECONDS:
             states = {name: part.state_dict() for name, part in parts.items()}
             torch.save({"done": step + 1, **states}, f"{settings.checkpoint}.writing")

@@ -1916,6 +1916,19 @@ def test_supervised_training_takes_the_batches_that_it_is_asked_for(by_length, m
     assert [list(call.args[3]) for call in logits.call_args_list[-3:]] == expected
 
 
+def test_a_judge_whose_training_diverges_is_not_made():
+    tokenizer = tiny_tokenizer()
+    settings = reward.JudgeTraining(20, 4, learning_rate=1e30)
+    with pytest.raises(ValueError, match="stopped at step .* its loss is not finite; lower the learning rate"):
+        reward.train_judge(tiny_classifier(tokenizer), tokenizer, [("a b", "yes", 1.0), ("c d", "no", 0.0)], settings)
+
+
+def test_a_message_that_announces_a_reason_keeps_it_in_its_line():
+    assert model.first_line(ValueError("\ncannot load it:\n\tsizes differ\nmore")) == "cannot load it: sizes differ"
+    assert model.first_line(ValueError("cannot load it\nmore")) == "cannot load it"
+    assert model.first_line(ValueError("")) == "ValueError"
+
+
 def decoder_classifier(folder, tokenizer, labels=("safe", "unsafe"), **more):
     model = tiny_llama(tokenizer, transformers.LlamaForSequenceClassification, bos_token_id=None,
                        pad_token_id=tokenizer.convert_tokens_to_ids("<pad>"), id2label=dict(enumerate(labels)),
@@ -4847,6 +4860,22 @@ def bad(user_models):
     for name, text in files.items():
         (folder / name).write_text(text)
     return user_models
+
+
+def test_nobody_is_told_to_resume_a_model(user_models, capsys):
+    assert ending(capsys, user_models, "--out", "attacker") == (
+        2, "error: --out must name a new or empty folder, got attacker")
+
+
+@pytest.mark.parametrize("kind", ["attacker", "judge", "embedder"])
+def test_weights_that_are_not_finite_are_named(user_models, tmp_path, capsys, kind):
+    folder = shutil.copytree(user_models / kind, tmp_path / "diverged")
+    weights = load_file(folder / "model.safetensors")
+    name = next(iter(weights))
+    weights[name].view(-1)[0] = math.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    status, line = ending(capsys, user_models, *MODELS, *SHORT, f"--{kind}", folder, "--out", "never")
+    assert status == 2 and re.search(rf"its weights in \S*{name.split('.')[-1]} are not all finite", line)
 
 
 def contents(folder):
