@@ -666,6 +666,8 @@ def load_policy(name_or_dir: str | Path, critic: str = "shared", dtype: torch.dt
     `last_hidden_state`.
     """
     try:
+        if Path(name_or_dir, "games.jsonl").is_file():
+            raise ValueError("it is a run's folder; take the attacker or the defender in it, once the run is finished")
         lm, tokenizer = load_model(AutoModelForCausalLM, name_or_dir, trust_remote_code)
         lm = lm.to(device)
     except Exception as error:  # transformers raises a dozen kinds here
@@ -889,8 +891,11 @@ def longest_input(tokenizer: Tokenizer, config: PretrainedConfig) -> int:
 
 
 def first_line(error: Exception) -> str:
-    """The first non-empty line of an error's message, for an error of one line."""
-    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first non-empty line of an error's message, and the second if it explains the first, for an error of one
+    line."""
+    line, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if line.endswith(":"):
+        line = " ".join([line, *more[:1]])
     if "trust_remote_code" in str(error):
         line += "; --trust_remote_code runs it"
     return line

@@ -3943,6 +3943,16 @@ def test_a_damaged_checkpoint_is_named_and_skipped(user_models, undisturbed, tmp
     assert not differing(run, outcome(undisturbed))
 
 
+@pytest.mark.parametrize("log", ["metrics.jsonl", "games.jsonl"])
+def test_a_log_that_has_lost_steps_is_named_when_its_run_goes_on(user_models, undisturbed, tmp_path, capsys, log):
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    (run / "summary.json").unlink()
+    (run / log).unlink()
+    run_program(user_models, "--resume", run)
+    assert f"{run}/{log} has lost 4 of 4 steps" in capsys.readouterr().err
+    assert (run / "summary.json").exists()
+
+
 def test_a_run_that_has_lost_its_start_is_not_continued(user_models, undisturbed, tmp_path, capsys):
     run = shutil.copytree(undisturbed, tmp_path / "run")
     (run / "summary.json").unlink()
@@ -4829,6 +4839,8 @@ WRONG_ELSEWHERE = {
                         "and --seed at least 0"),
     "an unknown option of an attack": (evaluation, "attack attacker defender --n 3", "unrecognized arguments: --n 3"),
     "no labels": (train_judge, "no.jsonl --model embedder --out never", "a data file must exist"),
+    "a device that is not there": (train_judge, "pairs.jsonl --model embedder --out never --device cuda:9",
+                                   "--device must be cpu"),
     "a label that may mean either": (train_judge, "bad/labels.jsonl --model embedder --out never", "the label 1"),
     "an experiment without a set": (real_models, "never --data bad/hurt", "bad/hurt without saferlhf_mini"),
     "an experiment that was begun quickly": (real_models, "bad --data bad", "as it was begun, with --quick"),

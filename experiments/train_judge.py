@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from eval import DEVICE, run_program
+from harness.config import devices
 from harness.data import as_a_program, check_labels, fail, is_test, read_json, read_rows, write_json
 from harness.report import calibration, markdown, show
 from model import best_dtype, check_body, check_embeddings, first_line, save_tokenizer
@@ -77,6 +78,8 @@ def _make_judge(args):
     sizes = args.steps >= 2 and args.batch_size >= 1 and args.max_length >= 16
     if not (sizes and 0 < args.learning_rate < float("inf") and args.seed >= 0):
         raise ValueError("needs --steps >= 2, --max_length >= 16, --batch_size >= 1, --learning_rate > 0, --seed >= 0")
+    if args.device not in devices():
+        raise ValueError(f"--device must be {' or '.join(devices())} on this machine, got {args.device!r}")
     training, held_out = _read_samples(args.data)
     options = _training(args)
     torch.manual_seed(args.seed)  # for a new head

@@ -165,7 +165,11 @@ def check_combinations(config: Config) -> None:
         raise ValueError(f"--batch_size must be a multiple of --minibatches x processes ({config.minibatches} x "
                          f"{world_size()}), got {config.batch_size}; try {unit * (config.batch_size // unit + 1)} or, "
                          "in a run that is resumed, another number of processes")
-    if "benign_share" in config.given and 0 < config.benign_share * config.batch_size < 1:
+    if config.method == "gpo" and not (config.attacker_steps or config.defender_steps):
+        raise ValueError("--attacker_steps or --defender_steps must be above 0, got 0 and 0; for players as they begin "
+                         "take --method paraphrase or sft")
+    has_requests = "benign_share" in config.given or config.benign_prompts or not config.attacker
+    if config.trains and has_requests and 0 < config.benign_share * config.batch_size < 1:
         raise ValueError(f"--benign_share must be 0 or at least 1 / --batch_size, a row of each batch of "
                          f"{config.batch_size}, got {config.benign_share}")
     if config.shard and world_size() == 1 and not config.resume:
@@ -221,6 +225,6 @@ def check_out(folder: Path) -> None:
         occupied = {path.name for path in folder.iterdir()} - LEFT_BY_A_START - LEFT_ALONE
     if occupied:
         go_on = ""
-        if (folder / "config.json").is_file():
+        if (folder / "config.json").is_file() and "config" in read_json(folder / "config.json"):  # not a model's
             go_on = f"; continue the run in it with --resume {shlex.quote(str(folder))}"
         raise ValueError(f"--out must name a new or empty folder, got {folder}{go_on}")

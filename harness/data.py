@@ -270,8 +270,8 @@ def _continued(start, end):
 
 
 def _prompt_and_reply(turns):
-    """(prompt, the AI's reply or ""). Consecutive turns of one side are joined; a system message is put before the
-    human's next turn. PLAIN_TEMPLATE adds the first "Human: "."""
+    """(prompt, its first human turn, the AI's reply or ""). Consecutive turns of one side are joined; a system message
+    is put before the human's next turn. PLAIN_TEMPLATE adds the first "Human: "."""
     sides = []
     system = []
     for role, text in turns:

@@ -363,8 +363,13 @@ class RunFolder:
             self.metrics, self.games = parallel.first_decides(lambda: [self.trim(self.path / name) for name in LOGS])
 
     def trim(self, log: Path) -> list[dict]:
-        """The lines of a log up to the checkpoint; those after it are dropped."""
-        rows = [line for line in data.read_lines(log) if line["step"] < self.steps_done]
+        """The lines of a log up to the checkpoint; those after it are dropped. Reports steps that are missing."""
+        lines = data.read_lines(log) if log.exists() else []
+        rows = [line for line in lines if line["step"] < self.steps_done]
+        missing = self.steps_done - len({row["step"] for row in rows})
+        if missing:
+            print(f"{log} has lost {missing} of {self.steps_done} steps: figures and reports will lack them",
+                  file=sys.stderr)
         data.write_text(log, data.json_lines(rows))
         return rows
 

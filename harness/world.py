@@ -231,15 +231,19 @@ def _save_memory(policy, config):
 
 def _check_room(config, policies, seeds, others):
     """Raises ValueError unless each context has room for the new tokens beside the longest of the prompts: seeds, which
-    both players read, and others, which only the defender reads."""
+    both players read, and others and attacks, which only the defender reads."""
     prompts = {"attacker": list(map(config.template.format, seeds)), "defender": seeds + others}
     for name, flag in (("attacker", "attack_tokens"), ("defender", "response_tokens")):
         tokens = getattr(config, flag)
         context = policies[name].context
         longest = max(map(len, policies[name].encode(prompts[name])))
+        attack = len(policies[name].encode([""])[0]) + config.attack_tokens  # in the attacker's tokens
+        what, remedy = "a prompt", "lower it"
+        if name == "defender" and attack > longest:
+            what, remedy, longest = "an attack", "lower it or --attack_tokens", attack
         if longest + tokens > context:
-            raise ValueError(f"--{flag} must leave room for a prompt of {longest} tokens, but the {name} has {tokens} "
-                             f"new tokens in its context of {context}; lower it")
+            raise ValueError(f"--{flag} must leave room for {what} of {longest} tokens, but the {name} has {tokens} "
+                             f"new tokens in its context of {context}; {remedy}")
 
 
 def _check_prompts(config, prompts):
