@@ -4776,6 +4776,7 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "steps of a judge that is not trained": ("--judge rule --judge_steps 5",
                                              "--judge_steps 5 would do nothing: --judge rule is not trained"),
     "no steps": ("--attacker_steps 0 --defender_steps 0", "--attacker_steps or --defender_steps must be above 0"),
+    "no steps of the only mover": ("--method iterative --defender_steps 0", "error: --defender_steps must be above 0"),
     "a batch without room for harmless requests": ("--batch_size 2 --minibatches 2", "--benign_share must be 0 or at"),
     "a folder of data": (f"{OWN} --prompts bad", "a data file must be a file, got the folder 'bad'"),
     "a run as a player": (f"{OWN} --attacker bad/hurt", "it is a run's folder; take the attacker or the defender"),

@@ -1,6 +1,7 @@
 """Read (`parse`), complete and check (`resolve`) the options of `train.py`, which harness/options.py describes."""
 
 import argparse
+import contextlib
 import importlib.util
 import re
 import shlex
@@ -165,9 +166,9 @@ def check_combinations(config: Config) -> None:
         raise ValueError(f"--batch_size must be a multiple of --minibatches x processes ({config.minibatches} x "
                          f"{world_size()}), got {config.batch_size}; try {unit * (config.batch_size // unit + 1)} or, "
                          "in a run that is resumed, another number of processes")
-    if config.method == "gpo" and not (config.attacker_steps or config.defender_steps):
-        raise ValueError("--attacker_steps or --defender_steps must be above 0, got 0 and 0; for players as they begin "
-                         "take --method paraphrase or sft")
+    movers = ["defender_steps"] if config.method == "iterative" else ["attacker_steps", "defender_steps"]
+    if config.trains and not any(getattr(config, name) for name in movers):
+        raise ValueError(f"--{' or --'.join(movers)} must be above 0, got 0; --method paraphrase or sft trains nobody")
     has_requests = "benign_share" in config.given or config.benign_prompts or not config.attacker
     if config.trains and has_requests and 0 < config.benign_share * config.batch_size < 1:
         raise ValueError(f"--benign_share must be 0 or at least 1 / --batch_size, a row of each batch of "
@@ -225,6 +226,7 @@ def check_out(folder: Path) -> None:
         occupied = {path.name for path in folder.iterdir()} - LEFT_BY_A_START - LEFT_ALONE
     if occupied:
         go_on = ""
-        if (folder / "config.json").is_file() and "config" in read_json(folder / "config.json"):  # not a model's
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # it is no run, maybe a model
+            read_config(folder)
             go_on = f"; continue the run in it with --resume {shlex.quote(str(folder))}"
         raise ValueError(f"--out must name a new or empty folder, got {folder}{go_on}")
