@@ -39,7 +39,7 @@ from harness.report import LABELS, LOOKS, JudgeErrors, figure, markdown, mean_an
 from harness.run import FinishedRun, open_run
 from harness.world import World, attacks_to_measure, evaluate, working_judge
 from model import best_dtype, generate, keep_freed_memory, load_policy
-from reward import Judge, call_judge, unsafe_rate
+from reward import Judge, call_judge, decided, unsafe_rate
 
 Side = Player | PolicyAverage  # what can generate
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -152,6 +152,7 @@ def measure(run: FinishedRun, attacker: Side, defender: Side, third_parties: Seq
             p_safe = call_judge(judge, prompts, responses)
             row[f"{key}/{name}"] = unsafe_rate(p_safe)
             row["undecided"] += int(np.isnan(p_safe).sum())
+            row["decided"][f"{key}/{name}"] = int(decided(p_safe).sum())
     if look_alikes(world):
         row["over_refusal/look-alikes"] = float(np.mean(world.refused(greedy(defender, look_alikes(world)))))
     if isinstance(defender, Player):
@@ -276,7 +277,7 @@ def corrected_table(world: World, rows: dict[str, dict], labelled: list[dict]) -
         errors = judge_errors(judge, labelled)
         cells = []
         for row in rows.values():
-            n = number_of_texts(world, key, row)
+            n = row["decided"][key]
             rate, low, high = errors.corrected_rate(round(row[key] * n), n)
             cells.append(f"{rate:.3f} [{low:.3f}, {high:.3f}]")
         called = f"(calls {errors.unsafe_called_unsafe} of {errors.unsafe} unsafe and {errors.safe_called_unsafe} of " \
@@ -291,17 +292,10 @@ def measured(rows: list[dict]) -> list[str]:
 
 
 def number_of_texts(world: World, key: str, row: dict) -> int:
-    """The least number of texts over which the rate under a key of the row is taken: all but those that a judge left
-    undecided in any of the row's rates. 0 if it is not such a rate, but a mean of scores, as helpfulness may be."""
-    name, _, test = key.partition("/")
-    if name.startswith("asr"):
-        n = len(world.more_tests[test] if test else world.test_prompts)
-    elif name == "attacker_success":
-        n = len(world.attack_seeds)
-    else:
-        texts = {"over_refusal": world.benign_prompts, "over_refusal/look-alikes": look_alikes(world)}
-        return len(texts.get(key, ()))
-    return max(1, n - row["undecided"])
+    """The number of texts over which the rate under a key of the row is taken: those with a verdict. 0 if it is not a
+    rate, but a mean of scores, as helpfulness may be."""
+    refused = {"over_refusal": world.benign_prompts, "over_refusal/look-alikes": look_alikes(world)}
+    return row["decided"].get(key) or len(refused.get(key, ()))
 
 
 def means_table(rows: dict[str, list[dict]]) -> str:
@@ -431,6 +425,8 @@ def attack_text(rows: list[dict], run: FinishedRun | None, tries: int) -> str:
 def report(args: argparse.Namespace) -> None:
     """Write one page of all these runs, finished or not; by default into the folder that holds them."""
     folders = [Path(run).resolve() for run in args.run]
+    if len({*folders}) < len(folders):
+        raise ValueError(f"eval.py report takes each run once, got {' '.join(args.run)}")
     if not all((folder / "games.jsonl").is_file() for folder in folders):
         raise ValueError(f"eval.py report takes run folders with games.jsonl, got {' '.join(args.run)}")
     out = Path(args.out or Path(os.path.commonpath(folders)) / "report.html")

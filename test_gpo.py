@@ -1332,6 +1332,13 @@ def test_an_encoder_without_all_of_its_weights_is_refused(encoder, tmp_path, cap
     assert status == 2 and f"it has no weights for bert.{lost}" in line and not (tmp_path / "judge").exists()
 
 
+def test_a_training_of_a_judge_that_fails_leaves_nothing_and_may_be_tried_again(tmp_path, capsys):
+    command = judge_command(tmp_path, "labels", "judge", 20)
+    status, line = ending(capsys, tmp_path, *command, "--learning_rate", 1e30, program=train_judge)
+    assert status == 2 and "lower the learning rate" in line and not (tmp_path / "judge").exists()
+    run_program(tmp_path, *command, program=train_judge)
+
+
 def test_an_encoder_that_was_saved_in_half_precision_runs_in_full_precision(encoder, tmp_path, monkeypatch):
     saved(tmp_path / "half", transformers.AutoModel.from_pretrained(encoder).half(), tiny_tokenizer())
     dtypes = set()
@@ -1445,10 +1452,27 @@ def test_diversity_terms_can_be_chosen_and_wrong_ones_are_named():
 @pytest.mark.parametrize("scores, message", [
     (lambda: [0.5], "one score per exchange: 2 expected"), (lambda: [0.5, 1.5], "got 1.5 for exchange 1"),
     (lambda: [float("nan"), 0.1], "got nan for exchange 0"), (lambda: 1 / 0, "the judge raised ZeroDivisionError"),
-    (lambda: ["safe", "no"], "the judge raised ValueError"), (lambda: sys.exit(5), "the judge raised SystemExit: 5")])
+    (lambda: ["safe", "no"], r"list of numbers .* got \['safe', 'no'\]"),
+    (lambda: (p for p in [0.5, 0.5]), "list of numbers .* got <generator"),
+    (lambda: sys.exit(5), "the judge raised SystemExit: 5")])
 def test_a_judge_that_violates_its_interface_is_named(scores, message):
     with pytest.raises(JudgeError, match=message):
         call_judge(lambda prompts, responses: scores(), ["a", "b"], ["c", "d"])
+
+
+def test_a_judge_that_turns_gradients_off_does_so_for_itself_alone(tmp_path):
+    code = "import torch\ntorch.set_grad_enabled(False)\n\ndef judge(p, r):\n    torch.set_grad_enabled(False)\n"
+    (tmp_path / "grad_off.py").write_text(f"{code}    return [0.5] * len(r)\n")
+    judge = load_judge(f"{tmp_path}/grad_off.py:judge")
+    assert torch.is_grad_enabled()
+    assert call_judge(judge, ["a"], ["b"]) == [0.5] and torch.is_grad_enabled()
+
+
+def test_a_process_whose_judge_returns_too_few_scores_is_named(monkeypatch):
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(parallel, "gather_results", lambda work: [[0.5], [0.5]])  # of its two rows, and of its one
+    with pytest.raises(JudgeError, match="one score per exchange: 2 expected, got 1"):
+        call_judge(parallel.shared_judge(rule_judge), ["a", "b", "c"], ["d", "e", "f"])
 
 
 def test_a_request_is_answered_by_words_that_neither_refuse_nor_go_round_in_circles():
@@ -2156,7 +2180,7 @@ def test_a_prompt_beyond_the_context_is_refused_or_clipped_as_asked():
     with pytest.raises(ValueError, match=r"at most 58 tokens \(context 64 less 6 new ones\), got 72"):
         generate(policy, ["a " * 70], 6)
     assert generate(policy, ["a " * 70, "b"], 6, seed=0, clip_prompts=True).prompt_lengths.tolist() == [58, 3]
-    with pytest.raises(ValueError, match="at most 0 tokens"):
+    with pytest.raises(ValueError, match="a context of 64 tokens has no room for 64 new ones"):
         generate(policy, ["a"], 64, clip_prompts=True)
 
 
@@ -4057,7 +4081,8 @@ def test_a_sharded_run_of_two_processes_stops_as_one_and_goes_on_with_two_or_one
     flags = ("--sft_steps 4 --rounds 2 --attacker_steps 1 --defender_steps 1 --batch_size 8 --attack_tokens 12 "
              "--response_tokens 6 --mine 8 --save_every 1 --eval_prompts 12 --average mixture --critic separate "
              f"--shard --judge {tmp_path}/for_two.py:judge --out {tmp_path}/run").split()
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "train.py"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
+                HERE / "train.py", "--log=none"]  # without -- torchrun takes --log for one of its own
     with interpreter(*torchrun, *flags) as process:
         printed, error = process.communicate(timeout=300)
     assert process.returncode == 0 and "Traceback" not in error, error
@@ -4098,6 +4123,7 @@ def test_eval_repeats_the_numbers_of_the_run_measures_more_and_corrects_for_erro
     columns = read_json(finished.folder / "eval.json")
     summary = read_json(finished.folder / "summary.json")
     for name in ("before", "after", "average (mixture)", "average (weights)"):
+        assert summary[name].pop("decided").items() < columns[name]["decided"].items()
         for key in summary[name]:
             assert columns[name][key] == pytest.approx(summary[name][key]), (name, key)
     low, high = wilson_interval(round(summary["after"]["asr_held_out_judge"] * 30), 30)
@@ -4209,16 +4235,32 @@ def test_what_a_judge_leaves_undecided_in_a_further_test_set_counts_as_undecided
     truth = run.world.held_out_judge
     run.world.held_out_judge = lambda prompts, responses: [
         None if prompt in left_open else p for prompt, p in zip(prompts, truth(prompts, responses))]
-    assert evaluation.measure(run, players["attacker"], players["defender"])["undecided"] == 10
+    row = evaluation.measure(run, players["attacker"], players["defender"])
+    assert row["undecided"] == 10
+    assert row["decided"] == {"asr_held_out_judge": 30, "asr_train_judge": 30, "attacker_success": 30,
+                              "asr_held_out_judge/unseen topics": 30, "asr_train_judge/unseen topics": 30,
+                              "asr_held_out_judge/unseen framings": 20, "asr_train_judge/unseen framings": 30}
 
 
-def test_the_interval_of_a_rate_is_of_no_more_texts_than_the_judges_decided():
-    world = types.SimpleNamespace(test_prompts=[""] * 100, attack_seeds=[""] * 60, benign_prompts=[""] * 40,
-                                  more_tests={"unseen framings": [""] * 80}, toy=None)
-    row = {"undecided": 20}
-    expected = {"asr_held_out_judge": 80, "asr_train_judge/unseen framings": 60, "attacker_success": 40,
-                "over_refusal": 40, "helpfulness": 0, "self_bleu": 0}  # helpfulness: a mean of scores
-    assert {key: evaluation.number_of_texts(world, key, row) for key in expected} == expected
+def test_the_interval_of_a_rate_is_of_the_texts_that_its_own_judge_decided():
+    world = types.SimpleNamespace(benign_prompts=[""] * 40, toy=None)
+    row = {"undecided": 60, "decided": {"asr_held_out_judge": 80, "attacker_success": 60}}
+    expected = {"asr_held_out_judge": 80, "attacker_success": 60, "over_refusal": 40, "helpfulness": 0, "self_bleu": 0}
+    assert {key: evaluation.number_of_texts(world, key, row) for key in expected} == expected  # 0: a mean of scores
+
+
+def test_the_rate_of_a_judge_without_errors_is_corrected_to_itself_whatever_others_left_undecided():
+    def judge(prompts, responses):
+        return [0.0 if response == "bad" else 1.0 for response in responses]
+
+    world = types.SimpleNamespace(held_out_judge=judge, judge=judge)
+    labelled = [{"prompt": "", "response": "bad", "safe": 0.0}, {"prompt": "", "response": "good", "safe": 1.0}] * 200
+    row = {"asr_held_out_judge": 23 / 44, "asr_train_judge": 28 / 60, "undecided": 58,
+           "decided": {"asr_held_out_judge": 44, "asr_train_judge": 60}}
+    held_out, trained = evaluation.corrected_table(world, {"after": row}, labelled).splitlines()[2:]
+    assert f"| {23 / 44:.3f} [" in held_out and f"| {28 / 60:.3f} [" in trained
+    low, high = (float(number) for number in re.search(r"\[(\d.\d+), (\d.\d+)\]", trained).groups())
+    assert (low, high) == pytest.approx(wilson_interval(28, 60), abs=0.02)  # labelled exchanges add little
 
 
 # --- the worst case --------------------------------------------------------------------------------------------------
@@ -4273,6 +4315,13 @@ def test_the_searches_find_the_only_open_topic_and_count_what_asks_for_nothing(m
         assert max(len(tokens), len(edited)) - sum(block.size for block in blocks) <= 1  # one token at most
         swapped = worst_case.swap_words(prompt, "x y z", rng).split()
         assert len(swapped) == len(tokens) and 1 <= len({"x", "y", "z"} & set(swapped)) <= 3
+
+
+def test_a_fresh_attacker_is_paid_and_measured_by_the_truth_whatever_judge_the_run_had(finished, monkeypatch):
+    monkeypatch.setattr(worst_case, "STEPS", (1, 2))
+    run = open_run(finished.folder)
+    run.world.held_out_judge = Mock(side_effect=AssertionError)
+    assert 0 <= worst_case.ppo_attacker(run, run.world.players["defender"])["PPO, 2 steps"] <= 1
 
 
 def test_the_worst_case_of_a_run_is_measured_once_and_shown(finished, monkeypatch, capsys):
@@ -4356,7 +4405,7 @@ def test_reproduce_plays_every_row_on_every_seed_from_one_warm_start_and_nothing
     rows = read_json(results / "table.json")["rows"]
     assert {name: [row["updates"] for row in repeats] for name, repeats in rows.items()} == {
         "SFT": [0, 0], "RLHF": [2, 2], "GPO": [2, 2], "GPO+Div": [2, 2]}
-    for name, seed in itertools.product(rows, (70, 71)):  # paired: rows of a seed start from the very same players
+    for name, seed in itertools.product(rows, (108, 109)):  # paired: rows of a seed start from the very same players
         start = reproduce.run_folder(results, name, seed) / "checkpoints" / "start" / "defender" / "model.safetensors"
         warm_start = reproduce.run_folder(results, "SFT", seed) / "defender" / "model.safetensors"
         assert start.read_bytes() == warm_start.read_bytes()
@@ -4826,6 +4875,9 @@ WRONG_ELSEWHERE = {
     "a run that goes on still": (evaluation, "bad/other", "go on with an unfinished one by train.py --resume"),
     "a finished run that is damaged": (evaluation, "bad/hurt", "cannot read the run in bad/hurt: "),
     "a report of no run": (evaluation, "report bad", "takes run folders with games.jsonl, got bad"),
+    "a report of one run twice": (evaluation, "report bad/hurt ./bad/hurt", "eval.py report takes each run once"),
+    "a figure of nothing": (probe, "bad/hurt --figure", "compute them with: eval.py probe bad/hurt"),
+    "a resumed MART run": (mart, "--resume bad/hurt", "a MART run cannot be resumed"),
     "a report of damaged games": (evaluation, "report bad/hurt", "bad/hurt"),
     "an attacker without a run": (evaluation, "attack attacker defender", "needs --prompts and --judge"),
     "labels of no judge": (evaluation, "attack attacker defender --prompts prompts.txt --unsafe_label toxic",

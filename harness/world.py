@@ -125,14 +125,15 @@ def evaluate(world: World, attacker: Player | PolicyAverage,
 
     Attack success rates on the test prompts by both judges; over-refusal and helpfulness on harmless prompts (None
     without such prompts); the attacker's success, by the held-out judge, against the initial defender, and how alike
-    its prompts are. All are rates in [0, 1] except `undecided`, a count.
+    its prompts are. All are rates in [0, 1] except `undecided`, the number of undecided
+    verdicts in all of them, and `decided`, {attack success rate: its number of verdicts}.
     """
     answers = defender.generate(world.test_prompts, 0, temperature=0).texts
     attacks = attacks_to_measure(world, attacker)
     responses = world.first["defender"].generate(attacks, 0, temperature=0).texts
-    broken = call_judge(world.held_out_judge, attacks, responses)
-    held_out = call_judge(world.held_out_judge, world.test_prompts, answers)
-    trained = call_judge(world.judge, world.test_prompts, answers)
+    p_safe = {"asr_held_out_judge": call_judge(world.held_out_judge, world.test_prompts, answers),
+              "asr_train_judge": call_judge(world.judge, world.test_prompts, answers),
+              "attacker_success": call_judge(world.held_out_judge, attacks, responses)}
     over_refusal = helpfulness = None
     helpful = []
     if world.benign_prompts:
@@ -141,10 +142,10 @@ def evaluate(world: World, attacker: Player | PolicyAverage,
         helpful = call_judge(world.helpful, world.benign_prompts, benign)
         helpfulness = float(np.mean(helpful[decided(helpful)]))
     return {
-        "asr_held_out_judge": unsafe_rate(held_out), "asr_train_judge": unsafe_rate(trained),
-        "over_refusal": over_refusal, "helpfulness": helpfulness, "attacker_success": unsafe_rate(broken),
+        **{key: unsafe_rate(p) for key, p in p_safe.items()}, "over_refusal": over_refusal, "helpfulness": helpfulness,
         **set_similarity(attacks, world.embedder),
-        "undecided": int(np.isnan(np.concatenate([broken, held_out, trained, helpful])).sum())}
+        "undecided": int(np.isnan(np.concatenate([*p_safe.values(), helpful])).sum()),
+        "decided": {key: int(decided(p).sum()) for key, p in p_safe.items()}}
 
 
 # --- judges -------------------------------------------------------------------------------------------------------
@@ -284,8 +285,8 @@ def _finish_world(config, toy, policies, prompts, judges, embedder):
     players = make_players(config, policies)
     first = {name: player.with_policy(player.initial) for name, player in players.items()}
     judge_to_save = judges["judge"] if config.judge == "toy" else None
-    for name in ("judge", "held_out_judge", "helpful"):
-        judges[name] = parallel.shared_judge(judges[name])
+    if not config.dry_run:  # which describes them
+        judges = {name: parallel.shared_judge(judge) for name, judge in judges.items()}
     n = min(MOST_ATTACKS, config.eval_prompts)
     has_attacker = config.method != "sft"
     if not has_attacker:  # the seeds are the attacks themselves: none twice
