@@ -391,7 +391,10 @@ def generate(policy: Policy, prompts: list[str], max_new_tokens: int, temperatur
     prompt_ids = policy.encode(prompts)
     room = policy.context - max_new_tokens
     longest = max(map(len, prompt_ids))
-    if room < 1 or (longest > room and not clip_prompts):
+    if room < 1:
+        raise ValueError(f"a context of {policy.context} tokens has no room for {max_new_tokens} new ones beside a "
+                         "prompt; lower their number, as by --attack_tokens or --response_tokens")
+    if longest > room and not clip_prompts:
         raise ValueError(f"a prompt may have at most {room} tokens (context {policy.context} less {max_new_tokens} new "
                          f"ones), got {longest}; shorten it or lower the number of new tokens")
     prompt_ids = [ids[-room:] for ids in prompt_ids]

@@ -69,12 +69,17 @@ class JudgeError(ValueError):
 def call_judge(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
     """P(safe) of each exchange, (B,) float64, NaN where the judge returns None. Raises JudgeError on anything else."""
     try:
-        answers = judge(list(prompts), list(responses))
-        p_safe = np.asarray(answers, dtype=np.float64)  # None becomes NaN
+        with torch.no_grad():  # which also undoes what a judge does to the mode
+            answers = judge(list(prompts), list(responses))
     except JudgeError:
         raise
     except (Exception, SystemExit) as error:
         raise JudgeError(f"the judge raised {type(error).__name__}: {error}") from error
+    try:
+        p_safe = np.asarray(answers, dtype=np.float64)  # None becomes NaN
+    except (ValueError, TypeError) as error:
+        raise JudgeError("a judge must return a list of numbers in [0, 1], or None, one per exchange, got "
+                         f"{str(answers)[:80]}") from error
     if p_safe.shape != (len(prompts),):
         raise JudgeError(f"a judge must return one score per exchange: {len(prompts)} expected, got {p_safe.shape}")
     undecided = np.array([answer is None for answer in answers], dtype=bool)
@@ -416,7 +421,8 @@ def _function_from_file(spec):
         if str(path.parent) not in sys.path:
             sys.path.append(str(path.parent))
         importlib.invalidate_caches()
-        module = importlib.import_module(path.stem)
+        with torch.no_grad():  # which also undoes what the file does to the mode
+            module = importlib.import_module(path.stem)
         if Path(module.__spec__.origin or "").resolve() != path:
             raise ValueError(f"another module is called {path.stem}; rename the file")
         function = getattr(module, name)

@@ -5,7 +5,7 @@ Two-Player Games" (arXiv 2406.10977), from an empty folder to a report.
     python train.py --attacker gpt2 --defender gpt2            your own models: hub ids or local folders
     python train.py config.yaml --seed 3                       options from a file; flags after it override it
     python train.py --resume runs/...                          continue a stopped run (Ctrl-C ends a step and saves)
-    torchrun --nproc_per_node=8 train.py [--shard] ...         on several GPUs: a copy in each, or FSDP2 with --shard
+    torchrun --nproc_per_node=8 -- train.py [--shard] ...      on several GPUs: a copy in each, or FSDP2 with --shard
 
 One round: the attacker takes `--attacker_steps` PPO steps against the frozen defender, then the defender
 `--defender_steps` against the frozen attacker. The loop itself is `train`, below.

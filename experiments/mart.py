@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gpo import SFTSettings, new_seed, sample, sft
-from harness.data import as_a_program, normalized
+from harness.data import as_a_program, fail, normalized
 from harness.run import run_folder, start_program
 from harness.world import World, evaluate, make_world, show_prompts
 from reward import call_judge
@@ -64,6 +64,8 @@ def play_rounds(world: World, seed: int) -> None:
 def main(argv: Sequence[str]) -> None:
     """Play all rounds and finish the run folder; Ctrl-C and errors leave no folder."""
     clock = time.time()
+    if any(argument.startswith("--resume") for argument in argv):
+        fail("a MART run cannot be resumed, as it saves no rounds; begin it again, in a new folder")
     config = start_program([*argv, "--method", "paraphrase", "--average", "none"])
     with run_folder(config) as folder:
         world = make_world(config, folder.start)

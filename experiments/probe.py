@@ -48,7 +48,10 @@ def probe(args: argparse.Namespace) -> None:
 
 def draw_probe(args: argparse.Namespace) -> None:
     """Draw probe.png from probe.json: lower bounds of the Nash gap, and who breaks whom after each round (0: start)."""
-    found = read_json(Path(args.run) / "probe.json")
+    file = Path(args.run) / "probe.json"
+    if not file.is_file():
+        raise ValueError(f"--figure needs the lower bounds in {file}; compute them with: eval.py probe {args.run}")
+    found = read_json(file)
     matrix = np.array(found["cross_play"])  # (attackers, defenders), success rates
     canvas, (gaps, heat) = figure(1, 4.8, 3.6, rows=2)
     for kind, look in zip(("last", "mixture", "weights"), LOOKS):

@@ -1,6 +1,7 @@
 """Train a judge, measure it on a held-out tenth, save it for --judge: python -m experiments.train_judge --help"""
 
 import argparse
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,7 +102,14 @@ def _make_judge(args):
         model.set_attn_implementation("eager")  # faster in bf16, as for policies
     settings = JudgeTraining(args.steps, args.batch_size, args.learning_rate, args.seed, dtype, by_length=True,
                              checkpoint=args.out / "training.pt")
-    judge = train_judge(model, tokenizer, training, settings)
+    try:
+        judge = train_judge(model, tokenizer, training, settings)
+    except Exception:
+        if not settings.checkpoint.is_file():  # there is nothing to go on from
+            (args.out / "training.json").unlink()
+            with contextlib.suppress(OSError):
+                args.out.rmdir()
+        raise
     judge.model.save_pretrained(args.out)
     save_tokenizer(judge.tokenizer, args.out)
     measured = measure_judge(judge, held_out, args.seed)

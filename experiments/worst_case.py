@@ -87,7 +87,7 @@ def open_prompts(toy: ToyGame, defender: Side) -> dict:
 # --- families of attacker ---------------------------------------------------------------------------------------------
 def ppo_attacker(run: FinishedRun, defender: Side) -> dict:
     """Success of a fresh attacker in the ten batches up to each of STEPS."""
-    settings = BestResponseSettings(run.world.seeds, run.world.held_out_judge, max(STEPS), run.config.batch_size,
+    settings = BestResponseSettings(run.world.seeds, run.world.toy.ground_truth, max(STEPS), run.config.batch_size,
                                     run.config.seed)
     _, curve = best_response(fresh_player(run, "attacker"), defender, settings)
     return {f"PPO, {steps} steps": float(np.mean(curve[steps - 10 : steps])) for steps in STEPS}

@@ -174,7 +174,7 @@ def check_combinations(config: Config) -> None:
         raise ValueError(f"--benign_share must be 0 or at least 1 / --batch_size, a row of each batch of "
                          f"{config.batch_size}, got {config.benign_share}")
     if config.shard and world_size() == 1 and not config.resume:
-        raise ValueError("--shard needs several processes, got one; start torchrun --nproc_per_node=N train.py ...")
+        raise ValueError("--shard needs several processes, got one; start torchrun --nproc_per_node=N -- train.py ...")
     if config.shard and config.lora:
         raise ValueError("--shard and --lora do not go together: adapters are too small to need it; leave one out")
     if config.log != "none" and not importlib.util.find_spec(config.log):

@@ -5,7 +5,7 @@ Several processes (torchrun). Every process holds all exchanges: texts, tokens, 
 work is divided: sampling, judging, forward and backward. All use the same random numbers, so all make the same
 decisions; only the first process writes. Weights are copied to each process, or sharded (`--shard`: FSDP2).
 
-    torchrun --nproc_per_node=8 train.py [--shard] ...
+    torchrun --nproc_per_node=8 -- train.py [--shard] ...
     python train.py --lora 16 --gradient_checkpointing --attacker DIR --defender DIR
 """
 
@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from gpo import load_weights, my_rows, rank, trained_names, weights, world_size
 from harness.data import fail, read_json
 from model import Policy, first_line, load_policy, save_policy
-from reward import Judge
+from reward import Judge, JudgeError
 
 PEFT_PREFIX = "base_model.model."  # before every name in peft's files
 
@@ -100,6 +100,9 @@ def shared_judge(judge: Judge) -> Judge:
         scores = [None] * len(prompts)
         parts = gather_results(lambda: list(judge(my_rows(prompts), my_rows(responses))) if my_rows(prompts) else [])
         for process, part in enumerate(parts):
+            rows = range(process, len(prompts), world_size())
+            if len(part) != len(rows):
+                raise JudgeError(f"a judge must return one score per exchange: {len(rows)} expected, got {len(part)}")
             scores[process :: world_size()] = part
         return scores
 
