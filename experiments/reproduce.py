@@ -382,19 +382,13 @@ def paper_tables(rows: dict, attackers: dict, tests: list[dict]) -> list[str]:
 
 
 def best_responses(out: str | Path, seeds: Iterable[int], names: Iterable[str]) -> str:
-    """markdown: for each run, a fresh attacker's success and most frequent exploit; draws its curves in best.png."""
+    """markdown: for each run, a fresh attacker's success and most frequent exploit."""
     lines = []
-    canvas, (axis,) = report.figure(1, 4.8, 3.6)
-    for name, look in zip(names, report.LOOKS):
-        found = {seed: data.read_json(run_folder(out, name, seed) / f"best_0_{PROBE_STEPS}.json") for seed in seeds}
-        curves = [row["curve"] for row in found.values()]
-        report.band(axis, range(1, 1 + len(curves[0])), curves, name, {**look, "marker": None})
-        for seed, row in found.items():
+    for name in names:
+        for seed in seeds:
+            row = data.read_json(run_folder(out, name, seed) / f"best_0_{PROBE_STEPS}.json")
             frequent = [f"{count} of 200: *{data.visible(prompt)}*" for prompt, count in row["exploits"][:1]] or ["-"]
             lines.append([name, seed, report.show(row["after"], 500), *frequent])
-    axis.set(xlabel="PPO steps of a fresh attacker", ylabel="its success against the finished defender", ylim=(0, 1))
-    axis.legend(frameon=False, fontsize=8)
-    report.save_figure(canvas, Path(out) / "best.png")
     return report.markdown(["", "seed", "success", "most frequent exploit"], lines)
 
 
@@ -552,7 +546,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("rows", nargs="*", metavar="ROW", help="of ablate; default: all")
     parser.add_argument("--quick", action="store_true", help="reproduce: four methods, two seeds, two rounds")
     parser.add_argument("--seeds", type=int, help="how many, 2 to 20; default: 10 for reproduce, 5 for the others")
-    parser.add_argument("--first_seed", type=int, default=70,
+    parser.add_argument("--first_seed", type=int, default=108,
                         help="settings were chosen on 0 to 5; measured so far: 10 to 14, 20 to 117")
     parser.add_argument("--out", help="folder; default: results, with --quick results_quick")
     args = parser.parse_intermixed_args(argv)
