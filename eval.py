@@ -105,6 +105,7 @@ def nash_gap_bound(attacker: Side, defender: Side, fresh: dict[str, Player],
 
     Returns {"value", "best_attack", "best_defence", "bound"}, all as attack success rates in [0, 1], which are 1 - J.
     """
+    # in success rates S = 1 - J the signs turn: Eq. (3.6) = max_mu' S(mu', pi) - min_pi' S(mu, pi')
     attack, _ = best_response(fresh["attacker"], defender, settings)
     defence, _ = best_response(fresh["defender"], attacker, settings)
     attack = max(attacker, attack, key=lambda side: success(side, defender, settings))
@@ -113,8 +114,8 @@ def nash_gap_bound(attacker: Side, defender: Side, fresh: dict[str, Player],
     value = success(attacker, defender, anew)  # 1 - J(pi, mu)
     best_attack = success(attack, defender, anew)  # 1 - min_mu' J(pi, mu'), at least
     best_defence = success(attacker, defence, anew)  # 1 - max_pi' J(pi', mu), at most
-    bound = best_attack - best_defence  # Eq. (3.6): max_pi' J(pi', mu) - min_mu' J(pi, mu')
-    return {"value": value, "best_attack": best_attack, "best_defence": best_defence, "bound": bound}
+    return {"value": value, "best_attack": best_attack, "best_defence": best_defence,
+            "bound": best_attack - best_defence}
 
 
 # --- players of a finished run --------------------------------------------------------------------------------------
@@ -130,9 +131,10 @@ def after_round(run: FinishedRun, name: str, round: int, kind: str = "last") -> 
     """A player after a round, counted from 1: its last policy, or its average so far of a kind. Raises ValueError if
     the run did not keep the policies of all rounds."""
     mixture = run.averages[name].get("mixture")
-    if not (mixture and mixture.has_all):
-        raise ValueError("a run with a mixture of all its rounds is needed (--average mixture, and an --average_size "
-                         f"of at least {run.config.rounds}), got {run.path}")
+    if not mixture or len(mixture.members) < mixture.count:  # else members[i] is of round i + 1
+        raise ValueError("a run that trains, with a mixture of all its rounds, is needed (--average mixture, and an "
+                         f"--average_size of at least {run.config.rounds}), got {run.path} of --method "
+                         f"{run.config.method}")
     if kind == "last":
         return mixture.player.with_policy(mixture.policy(round - 1))
     average = PolicyAverage(mixture.player, kind, capacity=round)

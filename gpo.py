@@ -151,13 +151,14 @@ RARE = 0.01  # likelihood relative to the initial policy's: below it unlearning 
 
 
 def unlikelihood_loss(policy: Policy, answers: Rollout, initial: Policy) -> torch.Tensor:
-    """A loss that makes given answers (a Rollout of B rows) of the initial policy less likely, per response token:
-    shape (). With p = pi(y|x) / pi_0(y|x), an answer adds p / RARE where p < RARE, else 1 + log(p / RARE). After
-    unlikelihood training (Welleck et al., 2020).
+    """A loss that makes given answers (a Rollout of B rows) of the initial policy pi_0 less likely, per response token:
+    shape (). After unlikelihood training (Welleck et al., 2020). With p = pi(y|x) / pi_0(y|x) an answer adds
 
-    For unsafe answers sampled from pi_0 the first estimates P(unsafe) by importance sampling, up to a factor; with
-    samples of pi itself, only one in 1 / P(unsafe) would contribute. The second has the gradient of a demonstration,
-    reversed; p / RARE would drown the other losses before p is small."""
+        p / RARE             where p < RARE: importance sampling, as P(unsafe) = E_{y ~ pi_0}[p, where y is unsafe]
+        1 + log(p / RARE)    elsewhere: the gradient of a demonstration, reversed; that of p / RARE would be up to
+                             1 / RARE times as large, and drown the other losses
+
+    Both have the same value and slope at p = RARE. Of pi's own samples only one in 1 / P(unsafe) would contribute."""
     with torch.no_grad():
         before, _, _ = logprobs_and_values(initial, answers, with_values=False)
     logprobs, _, _ = logprobs_and_values(policy, answers, with_values=False)
@@ -223,12 +224,11 @@ class Player:
         """Measure the KL penalty from the current policy from now on."""
         if self.reference is self.initial:  # which stays as it is: the anchor becomes a copy of its own
             self.reference = frozen_copy(self.policy)
-        else:
-            copy_weights(self.policy, self.reference)
+        self.reference.lm.load_state_dict(self.policy.lm.state_dict())
 
     def reset_to(self, policy: Policy) -> None:
         """Copy the language model's weights of `policy`, with a fresh optimizer; the critic is kept."""
-        copy_weights(policy, self.policy)
+        self.policy.lm.load_state_dict(policy.lm.state_dict())
         self.new_optimizer()
 
     def with_policy(self, policy: Policy) -> "Player":
@@ -275,10 +275,9 @@ class Player:
             groups[group][name] = tensor
         load_weights(self.policy, groups["policy"])
         self.new_optimizer()
-        if any_process(groups["optimizer"]):
+        if all_sum(torch.tensor(len(groups["optimizer"]))):  # only the first process holds the moments
             self._load_optimizer(groups["optimizer"])
-        if any_process(groups["reference"]):
-            self.anchor()  # a reference of its own
+        if self.reference is not self.initial:
             load_weights(self.reference.lm, groups["reference"])
         self.skipped_steps = numbers["skipped_steps"]
         self.skipped_in_a_row = numbers.get("skipped_in_a_row", 0)  # absent in older checkpoints
@@ -314,20 +313,6 @@ def load_weights(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> N
     options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=world_size() > 1,
                                    strict=False)  # frozen weights are not among the tensors
     dcp.set_model_state_dict(module, dict(tensors), options=options)  # torch writes into the dict that it is given
-
-
-def any_process(tensors: dict) -> bool:
-    """Whether the first process holds any tensors; the others hold none."""
-    return bool(all_sum(torch.tensor(len(tensors))))
-
-
-@torch.no_grad()
-def copy_weights(source: Policy, target: Policy) -> None:
-    """Copy the language model's weights, except those that the two policies share."""
-    theirs = dict(source.lm.named_parameters())
-    for name, p in target.lm.named_parameters():
-        if p is not theirs[name]:
-            p.copy_(theirs[name])
 
 
 # --- skipped steps ---------------------------------------------------------------------------------------------
@@ -430,13 +415,13 @@ def experience(player: Player, rollout: Rollout, scores: torch.Tensor,
     Old log-probs are computed in the batches of the first epoch (row numbers of each minibatch): the same shapes give
     the same bits, so the ratio before the first step is exactly 1, which `minibatch_gradients` checks.
     """
-    groups = []
+    same_batches = []  # as `minibatch_gradients` will forward them
     for minibatch in first_epoch:
-        groups += my_rows(minibatch).split(player.micro_batch or len(rollout))
-    logprobs, values, entropy = forward_rows(player.policy, rollout, groups)
-    by_length = my_rows(rollout.lengths.argsort(stable=True))  # no gradients: larger groups, little padding
-    groups = by_length.split(4 * player.micro_batch or 32)
-    ref_logprobs, _, _ = forward_rows(player.reference, rollout, groups, with_values=False)
+        same_batches += my_rows(minibatch).split(player.micro_batch or len(rollout))
+    logprobs, values, entropy = forward_rows(player.policy, rollout, same_batches)
+    # the reference is compared with nothing bit by bit: larger groups of similar length, which have little padding
+    by_length = my_rows(rollout.lengths.argsort(stable=True)).split(4 * player.micro_batch or 32)
+    ref_logprobs, _, _ = forward_rows(player.reference, rollout, by_length, with_values=False)
     mask = rollout.response_mask  # (B, T), True on sampled tokens
     penalised = torch.where(rollout.ended, scores, scores - player.missing_eos_penalty)
     rewards = token_rewards(penalised, logprobs, ref_logprobs, mask, player.kl_coef)
@@ -669,11 +654,6 @@ class PolicyAverage:
             slot = int(np.random.default_rng([self.seed, self.count]).integers(self.count))
             if slot < self.capacity:
                 self.members[slot] = weights
-
-    @property
-    def has_all(self) -> bool:
-        """Whether a mixture still has every policy that was added: `members` are then in the order of the rounds."""
-        return self.count == len(self.members)
 
     def policy(self, member: int = 0) -> Policy:
         """A frozen policy with a member's weights."""

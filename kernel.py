@@ -85,10 +85,10 @@ def _chunked_forward(h, w, targets, bias, temperature, saved_p):
     for rows in _chunks(h, w):
         z = _logits(h[rows], w, bias, temperature)  # (n, V)
         p = z.softmax(-1)
-        lse[rows] = z.amax(-1) - p.amax(-1).log()  # from the likeliest token: log p = z - logsumexp, and p >= 1 / V
+        lse[rows] = z.amax(-1) - p.amax(-1).log()  # log p = z - logsumexp, of the likeliest token: its p is >= 1 / V
         logprobs[rows] = z.gather(-1, targets[rows, None])[:, 0] - lse[rows]
         entropy[rows] = lse[rows] - z.mul_(p).sum(-1)  # H = logsumexp(z) - E_p[z]
-        saved_p[rows] = p[:len(saved_p[rows])]  # beyond row S both are empty
+        saved_p[rows] = p[:len(saved_p[rows])]  # S <= N: fewer rows of the chunk across row S, none of a later one
         del z, p  # before the next chunk is made
     return logprobs, lse, entropy
 

@@ -140,12 +140,10 @@ class Policy(nn.Module):
         """fp32 master weights; matrix products in the compute dtype."""
         return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
 
-    @torch.no_grad()
     def copy_to_critic(self) -> None:
         """Make the body of a separate critic a copy of the policy, as it is at the beginning of a game."""
         if self.critic_body is not None:
-            for copied, parameter in zip(self.critic_body.parameters(), self.lm.base_model.parameters(), strict=True):
-                copied.copy_(parameter)
+            self.critic_body.load_state_dict(self.lm.base_model.state_dict())
 
     def new_critic(self) -> None:
         """The critic of an untrained policy: a copy of its body, if separate, and a value head of zeros."""
@@ -393,7 +391,7 @@ def generate(policy: Policy, prompts: list[str], max_new_tokens: int, temperatur
     longest = max(map(len, prompt_ids))
     if room < 1:
         raise ValueError(f"a context of {policy.context} tokens has no room for {max_new_tokens} new ones beside a "
-                         "prompt; lower their number, as by --attack_tokens or --response_tokens")
+                         "prompt; take a model with a longer one, or fewer --attack_tokens or --response_tokens")
     if longest > room and not clip_prompts:
         raise ValueError(f"a prompt may have at most {room} tokens (context {policy.context} less {max_new_tokens} new "
                          f"ones), got {longest}; shorten it or lower the number of new tokens")
@@ -413,11 +411,13 @@ def generate(policy: Policy, prompts: list[str], max_new_tokens: int, temperatur
 
 
 def _decode(policy, lm, prompt_ids, max_new_tokens, pick):
-    """Token ids of each row's response. Sampling continues until every row has ended; ended rows are dropped."""
+    """Token ids of each row's response. Sampling continues until every row has ended; ended rows are dropped. Of n
+    rows that are left, alive (n,) are their numbers in the batch, and going the places, among these n, of those that
+    go on: alive[going] is the next `alive`."""
     inputs, mask, positions = _left_padded(policy, prompt_ids)  # (B, P) each
     B = len(inputs)
     eos = torch.tensor(policy.eos_ids, device=policy.device)
-    alive = torch.arange(B, device=policy.device)  # the rows that have not ended
+    alive = torch.arange(B, device=policy.device)
     kind = _FixedDecoder if _has_fixed_shapes(lm) else _GrowingDecoder
     decoder = kind(lm, mask, positions, max_new_tokens)
     logits = decoder.prefill(inputs)  # (B, V)
