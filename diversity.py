@@ -55,7 +55,8 @@ def _ngrams(tokens, max_order):
 
 
 def _numbered(gram, seen):
-    """The n-gram itself the first time, then (n-gram, 1), (n-gram, 2), ...: seen counts them."""
+    """The n-gram itself the first time in a text, then (n-gram, 1), (n-gram, 2), ...: seen counts them. So many texts
+    as have (n-gram, k) have it more than k times, as clipped matches need (Papineni et al., 2002)."""
     earlier = seen.get(gram, 0)
     seen[gram] = earlier + 1
     return (gram, earlier) if earlier else gram
@@ -293,6 +294,8 @@ class Diversity:
             vectors = _unit(self.embedder(texts))  # (B, D)
             self.scored = dict(zip(texts, vectors))
             scores["embedding"] = (vectors * mean).sum(1)
+        for similarity in scores.values():  # a text without words is no new attack, but its terms would be 0
+            similarity[[not text.split() for text in texts]] = 1.0
         scores["reward"] = -sum(scores[term] for term in self.terms) / len(self.terms)  # R_div
         return scores
 
