@@ -25,6 +25,15 @@ LEFT_ALONE = {"lost+found"}  # in the root of a file system
 
 
 # --- reading ----------------------------------------------------------------------------------------------------
+class TextLoader(yaml.SafeLoader):
+    """A YAML loader that leaves all scalars but null as they are written: YAML reads 1:30 as 90 and off as False."""
+
+
+TextLoader.yaml_implicit_resolvers = {
+    first: [resolver for resolver in resolvers if resolver[0] == "tag:yaml.org,2002:null"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+
 class Parser(transformers.HfArgumentParser):
     """HfArgumentParser with our --help, errors in one line, and no defaults: it returns only the options given."""
 
@@ -50,7 +59,8 @@ def parse(argv: list[str]) -> Config:
     parser = Parser(Config, allow_abbrev=False)
     try:
         if argv and argv[0].endswith((".json", ".yaml", ".yml")):
-            values = read_json(argv[0]) if argv[0].endswith(".json") else yaml.safe_load(Path(argv[0]).read_bytes())
+            is_json = argv[0].endswith(".json")
+            values = read_json(argv[0]) if is_json else yaml.load(Path(argv[0]).read_bytes(), TextLoader)
             argv = flags_of(values, argv[0]) + argv[1:]
         given = vars(parser.parse_args(argv))
     except Exception as error:

@@ -124,7 +124,8 @@ class Config:
     log: str = option("also log to RUN/tensorboard or to wandb", "none", choices=("none", "tensorboard", "wandb"))
     start: str | None = option("begin with the warm-started players, judge and test sets of this run folder")
     resume: str | None = option("continue the run in this folder, with its own configuration")
-    given = frozenset()  # not an option: the names of the options that the user gave
+    # not an option: the names of the options that the user gave; empty where a run is resumed, measured or plain
+    given = frozenset()
 
     @property
     def trains(self) -> bool:
