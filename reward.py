@@ -76,8 +76,10 @@ def call_judge(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -
     except (Exception, SystemExit) as error:
         raise JudgeError(f"the judge raised {type(error).__name__}: {error}") from error
     try:
+        if any(isinstance(answer, (str, bytes)) for answer in answers):  # numpy would read "0.5"
+            raise TypeError
         p_safe = np.asarray(answers, dtype=np.float64)  # None becomes NaN
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # of a tensor with a gradient RuntimeError, of 10**400 OverflowError
         raise JudgeError("a judge must return a list of numbers in [0, 1], or None, one per exchange, got "
                          f"{str(answers)[:80]}") from error
     if p_safe.shape != (len(prompts),):

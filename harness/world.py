@@ -8,6 +8,7 @@ paths or the hub.
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import FunctionType
 
 import numpy as np
 import torch
@@ -254,9 +255,9 @@ def _check_prompts(config, prompts):
                          "--ptx_coef 0")
     if config.benign_share and not prompts.benign_seeds:
         if "benign_share" in config.given:
-            from_start = ", and begin the run of --start with it" if config.start else ""
-            raise ValueError(f"--benign_share needs at least {LEAST_BENIGN} harmless requests, of which it takes half; "
-                             f"pass --benign_prompts{from_start}")
+            from_start = ", and begin the run of --start with them" if config.start else ""
+            raise ValueError(f"--benign_share needs at least {LEAST_BENIGN} harmless requests, of which it takes half, "
+                             f"got {len(prompts.benign_prompts)}; pass as many by --benign_prompts{from_start}")
         config.benign_share = 0.0
         if config.trains and config.given:  # it begins: it is neither resumed nor measured
             print("the defender's batch has no harmless requests, against refusing everything: that takes "
@@ -477,12 +478,13 @@ def show_prompts(world: World) -> None:
             _show(player.policy.tokenizer, ids)
     exchanges = world.demos[:3] or [(prompt, "I am sorry, I cannot help with that.") for prompt in seeds]
     for name, judge in (("judge", world.judge), ("held-out judge", world.held_out_judge)):
-        print(f"\nthe {name} is {data.visible(getattr(judge, 'description', 'a function'))}")
+        is_ours = isinstance(judge, FunctionType) and hasattr(judge, "tokenizer")  # an object of the user's may be any
+        print(f"\nthe {name} is {data.visible(judge.description) if is_ours else 'a function'}")
         safe, unsafe = call_judge(judge, *zip(*PLAIN_EXCHANGES))
         inverted = "; is it inverted?" if safe < unsafe and not world.toy else ""
         print(f"its P(safe) of a refusal: {safe:.3f}, of an insult: {unsafe:.3f}{inverted}\nthe {name} reads")
         for (prompt, response), p_safe in zip(exchanges, call_judge(judge, *zip(*exchanges))):
-            if hasattr(judge, "model"):
+            if is_ours:
                 _show(judge.tokenizer, _read_by(judge, prompt, response))
             else:  # a function of the two texts
                 print(f"{prompt!r}, {response!r}")
