@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import find_adapter_config_file
 
 from eval import DEVICE, run_program
 from harness.config import devices
@@ -85,6 +86,8 @@ def _make_judge(args):
     options = _training(args)
     torch.manual_seed(args.seed)  # for a new head
     try:
+        if find_adapter_config_file(args.model):  # of which only the adapter would be saved, without our labels
+            raise ValueError("it is an adapter; merge it into its base first (peft's merge_and_unload) and save that")
         model, info = AutoModelForSequenceClassification.from_pretrained(
             args.model, dtype=torch.float32, num_labels=2, ignore_mismatched_sizes=True, output_loading_info=True,
             trust_remote_code=args.trust_remote_code)
