@@ -56,7 +56,8 @@ def play_rounds(world: World, seed: int) -> None:
         pairs = what_worked(world, np.random.default_rng([seed, round]))
         for i, (name, player) in enumerate(world.players.items()):
             print(f"round {round + 1}/{ROUNDS}: {len(pairs[name])} pairs for the {name}")
-            settings = SFTSettings(STEPS, BATCH, LEARNING_RATE, [seed, round, i], name=f"SFT of the {name}")
+            settings = SFTSettings(STEPS, BATCH, LEARNING_RATE, [seed, round, i], player.micro_batch,
+                                   f"SFT of the {name}")
             if pairs[name]:
                 sft(player.policy, pairs[name], settings)
 

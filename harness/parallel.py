@@ -197,6 +197,7 @@ def save_adapter(policy: Policy, folder: Path, base: str | None = None) -> None:
     if _lora_layers(policy.lm) and not rank():
         settings = policy.lm.peft_config["default"]
         settings.base_model_name_or_path = base
+        settings.target_modules = sorted(settings.target_modules)  # a set, which has another order in each process
         settings.save_pretrained(folder)
         tensors = {PEFT_PREFIX + name.replace(".default", ""): tensor.contiguous()
                    for name, tensor in weights(policy.lm, trained_names(policy.lm)).items()}
