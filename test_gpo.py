@@ -86,7 +86,16 @@ from gpo import (
 from harness import data, parallel, report
 from harness.config import Config, parse, resolve
 from harness.data import append_lines, is_test, normalized, read_json, read_lines, read_rows, usable
-from harness.report import JudgeErrors, calibration, holm, model_card, paired_test, wilson_interval
+from harness.report import (
+    JudgeErrors,
+    calibration,
+    holm,
+    mean_and_error,
+    model_card,
+    paired_test,
+    round_lines,
+    wilson_interval,
+)
 from harness.run import RunFolder, alarms, open_run
 from harness.world import (
     PLAIN_EXCHANGES,
@@ -1062,9 +1071,12 @@ def test_a_sick_round_raises_an_alarm_that_says_what_to_do_and_a_healthy_one_non
 def test_few_test_prompts_raise_no_alarm_by_chance():
     before = {"asr_train_judge": 0.5, "asr_held_out_judge": 0.5}
     apart = {"game/asr_train_judge": 0.5, "game/asr_held_out_judge": 0.3}
-    # the error is about sqrt((3 x .25 + .21) / n): .22 for 20 prompts, .07 for 200
+    # the first rates are of three times as many prompts; the error is about sqrt(2 x .25 / 3n + (.25 + .21) / n):
+    # .18 for 20 prompts, .06 for 200
     assert alarms(apart, before, {}, 20) == []
     assert [alarm for alarm, _ in alarms(apart, before, {}, 200)] == ["reward_hacking"]
+    far = {"game/asr_train_judge": 0.5, "game/asr_held_out_judge": 0.1}  # .40, two errors of 20 prompts are .33
+    assert [alarm for alarm, _ in alarms(far, before, {}, 20)] == ["reward_hacking"]
 
 
 # --- players --------------------------------------------------------------------------------------------------------
@@ -1273,6 +1285,7 @@ def test_diversity_reward_is_minus_the_mean_of_both_terms_and_a_repetition_score
     assert np.allclose(score["bleu"], [mean_bleu(text, HISTORY) for text in NEW])
     assert np.allclose(score["reward"], -(score["bleu"] + score["embedding"]) / 2)
     assert diversity.score(HISTORY[4:5])["bleu"][0] == pytest.approx(1.0)  # a newcomer, written before
+    assert (diversity.score(["", " \n"])["reward"] == -1).all()  # no new attack either
 
 
 def same_scores(one, other, texts):
@@ -1336,6 +1349,9 @@ def test_a_training_of_a_judge_that_fails_leaves_nothing_and_may_be_tried_again(
     command = judge_command(tmp_path, "labels", "judge", 20)
     status, line = ending(capsys, tmp_path, *command, "--learning_rate", 1e30, program=train_judge)
     assert status == 2 and "lower the learning rate" in line and not (tmp_path / "judge").exists()
+    (tmp_path / "adapter_config.json").write_text("{}")  # of its training only the adapter would be saved
+    status, line = ending(capsys, tmp_path, *command, "--model", tmp_path, program=train_judge)
+    assert status == 2 and "it is an adapter; merge it into its base" in line and not (tmp_path / "judge").exists()
     run_program(tmp_path, *command, program=train_judge)
 
 
@@ -1454,6 +1470,9 @@ def test_diversity_terms_can_be_chosen_and_wrong_ones_are_named():
     (lambda: [float("nan"), 0.1], "got nan for exchange 0"), (lambda: 1 / 0, "the judge raised ZeroDivisionError"),
     (lambda: ["safe", "no"], r"list of numbers .* got \['safe', 'no'\]"),
     (lambda: (p for p in [0.5, 0.5]), "list of numbers .* got <generator"),
+    (lambda: ["0.5", "0.5"], r"list of numbers .* got \['0.5', '0.5'\]"),
+    (lambda: torch.ones(2, requires_grad=True), "list of numbers .* got tensor"),
+    (lambda: [10**400, 1], "list of numbers .* got .1000"),
     (lambda: sys.exit(5), "the judge raised SystemExit: 5")])
 def test_a_judge_that_violates_its_interface_is_named(scores, message):
     with pytest.raises(JudgeError, match=message):
@@ -2307,7 +2326,7 @@ def test_mining_keeps_the_initial_defenders_unsafe_answers_and_no_test_prompt():
     config, world, game = new_match(mine=21, unlikelihood_coef=1.0)
     defender = game.players["defender"]
     defender.generate = Mock(side_effect=AssertionError("the initial defender answers"))
-    gpo.copy_weights(tiny_policy(3), defender.policy)  # it has moved
+    defender.policy.lm.load_state_dict(tiny_policy(3).lm.state_dict())  # it has moved
     attacker = game.first["attacker"]
     attacker.generate = Mock(wraps=attacker.generate)
     train.mine(config, world, game, np.random.default_rng(0))
@@ -2341,7 +2360,7 @@ def test_the_initial_defenders_helpful_and_safe_answers_to_harmless_requests_are
     config, world, game = new_match(mine=4, unlikelihood_coef=3.0, benign_share=0.25, batch_size=8, response_tokens=40)
     world = replace(world, benign_seeds=["e f", "a b", "g", "c d"] * 40, helpful=helpful)
     defender = game.players["defender"]
-    gpo.copy_weights(tiny_policy(3), defender.policy)  # it has moved
+    defender.policy.lm.load_state_dict(tiny_policy(3).lm.state_dict())  # it has moved
     before_turn = functools.partial(train.begin_turn, config, world, game)
     before_turn(train.Turn(0, "attacker", is_first=True, ends_round=False), np.random.default_rng(0))
     assert not game.replay.helpful
@@ -2450,8 +2469,14 @@ def test_a_corrected_rate_is_that_of_rogan_and_gladen_and_its_interval_covers_th
     assert covered >= 180  # of 95% intervals; fewer than 180 of 200 in one of 500 tests
 
 
+def test_a_mean_over_seeds_leaves_out_what_was_not_measured():
+    assert mean_and_error([1.0, math.nan, None, 3.0]) == "2.000 ± 1.000"  # deviation sqrt(2), divided by sqrt(2)
+    assert mean_and_error([math.nan, None]) == "-"
+
+
 def test_the_paired_tests_equal_the_tables():
     assert paired_test([0.1, 0.3, 0.2, 0.5, 0.4])[1] == 1 / 32  # only the signs as they are
+    assert 0 <= paired_test([0.5] * 10)[0] < 1e-12
     # (1, 2, -1), sum 2: of the eight sign patterns +++, ++-, -+- give 2, 4 and 2
     assert paired_test([1, 2, -1])[1] == 3 / 8 and paired_test([0.0, 0.0]) == (1.0, 1.0)
     # Student's table, one-sided 5%: t = 2.132 at 4 and 6.314 at 1 degrees of freedom; differences with that t:
@@ -3087,7 +3112,9 @@ def test_an_adapter_that_is_saved_or_merged_is_the_same_function(tmp_path):
     learned = logprobs_and_values(player.policy, rollout)
     for ours, theirs in zip(learned, logprobs_and_values(load_policy(tmp_path, "separate"), rollout)):
         assert torch.allclose(ours, theirs, atol=1e-4)
-    assert read_json(tmp_path / "adapter" / "adapter_config.json")["lora_alpha"] == 2 * 4  # W + 2 B A
+    settings = read_json(tmp_path / "adapter" / "adapter_config.json")
+    assert settings["lora_alpha"] == 2 * 4  # W + 2 B A
+    assert settings["target_modules"] == sorted(settings["target_modules"])  # no order of a set, by chance
     theirs = PeftModel.from_pretrained(tiny_policy().lm, tmp_path / "adapter")  # as anybody else would
     assert torch.allclose(theirs(rollout.tokens).logits, player.policy.lm(rollout.tokens).logits, atol=1e-4)
 
@@ -3515,7 +3542,7 @@ def test_a_users_models_with_different_tokenizers_learn_from_what_the_judge_deci
     assert "0.000" in printed and warning not in printed
     again = [*MODELS, *SHORT, "--judge", "open.py:judge", "--average", "none", "--start", "run", "--out", "again"]
     status, line = ending(capsys, user_models, *again, "--benign_share", 0.5)
-    assert status == 2 and "and begin the run of --start with it" in line
+    assert status == 2 and "and begin the run of --start with them" in line
     run_program(user_models, *again)
     assert warning in capsys.readouterr().out
 
@@ -3679,6 +3706,13 @@ def test_a_run_on_one_base_goes_on_elsewhere_to_the_same_bytes_and_others_start_
     assert torch.allclose(merged, adapted, atol=1e-5)
 
 
+def test_a_judge_of_the_users_may_be_an_object_with_a_model_of_its_own(user_models, capsys):
+    code = "class Judge:\n    model = description = None\n    def __call__(self, p, r): return [0.5] * len(r)\n"
+    (user_models / "objects.py").write_text(f"{code}judge = Judge()\n")
+    run_program(user_models, *MODELS, *SHORT, "--judge", "objects.py:judge", "--dry_run")
+    assert "the judge is a function\n" in capsys.readouterr().out
+
+
 def test_a_dry_run_prints_what_the_models_read_and_writes_nothing(user_models, capsys):
     tokenizer = AutoTokenizer.from_pretrained(user_models / "defender")
     tokenizer.chat_template = "<eos>{{ messages[0]['content'] }}<unk>{{ messages[1]['content'] if messages[1:] }}"
@@ -3780,6 +3814,9 @@ def test_flags_after_a_configuration_file_count_more_than_the_file(tmp_path):
         config = parse([str(tmp_path / name), "--rounds", "4"])
         assert (config.rounds, config.kl_coef, config.average, config.sft_steps) == (4, 1e-5, "none", None)
         assert config.template == "a: {}" and parse([str(tmp_path / name)]).rounds == 3
+    (tmp_path / "a.yaml").write_text("attacker: null\ndefender: ~\nseed: 010\nout: off\ndry_run: true\n")
+    config = parse([str(tmp_path / "a.yaml")])  # YAML 1.1 alone would read 8 and False
+    assert (config.attacker, config.defender, config.seed, config.out, config.dry_run) == (None, None, 10, "off", True)
 
 
 def test_what_is_on_this_machine_is_kept_by_its_absolute_path_and_a_name_of_the_hub_as_it_is(tmp_path, monkeypatch):
@@ -3951,6 +3988,13 @@ def test_a_killed_program_ends_with_the_same_bytes_after_it_is_resumed(finished,
         file.write('{"step": 5, "a line of a step that was lost": 1}\n{"step": 5, "half a li')
     run_program(HERE, "--resume", run)
     assert not differing(run, finished.outcome)
+
+
+def test_a_finished_run_that_has_lost_an_average_of_one_player_is_refused(finished, tmp_path, capsys):
+    run = shutil.copytree(finished.folder, tmp_path / "run")
+    (run / "average" / "attacker_mixture.safetensors").unlink()
+    status, line = ending(capsys, HERE, run, program=evaluation)
+    assert status == 2 and "must hold the same averages of both players, a file is missing" in line
 
 
 def test_a_damaged_checkpoint_is_named_and_skipped(user_models, undisturbed, tmp_path, capsys):
@@ -4447,6 +4491,21 @@ def test_reproduce_corrects_the_training_judges_rate_and_compares_it_with_the_tr
         "0.300 ± 0.000", "0.250 ± 0.000", "0.250 ± 0.000", "2 of 2"]
 
 
+def test_a_step_without_a_verdict_on_an_attack_has_no_attack_success():
+    exchanges = types.SimpleNamespace(p_safe=np.array([math.nan, math.nan, 0.25, 1.0]), prompts=list("abcd"))
+    exchanges.decided = ~np.isnan(exchanges.p_safe)
+    game = types.SimpleNamespace(sampled_tokens=3, replay=train.ReplayBuffer())
+    turn = train.Turn(0, "defender", True, False)
+    # the last rows are harmless requests: two, then one
+    assert train.game_metrics(game, turn, exchanges, {}, 2) == {"sampled_tokens": 3, "game/undecided": 2}
+    assert train.game_metrics(game, turn, exchanges, {}, 1)["game/attack_success"] == 0.75
+
+
+def test_a_round_without_a_verdict_has_a_line_in_the_report():
+    row = {"round": 0, "role": "defender", "attack": "a", "response": "b", "p_safe": None}
+    assert "decided none" in "\n".join(round_lines(0, [row]))
+
+
 def test_mart_fine_tunes_on_attacks_that_succeed_and_on_the_safest_answers(monkeypatch):
     p_safe = {"a": "6978", "b": "1234", "c": "2643", "test": "1999"}  # tenths, of four answers
 
@@ -4470,7 +4529,10 @@ def test_mart_fine_tunes_on_attacks_that_succeed_and_on_the_safest_answers(monke
 def test_mart_leaves_a_run_that_can_be_evaluated(finished, tmp_path, monkeypatch, capsys):
     for name, value in {"ROUNDS": 1, "ATTACKS": 8, "STEPS": 2, "BATCH": 4}.items():
         monkeypatch.setattr(mart, name, value)
-    run_program(tmp_path, *SIZES, "--start", finished.folder, "--out", "mart", program=mart)
+    settings = []
+    monkeypatch.setattr(mart, "sft", lambda policy, pairs, given: settings.append(given) or sft(policy, pairs, given))
+    run_program(tmp_path, *SIZES, "--start", finished.folder, "--micro_batch", 2, "--out", "mart", program=mart)
+    assert {given.micro_batch for given in settings} == {2}
     summary = read_json(tmp_path / "mart" / "summary.json")
     assert {"before", "after"} <= set(summary)
     assert "Trained with MART" in (tmp_path / "mart" / "defender" / "README.md").read_text()
@@ -4869,6 +4931,8 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "an embedder of no model": (f"{OWN} --embedder bad", "cannot load the embedder '/"),
     "answers beyond a user's context": (f"{OWN} --response_tokens 256", "--response_tokens must leave room for a"),
     "prompts beyond the context": (f"{OWN} --prompts bad/long.txt", "2 longer than 248 tokens left out, and none"),
+    "too few harmless requests": (f"{OWN} --benign_prompts benign.txt --benign_share 0.5",
+                                  "at least 20 harmless requests, of which it takes half, got 1; pass as many by"),
 }
 WRONG_ELSEWHERE = {
     "nothing to evaluate": (evaluation, "", "eval.py takes run folders or a command"),

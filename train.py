@@ -14,9 +14,9 @@ Differs from the paper (numbers as in the README; rows are of docs/results.md):
 (4) The attacker moves first, so that the finished defender was trained against the last attacker: row *defender first*.
 (5) `--unlikelihood_coef`: the defender's updates also make known unsafe answers less likely, and helpful ones likelier.
 PPO learns from a rare answer only when it is sampled, once in thousands: section *the worst case, exactly*.
-(7) `--mine`: these are answers of the initial defender: unsafe ones to attacks of the untrained attacker, a third of
-them at twice its temperature, new ones before each defender turn, the likelier before the turn, the more often; helpful
-ones to harmless requests.
+(6) `--replay`: most attacks in the defender's batch are earlier ones, against forgetting: row *no replay*.
+(7) `--mine`: these are the initial defender's. It answers attacks of the untrained attacker, a third of them at twice
+its temperature, before each defender turn; the likelier an unsafe answer is then, the more often it is unlearned.
 (8) `--ptx_coef`: a supervised loss on demonstrations, against over-refusal: row *no demonstrations*.
 (11) R_div is centred over the batch. Its level, about -k / 2 for every attack, is no signal, but it swamps a critic
 that starts at zero: exercise 2 of docs/exercises.md. Row *k = 10* depends on it.
@@ -173,7 +173,8 @@ class ReplayBuffer:
         n_tokens = rollout.response_mask.sum(1).cpu()  # (B,)
         now = log_likelihoods(defender.policy, rollout, defender.micro_batch)[:, 0] * n_tokens  # (B,) nats
         before = log_likelihoods(defender.initial, rollout, defender.micro_batch)[:, 0] * n_tokens
-        self.likelihood = (now - before).clamp(max=0).exp().tolist()[: len(self.answers)]
+        relative = (now - before).clamp(max=0).exp().nan_to_num()  # NaN: the defender has diverged
+        self.likelihood = relative.tolist()[: len(self.answers)]
 
     def sample_answers(self, n: int, defender: Player, rng: np.random.Generator) -> Rollout:
         """n unsafe answers, in proportion to their likelihood when it was measured."""
@@ -415,11 +416,11 @@ def game_metrics(game: Game, turn: Turn, exchanges: Exchanges, similarity: dict[
     """Metrics of a step's exchanges, whichever player moves. similarity: {term: (B,)}, to earlier attacks. The last
     n_harmless rows are harmless requests."""
     decided = exchanges.decided
-    attacks = exchanges.p_safe[: len(decided) - n_harmless]
-    metrics = {
-        "sampled_tokens": game.sampled_tokens,
-        "game/attack_success": float(np.nanmean(1 - attacks)),  # by the training judge
-        "game/undecided": int((~decided).sum())}  # in no update and in no rate
+    attacks = decided & (np.arange(len(decided)) < len(decided) - n_harmless)
+    metrics = {"sampled_tokens": game.sampled_tokens,
+               "game/undecided": int((~decided).sum())}  # in no update and in no rate
+    if attacks.any():
+        metrics["game/attack_success"] = float(np.mean(1 - exchanges.p_safe[attacks]))  # by the training judge
     if game.replay.likelihood:
         metrics["game/unsafe_likelihood"] = float(np.mean(game.replay.likelihood))
     if turn.player == "attacker":

@@ -119,11 +119,7 @@ def read_lines(path: Path) -> list:
 
 def finite(value: Any) -> Any:
     """A JSON value with None in place of NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.loads(json.dumps(value), parse_constant=lambda constant: None)
 
 
 def json_lines(rows: Iterable) -> str:
@@ -311,7 +307,7 @@ def _prompt_turns(fields):
 
 def _texts(fields, first_turn):
     """{"prompt"} and, if a row has them, {"response", "chosen", "rejected"}, all replies to this prompt. first_turn: of
-    the prompt only that."""
+    the prompt only that. A reply column may hold its prompt too (HH's `chosen`), so each start + end is split anew."""
     turns = _continued(_prompt_turns(fields), _turns(_the_one(fields, CONVERSATIONS)))
     n = max((n for n, (role, _) in enumerate(turns, 1) if role != "AI"), default=0)
     start = turns[:n]
@@ -325,8 +321,8 @@ def _texts(fields, first_turn):
     replies = {}
     for name, end in ends.items():
         if end or not any(ends.values()):
-            turns = _continued(start, end)
-            replies[name] = _prompt_and_reply([turn for turn in system if turn not in turns] + turns)
+            whole = _continued(start, end)
+            replies[name] = _prompt_and_reply([turn for turn in system if turn not in whole] + whole)
     prompt, first = next(((prompt, first) for prompt, first, _ in replies.values() if prompt), ("", ""))
     of_prompt = {name: reply for name, (own, _, reply) in replies.items() if reply and own == prompt}
     return {"prompt": first if first_turn else prompt, **of_prompt}
@@ -544,5 +540,5 @@ def usable(name: str, rows: list[tuple], others: Iterable[str], fit: Callable, l
     reasons = " and ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
     line = f"{name}: {len(rows)} rows, {reasons or 'none'} left out"
     if not fitting:
-        raise ValueError(f"{line}, and none remain; add complete rows of at most {limit} tokens")
+        raise ValueError(f"{line}, and none remain; add other complete rows, of at most {limit} tokens")
     return fitting, line

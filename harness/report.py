@@ -52,8 +52,8 @@ def markdown(head: Sequence, lines: Sequence[Sequence]) -> str:
 
 
 def mean_and_error(values: Sequence[float | None], digits: int = 3) -> str:
-    """"mean ± standard error" over seeds; None is left out, one value has no error, none gives "-"."""
-    values = [value for value in values if value is not None]
+    """"mean ± standard error" over seeds; None and NaN are left out, one value has no error, none gives "-"."""
+    values = [value for value in values if value is not None and not math.isnan(value)]
     if not values:
         return "-"
     mean = f"{np.mean(values):.{digits}f}"
@@ -164,7 +164,7 @@ def student_tail(t: float, df: int) -> float:
     x = np.linspace(0, min(abs(t), 1e3), 200_001)
     scale = math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2))
     density = scale * (1 + x**2 / df) ** (-(df + 1) / 2)
-    return 0.5 - math.copysign(float(np.trapezoid(density, x)), t)
+    return max(0.0, 0.5 - math.copysign(float(np.trapezoid(density, x)), t))  # rounding may give -1e-16
 
 
 # --- figures: lines, markers and hatches differ too, for black-and-white print -------------------------------------
@@ -283,6 +283,8 @@ def round_lines(round: int, games: list[dict]) -> list[str]:
     attacks = [game for game in games if game["role"] == "attacker"]
     attacks = attacks or [game for game in games if game["role"] == "defender"]
     decided = [game for game in attacks if game["p_safe"] is not None]
+    if not decided:
+        return [f"### Round {round + 1}", "", "The training judge decided none of its attacks.", ""]
     different = len({game["attack"] for game in attacks})
     unsafe = np.mean([game["p_safe"] < 0.5 for game in decided])
     dialogues = [("most successful", min(decided, key=lambda game: game["p_safe"])),

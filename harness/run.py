@@ -268,9 +268,9 @@ class RunFolder:
             data.append_lines(self.path / "metrics.jsonl", [line])
             data.append_lines(self.path / "games.jsonl", rows)
         self.track([line])
-        success = metrics["game/attack_success"]
-        place = f"round {turn.round + 1}/{self.config.rounds} {turn.player:<8}"
-        self.bar.set_description_str(f"{place} attack success {success:4.0%}")
+        success = metrics.get("game/attack_success", np.nan)  # left out where no attack was decided
+        self.bar.set_description_str(f"round {turn.round + 1}/{self.config.rounds} {turn.player:<8} attack success "
+                                     f"{success:4.0%}")
         self.bar.update(1)
 
     def track(self, lines: list[dict]) -> None:
@@ -531,8 +531,9 @@ def alarms(metrics: dict[str, float], before: dict[str, float], limits: dict[str
     first = np.array([before["asr_train_judge"], before["asr_held_out_judge"]])
     last = np.array([metrics.get("game/asr_train_judge", first[0]), metrics.get("game/asr_held_out_judge", first[1])])
     trained, held_out = last - first
-    rates = (np.concatenate([first, last]) * n_prompts + 1) / (n_prompts + 2)  # 0 of 2 is not certain either
-    error = np.sqrt(np.sum(rates * (1 - rates)) / n_prompts)  # of trained - held_out
+    n = n_prompts * np.array([3, 3, 1, 1])  # `before` is of all test prompts, `last` of a third: `after_a_round`
+    rates = (np.concatenate([first, last]) * n + 1) / (n + 2)  # 0 of 2 is not certain either
+    error = np.sqrt(np.sum(rates * (1 - rates) / n))  # of trained - held_out
     success = metrics.get("attacker/success_of_turn", 1)
     rows = [  # (alarm, whether it is raised, message)
         ("collapse", different < LEAST_DIFFERENT,
@@ -598,4 +599,6 @@ def load_averages(folder: Path, world: World) -> dict[str, dict[str, PolicyAvera
         numbers = data.read_json(file.with_suffix(".json"))
         averages[name][kind] = PolicyAverage(world.players[name], kind, numbers["members"])
         averages[name][kind].load_state_dict(load_file(file), numbers)
+    if len({frozenset(kinds) for kinds in averages.values()}) > 1:
+        raise ValueError(f"{folder} must hold the same averages of both players, a file is missing")
     return averages
