@@ -69,20 +69,7 @@ import train
 from diversity import Diversity, load_embedder, self_bleu, set_similarity, word_embedder
 from experiments import bench, mart, probe, real_models, real_scores, reproduce, train_judge, worst_case
 from experiments.soak import outcome
-from gpo import (
-    Exchanges,
-    ExtraLoss,
-    Player,
-    PolicyAverage,
-    SFTSettings,
-    gae,
-    nash_gap,
-    play,
-    ppo_update,
-    sft,
-    solve_matrix_game,
-    unlikelihood_loss,
-)
+from gpo import ExtraLoss, Player, PolicyAverage, SFTSettings, nash_gap, play, ppo_update, sft, solve_matrix_game
 from harness import data, parallel, report
 from harness.config import Config, parse, resolve
 from harness.data import append_lines, is_test, normalized, read_json, read_lines, read_rows, usable
@@ -97,15 +84,7 @@ from harness.report import (
     wilson_interval,
 )
 from harness.run import RunFolder, alarms, open_run
-from harness.world import (
-    PLAIN_EXCHANGES,
-    World,
-    make_players,
-    make_world,
-    split_prompts,
-    usable_pairs,
-    working_judge,
-)
+from harness.world import PLAIN_EXCHANGES, World, make_players, make_world, split_prompts, usable_pairs, working_judge
 from kernel import linear_logprob, linear_logprob_reference
 from model import Policy, demonstrations, generate, load_policy, logprobs_and_values, sample_batches, save_policy
 from reward import JudgeError, answered, call_judge, classifier_judge, decided, load_judge, rule_judge
@@ -263,7 +242,7 @@ def test_gae_equals_a_hand_calculation():
     mask = torch.tensor([[0, 1, 1, 0]]).bool()
     rewards = torch.tensor([[0.0, 1, 2, 0]])
     values = torch.tensor([[7.0, 2, 3, 8]]) * mask
-    advantages, returns = gae(rewards, values, mask, 0.5, 0.5)
+    advantages, returns = gpo.gae(rewards, values, mask, 0.5, 0.5)
     assert torch.allclose(advantages, torch.tensor([[0, 0.5 + 0.25 * -1, -1, 0]]))
     assert torch.allclose(returns, torch.tensor([[0, 2.25, 2, 0]]))
 
@@ -345,7 +324,7 @@ def test_gae_is_the_double_sum_of_its_definition(spans, gamma, lam, seed):
     T = 10
     mask = np.array([[start <= t < start + n for t in range(T)] for start, n in spans])
     rewards, values = (rng.normal(size=(B, T)) * mask for _ in range(2))
-    advantages, returns = gae(*map(torch.tensor, (rewards, values, mask)), gamma, lam)
+    advantages, returns = gpo.gae(*map(torch.tensor, (rewards, values, mask)), gamma, lam)
     for b, (start, n) in enumerate(spans):
         tokens = slice(start, start + n)
         next_values = np.append(values[b, tokens], 0)[1:]
@@ -1196,7 +1175,8 @@ def test_the_unlikelihood_loss_follows_the_probability_of_rare_answers_and_the_l
 
     def loss(rows):
         """The sums over tokens of the losses of the rows."""
-        return torch.stack([2 * unlikelihood_loss(policy, rollout.select(torch.tensor([i])), initial) for i in rows])
+        parts = [rollout.select(torch.tensor([i])) for i in rows]
+        return torch.stack([2 * gpo.unlikelihood_loss(policy, part, initial) for part in parts])
 
     weight = policy.lm.transformer.ln_f.weight
     p_0 = probabilities(initial).detach()
@@ -1219,7 +1199,7 @@ def test_unlearned_answers_become_unlikely_and_the_likely_ones_are_unlearned_fir
     attacks = ["a b", "a b", "c d", "e f", "a b"]
     texts = ["yes no", "no", "no", "safe", "no"]
     rollout = rollout_of(defender.policy, texts, attacks, cut=(1, 4))  # the last repeats the second
-    game.replay.add_answers(Exchanges(attacks, None, attacks, rollout, np.array([0.1, 0.2, 0.3, 0.6, 0.2]), 0.0, 0))
+    game.replay.add_answers(gpo.Exchanges(attacks, None, attacks, rollout, np.array([0.1, 0.2, 0.3, 0.6, 0.2]), 0.0, 0))
     unsafe = replace(rollout.select(torch.arange(3)), temperature=2.0)  # the fourth is safe
     n_tokens = unsafe.response_mask.sum(1)
     first = gpo.log_likelihoods(defender.policy, unsafe)[:, 0] * n_tokens
@@ -2185,7 +2165,7 @@ def test_any_text_is_logged_generated_judged_compared_and_learned_from(name, tmp
     metrics = ppo_update(attacker, exchanges.attacks, np.arange(4.0), 0)
     answers = play(None, defender, [text, "a"], rule_judge, 0).responses
     pairs = demonstrations(policy, [(text, text)] * 2)
-    unlearned = ExtraLoss(pairs, loss=functools.partial(unlikelihood_loss, initial=defender.initial))
+    unlearned = ExtraLoss(pairs, loss=functools.partial(gpo.unlikelihood_loss, initial=defender.initial))
     metrics |= ppo_update(defender, answers, [0.0, 1], 0, [ExtraLoss(pairs), unlearned])
     assert all(map(math.isfinite, metrics.values())) and "defender/loss/value" in metrics
     for embedder in (word_embedder, load_embedder(str(tmp_path / "judge"))):
@@ -3183,7 +3163,7 @@ def one_update(sharded=False, ptx_coef=0.0, critic="shared", **settings):
     extra = []
     if ptx_coef:
         pairs = demonstrations(policy, PAIRS)
-        unlikelihood = functools.partial(unlikelihood_loss, initial=player.initial)
+        unlikelihood = functools.partial(gpo.unlikelihood_loss, initial=player.initial)
         extra = [ExtraLoss(pairs, ptx_coef), ExtraLoss(pairs, ptx_coef, unlikelihood)]
     metrics = ppo_update(player, rollout, np.arange(8.0), 5, extra)
     weights = {name: complete(p) for name, p in policy.named_parameters()}
