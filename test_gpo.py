@@ -1321,17 +1321,17 @@ def test_an_encoder_without_all_of_its_weights_is_refused(encoder, tmp_path, cap
     with pytest.raises(ValueError, match=f"it has no weights for {lost}"):
         load_embedder(str(folder))
     append_lines(tmp_path / "data.jsonl", judge_rows("labels"))
-    status, line = ending(capsys, tmp_path, *judge_command(tmp_path, "labels", "judge", 2), program=train_judge)
-    assert status == 2 and f"it has no weights for bert.{lost}" in line and not (tmp_path / "judge").exists()
+    line = refusal(capsys, tmp_path, *judge_command(tmp_path, "labels", "judge", 2), program=train_judge)
+    assert f"it has no weights for bert.{lost}" in line and not (tmp_path / "judge").exists()
 
 
 def test_a_training_of_a_judge_that_fails_leaves_nothing_and_may_be_tried_again(tmp_path, capsys):
     command = judge_command(tmp_path, "labels", "judge", 20)
-    status, line = ending(capsys, tmp_path, *command, "--learning_rate", 1e30, program=train_judge)
-    assert status == 2 and "lower the learning rate" in line and not (tmp_path / "judge").exists()
+    line = refusal(capsys, tmp_path, *command, "--learning_rate", 1e30, program=train_judge)
+    assert "lower the learning rate" in line and not (tmp_path / "judge").exists()
     (tmp_path / "adapter_config.json").write_text("{}")  # of its training only the adapter would be saved
-    status, line = ending(capsys, tmp_path, *command, "--model", tmp_path, program=train_judge)
-    assert status == 2 and "it is an adapter; merge it into its base" in line and not (tmp_path / "judge").exists()
+    line = refusal(capsys, tmp_path, *command, "--model", tmp_path, program=train_judge)
+    assert "it is an adapter; merge it into its base" in line and not (tmp_path / "judge").exists()
     run_program(tmp_path, *command, program=train_judge)
 
 
@@ -1893,13 +1893,12 @@ def test_a_judge_whose_training_was_stopped_goes_on_to_the_same_weights(tmp_path
     run_program(tmp_path, *whole, program=train_judge)
     status, line = ending(capsys, tmp_path, *stopped, program=train_judge)
     assert status == 130 and "the same command goes on" in line
-    status, line = ending(capsys, tmp_path, *stopped, "--learning_rate", 0.02, program=train_judge)
-    assert status == 2 and "of another learning_rate" in line
+    changed = [*stopped, "--learning_rate", 0.02]
+    assert "of another learning_rate" in refusal(capsys, tmp_path, *changed, program=train_judge)
     checkpoint = tmp_path / "stopped" / "training.pt"
     saved = checkpoint.read_bytes()
     checkpoint.write_bytes(b"")
-    status, line = ending(capsys, tmp_path, *stopped, program=train_judge)
-    assert status == 2 and "cannot go on from stopped/training.pt" in line
+    assert "cannot go on from stopped/training.pt" in refusal(capsys, tmp_path, *stopped, program=train_judge)
     checkpoint.write_bytes(saved)
     with patch.object(train_judge, "measure_judge", side_effect=KeyboardInterrupt):
         status, line = ending(capsys, tmp_path, *stopped, program=train_judge)
@@ -3326,6 +3325,13 @@ def ending(capsys, folder, *arguments, program=train):
     return stopped.value.code, error.replace("\r", "\n").splitlines()[-1]
 
 
+def refusal(capsys, folder, *arguments, program=train):
+    """The one line by which a program ends after a user's mistake."""
+    status, line = ending(capsys, folder, *arguments, program=program)
+    assert status == 2 and line.startswith("error: ")
+    return line
+
+
 def differing(run, expected):
     """The files in which a finished run is not what is `expected`."""
     found = outcome(run)
@@ -3369,14 +3375,12 @@ def test_a_run_leaves_a_complete_folder_with_every_step_and_every_exchange(finis
 
 def test_the_prompts_of_another_run_must_fit_beside_longer_answers(finished, tmp_path, capsys):
     longer = [*SIZES, "--start", finished.folder, "--response_tokens", 50]  # in a context of 64
-    status, line = ending(capsys, tmp_path, *longer)
-    assert status == 2 and "--response_tokens must leave room for a prompt of" in line
+    assert "--response_tokens must leave room for a prompt of" in refusal(capsys, tmp_path, *longer)
 
 
 def test_the_test_prompts_of_the_embedded_game_must_fit_beside_longer_answers(tmp_path, capsys):
-    status, line = ending(capsys, tmp_path, *SIZES, "--response_tokens", 41, "--out", "long")
-    assert status == 2 and "--response_tokens must leave room for a prompt of" in line
-    assert not (tmp_path / "long").exists()
+    line = refusal(capsys, tmp_path, *SIZES, "--response_tokens", 41, "--out", "long")
+    assert "--response_tokens must leave room for a prompt of" in line and not (tmp_path / "long").exists()
 
 
 @pytest.mark.parametrize("method, turns, in_a_round", [
@@ -3408,13 +3412,12 @@ def test_a_run_is_made_in_an_empty_folder_and_a_start_that_fails_leaves_it_empty
     (here / "link").symlink_to(tmp_path / "new")
     arguments = [*SIZES, *"--method sft --average none".split(), "--start", finished.folder, "--out", out]
     before = contents(here)
-    status, line = ending(capsys, here, *arguments, "--held_out_judge", "no.py:judge")
-    assert status == 2 and "no.py" in line and contents(here) == before
+    assert "no.py" in refusal(capsys, here, *arguments, "--held_out_judge", "no.py:judge")
+    assert contents(here) == before
     run_program(here, *arguments)
     assert (here / out / "summary.json").is_file() and (here / "link").is_symlink()
-    status, line = ending(capsys, here, *arguments)
-    assert status == 2 and line == f"error: --out must name a new or empty folder, got {out}; continue the run in it " \
-        f"with --resume {out}"
+    expected = f"error: --out must name a new or empty folder, got {out}; continue the run in it with --resume {out}"
+    assert refusal(capsys, here, *arguments) == expected
 
 
 def test_what_a_terminal_cannot_show_is_escaped(monkeypatch):
@@ -3521,8 +3524,7 @@ def test_a_users_models_with_different_tokenizers_learn_from_what_the_judge_deci
     printed = capsys.readouterr().out
     assert "0.000" in printed and warning not in printed
     again = [*MODELS, *SHORT, "--judge", "open.py:judge", "--average", "none", "--start", "run", "--out", "again"]
-    status, line = ending(capsys, user_models, *again, "--benign_share", 0.5)
-    assert status == 2 and "and begin the run of --start with them" in line
+    assert "and begin the run of --start with them" in refusal(capsys, user_models, *again, "--benign_share", 0.5)
     run_program(user_models, *again)
     assert warning in capsys.readouterr().out
 
@@ -3557,7 +3559,7 @@ def test_runs_whose_options_differ_are_not_repeats_of_one_row(tmp_path, capsys):
     names = [evaluation.row_name(run, runs) for run in runs]
     assert names == ["gpo --diversity 3.0"] * 2 + ["gpo --diversity 0.0", "MART --diversity 3.0"]
     assert evaluation.row_name(runs[0], runs[:2]) == "gpo"
-    _, line = ending(capsys, tmp_path, "0", "1", "0/", program=evaluation)
+    line = refusal(capsys, tmp_path, "0", "1", "0/", program=evaluation)
     assert line == "error: eval.py takes each run once, got 0 1 0/"
 
 
@@ -3589,8 +3591,8 @@ def test_without_room_in_memory_or_on_the_disk_a_run_ends_with_one_line_and_goes
     run = user_models / "full disk"
     shutil.rmtree(run, ignore_errors=True)
     with patch(place, side_effect=error):
-        status, line = ending(capsys, user_models, *MODELS, *SHORT, "--out", run.name)
-    assert status == 2 and line.startswith(message) and "--resume 'full disk'" in line
+        line = refusal(capsys, user_models, *MODELS, *SHORT, "--out", run.name)
+    assert line.startswith(message) and "--resume 'full disk'" in line
     run_program(user_models, "--resume", run.name, "--micro_batch", "2")
     for name in ("config.json", "summary.json"):  # a second stop, or eval.py, does not forget it
         assert read_json(run / name)["config"]["micro_batch"] == 2
@@ -3781,9 +3783,8 @@ def test_what_the_hub_cannot_give_is_named_with_its_flag(hub, asset, flag, tmp_p
     for missing in cache.glob(asset):
         shutil.rmtree(missing)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
-    status, error = ending(capsys, tmp_path, *HUB, "--out", "never")
-    assert status == 2 and error.startswith("error: ") and flag in error
-    assert asset.split("--")[-1].split("/")[-1] in error and not (tmp_path / "never").exists()
+    error = refusal(capsys, tmp_path, *HUB, "--out", "never")
+    assert flag in error and asset.split("--")[-1].split("/")[-1] in error and not (tmp_path / "never").exists()
 
 
 # --- options ---------------------------------------------------------------------------------------------------------
@@ -4005,9 +4006,8 @@ def test_a_run_that_has_lost_its_start_is_not_continued(user_models, undisturbed
     run = shutil.copytree(undisturbed, tmp_path / "run")
     (run / "summary.json").unlink()
     shutil.rmtree(run / "checkpoints" / "start")  # else the trained players would be saved as the untrained ones
-    status, line = ending(capsys, user_models, "--resume", run)
-    assert (status, line) == (2, f"error: the run in {run} is damaged, its checkpoints/start is missing; begin again, "
-                                 "with another --out")
+    damage = "is damaged, its checkpoints/start is missing; begin again, with another --out"
+    assert refusal(capsys, user_models, "--resume", run) == f"error: the run in {run} {damage}"
 
 
 def test_a_run_folder_is_for_one_process_at_a_time(tmp_path, capsys):
@@ -4017,7 +4017,7 @@ def test_a_run_folder_is_for_one_process_at_a_time(tmp_path, capsys):
     at_work = "a run folder is for one process at a time, and one is at work in {}; stop it or wait for its end"
     with pytest.raises(ValueError, match=re.escape(at_work.format(tmp_path / "run"))):
         second.begin()
-    assert ending(capsys, tmp_path, "--resume", "run") == (2, "error: " + at_work.format("run"))
+    assert refusal(capsys, tmp_path, "--resume", "run") == "error: " + at_work.format("run")
     os.close(first.lock)
     with pytest.raises(ValueError, match="--out must name a new or empty folder"):
         second.begin()
@@ -4139,8 +4139,7 @@ def test_eval_repeats_the_numbers_of_the_run_measures_more_and_corrects_for_erro
     again = shutil.copytree(finished.folder, tmp_path / "again")
     arguments = [finished.folder, again, "--third_parties", finished.folder, "--judge_labels", labels]
     append_lines(labels, unsafe)
-    status, line = ending(capsys, HERE, *arguments, program=evaluation)
-    assert status == 2 and "safe and unsafe" in line
+    assert "safe and unsafe" in refusal(capsys, HERE, *arguments, program=evaluation)
     append_lines(labels, safe)
     run_program(HERE, *arguments, program=evaluation)
     printed = capsys.readouterr().out
@@ -4192,8 +4191,8 @@ def test_a_trained_attacker_meets_a_target_and_its_attacks_are_written_the_worst
     hits = sum(row["p_safe"] == 0 for row in rows)
     low, high = wilson_interval(hits, 40)
     assert hits > 0 and f"| {hits / 40:.3f} [{low:.3f}, {high:.3f}] |" in printed and rows[0]["response"] in printed
-    status, line = ending(capsys, HERE, "attack", *players, *flags, program=evaluation)
-    assert status == 2 and "--out must name a new file" in line and read_lines(tmp_path / "attacks.jsonl") == rows
+    assert "--out must name a new file" in refusal(capsys, HERE, "attack", *players, *flags, program=evaluation)
+    assert read_lines(tmp_path / "attacks.jsonl") == rows
     labels = zip(world.seeds, ["safe", "unsafe"])
     append_lines(tmp_path / "seeds.jsonl", [{"prompt": seed, "label": label} for seed, label in labels])
     flags = ["-n", 9, "--prompts", tmp_path / "seeds.jsonl", "--judge", "rule", "--out", tmp_path / "labelled.jsonl"]
@@ -4246,8 +4245,7 @@ def test_a_run_attacks_by_another_judge_where_its_own_is_missing(one_base, tmp_p
     made["config"] |= {"judge": "/elsewhere/judge", "unsafe_label": "bad"}
     data.write_json(run / "config.json", made)
     arguments = ["attack", run, run, "-n", 4, "--out", tmp_path / "attacks.jsonl"]
-    status, line = ending(capsys, HERE, *arguments, program=evaluation)
-    assert status == 2 and "cannot load the judge '/elsewhere/judge'" in line
+    assert "cannot load the judge '/elsewhere/judge'" in refusal(capsys, HERE, *arguments, program=evaluation)
     run_program(HERE, *arguments, "--judge", "rule", program=evaluation)
     assert len(read_lines(tmp_path / "attacks.jsonl")) == 4
 
@@ -4367,8 +4365,8 @@ def test_the_worst_case_of_a_run_is_measured_once_and_shown(finished, monkeypatc
     (finished.folder / "worst_case.json").write_text(json.dumps(found))
     run_program(HERE, finished.folder, "--kinds", "final", program=worst_case)
     assert "0.123; 0.123" in capsys.readouterr().out  # what is measured is not measured again
-    status, line = ending(capsys, HERE, finished.folder, "--kinds", "fianl", program=worst_case)
-    assert status == 2 and "are final, mixture, weights, got fianl" in line
+    line = refusal(capsys, HERE, finished.folder, "--kinds", "fianl", program=worst_case)
+    assert "are final, mixture, weights, got fianl" in line
 
 
 def test_two_processes_measure_two_kinds_of_defender_of_one_run(finished, tmp_path, monkeypatch):
@@ -4801,8 +4799,8 @@ def test_a_pickle_in_the_place_of_weights_is_not_run(user_models, tmp_path, kind
     folder = shutil.copytree(user_models / kind, tmp_path / kind)
     (folder / "model.safetensors").unlink()
     (folder / file).write_bytes(trap)
-    status, line = ending(capsys, user_models, *MODELS, *SHORT, f"--{kind}", folder, "--out", "never")
-    assert status == 2 and line.startswith("error: ") and not (user_models / "sprung").exists()
+    refusal(capsys, user_models, *MODELS, *SHORT, f"--{kind}", folder, "--out", "never")
+    assert not (user_models / "sprung").exists()
 
 
 @pytest.mark.parametrize("flag, prefix", [
@@ -4815,8 +4813,8 @@ def test_code_that_comes_with_a_model_runs_by_its_flag_only(user_models, tmp_pat
     config = {"model_type": "theirs", "auto_map": dict.fromkeys(names, "theirs.X")}
     (folder / "config.json").write_text(json.dumps(config))
     arguments = [*MODELS, *SHORT, flag, f"{prefix}{folder}", "--out", "never"]
-    status, line = ending(capsys, user_models, *arguments)
-    assert status == 2 and line.endswith("; --trust_remote_code runs it") and not (tmp_path / "ran").exists()
+    assert refusal(capsys, user_models, *arguments).endswith("; --trust_remote_code runs it")
+    assert not (tmp_path / "ran").exists()
     ending(capsys, user_models, *arguments, "--trust_remote_code")  # there is no class X in it
     assert (tmp_path / "ran").exists()
 
@@ -4972,8 +4970,8 @@ def bad(user_models):
 
 
 def test_nobody_is_told_to_resume_a_model(user_models, capsys):
-    assert ending(capsys, user_models, "--out", "attacker") == (
-        2, "error: --out must name a new or empty folder, got attacker")
+    line = refusal(capsys, user_models, "--out", "attacker")
+    assert line == "error: --out must name a new or empty folder, got attacker"
 
 
 @pytest.mark.parametrize("kind", ["attacker", "judge", "embedder"])
@@ -4983,8 +4981,8 @@ def test_weights_that_are_not_finite_are_named(user_models, tmp_path, capsys, ki
     name = next(iter(weights))
     weights[name].view(-1)[0] = math.nan
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    status, line = ending(capsys, user_models, *MODELS, *SHORT, f"--{kind}", folder, "--out", "never")
-    assert status == 2 and re.search(rf"its weights in \S*{name.split('.')[-1]} are not all finite", line)
+    line = refusal(capsys, user_models, *MODELS, *SHORT, f"--{kind}", folder, "--out", "never")
+    assert re.search(rf"its weights in \S*{name.split('.')[-1]} are not all finite", line)
 
 
 def contents(folder):
@@ -4997,8 +4995,7 @@ def test_wrong_input_gets_one_line_and_status_2_and_leaves_nothing(
         bad, program, arguments, message, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
     before = contents(bad)
-    status, line = ending(capsys, bad, *arguments.split(), program=program)
-    assert status == 2 and line.startswith("error: ") and message in line
+    assert message in refusal(capsys, bad, *arguments.split(), program=program)
     assert contents(bad) == before
 
 
