@@ -1328,7 +1328,8 @@ def test_an_encoder_without_all_of_its_weights_is_refused(encoder, tmp_path, cap
 def test_a_training_of_a_judge_that_fails_leaves_nothing_and_may_be_tried_again(tmp_path, capsys):
     command = judge_command(tmp_path, "labels", "judge", 20)
     line = refusal(capsys, tmp_path, *command, "--learning_rate", 1e30, program=train_judge)
-    assert "lower the learning rate" in line and not (tmp_path / "judge").exists()
+    assert re.search("stopped at step .* its loss is not finite; lower the learning rate", line)
+    assert not (tmp_path / "judge").exists()
     (tmp_path / "adapter_config.json").write_text("{}")  # of its training only the adapter would be saved
     line = refusal(capsys, tmp_path, *command, "--model", tmp_path, program=train_judge)
     assert "it is an adapter; merge it into its base" in line and not (tmp_path / "judge").exists()
@@ -1936,13 +1937,6 @@ def test_supervised_training_takes_the_batches_that_it_is_asked_for(by_length, m
     settings = reward.JudgeTraining(3, 4, 1e-3, 7, by_length=by_length)
     reward.train_judge(tiny_classifier(tokenizer), tokenizer, triples, settings)
     assert [list(call.args[3]) for call in logits.call_args_list[-3:]] == expected
-
-
-def test_a_judge_whose_training_diverges_is_not_made():
-    tokenizer = tiny_tokenizer()
-    settings = reward.JudgeTraining(20, 4, learning_rate=1e30)
-    with pytest.raises(ValueError, match="stopped at step .* its loss is not finite; lower the learning rate"):
-        reward.train_judge(tiny_classifier(tokenizer), tokenizer, [("a b", "yes", 1.0), ("c d", "no", 0.0)], settings)
 
 
 def test_a_message_that_announces_a_reason_keeps_it_in_its_line():
