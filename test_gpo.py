@@ -3372,11 +3372,6 @@ def test_the_prompts_of_another_run_must_fit_beside_longer_answers(finished, tmp
     assert "--response_tokens must leave room for a prompt of" in refusal(capsys, tmp_path, *longer)
 
 
-def test_the_test_prompts_of_the_embedded_game_must_fit_beside_longer_answers(tmp_path, capsys):
-    line = refusal(capsys, tmp_path, *SIZES, "--response_tokens", 41, "--out", "long")
-    assert "--response_tokens must leave room for a prompt of" in line and not (tmp_path / "long").exists()
-
-
 @pytest.mark.parametrize("method, turns, in_a_round", [
     ("rlhf", SCHEDULE, ["attacker", "defender", "defender"]), ("paraphrase", [], []),
     ("iterative", [*SCHEDULE, "--attacker_steps", "0", "--benign_share", "0.5"], ["defender", "defender"]),
@@ -4853,8 +4848,7 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "demonstrations that nobody learns from": (f"{OWN} --sft_data x.jsonl --sft_steps 0 --ptx_coef 0",
                                                "--sft_data x.jsonl would do nothing: it takes"),
     "attacks that nobody learns from": ("--unlikelihood_coef 0 --mine 8", "--mine 8 would do nothing: it takes"),
-    "unsafe answers that nobody looks for": (f"{OWN} --unlikelihood_coef 8",
-                                             "--unlikelihood_coef 8.0 would do nothing: it takes"),
+    "unlearning of nothing": (f"{OWN} --unlikelihood_coef 8", "--unlikelihood_coef 8.0 would do nothing: it takes"),
     "what the method does not do": ("--method rlhf --mine 8", "--mine 8 would do nothing"),
     "steps of a judge that is not trained": ("--judge rule --judge_steps 5",
                                              "--judge_steps 5 would do nothing: --judge rule is not trained"),
@@ -4866,18 +4860,16 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "attacks beyond the defender's context": (f"{OWN} --attack_tokens 150 --response_tokens 110",
                                               "--response_tokens must leave room for an attack of"),
     "a package that is not there": ("--log wandb", "--log wandb needs the package wandb: pip install wandb"),
-    "an occupied folder": ("--out bad", "new or empty folder, got bad"),
     "a run folder that cannot be": ("--out /proc/run", "a folder that can be written to"),
     "answers beyond the context": ("--response_tokens 100000", "100000 new tokens in its context of 64"),
+    "long answers": (" ".join([*SIZES, "--response_tokens 41"]), "--response_tokens must leave room for a prompt of"),
     "a configuration of unknown names": ("bad/names.yaml", "unrecognized arguments: --runds=3; see"),
     "a configuration that runs code": ("bad/code.yaml", "could not determine a constructor for the tag"),
     "a warm start of another seed": ("--start bad/other --seed 5", "needs a run of the same seed"),
-    "a resumed run with a seed": ("--resume bad/other --seed 0",
-                                  "takes the run folder, --device and --micro_batch alone"),
+    "a seed to go on with": ("--resume bad/other --seed 0", "takes the run folder, --device and --micro_batch alone"),
     "nothing to resume": ("--resume bad", "--resume needs a run folder"),
     "a run of an older version": ("--resume bad/older", "begun by a version with other options (mine)"),
     "a folder that is no model": (f"{OWN} --defender bad", "bad' as a causal language model"),
-    "an unknown judge": (f"{OWN} --judge nonsense", "cannot load the judge 'nonsense'"),
     "a language model as a judge": (f"{OWN} --judge attacker", "it has no weights for"),
     "a label of a judge without labels": (f"{OWN} --held_out_unsafe_label bad", "the judge rule has no labels"),
     "a judge's file without its function": (f"{OWN} --judge x/judge.py", "is written path/to/file.py:function"),
@@ -4891,13 +4883,8 @@ WRONG = {  # arguments of train.py: what the one line must hold
                                    "--helpful_judge takes answered, file.py:function, a sequence"),
     "helpfulness as a judge of safety": (f"{OWN} --judge answered",
                                          "cannot load the judge 'answered'; --judge takes rule, file.py:function, gu"),
-    "a classifier of safety as a judge of help": (f"{OWN} --helpful_judge judge", "must have the labels helpful"),
-    "less than one harmless request a batch": ("--batch_size 32 --benign_share 0.03",
-                                               "--benign_share must be 0 or at least 1 / --batch_size"),
     "harmless requests that nobody learns from": ("--method sft --benign_share 0.4",
                                                   "--benign_share 0.4 would do nothing: --method sft trains nobody"),
-    "an order of turns without turns": ("--method sft --first defender",
-                                        "--first defender would do nothing: --method sft trains nobody"),
     "a judge that fails": ("--helpful_judge bad/judge.py:fails", "--helpful_judge: the judge raised ZeroDivisionError"),
     "a judge that decides nothing": (f"{OWN} --judge bad/judge.py:nothing", "--judge: a judge must decide plain"),
     "an embedder of no model": (f"{OWN} --embedder bad", "cannot load the embedder '/"),
