@@ -3663,9 +3663,7 @@ def merged_and_adapted(player, rollout):
 
 
 def test_a_run_on_one_base_goes_on_elsewhere_to_the_same_bytes_and_others_start_from_it(one_base, tmp_path):
-    again = shutil.copytree(one_base, tmp_path / "again")
-    (again / "summary.json").unlink()
-    shutil.rmtree(again / "checkpoints" / "step_000004")
+    again = stopped_copy(one_base, tmp_path / "again", "step_000004")
     run_program(tmp_path, "--resume", again)
     assert not differing(again, outcome(one_base))
     other = tmp_path / "other"  # of another rank: both adapters are merged into the base
@@ -3856,6 +3854,11 @@ def undisturbed(user_models):
     return user_models / "whole"
 
 
+def stopped_copy(run, folder, *lost):
+    """A copy of a finished run as it was before its last evaluation, without the files and folders that are lost."""
+    return shutil.copytree(run, folder, ignore=shutil.ignore_patterns("summary.json", *lost))
+
+
 def newest_checkpoint(run):
     return max((path.name for path in (run / "checkpoints").glob("step_*")), default=None)
 
@@ -3968,8 +3971,7 @@ def test_a_finished_run_that_has_lost_an_average_of_one_player_is_refused(finish
 
 
 def test_a_damaged_checkpoint_is_named_and_skipped(user_models, undisturbed, tmp_path, capsys):
-    run = shutil.copytree(undisturbed, tmp_path / "run")
-    (run / "summary.json").unlink()
+    run = stopped_copy(undisturbed, tmp_path / "run")
     weights = run / "checkpoints" / "step_000004" / "defender.safetensors"
     os.truncate(weights, weights.stat().st_size - 1)
     (run / "checkpoints" / "step_000002" / "state.json").unlink()  # none is complete: the run begins again
@@ -3983,18 +3985,14 @@ def test_a_damaged_checkpoint_is_named_and_skipped(user_models, undisturbed, tmp
 
 @pytest.mark.parametrize("log", ["metrics.jsonl", "games.jsonl"])
 def test_a_log_that_has_lost_steps_is_named_when_its_run_goes_on(user_models, undisturbed, tmp_path, capsys, log):
-    run = shutil.copytree(undisturbed, tmp_path / "run")
-    (run / "summary.json").unlink()
-    (run / log).unlink()
+    run = stopped_copy(undisturbed, tmp_path / "run", log)
     run_program(user_models, "--resume", run)
     assert f"{run}/{log} has lost 4 of 4 steps" in capsys.readouterr().err
     assert (run / "summary.json").exists()
 
 
 def test_a_run_that_has_lost_its_start_is_not_continued(user_models, undisturbed, tmp_path, capsys):
-    run = shutil.copytree(undisturbed, tmp_path / "run")
-    (run / "summary.json").unlink()
-    shutil.rmtree(run / "checkpoints" / "start")  # else the trained players would be saved as the untrained ones
+    run = stopped_copy(undisturbed, tmp_path / "run", "start")  # else the trained players would pass as the untrained
     damage = "is damaged, its checkpoints/start is missing; begin again, with another --out"
     assert refusal(capsys, user_models, "--resume", run) == f"error: the run in {run} {damage}"
 
@@ -4101,9 +4099,7 @@ def test_a_sharded_run_of_two_processes_stops_as_one_and_goes_on_with_two_or_one
     assert process.returncode == 0 and "Traceback" not in error, error
     assert printed.count("attack success on held-out prompts, held-out judge") == 1
     assert len(read_lines(tmp_path / "run" / "games.jsonl")) == 4 * 8 + 2 * 3  # all exchanges, three probes a round
-    faulty = shutil.copytree(tmp_path / "run", tmp_path / "faulty")  # as it was after three of its four steps
-    (faulty / "summary.json").unlink()
-    shutil.rmtree(faulty / "checkpoints" / "step_000004")
+    faulty = stopped_copy(tmp_path / "run", tmp_path / "faulty", "step_000004")  # after three of its four steps
     to_the_second = "if rank() and not (here / 'sent').exists(): (here / 'sent').touch(); "
     (tmp_path / "fault.txt").write_text(f"3 {to_the_second}{SIGTERM}")
     assert two_processes(train_together, tmp_path / "said", "--resume", faulty) == [143, 143]
@@ -4720,8 +4716,7 @@ NASTY = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)> & <
 @pytest.fixture
 def unfinished(finished, tmp_path):
     """The folder of a run that is still being played, by models whose names and texts are ugly, and its exchanges."""
-    folder = shutil.copytree(finished.folder, tmp_path / "<i>run & co")
-    (folder / "summary.json").unlink()
+    folder = stopped_copy(finished.folder, tmp_path / "<i>run & co")
     config = read_json(folder / "config.json")
     config["config"] |= {"attacker": "<b>me</b>", "defender": "you", "template": "</pre><b>{}</b>"}
     (folder / "config.json").write_text(json.dumps(config))
