@@ -3518,14 +3518,19 @@ def test_a_users_models_with_different_tokenizers_learn_from_what_the_judge_deci
     assert warning in capsys.readouterr().out
 
 
-def test_alarms_see_a_rounds_last_step_and_a_metric_that_does_not_exist_is_left_out(user_models):
+def test_alarms_see_a_rounds_last_step_and_what_cannot_be_measured_is_left_out_or_null(user_models):
     (user_models / "safe.py").write_text("def judge(prompts, responses):\n    return [1.0] * len(prompts)\n")
-    run_program(user_models, *MODELS, *SHORT, "--judge", "safe.py:judge", "--first", "defender", "--eval_prompts", 3,
+    run_program(user_models, *MODELS, *SHORT, "--judge", "safe.py:judge", "--first", "defender", "--eval_prompts", 1,
                 "--out", "last_step")
+    run_program(user_models, "last_step", program=evaluation)
     defender, attacker = map(json.loads, (user_models / "last_step" / "metrics.jsonl").read_text().splitlines())
     assert attacker["game/attack_success"] == 0 and attacker["alarm/no_signal"] == 1
-    assert "game/self_bleu" not in attacker  # of one attack
+    assert "game/self_bleu" not in attacker  # of one attack, which is like no other
     assert None not in (*defender.values(), *attacker.values())
+    for name in ("summary.json", "eval.json"):
+        text = (user_models / "last_step" / name).read_text()
+        found = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
+        assert found["after"]["self_bleu"] is None
 
 
 def test_the_prompts_of_sft_are_its_attacks_and_none_is_measured_twice(user_models, monkeypatch, capsys):
@@ -3550,15 +3555,6 @@ def test_runs_whose_options_differ_are_not_repeats_of_one_row(tmp_path, capsys):
     assert evaluation.row_name(runs[0], runs[:2]) == "gpo"
     line = refusal(capsys, tmp_path, "0", "1", "0/", program=evaluation)
     assert line == "error: eval.py takes each run once, got 0 1 0/"
-
-
-def test_what_cannot_be_measured_is_null_in_the_files_of_a_run(user_models):
-    run_program(user_models, *MODELS, *SHORT, "--eval_prompts", 1, "--out", "single")
-    run_program(user_models, "single", program=evaluation)
-    for name in ("summary.json", "eval.json"):
-        text = (user_models / "single" / name).read_text()
-        found = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
-        assert found["after"]["self_bleu"] is None  # a single attack is like no other
 
 
 def test_a_tilde_that_the_shell_has_left_is_the_home_folder(monkeypatch):
