@@ -2320,12 +2320,6 @@ def test_mining_keeps_the_initial_defenders_unsafe_answers_and_no_test_prompt():
     assert not game.replay.answers
 
 
-def test_one_attack_can_be_mined():
-    config, world, game = new_match(mine=1, unlikelihood_coef=1.0)
-    train.mine(config, world, game, np.random.default_rng(0))
-    assert game.sampled_tokens > 0
-
-
 def test_the_initial_defenders_helpful_and_safe_answers_to_harmless_requests_are_learned():
     def helpful(prompts, responses):
         return [None if "y" in text else float("x" not in text) for text in responses]
@@ -2377,10 +2371,12 @@ def test_a_resumed_game_keeps_its_likelihood_bound():
         assert torch.equal(resumed.likelihood_bound, game.likelihood_bound)
 
 
-def test_a_judge_without_a_verdict_on_mined_attacks_does_not_end_a_game():
-    config, world, game = new_match(lambda prompts, responses: [None] * len(prompts), mine=4, unlikelihood_coef=1.0)
+@pytest.mark.parametrize("n", [1, 4])
+def test_mined_attacks_without_a_verdict_do_not_end_a_game(n):
+    config, world, game = new_match(lambda prompts, responses: [None] * len(prompts), mine=n, unlikelihood_coef=1.0)
     turn = train.Turn(0, "defender", is_first=True, ends_round=False)
     train.begin_turn(config, world, game, turn, np.random.default_rng(0))
+    assert game.sampled_tokens > 0
     assert not game.replay.answers and not train.extra_losses(config, world, game, np.random.default_rng(0))
 
 
