@@ -622,8 +622,10 @@ HARMONY = ("{% for m in messages %}<|start|>{{ m['role'] }}{% if m['role'] == 'a
 
 @pytest.mark.parametrize("template, message", [
     (R1, r"conversations must begin as its prompts do, which end in '.*<think>\\n'"),
-    (HARMONY, "must be the assistant's words alone, but its chat template makes of 'porcupine' 'finalporcupine'")])
-def test_a_player_whose_responses_would_be_more_than_answers_is_refused(template, message, tmp_path):
+    (HARMONY, "must be the assistant's words alone, but its chat template makes of 'porcupine' 'finalporcupine'"),
+    ("{{ messages[-1]['role'] }}", "must render the words of the user and of the assistant once each")])
+def test_a_player_whose_chat_template_writes_more_or_less_than_prompts_and_answers_is_refused(
+        template, message, tmp_path):
     tokenizer = byte_tokenizer(["<|User|>", "<|Assistant|>", "<|start|>", "<|channel|>", "<|message|>", "<|return|>"],
                                template, eos_token="</s>")
     with pytest.raises(ValueError, match=message):
@@ -664,12 +666,6 @@ def test_the_thoughts_that_a_template_or_a_model_writes_before_an_answer_are_not
     for text, answer in (("<think>so</think>\n\nyes", "yes"), ("a <think>b</think>", "a <think>b</think>"),
                          ("<think>cut off", "")):
         assert policy.decode(tokenizer(text).input_ids) == answer
-
-
-def test_a_chat_template_that_loses_the_users_words_is_refused():
-    tokenizer = byte_tokenizer([], "{{ messages[-1]['role'] }}", eos_token="</s>")
-    with pytest.raises(ValueError, match="must render the words of the user and of the assistant once each"):
-        tiny_policy(tokenizer=tokenizer)
 
 
 # --- the fused log-prob ---------------------------------------------------------------------------------------------
