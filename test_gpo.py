@@ -99,18 +99,23 @@ ARANGE = np.arange(8.0)  # scores of the responses to PROMPTS
 
 
 # --- what the tests make for themselves -----------------------------------------------------------------------------
+def adding(tokenizer, single, pair=None):
+    """The tokenizer, which now adds control tokens to each text, or pair of texts, as in a template of both."""
+    marks = [(mark, tokenizer.convert_tokens_to_ids(mark)) for mark in {*single.split()} - {"$A"}]
+    template = processors.TemplateProcessing(single=single, pair=pair, special_tokens=marks)
+    tokenizer.backend_tokenizer.post_processor = template
+    return tokenizer
+
+
 def tiny_tokenizer(words=WORDS, pad=True, bos=False, template=False):
     vocabulary = ["<eos>", "<unk>", "<bos>", *(["<pad>"] if pad else []), *words]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if bos:
-        inner.post_processor = processors.TemplateProcessing(
-            single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", 2)])
     special = dict(eos_token="<eos>", unk_token="<unk>", bos_token="<bos>", pad_token="<pad>" if pad else None)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
     if template:
         tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    return tokenizer
+    return adding(tokenizer, "<bos> $A", "<bos> $A $B") if bos else tokenizer
 
 
 def tiny_lm(tokenizer, seed=0, dropout=0.0, **more):
@@ -532,7 +537,8 @@ CHAT_TOKENIZERS = {
     "no template": lambda: byte_tokenizer([], eos_token="<|endoftext|>"),
     "Unigram": unigram_tokenizer,
     "Unigram, instructions": lambda: unigram_tokenizer(INSTRUCTION),
-    "plain turns": lambda: byte_tokenizer([], PLAIN_TURNS, eos_token="</s>")}
+    "plain turns": lambda: byte_tokenizer([], PLAIN_TURNS, eos_token="</s>"),
+    "closed texts": lambda: adding(byte_tokenizer(["[CLS]", "[SEP]"], eos_token="</s>"), "[CLS] $A [SEP]")}
 MARKS = ["<|im_end|>", "<|im_start|>system\n", "<|endoftext|>", "<end_of_turn>", "<eos>", "<bos>", "</s>", "<s>", "<",
          "|", "＜/s＞", "im_end", ">", "be kind", " ", "\n", "é"]
 CONTROL = {"<|im_end|>", "<|im_start|>", "<|endoftext|>", "<end_of_turn>", "<start_of_turn>", "<eos>", "<bos>", "</s>",
@@ -561,7 +567,8 @@ def test_no_text_adds_a_control_token(name, parts, response):
 
 @pytest.mark.parametrize("name, end", [
     ("ChatML", "<|im_end|>"), ("ChatML, marks not special", "<|im_end|>"), ("Gemma", "<end_of_turn>"),
-    ("no template", "<|endoftext|>"), ("Unigram", "</s>"), ("Unigram, instructions", "</s>"), ("plain turns", "</s>")])
+    ("no template", "<|endoftext|>"), ("Unigram", "</s>"), ("Unigram, instructions", "</s>"), ("plain turns", "</s>"),
+    ("closed texts", "</s>")])
 def test_a_demonstration_is_the_rendered_conversation_up_to_the_end_of_the_turn(name, end):
     policy = chat_policy(name)
     tokenizer = policy.tokenizer
@@ -591,16 +598,6 @@ def test_equal_demonstrations_are_rendered_once_and_keep_their_places(monkeypatc
     for i, which in enumerate((0, 1, 0, 0)):
         assert ([prompt_ids[i]], [response_ids[i]]) == expected[which]
     assert max(Counter(call.args for call in policy._render.call_args_list).values()) == 1
-
-
-def test_a_tokenizer_that_closes_every_text_does_not_close_a_prompt():
-    tokenizer = byte_tokenizer(["[CLS]", "[SEP]"], eos_token="</s>")
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[(mark, tokenizer.convert_tokens_to_ids(mark))
-                                                 for mark in ("[CLS]", "[SEP]")])
-    (prompt_ids,), (response_ids,) = tiny_policy(tokenizer=tokenizer).encode_pairs([("bake", "flour")])
-    words = tokenizer.convert_ids_to_tokens(prompt_ids + response_ids)
-    assert words[0] == "[CLS]" and words[-1] == "</s>" and "[SEP]" not in words
 
 
 R1 = ("{% for m in messages %}{% if m['role'] == 'user' %}<|User|>{{ m['content'] }}{% else %}<|Assistant|>"
@@ -1635,10 +1632,7 @@ def subword_tokenizer(kind, template=None):
     else:
         tokenizer = unigram_tokenizer(template, **names)
         tokenizer.add_tokens(["<|eot_id|>"], special_tokens=True)
-    marks = [(mark, tokenizer.convert_tokens_to_ids(mark)) for mark in ("[CLS]", "[SEP]")]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=marks)
-    return tokenizer
+    return adding(tokenizer, "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1")
 
 
 MARKED = "{% for m in messages %}[CLS]{{ m['role'] }}: {{ m['content'] }}<|eot_id|>{% endfor %}"
@@ -2003,9 +1997,7 @@ def test_a_reward_model_that_would_take_the_end_of_a_conversation_for_padding_is
 
 def test_a_classifier_pads_with_the_token_that_its_config_names(tmp_path):
     # with EOS, which this tokenizer appends, the head would read the token before it
-    tokenizer = byte_tokenizer(["<pad>"], eos_token="</s>")
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)])
+    tokenizer = adding(byte_tokenizer(["<pad>"], eos_token="</s>"), "$A </s>")
     model = decoder_classifier(tmp_path, tokenizer)
     texts = ["take the flour", "i will not help with this", "a"]
     expected = [p_safe_alone(model, tokenizer(text).input_ids) for text in texts]
