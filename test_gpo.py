@@ -1461,13 +1461,6 @@ def test_a_judge_that_turns_gradients_off_does_so_for_itself_alone(tmp_path):
     assert call_judge(judge, ["a"], ["b"]) == [0.5] and torch.is_grad_enabled()
 
 
-def test_a_process_whose_judge_returns_too_few_scores_is_named(monkeypatch):
-    monkeypatch.setattr(parallel, "world_size", lambda: 2)
-    monkeypatch.setattr(parallel, "gather_results", lambda work: [[0.5], [0.5]])  # of its two rows, and of its one
-    with pytest.raises(JudgeError, match="one score per exchange: 2 expected, got 1"):
-        call_judge(parallel.shared_judge(rule_judge), ["a", "b", "c"], ["d", "e", "f"])
-
-
 def test_a_request_is_answered_by_words_that_neither_refuse_nor_go_round_in_circles():
     circles = "boil it and boil it and boil it and boil it and boil it"  # 11 trigrams, 3 of them different
     responses = ["Boil it.", "", "  ", "Sorry, I cannot.", circles, "boil it and boil it and stir it and"]
@@ -3144,6 +3137,8 @@ def share_a_game(sharded, folder):
             "sampled": player.generate(["a b"] * 8, 0).texts}
     judge = parallel.shared_judge(lambda prompts, responses: [len(prompts) / 10] * len(prompts))
     seen["judged"] = call_judge(judge, ["a"] * 5, ["b"] * 5).tolist()
+    with pytest.raises(JudgeError, match="one score per exchange: 2 expected, got 1"):  # of two rows, and of one
+        call_judge(parallel.shared_judge(lambda prompts, responses: [0.5]), ["a"] * 3, ["b"] * 3)
     seen["warm start"] = sft(player.policy, PAIRS[:3], SFTSettings(3, 4, 1e-2, 0))
     average = PolicyAverage(player, "weights")
     average.add(player.policy)
