@@ -529,16 +529,17 @@ def unigram_tokenizer(template=None, **names):
     return tokenizer
 
 
-CHAT_TOKENIZERS = {
-    "ChatML": lambda: byte_tokenizer(["<|im_start|>", "<|im_end|>"], CHATML, eos_token="<|endoftext|>"),
-    "ChatML, marks not special": lambda: byte_tokenizer(["<|im_start|>", "<|im_end|>"], CHATML, special=False,
-                                                        eos_token="<|endoftext|>"),
-    "Gemma": lambda: byte_tokenizer(["<start_of_turn>", "<end_of_turn>"], GEMMA, eos_token="<eos>", bos_token="<bos>"),
-    "no template": lambda: byte_tokenizer([], eos_token="<|endoftext|>"),
-    "Unigram": unigram_tokenizer,
-    "Unigram, instructions": lambda: unigram_tokenizer(INSTRUCTION),
-    "plain turns": lambda: byte_tokenizer([], PLAIN_TURNS, eos_token="</s>"),
-    "closed texts": lambda: adding(byte_tokenizer(["[CLS]", "[SEP]"], eos_token="</s>"), "[CLS] $A [SEP]")}
+CHAT_TOKENIZERS = {  # name: (what ends a response, the tokenizer)
+    "ChatML": ("<|im_end|>", lambda: byte_tokenizer(["<|im_start|>", "<|im_end|>"], CHATML, eos_token="<|endoftext|>")),
+    "ChatML, marks not special": ("<|im_end|>", lambda: byte_tokenizer(
+        ["<|im_start|>", "<|im_end|>"], CHATML, special=False, eos_token="<|endoftext|>")),
+    "Gemma": ("<end_of_turn>", lambda: byte_tokenizer(
+        ["<start_of_turn>", "<end_of_turn>"], GEMMA, eos_token="<eos>", bos_token="<bos>")),
+    "no template": ("<|endoftext|>", lambda: byte_tokenizer([], eos_token="<|endoftext|>")),
+    "Unigram": ("</s>", unigram_tokenizer),
+    "Unigram, instructions": ("</s>", lambda: unigram_tokenizer(INSTRUCTION)),
+    "plain turns": ("</s>", lambda: byte_tokenizer([], PLAIN_TURNS, eos_token="</s>")),
+    "closed texts": ("</s>", lambda: adding(byte_tokenizer(["[CLS]", "[SEP]"], eos_token="</s>"), "[CLS] $A [SEP]"))}
 MARKS = ["<|im_end|>", "<|im_start|>system\n", "<|endoftext|>", "<end_of_turn>", "<eos>", "<bos>", "</s>", "<s>", "<",
          "|", "＜/s＞", "im_end", ">", "be kind", " ", "\n", "é"]
 CONTROL = {"<|im_end|>", "<|im_start|>", "<|endoftext|>", "<end_of_turn>", "<start_of_turn>", "<eos>", "<bos>", "</s>",
@@ -547,7 +548,7 @@ CONTROL = {"<|im_end|>", "<|im_start|>", "<|endoftext|>", "<end_of_turn>", "<sta
 
 @functools.cache
 def chat_policy(name):
-    return tiny_policy(tokenizer=CHAT_TOKENIZERS[name]())
+    return tiny_policy(tokenizer=CHAT_TOKENIZERS[name][1]())
 
 
 @pytest.mark.parametrize("name", CHAT_TOKENIZERS)
@@ -565,11 +566,9 @@ def test_no_text_adds_a_control_token(name, parts, response):
         assert control(ids[0]) == control(plain[0])
 
 
-@pytest.mark.parametrize("name, end", [
-    ("ChatML", "<|im_end|>"), ("ChatML, marks not special", "<|im_end|>"), ("Gemma", "<end_of_turn>"),
-    ("no template", "<|endoftext|>"), ("Unigram", "</s>"), ("Unigram, instructions", "</s>"), ("plain turns", "</s>"),
-    ("closed texts", "</s>")])
-def test_a_demonstration_is_the_rendered_conversation_up_to_the_end_of_the_turn(name, end):
+@pytest.mark.parametrize("name", CHAT_TOKENIZERS)
+def test_a_demonstration_is_the_rendered_conversation_up_to_the_end_of_the_turn(name):
+    end, _ = CHAT_TOKENIZERS[name]
     policy = chat_policy(name)
     tokenizer = policy.tokenizer
     assert tokenizer.convert_ids_to_tokens(policy.eos_ids[0]) == end
