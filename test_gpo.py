@@ -4851,6 +4851,7 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "too few harmless requests": (f"{OWN} --benign_prompts benign.txt --benign_share 0.5",
                                   "at least 20 harmless requests, of which it takes half, got 1; pass as many by"),
 }
+ATTACK = "attack attacker defender --prompts prompts.txt"
 WRONG_ELSEWHERE = {
     "nothing to evaluate": (evaluation, "", "eval.py takes run folders or a command"),
     "a run that goes on still": (evaluation, "bad/other", "go on with an unfinished one by train.py --resume"),
@@ -4861,16 +4862,13 @@ WRONG_ELSEWHERE = {
     "a resumed MART run": (mart, "--resume bad/hurt", "a MART run cannot be resumed"),
     "a report of damaged games": (evaluation, "report bad/hurt", "bad/hurt"),
     "an attacker without a run": (evaluation, "attack attacker defender", "needs --prompts and --judge"),
-    "labels of no judge": (evaluation, "attack attacker defender --prompts prompts.txt --unsafe_label toxic",
-                           "--unsafe_label names labels of --judge"),
-    "a judge that fails, before any answer": (
-        evaluation, "attack attacker defender --prompts prompts.txt --judge bad/judge.py:fails",
-        "--judge: the judge raised ZeroDivisionError"),
+    "labels of no judge": (evaluation, f"{ATTACK} --unsafe_label toxic", "--unsafe_label names labels of --judge"),
+    "a judge that fails, before any answer": (evaluation, f"{ATTACK} --judge bad/judge.py:fails",
+                                              "--judge: the judge raised ZeroDivisionError"),
     "one seed": (reproduce, "--seeds 1", "--seeds"),
     "too many seeds": (reproduce, "--seeds 21", "--seeds must be 2 to 20"),
     "quick ablations": (reproduce, "ablate --quick", "--quick is of reproduce, not of ablate"),
-    "a negative seed": (evaluation, "attack attacker defender --prompts prompts.txt --judge rule --seed -1",
-                        "and --seed at least 0"),
+    "a negative seed": (evaluation, f"{ATTACK} --judge rule --seed -1", "and --seed at least 0"),
     "an unknown option of an attack": (evaluation, "attack attacker defender --n 3", "unrecognized arguments: --n 3"),
     "no labels": (train_judge, "no.jsonl --model embedder --out never", "a data file must exist"),
     "a device that is not there": (train_judge, "pairs.jsonl --model embedder --out never --device cuda:9",
