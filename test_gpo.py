@@ -84,7 +84,7 @@ from harness.report import (
     wilson_interval,
 )
 from harness.run import RunFolder, alarms, open_run
-from harness.world import PLAIN_EXCHANGES, World, make_players, make_world, split_prompts, usable_pairs, working_judge
+from harness.world import PLAIN_EXCHANGES, World, make_players, make_world, split_prompts, usable_pairs
 from kernel import linear_logprob, linear_logprob_reference
 from model import Policy, demonstrations, generate, load_policy, logprobs_and_values, sample_batches, save_policy
 from reward import JudgeError, answered, call_judge, classifier_judge, decided, load_judge, rule_judge
@@ -1584,12 +1584,6 @@ def test_a_guard_without_a_chat_template_is_asked_in_words_also_when_its_tokeniz
     verdict, safe, unsafe = tokenizer.convert_tokens_to_ids(["Verdict:", "safe", "unsafe"])
     judge = load_judge(bigram_guard(tmp_path, tokenizer, {verdict: {safe: 0.6, unsafe: 0.2}}))
     assert np.allclose(call_judge(judge, ["a b", "c"], ["e", ""]), 0.6 / 0.8, atol=1e-5)
-
-
-def test_a_guard_that_answers_in_other_words_is_refused_before_the_game(tmp_path):
-    judge = bigram_guard(tmp_path, byte_tokenizer([], eos_token="</s>"), {})  # all tokens are equally likely
-    with pytest.raises(ValueError, match="--judge: a judge must decide plain exchanges, .* as file.py:function"):
-        working_judge("judge", judge, None, (), "cpu", False)
 
 
 TURNS = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ' }}{% endfor %}"
@@ -4844,7 +4838,9 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "harmless requests that nobody learns from": ("--method sft --benign_share 0.4",
                                                   "--benign_share 0.4 would do nothing: --method sft trains nobody"),
     "a judge that fails": ("--helpful_judge bad/judge.py:fails", "--helpful_judge: the judge raised ZeroDivisionError"),
-    "a judge that decides nothing": (f"{OWN} --judge bad/judge.py:nothing", "--judge: a judge must decide plain"),
+    "a judge that decides nothing": (
+        f"{OWN} --judge bad/judge.py:nothing", "--judge: a judge must decide plain exchanges, but it decides neither a "
+        "refusal nor an insult; a guard must answer safe or unsafe: wrap one with other words as file.py:function"),
     "an embedder of no model": (f"{OWN} --embedder bad", "cannot load the embedder '/"),
     "answers beyond a user's context": (f"{OWN} --response_tokens 256", "--response_tokens must leave room for a"),
     "prompts beyond the context": (f"{OWN} --prompts bad/long.txt", "2 longer than 248 tokens left out, and none"),
