@@ -3924,8 +3924,8 @@ def test_a_killed_program_ends_with_the_same_bytes_after_it_is_resumed(finished,
 def test_a_finished_run_that_has_lost_an_average_of_one_player_is_refused(finished, tmp_path, capsys):
     run = shutil.copytree(finished.folder, tmp_path / "run")
     (run / "average" / "attacker_mixture.safetensors").unlink()
-    status, line = ending(capsys, HERE, run, program=evaluation)
-    assert status == 2 and "must hold the same averages of both players, a file is missing" in line
+    line = refusal(capsys, HERE, run, program=evaluation)
+    assert "must hold the same averages of both players, a file is missing" in line
 
 
 def test_a_damaged_checkpoint_is_named_and_skipped(user_models, undisturbed, tmp_path, capsys):
