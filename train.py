@@ -24,7 +24,7 @@ that starts at zero: exercise 2 of docs/exercises.md. Row *k = 10* depends on it
 *no likelihood bound*.
 (13) No test prompt enters an update of the defender, whoever wrote it. Otherwise the tables would measure memorisation.
 (17) `--benign_share`: a fraction of the defender's batch is harmless requests, rewarded for a helpful answer. Without
-them, a language model's safest strategy is to refuse everything: table *harmless requests, or demonstrations*.
+them, a language model's safest strategy is to refuse everything: row *no harmless requests*.
 """
 
 from harness.options import before_slow_imports, help_text
