@@ -224,7 +224,8 @@ class Player:
         """Measure the KL penalty from the current policy from now on."""
         if self.reference is self.initial:  # which stays as it is: the anchor becomes a copy of its own
             self.reference = frozen_copy(self.policy)
-        self.reference.lm.load_state_dict(self.policy.lm.state_dict())
+        else:
+            self.reference.lm.load_state_dict(self.policy.lm.state_dict())
 
     def reset_to(self, policy: Policy) -> None:
         """Copy the language model's weights of `policy`, with a fresh optimizer; the critic is kept."""
@@ -275,9 +276,10 @@ class Player:
             groups[group][name] = tensor
         load_weights(self.policy, groups["policy"])
         self.new_optimizer()
-        if all_sum(torch.tensor(len(groups["optimizer"]))):  # only the first process holds the moments
+        if any_process(groups["optimizer"]):
             self._load_optimizer(groups["optimizer"])
-        if self.reference is not self.initial:
+        if any_process(groups["reference"]):
+            self.anchor()  # a reference of its own
             load_weights(self.reference.lm, groups["reference"])
         self.skipped_steps = numbers["skipped_steps"]
         self.skipped_in_a_row = numbers.get("skipped_in_a_row", 0)  # absent in older checkpoints
@@ -313,6 +315,11 @@ def load_weights(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> N
     options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=world_size() > 1,
                                    strict=False)  # frozen weights are not among the tensors
     dcp.set_model_state_dict(module, dict(tensors), options=options)  # torch writes into the dict that it is given
+
+
+def any_process(tensors: dict) -> bool:
+    """Whether the first process holds any tensors; the others hold none."""
+    return bool(all_sum(torch.tensor(len(tensors))))
 
 
 # --- skipped steps ---------------------------------------------------------------------------------------------
