@@ -294,8 +294,9 @@ class Diversity:
             vectors = _unit(self.embedder(texts))  # (B, D)
             self.scored = dict(zip(texts, vectors))
             scores["embedding"] = (vectors * mean).sum(1)
-        for similarity in scores.values():  # a text without words is no new attack, but its terms would be 0
-            similarity[[not text.split() for text in texts]] = 1.0
+        blank = [not text.split() for text in texts]  # no new attack, but its terms would be 0
+        for similarity in scores.values():
+            similarity[blank] = 1.0
         scores["reward"] = -sum(scores[term] for term in self.terms) / len(self.terms)  # R_div
         return scores
 

@@ -416,11 +416,12 @@ def game_metrics(game: Game, turn: Turn, exchanges: Exchanges, similarity: dict[
     """Metrics of a step's exchanges, whichever player moves. similarity: {term: (B,)}, to earlier attacks. The last
     n_harmless rows are harmless requests."""
     decided = exchanges.decided
-    attacks = decided & (np.arange(len(decided)) < len(decided) - n_harmless)
+    n = len(decided) - n_harmless
+    attacks = exchanges.p_safe[:n][decided[:n]]
     metrics = {"sampled_tokens": game.sampled_tokens,
                "game/undecided": int((~decided).sum())}  # in no update and in no rate
-    if attacks.any():
-        metrics["game/attack_success"] = float(np.mean(1 - exchanges.p_safe[attacks]))  # by the training judge
+    if len(attacks):
+        metrics["game/attack_success"] = float(np.mean(1 - attacks))  # by the training judge
     if game.replay.likelihood:
         metrics["game/unsafe_likelihood"] = float(np.mean(game.replay.likelihood))
     if turn.player == "attacker":

@@ -28,10 +28,9 @@ LEFT_ALONE = {"lost+found"}  # in the root of a file system
 class TextLoader(yaml.SafeLoader):
     """A YAML loader that leaves all scalars but null as they are written: YAML reads 1:30 as 90 and off as False."""
 
-
-TextLoader.yaml_implicit_resolvers = {
-    first: [resolver for resolver in resolvers if resolver[0] == "tag:yaml.org,2002:null"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+    yaml_implicit_resolvers = {
+        first: [resolver for resolver in resolvers if resolver[0] == "tag:yaml.org,2002:null"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
 
 class Parser(transformers.HfArgumentParser):
