@@ -25,12 +25,12 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import after_round, greedy, judge_errors, kl, measure, run_program
+from eval import after_round, judge_errors, kl, measure, run_program
 from gpo import sample
 from harness import data, report
 from harness.config import parse, resolve
 from harness.run import FinishedRun, open_run
-from reward import call_judge, unsafe_rate
+from reward import call_judge
 from toy import ToyGame
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,13 +72,12 @@ RECIPE = {
     "against mixtures": "--opponent mixture --average mixture", "against the mean of weights": "--opponent weights",
     "against an exponential average": "--opponent ema --average mixture,ema",
     "no diversity": "--diversity 0 --average mixture"}
-HORIZONS = (1, 2, 4, 8, 16, 32)  # T, the number of rounds
-ROUNDS = {  # a run for each T with the same totals of updates and mined attacks; and one long run, round by round
-    **{f"equal, T = {t}": f"--rounds {t} --defender_steps {64 // t} --attacker_steps {64 // t} --mine {7200 // t} "
-                          "--average mixture" for t in HORIZONS},
-    "growing": "--rounds 32 --defender_steps 6 --attacker_steps 6 --average mixture"}
+HORIZONS = (1, 2, 8, 32)  # T, the number of rounds, with the same totals of updates and mined attacks
+ROUNDS = {f"T = {t}": f"--rounds {t} --defender_steps {64 // t} --attacker_steps {64 // t} --mine {7200 // t} "
+                      "--average mixture" for t in HORIZONS}
 THIRD_PARTIES = ("SFT", "RLHF", "GPO+Div")  # every attacker is tried on their finished defenders
 PROBE_STEPS = 90  # PPO steps of a fresh attacker
+BEST_RESPONSE = f"best_0_{PROBE_STEPS}.json"  # by experiments.probe, in a run's folder
 LABELLED = 400  # exchanges by which the training judge's errors are estimated
 NEIGHBOURS = {name: METHODS[name] for name in ("RLHF", "GPO+Div")}  # third parties of `ablate` and `rounds`
 
@@ -156,10 +155,10 @@ def check_options(folder: Path, flags: str) -> None:
 
 
 def run_suite(out: str | Path, rows: dict[str, str], seeds: Sequence[int],
-              probes: dict[str, Iterable[int]]) -> dict[str, list[dict]]:
+              probed: Iterable[str] = ()) -> dict[str, list[dict]]:
     """Train and evaluate rows {name: flags of train.py} on every seed; returns {name: [row of each seed]}. All rows of
-    a seed start from the warm-started players of its SFT run. probes: {name: rounds after which a fresh attacker is
-    trained against the defender; 0: the end}."""
+    a seed start from the warm-started players of its SFT run. Against the finished defenders of the rows in `probed` a
+    fresh attacker is trained."""
     rows = {"SFT": METHODS["SFT"], **rows}
     warm_starts = {}
     games = {}
@@ -182,10 +181,9 @@ def run_suite(out: str | Path, rows: dict[str, str], seeds: Sequence[int],
             if table.is_file() and data.read_json(table)["third_parties"] != others:  # from a call with other seeds
                 table.unlink()
             measurements[table] = (command, "eval", [str(folder), "--third_parties", *others], log)
-            for round in probes.get(name, ()):
-                arguments = [str(folder), "--steps", str(PROBE_STEPS), "--round", str(round)]
-                best = folder / f"best_{round}_{PROBE_STEPS}.json"
-                measurements[best] = (command, "experiments.probe", arguments, log)
+            if name in probed:
+                arguments = [str(folder), "--steps", str(PROBE_STEPS)]
+                measurements[folder / BEST_RESPONSE] = (command, "experiments.probe", arguments, log)
     do_missing("warm starts", warm_starts)
     do_missing("games", games)
     do_missing("measurements", measurements)
@@ -202,7 +200,9 @@ def suite_row(folder: Path) -> dict:
     """The row of a finished run: the last players by `eval.py RUN`, the best response, and the compute."""
     found = data.read_json(folder / "eval.json")
     log = data.read_lines(folder / "metrics.jsonl")
-    row = found["after"] | best_response_row(folder, 0)
+    row = found["after"]
+    if (folder / BEST_RESPONSE).is_file():
+        row["best_response"] = data.read_json(folder / BEST_RESPONSE)["after"]
     summary = data.read_json(folder / "summary.json")
     row["updates"] = sum(metrics["role"] == "defender" for metrics in log)
     if "made_by" in summary:  # MART, by supervised updates
@@ -231,25 +231,6 @@ def effective_cells(folder: Path) -> float | None:
         return None
     p = np.array(list(counts.values())) / counts.total()
     return float(np.exp(-(p * np.log(p)).sum()))
-
-
-def best_response_row(folder: Path, round: int) -> dict[str, float]:
-    """{"best_response": success of a fresh attacker against the defender after a round}; {} if none was trained."""
-    file = folder / f"best_{round}_{PROBE_STEPS}.json"
-    return {"best_response": data.read_json(file)["after"]} if file.is_file() else {}
-
-
-def row_of_round(run: FinishedRun, t: int) -> dict:
-    """The row of a run as if it had ended after round t, with its mixture of these rounds."""
-    row = measure(run, after_round(run, "attacker", t), after_round(run, "defender", t))
-    row |= best_response_row(run.path, t if t < run.config.rounds else 0)
-    row["updates"] = t * run.config.defender_steps
-    log = data.read_lines(run.path / "metrics.jsonl")
-    row["tokens"] = [metrics["sampled_tokens"] for metrics in log if metrics["round"] == t - 1][-1]
-    prompts = run.world.test_prompts
-    p_safe = call_judge(run.world.held_out_judge, prompts, greedy(after_round(run, "defender", t, "mixture"), prompts))
-    row["averages"] = {"average (mixture)": {ASR: unsafe_rate(p_safe)}}
-    return row
 
 
 def matched_in_kl(folder: Path, target: float) -> dict:
@@ -299,12 +280,12 @@ def reproduce(args: argparse.Namespace) -> None:
     out = args.out
     seeds = args.seeds
     methods = METHODS
-    probes = {"Iterative, recommended": (0,), "recommended": (0,)}
+    probed = ("Iterative, recommended", "recommended")
     if args.quick:
         methods = {name: f"{METHODS[name]} --rounds 2" for name in ("RLHF", "GPO", "GPO+Div")}
         methods = {"SFT": METHODS["SFT"], **methods}
-        probes = {}
-    rows = run_suite(out, methods, seeds, probes)
+        probed = ()
+    rows = run_suite(out, methods, seeds, probed)
     if not args.quick:
         rows["RLHF, matched in KL"] = [matched_in_kl(run_folder(out, "RLHF, tokens matched", seed), row["kl"])
                                        for seed, row in zip(seeds, rows["GPO+Div"])]
@@ -315,7 +296,7 @@ def reproduce(args: argparse.Namespace) -> None:
     if not args.quick:
         paragraphs += ["## Best responses",
                        "Success of a fresh attacker after 90 PPO steps, and what it writes most often.",
-                       best_responses(out, seeds, probes),
+                       best_responses(out, seeds, probed),
                        "## The training judge's rate, corrected for its errors",
                        corrected_table(out, seeds, ("SFT", "RLHF", "GPO+Div", "recommended")),
                        "## What an average costs", averages_table(out, seeds, rows["recommended"])]
@@ -386,7 +367,7 @@ def best_responses(out: str | Path, seeds: Iterable[int], names: Iterable[str]) 
     lines = []
     for name in names:
         for seed in seeds:
-            row = data.read_json(run_folder(out, name, seed) / f"best_0_{PROBE_STEPS}.json")
+            row = data.read_json(run_folder(out, name, seed) / BEST_RESPONSE)
             frequent = [f"{count} of 200: *{data.visible(prompt)}*" for prompt, count in row["exploits"][:1]] or ["-"]
             lines.append([name, seed, report.show(row["after"], 500), *frequent])
     return report.markdown(["", "seed", "success", "most frequent exploit"], lines)
@@ -453,12 +434,12 @@ def ablate(args: argparse.Namespace) -> None:
     everything = {}
     for title, suite in (("GPO+Div", ABLATIONS), ("The recommended setting", RECIPE)):
         suite = {name: flags for name, flags in suite.items() if name in (args.rows or suite)}
-        probes = {}
+        probed = ()
         if title == "The recommended setting":
-            probes = dict.fromkeys(suite, (0,))
+            probed = suite
             columns["best_response"] = "best response, 90 steps"
         if suite:
-            rows = run_suite(args.out, NEIGHBOURS | suite, args.seeds, probes)
+            rows = run_suite(args.out, NEIGHBOURS | suite, args.seeds, probed)
             paragraphs += [f"## {title}", suite_table(rows, columns, suite)]
             everything |= {name: rows[name] for name in suite}
     commands = {name: f"python train.py {(ABLATIONS | RECIPE)[name]}" for name in everything}
@@ -469,19 +450,16 @@ def ablate(args: argparse.Namespace) -> None:
 
 
 def rounds(args: argparse.Namespace) -> None:
-    """Performance against the number of rounds T: at equal totals (a run for each T), and during one long run."""
-    probes = {"growing": (0, 1, 4, 16), "equal, T = 1": (0,), "equal, T = 8": (0,), "equal, T = 32": (0,)}
-    rows = run_suite(args.out, NEIGHBOURS | ROUNDS, args.seeds, probes)
-    runs = [open_run(run_folder(args.out, "growing", seed)) for seed in args.seeds]
-    rows |= {f"growing, T = {t}": [row_of_round(run, t) for run in runs] for t in HORIZONS}
-    shown = {name: repeats for name, repeats in rows.items() if "T = " in name}
-    for row in chain(*shown.values()):
+    """Performance against the number of rounds T, a run for each."""
+    rows = run_suite(args.out, NEIGHBOURS | ROUNDS, args.seeds, ROUNDS)
+    rows = {name: rows[name] for name in ROUNDS}
+    for row in chain(*rows.values()):
         row["mixture"] = row["averages"]["average (mixture)"][ASR]
-    columns = {"updates": "defender updates", "tokens": "sampled tokens", ASR: "ASR", "mixture": "ASR, mixture",
+    columns = {"tokens": "sampled tokens", ASR: "ASR", "mixture": "ASR, mixture",
                f"{ASR}/unseen framings": "unseen framings", "best_response": "best response",
                "over_refusal/look-alikes": "over-refusal, look-alikes", "helpfulness": "helpful"}
     draw_rounds(args.out, rows)
-    paragraphs = [f"# Performance against the number of rounds T; {len(args.seeds)} seeds", suite_table(shown, columns)]
+    paragraphs = [f"# Performance against the number of rounds T; {len(args.seeds)} seeds", suite_table(rows, columns)]
     write_tables(args.out, "rounds", paragraphs, rows)
 
 
@@ -520,19 +498,16 @@ def draw_methods(out: str | Path, rows: dict, attackers: dict, histories: dict) 
 
 
 def draw_rounds(out: str | Path, rows: dict) -> None:
-    """Draw rounds.png: success against the number of rounds T; rows: {"equal, T = 8": a row of each seed, ...}."""
-    canvas, axes = report.figure(2)
+    """Draw rounds.png: success against the number of rounds T; rows: {"T = 8": a row of each seed, ...}."""
+    canvas, (axis,) = report.figure(1)
     lines = {ASR: "held-out prompts", "best_response": "best response, 90 steps",
              "over_refusal/look-alikes": "over-refusal", "mixture": "held-out prompts, mixture"}
-    titles = {"equal": "64 steps of each player in all", "growing": "steps grow with T"}
-    for axis, (kind, title) in zip(axes, titles.items()):
-        for (key, label), look in zip(lines.items(), report.LOOKS):
-            horizons = [t for t in HORIZONS if key in rows[f"{kind}, T = {t}"][0]]  # not all have a best response
-            values = [[row[key] for row in rows[f"{kind}, T = {t}"]] for t in horizons]  # (horizons, seeds)
-            report.band(axis, horizons, np.array(values).T, label, look)
-        axis.set(xscale="log", xlabel="rounds T", ylabel="attack success", ylim=(0, 1), title=title)
-        axis.set_xticks(HORIZONS, HORIZONS)
-    axes[0].legend(frameon=False, fontsize=8)  # of both
+    for (key, label), look in zip(lines.items(), report.LOOKS):
+        values = [[row[key] for row in repeats] for repeats in rows.values()]  # (horizons, seeds)
+        report.band(axis, HORIZONS, np.array(values).T, label, look)
+    axis.set(xscale="log", xlabel="rounds T", ylabel="rate", title="64 steps of each player in all")
+    axis.set_xticks(HORIZONS, HORIZONS)
+    axis.legend(frameon=False, fontsize=8)
     report.save_figure(canvas, Path(out) / "rounds.png")
 
 
