@@ -137,6 +137,14 @@ def _unit(vectors):
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
+def cosine_to_history(vectors: np.ndarray, history: np.ndarray) -> np.ndarray:
+    """Mean cosine of each vector (B, D) to those of the history (H, D): (B,), minus Eq. (3.5); 0 without a history.
+    `Diversity` computes it from a running sum, in the same time for any history."""
+    if not len(history):
+        return np.zeros(len(vectors))
+    return _unit(vectors) @ _unit(history).mean(0)
+
+
 def set_similarity(texts: Sequence[str], embedder: Embedder) -> dict[str, float]:
     """How alike the texts of a set are: the mean SelfBLEU and the mean cosine of each text to the others, as
     {"self_bleu": ..., "cosine": ...}; NaN for fewer than two texts."""

@@ -66,7 +66,7 @@ import kernel
 import model
 import reward
 import train
-from diversity import Diversity, load_embedder, self_bleu, set_similarity, word_embedder
+from diversity import Diversity, cosine_to_history, load_embedder, self_bleu, set_similarity, word_embedder
 from experiments import bench, mart, probe, real_models, real_scores, reproduce, train_judge, worst_case
 from experiments.soak import outcome
 from gpo import ExtraLoss, Player, PolicyAverage, SFTSettings, nash_gap, play, ppo_update, sft, solve_matrix_game
@@ -1254,6 +1254,8 @@ def test_diversity_reward_is_minus_the_mean_of_both_terms_and_a_repetition_score
     score = diversity.score(NEW)
     vectors, history = word_embedder(NEW), word_embedder(HISTORY)
     assert np.allclose(score["embedding"], [np.mean([v @ h for h in history]) for v in vectors], atol=1e-8)
+    assert np.allclose(score["embedding"], cosine_to_history(3 * vectors, 2 * history), atol=1e-8)
+    assert (cosine_to_history(vectors, history[:0]) == 0).all()
     assert np.allclose(score["bleu"], [mean_bleu(text, HISTORY) for text in NEW])
     assert np.allclose(score["reward"], -(score["bleu"] + score["embedding"]) / 2)
     assert diversity.score(HISTORY[4:5])["bleu"][0] == pytest.approx(1.0)  # a newcomer, written before
