@@ -258,6 +258,8 @@ def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool
                          f"or 'words': {first_line(error)}") from error
 
     def embed(texts):
+        if not len(texts):
+            return np.zeros((0, alone.shape[1]))
         texts = [text if text.strip() else tokenizer.pad_token for text in inert_texts(tokenizer, texts)]  # a token
         ids = tokenizer(texts, truncation=True, max_length=longest).input_ids
         vectors = [None] * len(ids)

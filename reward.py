@@ -89,7 +89,7 @@ def call_judge(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -
     if wrong.any():
         raise JudgeError("a judge must return probabilities of safe in [0, 1], "
                          f"got {p_safe[wrong][0]} for exchange {int(wrong.argmax())}")
-    if 0 < undecided.sum() <= len(p_safe) / 2:  # more is an error of `decided`
+    if 0 < undecided.sum() < len(p_safe):  # to decide none is an error where a verdict is needed
         i = int(undecided.argmax())
         tqdm.write(f"the judge did not decide {undecided.sum()} of {len(p_safe)} exchanges; they count as neither safe "
                    f"nor unsafe. The first: {prompts[i][:60]!r} -> {responses[i][:60]!r}", file=sys.stderr)

@@ -1353,6 +1353,7 @@ def test_the_bits_of_an_embedding_do_not_depend_on_the_other_texts(encoder, dtyp
     texts = [" ".join(WORDS[i % 25:][:1 + i % 19]) for i in range(190)]  # up to ten of one length, of several lengths
     embedder = load_embedder(encoder, dtype=dtype)
     assert np.allclose(embedder(texts), load_embedder(encoder)(texts), atol=0.02)
+    assert Diversity(embedder=embedder).score([])["reward"].shape == (0,)
     assert np.array_equal(embedder(texts), np.concatenate([embedder([text]) for text in texts]))
 
 
@@ -1673,6 +1674,8 @@ def test_what_a_judge_cannot_decide_is_reported_and_counts_as_neither(capsys):
     assert reward.unsafe_rate(p_safe) == 1 / 2  # of the two decided
     with pytest.raises(JudgeError, match="a verdict on 1 of 3"):
         decided(p_safe[[0, 1, 3]])
+    call_judge(lambda prompts, responses: [None, None, 0.9], list("abc"), list("efg"))  # for those who need no verdict
+    assert "did not decide 2 of 3 exchanges" in capsys.readouterr().err
 
 
 JUDGE_FILES = {
@@ -2422,6 +2425,8 @@ def test_a_mean_over_seeds_leaves_out_what_was_not_measured():
 def test_the_paired_tests_equal_the_tables():
     assert paired_test([0.1, 0.3, 0.2, 0.5, 0.4])[1] == 1 / 32  # only the signs as they are
     assert 0 <= paired_test([0.5] * 10)[0] < 1e-12
+    # Student's t with one degree of freedom is Cauchy's distribution
+    assert paired_test([1.0, 1.0 + 1e-5])[0] == pytest.approx(0.5 - math.atan(2e5 + 1) / math.pi, rel=1e-4)
     # (1, 2, -1), sum 2: of the eight sign patterns +++, ++-, -+- give 2, 4 and 2
     assert paired_test([1, 2, -1])[1] == 3 / 8 and paired_test([0.0, 0.0]) == (1.0, 1.0)
     # Student's table, one-sided 5%: t = 2.132 at 4 and 6.314 at 1 degrees of freedom; differences with that t:
@@ -4210,10 +4215,12 @@ def test_what_a_judge_leaves_undecided_in_a_further_test_set_counts_as_undecided
 
 
 def test_the_interval_of_a_rate_is_of_the_texts_that_its_own_judge_decided():
-    world = types.SimpleNamespace(benign_prompts=[""] * 40, toy=None)
+    world = types.SimpleNamespace(benign_prompts=[""] * 40, toy=None, attack_seeds=[str(i // 2) for i in range(140)])
     row = {"undecided": 60, "decided": {"asr_held_out_judge": 80, "attacker_success": 60}}
     expected = {"asr_held_out_judge": 80, "attacker_success": 60, "over_refusal": 40, "helpfulness": 0, "self_bleu": 0}
     assert {key: evaluation.number_of_texts(world, key, row) for key in expected} == expected  # 0: a mean of scores
+    world.attack_seeds = ["one seed", "another"] * 70  # attacks from one seed may succeed or fail together
+    assert evaluation.number_of_texts(world, "attacker_success", row) == 2
 
 
 def test_the_rate_of_a_judge_without_errors_is_corrected_to_itself_whatever_others_left_undecided():
@@ -4228,6 +4235,8 @@ def test_the_rate_of_a_judge_without_errors_is_corrected_to_itself_whatever_othe
     assert f"| {23 / 44:.3f} [" in held_out and f"| {28 / 60:.3f} [" in trained
     low, high = (float(number) for number in re.search(r"\[(\d.\d+), (\d.\d+)\]", trained).groups())
     assert (low, high) == pytest.approx(wilson_interval(28, 60), abs=0.02)  # labelled exchanges add little
+    with pytest.raises(JudgeError, match="a verdict on 100 of 400"):  # errors on these would not be those on the rest
+        evaluation.judge_errors(lambda prompts, responses: ([0.0, 1.0, None, None] + [None] * 4) * 50, labelled)
 
 
 # --- the worst case --------------------------------------------------------------------------------------------------
@@ -4310,8 +4319,10 @@ def test_the_worst_case_of_a_run_is_measured_once_and_shown(finished, monkeypatc
     (finished.folder / "worst_case.json").write_text(json.dumps(found))
     run_program(HERE, finished.folder, "--kinds", "final", program=worst_case)
     assert "0.123; 0.123" in capsys.readouterr().out  # what is measured is not measured again
-    line = refusal(capsys, HERE, finished.folder, "--kinds", "fianl", program=worst_case)
-    assert "are final, mixture, weights, got fianl" in line
+    for arguments, expected in ((["--kinds", "fianl"], "are final, mixture, weights, got fianl"),
+                                (["--kinds", "final", "--rounds"], "--rounds measures every kind of defender"),
+                                ([f"{finished.folder}/"], "experiments.worst_case takes each run once, got ")):
+        assert expected in refusal(capsys, HERE, finished.folder, *arguments, program=worst_case)
 
 
 def test_two_processes_measure_two_kinds_of_defender_of_one_run(finished, tmp_path, monkeypatch):

@@ -369,7 +369,8 @@ def best_responses(out: str | Path, seeds: Iterable[int], names: Iterable[str]) 
         for seed in seeds:
             row = data.read_json(run_folder(out, name, seed) / BEST_RESPONSE)
             frequent = [f"{count} of 200: *{data.visible(prompt)}*" for prompt, count in row["exploits"][:1]] or ["-"]
-            lines.append([name, seed, report.show(row["after"], 500), *frequent])
+            n = len(toy_game().fixed_prompts)  # the seeds of 500 tries: those from one may succeed or fail together
+            lines.append([name, seed, report.show(row["after"], n), *frequent])
     return report.markdown(["", "seed", "success", "most frequent exploit"], lines)
 
 

@@ -24,7 +24,7 @@ from itertools import chain
 import numpy as np
 from tqdm import tqdm
 
-from eval import BestResponseSettings, Side, after_round, best_response, fresh_player, run_program
+from eval import BestResponseSettings, Side, after_round, best_response, check_each_once, fresh_player, run_program
 from gpo import new_seed, sample
 from harness.data import as_a_program, fail, read_json, write_json
 from harness.report import markdown, mean_and_error
@@ -165,7 +165,7 @@ def token_search(toy: ToyGame, defender: Side, seeds: list[str], seed: int) -> d
 
 
 def edit(prompt: str, vocabulary: list[str], rng: np.random.Generator) -> str:
-    """The prompt with a random token inserted, removed or replaced."""
+    """The prompt with a random token inserted before one of its own, removed or replaced."""
     tokens = prompt.split()
     at = rng.integers(len(tokens))
     kind = rng.integers(3)
@@ -244,6 +244,9 @@ def table(found: list[dict[str, dict]]) -> str:
 
 def worst_case(args: argparse.Namespace) -> None:
     """Measure the runs that are not yet measured, and print the table of all. Raises ValueError on wrong arguments."""
+    check_each_once("experiments.worst_case", args.run)
+    if args.rounds and args.kinds:
+        raise ValueError(f"--rounds measures every kind of defender: leave out --kinds {' '.join(args.kinds)}")
     runs = [open_run(path) for path in args.run]
     others = [str(run.path) for run in runs if not run.world.toy]
     if others:

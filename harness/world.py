@@ -462,7 +462,7 @@ def neighbour_pairs(seeds: list[str], embedder: Embedder, template: str,
     pairs = []
     for i, vector in enumerate(vectors):
         nearest = np.argsort(-(vectors @ vector), kind="stable")[:6]  # with itself
-        pairs.append((template.format(seeds[i]), seeds[rng.choice(nearest[nearest != i])]))
+        pairs.append((template.format(seeds[i]), seeds[rng.choice(nearest[nearest != i][:5])]))
     return pairs
 
 
