@@ -350,9 +350,9 @@ def attack(args: argparse.Namespace) -> None:
         run = open_run(folder, **options)
     if not run and not (args.prompts and args.judge):
         raise ValueError(f"an attacker that is not from a run needs --prompts and --judge, got {args.attacker}")
-    if args.n < 1 or args.tries < 1 or args.seed < 0:
-        raise ValueError(f"-n and --tries must be at least 1, and --seed at least 0, got {args.n}, {args.tries} and "
-                         f"{args.seed}")
+    if args.n < 1 or args.tries < 1 or not 0 <= args.seed < 2**31:
+        raise ValueError("-n and --tries must be at least 1, and --seed at least 0 and below 2^31, got "
+                         f"{args.n}, {args.tries} and {args.seed}")
     out = Path(args.out or (run.path if run else Path()) / f"attack_{Path(args.target).resolve().name}.jsonl")
     if out.exists() or not out.parent.is_dir():
         raise ValueError(f"--out must name a new file in a folder that exists, got {out}")
@@ -441,6 +441,8 @@ def report(args: argparse.Namespace) -> None:
     if not all((folder / "games.jsonl").is_file() for folder in folders):
         raise ValueError(f"eval.py report takes run folders with games.jsonl, got {' '.join(args.run)}")
     out = Path(args.out or Path(os.path.commonpath(folders)) / "report.html")
+    if out.suffix != ".html":
+        raise ValueError(f"--out of a report must end in .html, got {out}")
     try:
         write_page(folders, out)
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # a file that does not hold what it should

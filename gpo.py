@@ -274,6 +274,8 @@ class Player:
         for key, tensor in tensors.items():
             group, name = key.split(".", 1)
             groups[group][name] = tensor
+        if not rank() and set(groups["policy"]) != set(trained_names(self.policy)):
+            raise ValueError("a checkpoint must hold the weights that its options train: they have been changed since")
         load_weights(self.policy, groups["policy"])
         self.new_optimizer()
         if any_process(groups["optimizer"]):

@@ -247,7 +247,7 @@ def _context(config):
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         return rope["original_max_position_embeddings"]
-    return getattr(config, "max_position_embeddings", None) or 2**30
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 2**30
 
 
 def _eos_ids(lm, tokenizer, render, V):
@@ -265,11 +265,7 @@ def _eos_ids(lm, tokenizer, render, V):
 
 def _end_of_turn(tokenizer, render):
     """The first control token after the assistant's text in the chat template; None if the turn ends in plain text."""
-    try:
-        text = render(*PROBE)
-    except Exception as error:  # a template may raise anything
-        raise ValueError(f"its chat template cannot render a user's and an assistant's turn: {first_line(error)}"
-                         ) from error
+    text = render(*PROBE)
     if [text.count(words) for words in PROBE] != [1, 1]:
         raise ValueError("its chat template must render the words of the user and of the assistant once each, got "
                          f"{text[:200]!r}")
@@ -283,7 +279,10 @@ def rendered_chat(tokenizer: Tokenizer, *texts: object, **options) -> str:
     """The tokenizer's chat template of a user's turn and, if there are two texts, the assistant's. A model that can
     answer without thoughts (Qwen3) is asked to."""
     chat = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts)]
-    return tokenizer.apply_chat_template(chat, tokenize=False, enable_thinking=False, **options)
+    try:
+        return tokenizer.apply_chat_template(chat, tokenize=False, enable_thinking=False, **options)
+    except Exception as error:  # a template may raise anything
+        raise ValueError(f"its chat template cannot render {str(texts)[:80]}: {first_line(error)}") from error
 
 
 def control_ids(tokenizer: Tokenizer) -> set[int]:
@@ -672,27 +671,30 @@ def load_policy(name_or_dir: str | Path, critic: str = "shared", dtype: torch.dt
         if Path(name_or_dir, "games.jsonl").is_file():
             raise ValueError("it is a run's folder; take the attacker or the defender in it, once the run is finished")
         lm, tokenizer = load_model(AutoModelForCausalLM, name_or_dir, trust_remote_code)
-        lm = lm.to(device)
+        if getattr(lm, "is_quantized", False):
+            raise ValueError("a player's weights must not be quantized, as they are trained and saved; take the model "
+                             "it was made from")
+        policy = Policy(lm.to(device), tokenizer, critic, dtype)
+        if tokenizer.chat_template:
+            _probe_template(policy)
+        _probe_forward(policy)
+        _load_critic(policy, Path(name_or_dir, "critic.safetensors"))
+        return policy
     except Exception as error:  # transformers raises a dozen kinds here
         where = ""
         if isinstance(error, OSError) and not Path(name_or_dir).exists():
             where = " (no such folder here, and the hub did not provide it; pass a local folder)"
         raise ValueError(f"cannot load {str(name_or_dir)!r} as a causal language model{where}: {first_line(error)}"
                          ) from error
-    if getattr(lm, "is_quantized", False):
-        raise ValueError(f"a player's weights must not be quantized, as they are trained and saved; {name_or_dir}'s "
-                         "are: take the model it was made from")
-    policy = Policy(lm, tokenizer, critic, dtype)
-    if tokenizer.chat_template:
-        _probe_template(policy)
-    _probe_forward(policy)
-    critic_file = Path(name_or_dir) / "critic.safetensors"
-    if critic_file.exists():
-        state = load_file(critic_file, device=str(device))
+
+
+def _load_critic(policy, file):
+    """Load the critic that `save_policy` wrote, if there is one and it is of the same kind."""
+    if file.exists():
+        state = load_file(file, device=str(policy.device))
         separate = any(name.startswith("critic_body") for name in state)
-        if separate == (policy.critic_body is not None):  # a critic of the same kind
+        if separate == (policy.critic_body is not None):
             policy.load_state_dict(state, strict=False)
-    return policy
 
 
 def load_model(kind: type, name: str | Path, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Tokenizer]:
@@ -719,8 +721,12 @@ def load_model(kind: type, name: str | Path, trust_remote_code: bool = False) ->
         model, info = kind.from_pretrained(name, **load_options)
         missing = info["missing_keys"]
     check_finite(model)
+    task = kind.__name__.removeprefix("AutoModelFor")
+    made_for = re.search("For(SequenceClassification|TokenClassification|QuestionAnswering)",
+                         str(model.config.architectures))
+    if made_for and made_for[1] != task:  # of which transformers would drop the head, without a word
+        raise ValueError(f"it is a {made_for[1]} model, not a {task} one")
     if missing:  # a classifier or an encoder, say
-        task = kind.__name__.removeprefix("AutoModelFor")
         raise ValueError(f"it has no weights for {sorted(missing)[0]}, so it is not a trained {task} model")
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     if str(name).endswith(".gguf"):

@@ -14,6 +14,7 @@ and no rate. The authors' code drops it, which moves later rewards to other rows
 run ends (`decided`). No row measures this: the toy world's judges decide everything.
 """
 
+import contextlib
 import importlib
 import math
 import os
@@ -69,12 +70,14 @@ class JudgeError(ValueError):
 def call_judge(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
     """P(safe) of each exchange, (B,) float64, NaN where the judge returns None. Raises JudgeError on anything else."""
     try:
-        with torch.no_grad():  # which also undoes what a judge does to the mode
+        with torch.no_grad(), contextlib.chdir("."):  # which also undo what a judge does to them
             answers = judge(list(prompts), list(responses))
     except JudgeError:
         raise
     except (Exception, SystemExit) as error:
         raise JudgeError(f"the judge raised {type(error).__name__}: {error}") from error
+    if isinstance(answers, torch.Tensor):  # which numpy cannot read on a GPU or in bf16
+        answers = answers.tolist()
     try:
         if any(isinstance(answer, (str, bytes)) for answer in answers):  # numpy would read "0.5"
             raise TypeError
@@ -237,8 +240,8 @@ def _template_fault(render):
     """Why the chat template behind render(prompt, response) does not show a judge both of them; None if it does."""
     try:
         text = render(*PROBE)
-    except Exception as error:  # of the template
-        return f"fails: {first_line(error)}"
+    except ValueError as error:
+        return f"fails: {first_line(error.__cause__ or error)}"
     return None if all(words in text for words in PROBE) else "leaves out the prompt or the response"
 
 
@@ -423,7 +426,7 @@ def _function_from_file(spec):
         if str(path.parent) not in sys.path:
             sys.path.append(str(path.parent))
         importlib.invalidate_caches()
-        with torch.no_grad():  # which also undoes what the file does to the mode
+        with torch.no_grad(), contextlib.chdir("."):  # which also undo what the file does to them
             module = importlib.import_module(path.stem)
         if Path(module.__spec__.origin or "").resolve() != path:
             raise ValueError(f"another module is called {path.stem}; rename the file")

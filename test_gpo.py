@@ -643,6 +643,37 @@ def test_a_model_that_can_answer_without_thoughts_is_asked_to():
         tiny_policy(tokenizer=tokenizer).encode_pairs([("bake bread", "<think>so</think>take flour")])
 
 
+def test_a_template_that_refuses_a_text_is_an_error_of_one_line():
+    template = R1.replace("<think>\n", "").replace(
+        "<|User|>", "{% if '!' in m['content'] %}{{ raise_exception('be calm') }}{% endif %}<|User|>")
+    policy = tiny_policy(tokenizer=byte_tokenizer(["<|User|>", "<|Assistant|>"], template, eos_token="</s>"))
+    with pytest.raises(ValueError, match="its chat template cannot render .'bake it!',.: be calm"):
+        policy.encode(["bake bread", "bake it!"])
+
+
+def test_a_model_with_another_head_is_refused_even_if_no_weight_is_missing(tmp_path):
+    tokenizer = byte_tokenizer([], eos_token="</s>")
+    reward_model = tiny_llama(tokenizer, transformers.LlamaForSequenceClassification, tie_word_embeddings=True)
+    with pytest.raises(ValueError, match="it is a SequenceClassification model, not a CausalLM one"):
+        load_policy(saved(tmp_path / "reward", reward_model, tokenizer))
+    labels = {0: "safe", 1: "unsafe"}
+    token_classifier = tiny_llama(tokenizer, transformers.LlamaForTokenClassification, id2label=labels)
+    with pytest.raises(ValueError, match="it is a TokenClassification model, not a SequenceClassification one"):
+        load_judge(str(saved(tmp_path / "tokens", token_classifier, tokenizer)))
+
+
+def test_a_damaged_critic_or_generation_config_is_an_error_of_one_line(tmp_path):
+    tokenizer = byte_tokenizer([], eos_token="</s>")
+    folder = saved(tmp_path / "lm", tiny_lm(tokenizer), tokenizer)
+    model.save_file({"value_head.weight": torch.zeros(1, 7)}, folder / "critic.safetensors")
+    with pytest.raises(ValueError, match="cannot load '.*/lm' as a causal language model: Error"):
+        load_policy(folder)
+    (folder / "critic.safetensors").unlink()
+    (folder / "generation_config.json").write_text('{"eos_token_id": [[1]]}')
+    with pytest.raises(ValueError, match="cannot load '.*/lm' as a causal language model: "):
+        load_policy(folder)
+
+
 def test_a_player_of_quantized_weights_is_refused(tmp_path, monkeypatch):
     tokenizer = byte_tokenizer([], eos_token="</s>")
     saved(tmp_path / "lm", tiny_lm(tokenizer), tokenizer)
@@ -1062,6 +1093,17 @@ def test_the_reference_is_a_frozen_copy_and_anchor_moves_it_but_not_the_initial_
     assert not any(p.requires_grad for p in (*player.reference.parameters(), *player.initial.parameters()))
 
 
+def test_a_checkpoint_of_other_weights_than_a_player_trains_is_refused():
+    tensors, numbers = tiny_player().state_dict()
+    lora = pytest.importorskip("peft") and tiny_player()
+    parallel.add_lora(lora.policy, 2)
+    for other in (lora, tiny_player(critic="separate")):
+        before = bytes_of(other.policy)
+        with pytest.raises(ValueError, match="must hold the weights that its options train"):
+            other.load_state_dict(tensors, numbers)
+        assert bytes_of(other.policy) == before
+
+
 def test_with_policy_generates_as_the_first_player_did_and_reset_to_keeps_the_critic_alone():
     player = tiny_player(critic="separate", template="a {} b", learning_rate=1e-2)
     first = bytes_of(player.policy.lm)
@@ -1447,12 +1489,24 @@ def test_diversity_terms_can_be_chosen_and_wrong_ones_are_named():
     (lambda: ["safe", "no"], r"list of numbers .* got \['safe', 'no'\]"),
     (lambda: (p for p in [0.5, 0.5]), "list of numbers .* got <generator"),
     (lambda: ["0.5", "0.5"], r"list of numbers .* got \['0.5', '0.5'\]"),
-    (lambda: torch.ones(2, requires_grad=True), "list of numbers .* got tensor"),
+    (lambda: torch.tensor(0.5), "list of numbers .* got 0.5"),
     (lambda: [10**400, 1], "list of numbers .* got .1000"),
     (lambda: sys.exit(5), "the judge raised SystemExit: 5")])
 def test_a_judge_that_violates_its_interface_is_named(scores, message):
     with pytest.raises(JudgeError, match=message):
         call_judge(lambda prompts, responses: scores(), ["a", "b"], ["c", "d"])
+
+
+def test_a_judge_may_return_a_tensor():
+    for scores in (torch.tensor([0.5, 1.0], dtype=torch.bfloat16), torch.tensor([0.5, 1.0], requires_grad=True)):
+        assert call_judge(lambda prompts, responses, scores=scores: scores, ["a", "b"], ["c", "d"]).tolist() == [0.5, 1]
+
+
+def test_a_judge_that_changes_the_folder_does_so_for_itself_alone(tmp_path):
+    code = "import os\n\nos.chdir('/')\n\ndef judge(p, r):\n    os.chdir('/')\n    return [0.5] * len(r)\n"
+    (tmp_path / "walker.py").write_text(code)
+    here = os.getcwd()
+    assert call_judge(load_judge(f"{tmp_path}/walker.py:judge"), ["a"], ["b"]) == [0.5] and os.getcwd() == here
 
 
 def test_a_judge_that_turns_gradients_off_does_so_for_itself_alone(tmp_path):
@@ -2605,6 +2659,8 @@ SAID = {  # a row: the prompt and the replies in it, by hand
                        {"prompt": "AI: g\n\nHuman: q", "chosen": "r"}),
     "a transcript as prompt": ({"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " g", "rejected": " b"}, PAIR),
     "a stripped transcript": ({"prompt": "Human: q\n\nAssistant:", "chosen": "g", "rejected": "b"}, PAIR),
+    "Windows' line ends": ({"chosen": "\r\n\r\nHuman: q\r\n\r\nAssistant: g", "rejected": "Human: q\n\nAssistant: b"},
+                           PAIR),
     "stripped transcripts": ({"chosen": "Human: q\n\nAssistant: g", "rejected": "Human: q\n\nAssistant: b"}, PAIR),
     "Alpaca": ({"instruction": "q", "input": "p", "output": "r"}, {"prompt": "q\n\np", "response": "r"}),
     "Alpaca without input": ({"instruction": "q", "input": "", "output": "r"}, ANSWERED),
@@ -2668,6 +2724,7 @@ def test_a_prompt_that_looks_like_a_conversation_is_one_turn(tmp_path, prompt):
     ({"prompt": "q", "tools": [{"name": "f"}]}, "'tools' cannot be read"),
     ({"prompt": ["q", "p"]}, "a list of messages"),
     ({"prompt": "[{'role': 'user', 'content': 'q'}]"}, "a list of messages"),
+    ({"prompt": "Human: q\nAssistant:", "response": "r"}, "must be separated by an empty line"),
     ({"prompt": "\ud83d"}, "surrogate"),
     (5, "got '5'")])
 def test_a_row_that_is_not_understood_is_refused_by_file_and_line(tmp_path, row, message):
@@ -2686,6 +2743,8 @@ def test_a_row_that_is_not_understood_is_refused_by_file_and_line(tmp_path, row,
     ("a.csv", "prompt,response\nq,r\nhow to", "line 3 has fewer cells"),
     ("a.csv", "prompt,prompt\nq,p\n", "one name"),
     ("a.csv", 'prompt\n"q\np\n', "close each quote"),
+    ("a.txt", '{"prompt": "q"}\n{"prompt": "p"}\n', "its name must end in .jsonl or .json"),
+    ("a.jsonl", '{"prompt": "q", "prompt": "p"}', "the name 'prompt' must occur once"),
     ("a.json", '{\n"data": ["q"]}', "got the keys 'data'"),
     ("a.json", '["q",\n"p" "r"]', "line 2 column 5")])
 def test_a_file_that_would_be_read_wrongly_is_refused(tmp_path, name, text, message):
@@ -2693,6 +2752,9 @@ def test_a_file_that_would_be_read_wrongly_is_refused(tmp_path, name, text, mess
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         read_rows(tmp_path / name)
     assert str(tmp_path / name) in str(error.value)
+    (tmp_path / name).write_text(text, encoding="utf-16")
+    with pytest.raises(ValueError, match="save it as UTF-8|the name must end in"):
+        read_rows(tmp_path / name)
 
 
 def test_the_defender_learns_no_response_that_is_labelled_unsafe_or_may_be(capsys):
@@ -2714,7 +2776,8 @@ def prompt_split(harmful, benign, **options):
 @pytest.mark.parametrize("header, safe, unsafe", [
     ("prompt,label", "safe", "unsafe"), ("prompt,prompt_harm_label", "unharmful", "harmful"),
     ("prompt,prompt_label,response,response_label", "safe,no,unsafe", "unsafe,no,safe"),
-    ("prompt,is_safe", "1", "0")])
+    ("prompt,is_safe", "1", "0"), ("prompt,prompt_safe,response", "1,safe", "0,safe"),
+    ("prompt,label,response", "safe,", "unsafe,"), ("prompt,label,answer_type", "safe,full", "unsafe,full")])
 def test_a_prompt_of_the_other_kind_by_its_label_is_left_out(header, safe, unsafe, tmp_path, capsys):
     file = tmp_path / "mixed.csv"  # as XSTest and WildGuardMix
     file.write_text("\n".join([header, *(f"kind {i},{safe}\ncruel {i},{unsafe}" for i in range(100))]))
@@ -2733,6 +2796,10 @@ def test_prompts_whose_labels_are_ambiguous_are_refused_and_the_label_of_a_respo
     file.write_text("prompt,label\n" + "".join(f"q {i},1\n" for i in range(100)))
     with pytest.raises(ValueError, match="the label '1' does not tell whether a prompt is safe"):
         prompt_split(read_rows(file), [])
+    for name, label in (("prompt_type", "harmful"), ("prompt_toxicity", "0.9"), ("jailbreak", "True")):
+        file.write_text(f"prompt,{name}\nq,{label}\n")
+        with pytest.raises(ValueError, match=f"the label .{name} = '{label}'. does not tell whether a prompt is safe"):
+            prompt_split(read_rows(file), [])
     for header in ("prompt,response,is_safe", "prompt,model_output,is_safe", "prompt,response_0,is_response_0_safe"):
         file.write_text(f"{header}\n" + "".join(f"q {i},r,1\n" for i in range(100)))  # the last as PKU-SafeRLHF
         prompts = prompt_split(read_rows(file), [{"prompt": "how?"}])
@@ -2741,18 +2808,20 @@ def test_prompts_whose_labels_are_ambiguous_are_refused_and_the_label_of_a_respo
         prompt_split([{"prompt": "how?", "prompt_safe": 1.0}], [])
 
 
-@pytest.mark.parametrize("name", ["response_label", "response_harm_label", "is_harmful", "toxic", "is_response_safe"])
-def test_a_response_with_a_label_of_an_unknown_name_is_not_learned_from(name, tmp_path):
+@pytest.mark.parametrize("name, value", [
+    ("response_label", "yes"), ("response_harm_label", "yes"), ("is_harmful", "yes"), ("toxic", "yes"),
+    ("is_response_safe", "yes"), ("jailbroken", "yes"), ("is_harmless", "yes"), ("verdict", "Unsafe")])
+def test_a_response_with_a_label_of_an_unknown_name_is_not_learned_from(name, value, tmp_path):
     file = tmp_path / "x.jsonl"
     text = "how a reader would see it"
-    for label, is_clear in (({name: "yes"}, False), ({name: "yes", "safe": 1}, True), ({name: None}, True),
+    for label, is_clear in (({name: value}, False), ({name: value, "safe": 1}, True), ({name: None}, True),
                             ({name: text}, True)):
         file.write_text(json.dumps({"prompt": "a", "response": "b", "prompt_label": "unsafe", **label}))
         arguments = resolve(Config()), str(file), read_rows(file), [], tiny_policy()
         if is_clear:
             assert usable_pairs(*arguments) == [("a", "b")]
         else:
-            with pytest.raises(ValueError, match=f"the label .{name} = 'yes'. does not tell whether"):
+            with pytest.raises(ValueError, match=f"the label .{name} = '{value}'. does not tell whether"):
                 usable_pairs(*arguments)
 
 
@@ -3750,6 +3819,8 @@ def test_flags_after_a_configuration_file_count_more_than_the_file(tmp_path):
     (tmp_path / "a.yaml").write_text("attacker: null\ndefender: ~\nseed: 010\nout: off\ndry_run: true\n")
     config = parse([str(tmp_path / "a.yaml")])  # YAML 1.1 alone would read 8 and False
     assert (config.attacker, config.defender, config.seed, config.out, config.dry_run) == (None, None, 10, "off", True)
+    (tmp_path / "a.json").write_text('{"rounds": 3}', encoding="utf-8-sig")  # as editors on Windows write it
+    assert parse([str(tmp_path / "a.json")]).rounds == 3
 
 
 def test_what_is_on_this_machine_is_kept_by_its_absolute_path_and_a_name_of_the_hub_as_it_is(tmp_path, monkeypatch):
@@ -4829,6 +4900,8 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "a run folder that cannot be": ("--out /proc/run", "a folder that can be written to"),
     "long answers": (" ".join([*SIZES, "--response_tokens 41"]), "--response_tokens must leave room for a prompt of"),
     "a configuration of unknown names": ("bad/names.yaml", "unrecognized arguments: --runds=3; see"),
+    "a configuration with one name twice": ("bad/twice.yaml", "the name 'seed' must occur once"),
+    "a run's configuration": ("bad/other/config.json", "is a run's: continue it with --resume "),
     "a configuration that runs code": ("bad/code.yaml", "could not determine a constructor for the tag"),
     "a warm start of another seed": ("--start bad/other --seed 5", "needs a run of the same seed"),
     "a seed to go on with": ("--resume bad/other --seed 0", "takes the run folder, --device and --micro_batch alone"),
@@ -4866,6 +4939,8 @@ WRONG_ELSEWHERE = {
     "a run that goes on still": (evaluation, "bad/other", "go on with an unfinished one by train.py --resume"),
     "a finished run that is damaged": (evaluation, "bad/hurt", "cannot read the run in bad/hurt: "),
     "a report of no run": (evaluation, "report bad", "takes run folders with games.jsonl, got bad"),
+    "a report in place of another file": (evaluation, "report bad/hurt --out bad/hurt/games.jsonl",
+                                          "--out of a report must end in .html"),
     "a report of one run twice": (evaluation, "report bad/hurt ./bad/hurt", "eval.py report takes each run once"),
     "a figure of nothing": (probe, "bad/hurt --figure", "compute them with: eval.py probe bad/hurt"),
     "a resumed MART run": (mart, "--resume bad/hurt", "a MART run cannot be resumed"),
@@ -4900,6 +4975,7 @@ def bad(user_models):
              "labels.jsonl": '{"prompt": "a", "response": "b", "label": 1}\n',
              "experiment.json": '{"quick": true}', **dict.fromkeys(real_models.FILES, ""),
              "names.yaml": "runds: 3", "code.yaml": "!!python/object/apply:os.mkdir [never]",
+             "twice.yaml": "seed: 1\nrounds: 2\nseed: 3",
              "judge.py": judges, "my.judge.py": judges}
     classifier_folder(folder / "numbered", ["LABEL_0", "LABEL_1"])
     config = asdict(resolve(Config(out="nowhere")))
@@ -4934,6 +5010,14 @@ def test_weights_that_are_not_finite_are_named(user_models, tmp_path, capsys, ki
 def contents(folder):
     """{path: bytes} of what lies in a folder, at any depth."""
     return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*") if "__pycache__" not in path.parts}
+
+
+def test_a_bug_before_the_game_leaves_nothing_behind(tmp_path, monkeypatch):
+    for error in (KeyError("a bug"), RuntimeError("a bug")):
+        monkeypatch.setattr(train, "make_world", Mock(side_effect=error))
+        with pytest.raises(type(error)):
+            run_program(tmp_path, "--out", "run")
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("program, arguments, message", CASES.values(), ids=CASES)

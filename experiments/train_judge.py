@@ -78,8 +78,9 @@ def _training(args):
 def _make_judge(args):
     """Train, measure and save as the flags say; returns `measure_judge`'s (p, y). Raises ValueError or OSError."""
     sizes = args.steps >= 2 and args.batch_size >= 1 and args.max_length >= 16
-    if not (sizes and 0 < args.learning_rate < float("inf") and args.seed >= 0):
-        raise ValueError("needs --steps >= 2, --max_length >= 16, --batch_size >= 1, --learning_rate > 0, --seed >= 0")
+    if not (sizes and 0 < args.learning_rate < float("inf") and 0 <= args.seed < 2**31):
+        raise ValueError("needs --steps >= 2, --max_length >= 16, --batch_size >= 1, --learning_rate > 0, --seed >= 0 "
+                         "and below 2^31")
     if args.device not in devices():
         raise ValueError(f"--device must be {' or '.join(devices())} on this machine, got {args.device!r}")
     training, held_out = _read_samples(args.data)

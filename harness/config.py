@@ -13,7 +13,7 @@ import transformers
 import yaml
 
 from gpo import world_size
-from harness.data import fail, read_config, read_json
+from harness.data import fail, read_config, read_json, unique_keys
 from harness.options import OPTIONS, Config, help_text
 from model import DTYPE_NAMES, best_dtype
 
@@ -31,6 +31,9 @@ class TextLoader(yaml.SafeLoader):
     yaml_implicit_resolvers = {
         first: [resolver for resolver in resolvers if resolver[0] == "tag:yaml.org,2002:null"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+    def construct_mapping(self, node, deep=False):
+        return unique_keys([(key.value, self.construct_object(value, deep)) for key, value in node.value])
 
 
 class Parser(transformers.HfArgumentParser):
@@ -50,6 +53,8 @@ def flags_of(values: dict, source: str) -> list[str]:
     """{option: value} of a file or a run as flags, which the parser checks. Raises ValueError unless it is a dict."""
     if not isinstance(values, dict):
         raise ValueError(f"{source} must hold names and values, got {str(values)[:40]!r}")
+    if isinstance(values.get("config"), dict):
+        raise ValueError(f"{source} is a run's: continue it with --resume {shlex.quote(str(Path(source).parent))}")
     return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
 

@@ -101,9 +101,19 @@ def quiet_libraries() -> None:
 
 
 # --- files ------------------------------------------------------------------------------------------------------
+def unique_keys(pairs: list[tuple]) -> dict:
+    """A dict of (key, value) pairs. Raises ValueError if a key occurs twice, of which JSON and YAML take the last."""
+    found = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the name {key!r} must occur once: remove one")
+        found[key] = value
+    return found
+
+
 def read_json(path: str | Path) -> Any:
     """The value in a JSON file."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    return json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=unique_keys)
 
 
 def read_config(folder: str | Path) -> dict:
@@ -203,9 +213,13 @@ PROMPTS = ("prompt", "question", "query", "goal", "transcript")
 RESPONSES = ("response", "completion", "answer", "output")  # not AdvBench's target, which no defender should learn
 UNREAD = ("history", "image", "images", "tools", "contextstring")  # a prompt without them would be another prompt
 LABEL_WORDS = {"safe": 1.0, "harmless": 1.0, "unharmful": 1.0, "benign": 1.0, "unsafe": 0.0, "harmful": 0.0}
-PROMPT_LABELS = ("prompt_label", "prompt_harm_label", "prompt_safety")
-LABEL_LIKE = re.compile(r"^(?!prompt).*(safe|harmful|toxic|_label)")  # columns that are not read, as response_label
-RESPONSE_LIKE = re.compile("response|completion|answer|output|generation|chosen")  # a label beside one may be its own
+LABELS = {"safe": ("safe", "is_safe"), "unsafe": ("unsafe", "is_unsafe"), "": ("label", "labels")}  # 1 means ...
+PROMPT_LABELS = {"safe": ("prompt_safe", "prompt_is_safe"), "unsafe": ("prompt_unsafe", "prompt_is_unsafe"),
+                 "": ("prompt_label", "prompt_harm_label", "prompt_safety")}
+LABEL_LIKE = re.compile("safe|harmful|harmless|toxic|hateful|jailbr|flagged|violat|_label")  # not read, maybe a label
+RESPONSE_LIKE = re.compile(  # a label beside one may be its own
+    r"(^|_)(response|completion|answer|output|generation|chosen)s?(_text|_\w{1,2})?$")
+TEXTS = (*PROMPTS, *INSTRUCTION, *RESPONSES, *CONVERSATIONS, "chosen", "rejected", "system", "system_prompt")
 TRANSCRIPT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # HH's format: it starts with such a name
 
 
@@ -243,10 +257,14 @@ def _turns(value, speaker=None):
     """[(role, text)] of a list of messages, of a transcript, or of one text by `speaker`; empty texts are left out."""
     if value is None:
         return []
+    if isinstance(value, str):
+        value = value.replace("\r\n", "\n")
     if isinstance(value, list) and all(isinstance(message, dict) for message in value):
         turns = [_message(message) for message in value]
     elif isinstance(value, str) and TRANSCRIPT.match(value):
         names_and_texts = TRANSCRIPT.split(value)[1:]
+        if len(names_and_texts) == 2 and re.search(r"\n(Human|Assistant):", names_and_texts[1]):
+            raise ValueError(f"the turns of a transcript must be separated by an empty line, got {value[:40]!r}")
         turns = [(ROLES[name.lower()], text) for name, text in zip(names_and_texts[::2], names_and_texts[1::2])]
     elif isinstance(value, str) and speaker and not re.match(r"\[\s*\{\s*['\"](role|content|from|value)\b", value):
         turns = [(speaker, value)]
@@ -340,10 +358,9 @@ def _p_safe(value, one):
     return None
 
 
-def _label(fields):
-    """{"safe": P(safe)} of a row; {"label": what it says} if that is ambiguous; {} without a label. `label` is the last
-    to be read. Raises ValueError if `safe` and `unsafe` contradict each other."""
-    columns = {"safe": ("safe", "is_safe"), "unsafe": ("unsafe", "is_unsafe"), "": ("label", "labels")}
+def _label(fields, columns):
+    """{"safe": P(safe)} by the columns of LABELS or PROMPT_LABELS; {"label": what it says} if that is ambiguous; {}
+    without a label. `label` is the last to be read. Raises ValueError if `safe` and `unsafe` contradict each other."""
     values = {one: _the_one(fields, names) for one, names in columns.items()}
     p = {one: _p_safe(value, one) for one, value in values.items()}
     if None not in (p["safe"], p["unsafe"]) and not math.isclose(p["safe"], p["unsafe"], abs_tol=1e-6):
@@ -353,9 +370,16 @@ def _label(fields):
         if value is not None:
             return {"label": value} if p[one] is None else {"safe": p[one]}
     for name, value in fields.items():
-        if LABEL_LIKE.search(name) and not _is_blank(value) and len(str(value)) < 20:  # a longer one is a text
+        if name.startswith("prompt") == (columns is PROMPT_LABELS) and _may_be_label(name, value):
             return {"label": f"{name} = {value!r}"}
     return {}
+
+
+def _may_be_label(name, value):
+    """Whether a column that is not read may tell whether a text is safe, by its name or by its value."""
+    if name in TEXTS or name.endswith("_source") or _is_blank(value) or len(str(value)) >= 20:  # a longer one is a text
+        return False
+    return bool(LABEL_LIKE.search(name)) or str(value).strip().lower() in LABEL_WORDS
 
 
 def of_kind(name: str, rows: list[dict], harmless: bool) -> tuple[str, list[dict]]:
@@ -413,9 +437,10 @@ def _parse_row(row, first_turn):
     for text in texts.values():
         if text.encode(errors="ignore").decode() != text:  # no file can hold it
             raise ValueError(f"a text must be complete, got half of a surrogate pair in {text[:40]!r}")
-    label = _label(fields)
-    of_prompt = _label({"label": _the_one(fields, PROMPT_LABELS)})
-    if set(texts) == {"prompt"} and not any(map(RESPONSE_LIKE.search, fields)):
+    label = _label(fields, LABELS)
+    of_prompt = _label(fields, PROMPT_LABELS)
+    responses = [name for name, value in fields.items() if RESPONSE_LIKE.search(name) and not _is_blank(value)]
+    if set(texts) == {"prompt"} and not responses:
         of_prompt = of_prompt or label
     return {**texts, **label, **{f"prompt_{key}": value for key, value in of_prompt.items()}}
 
@@ -423,7 +448,7 @@ def _parse_row(row, first_turn):
 def _json_rows(text):
     """[(n, row)] of one JSON value over any number of lines, a list of rows or one row; or else of JSON lines."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=unique_keys)
         rows = value if isinstance(value, list) and not _is_conversation(value) else [value]
         return list(enumerate(rows, 1))
     except json.JSONDecodeError as error:
@@ -433,7 +458,7 @@ def _json_rows(text):
     for n, line in enumerate(text.split("\n"), 1):
         try:
             if line.strip():
-                rows.append((n, json.loads(line)))
+                rows.append((n, json.loads(line, object_pairs_hook=unique_keys)))
         except json.JSONDecodeError as error:
             raise ValueError(f"line {n}: malformed JSON ({error.msg} at column {error.colno})") from error
     return rows
@@ -472,6 +497,8 @@ def _numbered_rows(path):
             text = file.read()
             if "\0" in text or re.match(r"\s*(version https://git-lfs|<!doctype html|<html)", text, re.IGNORECASE):
                 raise ValueError(f"a .txt file must hold a prompt a line, got {text[:40]!r}")
+            if re.match(r"\s*\{\s*\"", text):
+                raise ValueError("it holds JSON: its name must end in .jsonl or .json")
             return [(n, line.strip()) for n, line in enumerate(re.split("\r\n|\r|\n", text), 1) if line.strip()]
     raise ValueError("the name must end in .jsonl, .json, .csv or .txt, or one of them and .gz")
 
@@ -490,7 +517,8 @@ def read_rows(path: str | Path, first_turn: bool = False) -> list[dict]:
     try:
         numbered = _numbered_rows(path)
     except Exception as error:  # a damaged archive, bytes that are not text, an overlong CSV field, ...
-        raise ValueError(f"cannot read {path}: {first_line(error)}") from error
+        remedy = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        raise ValueError(f"cannot read {path}: {first_line(error)}{remedy}") from error
     rows = []
     for n, row in numbered:
         try:

@@ -77,13 +77,13 @@ def run_folder(config: Config) -> Iterator["RunFolder"]:
             data.fail(f"{error}; the run can go on with --resume {folder.quoted}" if folder.has_config() else error)
         raise  # a bug
     except (RuntimeError, MemoryError) as error:
+        folder.leave_nothing()
         texts = ("out of memory", "not enough memory", "can't allocate memory")  # on CUDA, Windows, Linux
         if isinstance(error, RuntimeError) and not any(text in str(error) for text in texts):
             raise
         go_on = " or begin again with --lora or --gradient_checkpointing"
         if folder.is_playing and folder.has_config():
             go_on = f": train.py --resume {folder.quoted} --micro_batch N;{go_on}"
-        folder.leave_nothing()
         if rank():  # the others may have enough
             sys.stderr = sys.__stderr__
         data.fail(f"out of memory with --micro_batch {config.micro_batch}; take a smaller one (0 is a whole minibatch)"
@@ -96,6 +96,9 @@ def run_folder(config: Config) -> Iterator["RunFolder"]:
         else:
             folder.leave_nothing()
         data.interrupted(stop, f"{when}{go_on}")
+    except Exception:  # a bug
+        folder.leave_nothing()
+        raise
     finally:
         if folder.lock is not None:
             os.close(folder.lock)
