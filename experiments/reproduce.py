@@ -271,7 +271,7 @@ def write_tables(out: str | Path, name: str, paragraphs: list[str], numbers: dic
     text = "\n\n".join(paragraphs) + "\n"
     data.write_text(Path(out) / f"{name}.md", text)
     data.write_json(Path(out) / f"{name}.json", numbers)
-    print(f"{text}\nwritten to {out}/{name}.md, {out}/{name}.json; figures are beside them")
+    print(f"{text}\nwritten to {out}/{name}.md, {out}/{name}.json")
 
 
 def reproduce(args: argparse.Namespace) -> None:
@@ -459,7 +459,6 @@ def rounds(args: argparse.Namespace) -> None:
     columns = {"tokens": "sampled tokens", ASR: "ASR", "mixture": "ASR, mixture",
                f"{ASR}/unseen framings": "unseen framings", "best_response": "best response",
                "over_refusal/look-alikes": "over-refusal, look-alikes", "helpfulness": "helpful"}
-    draw_rounds(args.out, rows)
     paragraphs = [f"# Performance against the number of rounds T; {len(args.seeds)} seeds", suite_table(rows, columns)]
     write_tables(args.out, "rounds", paragraphs, rows)
 
@@ -496,20 +495,6 @@ def draw_methods(out: str | Path, rows: dict, attackers: dict, histories: dict) 
     for axis, columns in ((curves, 1), (bars, 3), (cells, 2)):
         axis.legend(frameon=False, fontsize=7, ncols=columns, loc="upper right")
     report.save_figure(canvas, Path(out) / "methods.png")
-
-
-def draw_rounds(out: str | Path, rows: dict) -> None:
-    """Draw rounds.png: success against the number of rounds T; rows: {"T = 8": a row of each seed, ...}."""
-    canvas, (axis,) = report.figure(1)
-    lines = {ASR: "held-out prompts", "best_response": "best response, 90 steps",
-             "over_refusal/look-alikes": "over-refusal", "mixture": "held-out prompts, mixture"}
-    for (key, label), look in zip(lines.items(), report.LOOKS):
-        values = [[row[key] for row in repeats] for repeats in rows.values()]  # (horizons, seeds)
-        report.band(axis, HORIZONS, np.array(values).T, label, look)
-    axis.set(xscale="log", xlabel="rounds T", ylabel="rate", title="64 steps of each player in all")
-    axis.set_xticks(HORIZONS, HORIZONS)
-    axis.legend(frameon=False, fontsize=8)
-    report.save_figure(canvas, Path(out) / "rounds.png")
 
 
 # --- the command line -----------------------------------------------------------------------------------------------
