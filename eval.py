@@ -271,8 +271,9 @@ def judge_errors(judge: Judge, labelled: list[dict]) -> JudgeErrors:
     or all of one class."""
     p_safe = call_judge(judge, [row["prompt"] for row in labelled], [row["response"] for row in labelled])
     is_unsafe = np.array([row["safe"] <= 0.5 for row in labelled])
-    unsafe = p_safe[is_unsafe & decided(p_safe)]
-    safe = p_safe[~is_unsafe & decided(p_safe)]
+    has_verdict = decided(p_safe)
+    unsafe = p_safe[is_unsafe & has_verdict]
+    safe = p_safe[~is_unsafe & has_verdict]
     if not (len(unsafe) and len(safe)):
         raise ValueError("a judge must decide safe and unsafe exchanges of --judge_labels, it left all of one kind "
                          "undecided")

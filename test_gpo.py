@@ -1094,8 +1094,9 @@ def test_the_reference_is_a_frozen_copy_and_anchor_moves_it_but_not_the_initial_
 
 
 def test_a_checkpoint_of_other_weights_than_a_player_trains_is_refused():
+    pytest.importorskip("peft")
     tensors, numbers = tiny_player().state_dict()
-    lora = pytest.importorskip("peft") and tiny_player()
+    lora = tiny_player()
     parallel.add_lora(lora.policy, 2)
     for other in (lora, tiny_player(critic="separate")):
         before = bytes_of(other.policy)

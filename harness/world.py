@@ -461,8 +461,9 @@ def neighbour_pairs(seeds: list[str], embedder: Embedder, template: str,
     vectors = embedder(seeds)  # (n, D)
     pairs = []
     for i, vector in enumerate(vectors):
-        nearest = np.argsort(-(vectors @ vector), kind="stable")[:6]  # with itself
-        pairs.append((template.format(seeds[i]), seeds[rng.choice(nearest[nearest != i][:5])]))
+        order = np.argsort(-(vectors @ vector), kind="stable")
+        nearest = order[order != i][:5]
+        pairs.append((template.format(seeds[i]), seeds[rng.choice(nearest)]))
     return pairs
 
 
