@@ -4461,11 +4461,18 @@ def test_reproduce_plays_every_row_on_every_seed_from_one_warm_start_and_nothing
         assert start.read_bytes() == warm_start.read_bytes()
     monkeypatch.setattr(reproduce, "run_suite", lambda out, rows, seeds, probes: dict.fromkeys(rows, [{}, {}]))
     monkeypatch.setattr(reproduce, "suite_table", lambda *_: "")
-    for named in ([], ["GPO"]):
-        run_program(tmp_path, "ablate", *named, "--out", "the results", program=reproduce)
-    assert {path.name: len(read_json(path)["commands"]) for path in results.glob("ablation*.json")} == {
-        "ablations.json": len(reproduce.ABLATIONS | reproduce.RECIPE), "ablation_GPO.json": 1}
+    for rows in (["ablate"], ["ablate", "GPO"], ["ablate_recommended"], ["rounds", "T = 1", "T = 8"]):
+        run_program(tmp_path, *rows, "--out", "the results", program=reproduce)
+    assert {path.name: len(read_json(path)["commands"]) for path in results.glob("*.json")} == {
+        "table.json": 4, "ablate.json": len(reproduce.ABLATIONS), "ablate_GPO.json": 1,
+        "ablate_recommended.json": len(reproduce.RECIPE), "rounds_T_1_T_8.json": 2}
     assert "| GPO+Div " in (results / "table.md").read_text() and (results / "methods.png").stat().st_size > 10_000
+
+
+def test_a_table_of_variations_shows_best_responses_by_seed_beside_their_mean():
+    rows = {"little mining": [{"best_response": 0.5}, {"best_response": 0.0}]}  # standard error .25
+    table = reproduce.suite_table(rows, {"best_response": "best response", "by seed": "by seed"})
+    assert table.splitlines()[-1] == "| little mining | 0.250 ± 0.250 | 0.50, 0.00 |"
 
 
 def test_the_effective_number_of_cells_is_n_for_n_equally_frequent_cells(tmp_path):

@@ -1,8 +1,9 @@
 """The evidence: every claim is a row of a table, every row a command of train.py, each on several seeds.
 
     python -m experiments.reproduce [--quick]            METHODS: the paper's Tables 1, 2 and 4, paired tests, figures
-    python -m experiments.reproduce ablate [ROW ...]     ABLATIONS, RECIPE: one flag changed; all rows, or those named
-    python -m experiments.reproduce rounds               ROUNDS: performance against the number of rounds T
+    python -m experiments.reproduce ablate [ROW ...]     ABLATIONS of GPO+Div: one flag changed; all rows or those named
+    python -m experiments.reproduce ablate_recommended   RECIPE: the same for the defaults, with best responses
+    python -m experiments.reproduce rounds               ROUNDS: the defaults with another number of rounds T
 
 `train.py`, `eval.py RUN` and `experiments.probe RUN` are called as a user would call them, with one thread each and as
 many at once as there are cores (at most 8). Finished work is not repeated: after a stop, give the same command.
@@ -20,7 +21,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -71,15 +71,19 @@ RECIPE = {
     "no harmless requests": "--benign_share 0 --average mixture",
     "against mixtures": "--opponent mixture --average mixture", "against the mean of weights": "--opponent weights",
     "against an exponential average": "--opponent ema --average mixture,ema",
-    "no diversity": "--diversity 0 --average mixture"}
+    "no diversity": "--diversity 0 --average mixture", "little mining": "--mine 60 --average mixture",
+    "Iterative, recommended": METHODS["Iterative, recommended"],
+    "Iterative, no known answers": "--method iterative --unlikelihood_coef 0 --average mixture",
+    "Iterative, little mining": "--method iterative --mine 60 --average mixture"}
 HORIZONS = (1, 2, 8, 32)  # T, the number of rounds, with the same totals of updates and mined attacks
 ROUNDS = {f"T = {t}": f"--rounds {t} --defender_steps {64 // t} --attacker_steps {64 // t} --mine {7200 // t} "
                       "--average mixture" for t in HORIZONS}
+SUITES = {"ablate": ABLATIONS, "ablate_recommended": RECIPE, "rounds": ROUNDS}
 THIRD_PARTIES = ("SFT", "RLHF", "GPO+Div")  # every attacker is tried on their finished defenders
 PROBE_STEPS = 90  # PPO steps of a fresh attacker
 BEST_RESPONSE = f"best_0_{PROBE_STEPS}.json"  # by experiments.probe, in a run's folder
 LABELLED = 400  # exchanges by which the training judge's errors are estimated
-NEIGHBOURS = {name: METHODS[name] for name in ("RLHF", "GPO+Div")}  # third parties of `ablate` and `rounds`
+NEIGHBOURS = {name: METHODS[name] for name in ("RLHF", "GPO+Div")}  # third parties of SUITES
 
 # (measure, larger, smaller[, margin]): the paper's orderings of Tables 1 and 2. A paired test over seeds tests
 # larger + margin > smaller
@@ -210,6 +214,7 @@ def suite_row(folder: Path) -> dict:
     row["effective_cells"] = effective_cells(folder)
     row["tokens"] = summary.get("sampled_tokens")  # MART does not count them
     row["averages"] = {name: column for name, column in found.items() if name.startswith("average")}
+    row["mixture"] = row["averages"].get("average (mixture)", {}).get(ASR)
     return row
 
 
@@ -250,11 +255,14 @@ def held_out_history(folder: Path) -> list[float]:
 
 # --- tables ---------------------------------------------------------------------------------------------------------
 def suite_cells(repeats: list[dict], keys: Iterable[str]) -> list[str]:
-    """Mean ± standard error under each key of the rows of several seeds; "1 - key": of one minus the value."""
+    """Mean ± standard error under each key of the rows of several seeds; "1 - key": of one minus the value. "by seed":
+    the best response on each."""
     cells = []
     for key in keys:
         if key.startswith("1 - "):
             cells.append(report.mean_and_error([1 - row[key.removeprefix("1 - ")] for row in repeats]))
+        elif key == "by seed":
+            cells.append(", ".join(f"{row['best_response']:.2f}" for row in repeats))
         else:
             cells.append(report.mean_and_error([row.get(key) for row in repeats], 0 if key in COUNTS else 3))
     return cells
@@ -424,43 +432,29 @@ def averages_table(out: str | Path, seeds: Sequence[int], rows: list[dict]) -> s
     return report.markdown(["", *(report.LABELS[key] for key in keys), "MiB a player", "s for 1,000 answers"], lines)
 
 
-def ablate(args: argparse.Namespace) -> None:
-    """ABLATIONS and RECIPE, all rows or those named, over seeds."""
-    wrong = set(args.rows) - {*ABLATIONS, *RECIPE}
+def variations(args: argparse.Namespace) -> None:
+    """A suite over seeds, all rows or those named; but for `ablate`, with best responses."""
+    suite = SUITES[args.command]
+    wrong = set(args.rows) - set(suite)
     if wrong:
-        raise ValueError(f"rows of ablate are {', '.join([*ABLATIONS, *RECIPE])}; got {', '.join(wrong)}")
-    columns = {ASR: "ASR", f"{ASR}/unseen framings": "unseen framings",
-               "over_refusal/look-alikes": "over-refusal, look-alikes", "helpfulness": "helpful", **ATTACKER}
-    paragraphs = [f"# Ablations: one flag, one row; {len(args.seeds)} seeds, mean ± standard error"]
-    everything = {}
-    for title, suite in (("GPO+Div", ABLATIONS), ("The recommended setting", RECIPE)):
-        suite = {name: flags for name, flags in suite.items() if name in (args.rows or suite)}
-        probed = ()
-        if title == "The recommended setting":
-            probed = suite
-            columns["best_response"] = "best response, 90 steps"
-        if suite:
-            rows = run_suite(args.out, NEIGHBOURS | suite, args.seeds, probed)
-            paragraphs += [f"## {title}", suite_table(rows, columns, suite)]
-            everything |= {name: rows[name] for name in suite}
-    commands = {name: f"python train.py {(ABLATIONS | RECIPE)[name]}" for name in everything}
-    file = "ablations"
+        raise ValueError(f"rows of {args.command} are {', '.join(suite)}; got {', '.join(wrong)}")
+    suite = {name: flags for name, flags in suite.items() if name in (args.rows or suite)}
+    columns = {ASR: "ASR", f"{ASR}/unseen framings": "unseen framings", **QUALITY}
+    probed = ()
+    if args.command == "ablate":
+        columns |= ATTACKER
+    else:
+        columns |= {"best_response": f"best response, {PROBE_STEPS} steps", "by seed": "by seed",
+                    "mixture": "ASR, mixture", "tokens": "sampled tokens"}
+        probed = suite
+    rows = run_suite(args.out, NEIGHBOURS | suite, args.seeds, probed)
+    rows = {name: rows[name] for name in suite}
+    file = args.command
     if args.rows:  # they leave the table of all rows
-        file = re.sub(r"\W+", "_", "_".join(["ablation", *everything]))[:200]
-    write_tables(args.out, file, paragraphs, {"commands": commands, "rows": everything})
-
-
-def rounds(args: argparse.Namespace) -> None:
-    """Performance against the number of rounds T, a run for each."""
-    rows = run_suite(args.out, NEIGHBOURS | ROUNDS, args.seeds, ROUNDS)
-    rows = {name: rows[name] for name in ROUNDS}
-    for row in chain(*rows.values()):
-        row["mixture"] = row["averages"]["average (mixture)"][ASR]
-    columns = {"tokens": "sampled tokens", ASR: "ASR", "mixture": "ASR, mixture",
-               f"{ASR}/unseen framings": "unseen framings", "best_response": "best response",
-               "over_refusal/look-alikes": "over-refusal, look-alikes", "helpfulness": "helpful"}
-    paragraphs = [f"# Performance against the number of rounds T; {len(args.seeds)} seeds", suite_table(rows, columns)]
-    write_tables(args.out, "rounds", paragraphs, rows)
+        file = re.sub(r"\W+", "_", "_".join([file, *suite]))[:200]
+    title = f"# {args.command}: seeds {args.seeds[0]} to {args.seeds[-1]}, mean ± standard error"
+    commands = {name: f"python train.py {flags}" for name, flags in suite.items()}
+    write_tables(args.out, file, [title, suite_table(rows, columns)], {"commands": commands, "rows": rows})
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
@@ -502,26 +496,27 @@ def main(argv: Sequence[str]) -> None:
     """Parse the arguments and run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = data.fail
-    commands = {"reproduce": reproduce, "ablate": ablate, "rounds": rounds}
-    parser.add_argument("command", nargs="?", default="reproduce", choices=commands)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help="of ablate; default: all")
+    parser.add_argument("command", nargs="?", default="reproduce", choices=["reproduce", *SUITES])
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="of any other command; default: all")
     parser.add_argument("--quick", action="store_true", help="reproduce: four methods, two seeds, two rounds")
     parser.add_argument("--seeds", type=int, help="how many, 2 to 20; default: 10 for reproduce, 5 for the others")
     parser.add_argument("--first_seed", type=int, default=108,
                         help="settings were chosen on 0 to 5; measured so far: 10 to 14, 20 to 117")
     parser.add_argument("--out", help="folder; default: results, with --quick results_quick")
     args = parser.parse_intermixed_args(argv)
-    defaults = {"reproduce": 2 if args.quick else 10, "ablate": 5, "rounds": 5}
-    n_seeds = defaults[args.command] if args.seeds is None else args.seeds
+    n_seeds = args.seeds
+    if n_seeds is None:
+        n_seeds = {"reproduce": 2 if args.quick else 10}.get(args.command, 5)
     if not 2 <= n_seeds <= 20 or args.first_seed < 0:  # the exact test of reproduce has 2^seeds cases
         parser.error(f"--seeds must be 2 to 20 and --first_seed at least 0, got {n_seeds} and {args.first_seed}")
     if args.quick and args.command != "reproduce":
         parser.error(f"--quick is of reproduce, not of {args.command}; take fewer --seeds")
-    if args.rows and args.command != "ablate":
-        parser.error(f"rows are of ablate, got {' '.join(args.rows)} for {args.command}")
+    if args.rows and args.command == "reproduce":
+        parser.error(f"rows are of {', '.join(SUITES)}; got {' '.join(args.rows)} for reproduce")
     args.seeds = range(args.first_seed, args.first_seed + n_seeds)
     args.out = args.out or ("results_quick" if args.quick else "results")
-    run_program(commands[args.command], args, "; the same command goes on where it stopped")
+    program = reproduce if args.command == "reproduce" else variations
+    run_program(program, args, "; the same command goes on where it stopped")
 
 
 if __name__ == "__main__":
