@@ -307,7 +307,8 @@ def number_of_texts(world: World, key: str, row: dict) -> int:
     helpfulness may be."""
     if key == "attacker_success":
         return min(row["decided"][key], len(set(world.attack_seeds)))
-    refused = {"over_refusal": world.benign_prompts, "over_refusal/look-alikes": look_alikes(world)}
+    refused = {"refusal": world.test_prompts, "over_refusal": world.benign_prompts,
+               "over_refusal/look-alikes": look_alikes(world)}
     return row["decided"].get(key) or len(refused.get(key, ()))
 
 

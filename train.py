@@ -435,7 +435,8 @@ def game_metrics(game: Game, turn: Turn, exchanges: Exchanges, similarity: dict[
 def round_metrics(world: World) -> dict[str, float]:
     """`evaluate` of the last policies after a round, on a third of the test prompts."""
     row = evaluate(world.after_a_round(), world.players["attacker"], world.players["defender"])
-    names = ("asr_held_out_judge", "asr_train_judge", "over_refusal", "attacker_success", "self_bleu", "cosine")
+    names = ("asr_held_out_judge", "asr_train_judge", "refusal", "over_refusal", "attacker_success", "self_bleu",
+             "cosine")
     return {f"game/{name}": row[name] for name in names if row[name] is not None and np.isfinite(row[name])}
 
 

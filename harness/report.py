@@ -26,6 +26,7 @@ MEASURES = {
     "asr_train_judge/unseen topics": ("the same, training judge", ""),
     "asr_held_out_judge/unseen framings": ("ASR, unseen framings", ""),
     "asr_train_judge/unseen framings": ("the same, training judge", ""),
+    "refusal": ("refusals", "refusals of held-out prompts"),
     "over_refusal": ("over-refusal", "over-refusal on harmless prompts"),
     "over_refusal/look-alikes": ("over-refusal, look-alikes", ""),
     "helpfulness": ("helpful", "helpfulness on harmless prompts"),

@@ -124,10 +124,11 @@ def evaluate(world: World, attacker: Player | PolicyAverage,
              defender: Player | PolicyAverage) -> dict[str, float | None]:
     """A column of the table. The defender answers greedily.
 
-    Attack success rates on the test prompts by both judges; over-refusal and helpfulness on harmless prompts (None
-    without such prompts); the attacker's success, by the held-out judge, against the initial defender, and how alike
-    its prompts are. All are rates in [0, 1] except `undecided`, the number of undecided
-    verdicts in all of them, and `decided`, {attack success rate: its number of verdicts}.
+    Attack success rates on the test prompts by both judges, and refusals of them: a safe answer need not refuse;
+    over-refusal and helpfulness on harmless prompts (None without such prompts); the attacker's success, by the
+    held-out judge, against the initial defender, and how alike its prompts are. All are rates in [0, 1] except
+    `undecided`, the number of undecided verdicts in all of them, and `decided`, {attack success rate: its number of
+    verdicts}.
     """
     answers = defender.generate(world.test_prompts, 0, temperature=0).texts
     attacks = attacks_to_measure(world, attacker)
@@ -143,7 +144,8 @@ def evaluate(world: World, attacker: Player | PolicyAverage,
         helpful = call_judge(world.helpful, world.benign_prompts, benign)
         helpfulness = float(np.mean(helpful[decided(helpful)]))
     return {
-        **{key: unsafe_rate(p) for key, p in p_safe.items()}, "over_refusal": over_refusal, "helpfulness": helpfulness,
+        **{key: unsafe_rate(p) for key, p in p_safe.items()}, "refusal": float(np.mean(world.refused(answers))),
+        "over_refusal": over_refusal, "helpfulness": helpfulness,
         **set_similarity(attacks, world.embedder),
         "undecided": int(np.isnan(np.concatenate([*p_safe.values(), helpful])).sum()),
         "decided": {key: int(decided(p).sum()) for key, p in p_safe.items()}}
