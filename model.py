@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.activations import NewGELUActivation
 from transformers.cache_utils import StaticLayer
+from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import find_adapter_config_file
@@ -111,7 +112,7 @@ class Policy(nn.Module):
         self.critic_body = copy.deepcopy(lm.base_model) if critic == "separate" else None
         self.value_head = nn.Linear(lm.get_output_embeddings().in_features, 1, device=lm.device)
         self.new_critic()
-        self.context = _context(lm.config.get_text_config())  # tokens
+        self.context = context_length(lm.config)  # tokens
         last_token = max(tokenizer.get_vocab().values())
         rows = lm.get_output_embeddings().weight.shape[0]
         self.tokens = min(last_token + 1, rows)  # V: further rows of the head are padding, without a token
@@ -241,9 +242,10 @@ def _use_faster_operations(lm, dtype):
             lm.set_submodule(name, nn.GELU(approximate="tanh"))
 
 
-def _context(config):
+def context_length(config: PretrainedConfig) -> int:
     """A model's context length in tokens. With longrope it is the original context: beyond it the states of all tokens
     would depend on the longest text of the batch."""
+    config = config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         return rope["original_max_position_embeddings"]
@@ -553,8 +555,10 @@ def pick_token(logits: torch.Tensor, temperature: float, top_k: int, top_p: floa
         return logits.argmax(-1)
     if temperature != 1:
         logits = logits / temperature
-    if top_k > 0 or top_p < 1:
-        logits = filter_logits(logits, top_k, top_p)
+    if top_k > 0:  # Fan et al., 2018
+        logits = TopKLogitsWarper(top_k)(None, logits)
+    if top_p < 1:  # nucleus; Holtzman et al., 2020
+        logits = TopPLogitsWarper(top_p)(None, logits)
     return sample_token(logits, generator)
 
 
@@ -565,17 +569,6 @@ def sample_token(logits: torch.Tensor, generator: torch.Generator) -> torch.Tens
     cdf = logits.softmax(-1).cumsum(-1)  # (B, V), its last column 1 up to rounding
     u = (1 - torch.rand(len(logits), 1, generator=generator, device=logits.device)) * cdf[:, -1:]
     return torch.searchsorted(cdf, u)[:, 0].clamp(max=logits.shape[1] - 1)
-
-
-def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Top-k (Fan et al., 2018), then top-p filter (nucleus; Holtzman et al., 2020): logits (B, V), -inf outside."""
-    ranked, order = logits.sort(-1, descending=True)
-    if top_k > 0:
-        ranked[:, top_k:] = -torch.inf
-    if top_p < 1:
-        p = ranked.softmax(-1)
-        ranked[p.cumsum(-1) - p >= top_p] = -torch.inf  # a token stays while the mass before it is below top_p
-    return torch.empty_like(ranked).scatter(-1, order, ranked)
 
 
 # --- the processor ------------------------------------------------------------------------------------------

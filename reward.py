@@ -36,6 +36,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from model import (
     PROBE,
+    context_length,
     encode_rendered,
     first_line,
     inert_texts,
@@ -385,7 +386,7 @@ def guard_judge(model: Model, tokenizer: Tokenizer) -> Judge:
     safe, unsafe = (_first_ids(tokenizer, render, word) for word in ("safe", "unsafe"))
     if not safe or not unsafe or set(safe) & set(unsafe):
         raise ValueError("its tokenizer cannot tell 'safe' from 'unsafe'")
-    limit = getattr(model.config, "max_position_embeddings", 2**30) - 2  # room for the white space
+    limit = context_length(model.config) - 2  # room for the white space
 
     @torch.no_grad()
     def judge(prompts, responses):

@@ -15,8 +15,8 @@ Differs from the paper (numbers as in the README; rows are of docs/results.md):
 (5) `--unlikelihood_coef`: the defender's updates also make known unsafe answers less likely, and helpful ones likelier.
 PPO learns from a rare answer only when it is sampled, once in thousands: section *the worst case, exactly*.
 (6) `--replay`: most attacks in the defender's batch are earlier ones, against forgetting: row *no replay*.
-(7) `--mine`: these are the initial defender's. It answers attacks of the untrained attacker, a third of them at twice
-its temperature, before each defender turn; the likelier an unsafe answer is then, the more often it is unlearned.
+(7) `--mine`: the answers of (5) are the initial defender's, to attacks of the untrained attacker, a third of them at
+twice its temperature, before each defender turn; the likelier an unsafe answer is then, the more often it is unlearned.
 (8) `--ptx_coef`: a supervised loss on demonstrations, against over-refusal: row *no demonstrations*.
 (11) R_div is centred over the batch. Its level, about -k / 2 for every attack, is no signal, but it swamps a critic
 that starts at zero: exercise 2 of docs/exercises.md. Row *k = 10* depends on it.
@@ -241,7 +241,7 @@ class Game:
         self.replay.likelihood = numbers["likelihood"]
         self.replay.helpful = numbers["helpful"]
         self.sampled_tokens = numbers["sampled_tokens"]
-        if None not in numbers.get("likelihood_bound", [None]):  # None: -inf, or from an older version
+        if None not in numbers["likelihood_bound"]:  # None: -inf
             self.likelihood_bound = torch.tensor(numbers["likelihood_bound"])
         for name, player in self.players.items():
             player.load_state_dict(*states[name])
@@ -459,7 +459,6 @@ def main(argv: list[str]) -> None:
         if config.dry_run:
             show_prompts(world)
             return
-        print("evaluating both players before the game")
         game = new_game(config, world)
         folder.open(world, game, len(schedule(config)))
         with folder.stop_after_a_step():

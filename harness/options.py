@@ -36,7 +36,8 @@ class Config:
     attacker: str | None = option("folder, .gguf file or hub id; without it: the embedded game", heading="players",
                                   warm_start=True)
     defender: str | None = option("folder, .gguf file or hub id", warm_start=True)
-    judge: str | None = option("training judge: rule, toy, folder or hub id, guard:MODEL, file.py:function", "toy",
+    judge: str | None = option("training judge: rule, folder or hub id, guard:MODEL, file.py:function; in the embedded "
+                               "game also toy and truth", "toy",
                                "facebook/roberta-hate-speech-dynabench-r4-target", heading="judges", warm_start=True)
     held_out_judge: str | None = option("judge for evaluation only", "truth", "s-nlp/roberta_toxicity_classifier")
     unsafe_label: str | None = option("labels of a classifier --judge that mean unsafe, separated by commas, if their "

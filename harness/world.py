@@ -102,9 +102,8 @@ def make_world(config: Config, start: Path | None = None) -> World:
         prompts = _user_prompts(config, files, policies)
         pairs = _user_pairs(config, prompts, embedder, rng)
     _check_prompts(config, prompts)
-    if not start or config.given:  # the run begins; that of --start may have had more room
-        tests = prompts.test_prompts + prompts.benign_prompts + sum(prompts.more_tests.values(), [])
-        _check_room(config, policies, prompts.seeds, prompts.benign_seeds + tests)
+    tests = prompts.test_prompts + prompts.benign_prompts + sum(prompts.more_tests.values(), [])
+    _check_room(config, policies, prompts.seeds, prompts.benign_seeds + tests)  # that of --start may have had more room
     if config.shard:
         for policy in policies.values():
             parallel.shard(policy)
