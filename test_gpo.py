@@ -3410,10 +3410,14 @@ def test_a_run_leaves_a_complete_folder_with_every_step_and_every_exchange(finis
     assert not stopped.value.code and capsys.readouterr().out == "the run in run is finished: read run/report.md\n"
 
 
-def test_the_prompts_of_another_run_must_fit_beside_longer_answers(finished, tmp_path, capsys):
+def test_the_prompts_of_another_run_must_fit_beside_longer_answers(finished, tmp_path, monkeypatch, capsys):
     longer = [*SIZES, "--start", finished.folder, "--response_tokens", 50]  # in a context of 64
     message = "--response_tokens must leave room for a prompt of .* 50 new tokens in its context of 64"
     assert re.search(message, refusal(capsys, tmp_path, *longer))
+    with monkeypatch.context() as patch:  # Ctrl-C while the models are loaded
+        patch.setattr(train, "make_world", Mock(side_effect=KeyboardInterrupt))
+        ending(capsys, tmp_path, *longer, "--out", "late")
+    assert re.search(message, refusal(capsys, tmp_path, "--resume", "late"))
 
 
 @pytest.mark.parametrize("method, turns, in_a_round", [

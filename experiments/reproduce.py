@@ -105,7 +105,7 @@ DEFENDER = {ASR: "in distribution", f"{ASR}/unseen topics": "unseen topics",
 ATTACKER = {"third_party_success": "success on third parties", "cells": "distinct cells broken",
             "topics": "distinct topics broken", "1 - self_bleu": "1 - SelfBLEU", "1 - cosine": "1 - cosine"}
 QUALITY = {"helpfulness": "helpful", "over_refusal/look-alikes": "over-refusal, look-alikes",
-           "over_refusal": "over-refusal, all"}
+           "over_refusal": "over-refusal, all", "refusal": "held-out prompts refused"}
 COST = {"updates": "defender updates", "effective_cells": "effective cells in them", "tokens": "sampled tokens",
         "kl": "KL to SFT, nats"}
 COUNTS = ("updates", "effective_cells", "tokens", "cells", "topics")  # keys that are shown without decimals
