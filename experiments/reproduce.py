@@ -505,8 +505,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", help="folder; default: results, with --quick results_quick")
     args = parser.parse_intermixed_args(argv)
     n_seeds = args.seeds
-    if n_seeds is None:
-        n_seeds = {"reproduce": 2 if args.quick else 10}.get(args.command, 5)
+    if n_seeds is None and args.command == "reproduce":
+        n_seeds = 2 if args.quick else 10
+    elif n_seeds is None:
+        n_seeds = 5
     if not 2 <= n_seeds <= 20 or args.first_seed < 0:  # the exact test of reproduce has 2^seeds cases
         parser.error(f"--seeds must be 2 to 20 and --first_seed at least 0, got {n_seeds} and {args.first_seed}")
     if args.quick and args.command != "reproduce":
