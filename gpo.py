@@ -284,7 +284,7 @@ class Player:
             self.anchor()  # a reference of its own
             load_weights(self.reference.lm, groups["reference"])
         self.skipped_steps = numbers["skipped_steps"]
-        self.skipped_in_a_row = numbers["skipped_in_a_row"]
+        self.skipped_in_a_row = numbers.get("skipped_in_a_row", 0)  # absent in older checkpoints
 
     def _load_optimizer(self, moments):
         """Load AdamW's moments {"part.parameter": tensor}."""

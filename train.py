@@ -241,7 +241,7 @@ class Game:
         self.replay.likelihood = numbers["likelihood"]
         self.replay.helpful = numbers["helpful"]
         self.sampled_tokens = numbers["sampled_tokens"]
-        if None not in numbers["likelihood_bound"]:  # None: -inf
+        if None not in numbers.get("likelihood_bound", [None]):  # None: -inf, or from an older version
             self.likelihood_bound = torch.tensor(numbers["likelihood_bound"])
         for name, player in self.players.items():
             player.load_state_dict(*states[name])

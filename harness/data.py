@@ -117,8 +117,9 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_config(folder: str | Path) -> dict:
-    """The options of the run in a folder."""
-    return read_json(Path(folder) / "config.json")["config"]
+    """The options of the run in a folder. Those that older versions did not have, with the values they had built in."""
+    built_in = {"lam": 0.95, "missing_eos_penalty": 0.5, "unlikelihood_coef": 0.0}
+    return {**built_in, **read_json(Path(folder) / "config.json")["config"]}
 
 
 def read_lines(path: Path) -> list:
