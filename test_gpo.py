@@ -485,6 +485,17 @@ def test_a_filter_keeps_the_smallest_set_of_likeliest_tokens_whose_mass_reaches_
     assert set(tokens.tolist()) == kept  # a token of .1 is missing from 500 once in 10^23
 
 
+@pytest.mark.parametrize("top_k, top_p", [(3, 1.0), (0, 0.6), (5, 0.7)])
+def test_sampled_tokens_lie_in_the_filter_at_the_temperature_of_sampling(top_k, top_p):
+    policy = tiny_policy()
+    rollout = generate(policy, PROMPTS, 5, temperature=0.9, top_k=top_k, top_p=top_p, seed=0)
+    mask = rollout.response_mask[:, 1:]
+    logits = (policy.lm(rollout.tokens).logits / 0.9)[:, :-1][mask]  # (N, V)
+    expected = transformers.TopKLogitsWarper(top_k)(None, logits) if top_k else logits
+    expected = transformers.TopPLogitsWarper(top_p)(None, expected)
+    assert expected.gather(1, rollout.tokens[:, 1:][mask][:, None]).isfinite().all()
+
+
 # --- text is not control tokens -------------------------------------------------------------------------------------
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -3981,6 +3992,18 @@ def test_all_state_of_a_game_survives_a_stop_in_mid_turn(user_models, faulty, mo
     probes = [game for game in read_lines(user_models / "faulty" / "games.jsonl") if game["role"] == "probe"][-3:]
     answers = defender.generate([game["attack"] for game in probes], 0, temperature=0).texts
     assert answers == [game["response"] for game in probes]
+
+
+def test_a_run_of_other_options_is_read_with_the_values_that_were_built_in(finished, tmp_path):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    whole = read_json(file)
+    for name in ("lam", "missing_eos_penalty"):
+        del whole["config"][name]
+    whole["config"]["restart"] = 3  # has left
+    file.write_text(json.dumps(whole))
+    defender = open_run(tmp_path / "run").world.players["defender"]
+    assert (defender.lam, defender.missing_eos_penalty) == (0.95, 0.5)
 
 
 def test_a_killed_program_ends_with_the_same_bytes_after_it_is_resumed(finished, tmp_path):

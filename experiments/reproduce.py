@@ -504,11 +504,10 @@ def main(argv: Sequence[str]) -> None:
                         help="settings were chosen on 0 to 5; measured so far: 10 to 14, 20 to 117")
     parser.add_argument("--out", help="folder; default: results, with --quick results_quick")
     args = parser.parse_intermixed_args(argv)
-    n_seeds = args.seeds
-    if n_seeds is None and args.command == "reproduce":
-        n_seeds = 2 if args.quick else 10
-    elif n_seeds is None:
-        n_seeds = 5
+    default = 5
+    if args.command == "reproduce":
+        default = 2 if args.quick else 10
+    n_seeds = default if args.seeds is None else args.seeds
     if not 2 <= n_seeds <= 20 or args.first_seed < 0:  # the exact test of reproduce has 2^seeds cases
         parser.error(f"--seeds must be 2 to 20 and --first_seed at least 0, got {n_seeds} and {args.first_seed}")
     if args.quick and args.command != "reproduce":

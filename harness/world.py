@@ -103,7 +103,7 @@ def make_world(config: Config, start: Path | None = None) -> World:
         pairs = _user_pairs(config, prompts, embedder, rng)
     _check_prompts(config, prompts)
     tests = prompts.test_prompts + prompts.benign_prompts + sum(prompts.more_tests.values(), [])
-    _check_room(config, policies, prompts.seeds, prompts.benign_seeds + tests)  # that of --start may have had more room
+    _check_room(config, policies, prompts.seeds, prompts.benign_seeds + tests)  # the run of --start may have had more
     if config.shard:
         for policy in policies.values():
             parallel.shard(policy)
