@@ -27,14 +27,21 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    StaticCache,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.activations import NewGELUActivation
 from transformers.cache_utils import StaticLayer
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import find_adapter_config_file
+from transformers.utils import GENERATION_CONFIG_NAME, find_adapter_config_file
 
 from kernel import linear_logprob
 
@@ -42,7 +49,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PLAIN_TEMPLATE = "Human: {} AI:"  # for tokenizers without a chat template, as in the authors' code
 THOUGHTS = re.compile(r"\A\s*<think>.*?(</think>|\Z)", re.DOTALL)  # of a reasoning model, before its answer
-PROBE = ("marmalade", "porcupine")  # a prompt and a response, to see what a chat template makes of them
+PROBE = ("Marmalade?", "Porcupine!")  # a prompt and a response, to see what a chat template makes of them
 EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*\Z")  # at the end of a prompt that asks for none
 
 
@@ -703,24 +710,25 @@ def load_model(kind: type, name: str | Path, trust_remote_code: bool = False) ->
         source = Path(name).parent
         unpack = GgufConfig(dequantize=True)  # a model of packed weights could be neither trained nor saved
         model, info = kind.from_pretrained(source, quantization_config=unpack, **load_options)
-        missing = info["missing_keys"]
     elif find_adapter_config_file(name):
-        model, missing = merge_adapter(kind, name, load_options)
+        model, info = merge_adapter(kind, name, load_options)
         options["config"] = model.config  # the adapter's repository has none
         if not get_tokenizer_config(name):
             source = model.name_or_path
         model.name_or_path = str(name)
     else:
         model, info = kind.from_pretrained(name, **load_options)
-        missing = info["missing_keys"]
     check_finite(model)
+    if Path(source, GENERATION_CONFIG_NAME).is_file():  # with EOS ids; a damaged one would be ignored without a word
+        GenerationConfig.from_pretrained(source)
     task = kind.__name__.removeprefix("AutoModelFor")
     made_for = re.search("For(SequenceClassification|TokenClassification|QuestionAnswering)",
                          str(model.config.architectures))
     if made_for and made_for[1] != task:  # of which transformers would drop the head, without a word
         raise ValueError(f"it is a {made_for[1]} model, not a {task} one")
-    if missing:  # a classifier or an encoder, say
-        raise ValueError(f"it has no weights for {sorted(missing)[0]}, so it is not a trained {task} model")
+    if info["missing_keys"]:  # a classifier or an encoder, say
+        raise ValueError(f"it has no weights for {min(info['missing_keys'])}, so it is not a trained {task} model")
+    check_layers(model, info)
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     if str(name).endswith(".gguf"):
         tokenizer.add_tokens(_gguf_control_tokens(name), special_tokens=True)
@@ -738,9 +746,10 @@ def _gguf_control_tokens(file):
     return [word for word, kind in zip(words, types) if kind == TokenType.CONTROL]
 
 
-def merge_adapter(kind: type, name: str | Path, options: dict) -> tuple[PreTrainedModel, set[str]]:
-    """(an adapter's base model with the adapter merged into it, names of the weights that neither has). kind: a class
-    such as AutoModelForCausalLM; options: for `from_pretrained`. Raises ValueError without peft or the base."""
+def merge_adapter(kind: type, name: str | Path, options: dict) -> tuple[PreTrainedModel, dict]:
+    """(an adapter's base model with the adapter merged into it, what `from_pretrained` tells of it; only weights that
+    neither has are missing). kind: a class such as AutoModelForCausalLM; options: for `from_pretrained`. Raises
+    ValueError without peft or the base."""
     try:
         import peft
     except ImportError as error:
@@ -760,7 +769,7 @@ def merge_adapter(kind: type, name: str | Path, options: dict) -> tuple[PreTrain
         raise ValueError(f"it is an adapter, and its base {base!r} cannot be loaded: {first_line(error)}") from error
     model = peft.PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)  # peft froze it
     mismatched = {key for key, *_ in info["mismatched_keys"]}
-    return model, (set(info["missing_keys"]) | mismatched) - set(weights)
+    return model, {**info, "missing_keys": (set(info["missing_keys"]) | mismatched) - set(weights)}
 
 
 def _probe_template(policy):
@@ -864,9 +873,25 @@ def check_finite(model: PreTrainedModel) -> None:
             raise ValueError(f"its weights in {name} are not all finite; take a checkpoint in which they are")
 
 
+def check_layers(model: PreTrainedModel, info: dict) -> None:
+    """Raises ValueError if a model's files hold weights for which its config has no place, though it has the layer, or
+    the same one with another number: more layers or biases, say, which transformers drops. info: of
+    `from_pretrained`."""
+    def layer(name):
+        return re.sub(r"\.\d+\.", ".0.", name.removeprefix(f"{model.base_model_prefix}.")).rpartition(".")[0]
+
+    layers = {layer(name) for name, _ in model.named_parameters()}
+    dropped = [name for name in info["unexpected_keys"] if layer(name) in layers]
+    if dropped:
+        raise ValueError(f"its files hold {min(dropped)}, which its config.json leaves out; take the config.json that "
+                         "belongs to these weights")
+
+
 def check_body(model: PreTrainedModel, info: dict) -> None:
-    """Raises ValueError if weights of a model's body are missing (transformers has made them at random) or not finite.
-    info: of `from_pretrained`. A head, which is trained, and a pooler, which is not used or trained, may be new."""
+    """Raises ValueError if weights of a model's body are missing (transformers has made them at random), left out or
+    not finite. info: of `from_pretrained`. A head, which is trained, and a pooler, which is not used or trained, may
+    be new."""
+    check_layers(model, info)
     check_finite(model.base_model)
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     new = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]

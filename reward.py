@@ -243,7 +243,7 @@ def _template_fault(render):
         text = render(*PROBE)
     except ValueError as error:
         return f"fails: {first_line(error.__cause__ or error)}"
-    return None if all(words in text for words in PROBE) else "leaves out the prompt or the response"
+    return None if all(words in text for words in PROBE) else "leaves out or changes the prompt or the response"
 
 
 def _usual_input(tokenizer, how):

@@ -625,8 +625,10 @@ HARMONY = ("{% for m in messages %}<|start|>{{ m['role'] }}{% if m['role'] == 'a
 
 @pytest.mark.parametrize("template, message", [
     (R1, r"conversations must begin as its prompts do, which end in '.*<think>\\n'"),
-    (HARMONY, "must be the assistant's words alone, but its chat template makes of 'porcupine' 'finalporcupine'"),
-    ("{{ messages[-1]['role'] }}", "must render the words of the user and of the assistant once each")])
+    (HARMONY, "must be the assistant's words alone, but its chat template makes of 'Porcupine!' 'finalPorcupine!'"),
+    ("{{ messages[-1]['role'] }}", "must render the words of the user and of the assistant once each"),
+    ("{% for m in messages %}{{ m['content'] | lower }}</s>{% endfor %}", "must render the words of the user and"),
+    ("{% for m in messages %}{{ m['content'].rstrip('?!.') }}</s>{% endfor %}", "must render the words of the user")])
 def test_a_player_whose_chat_template_writes_more_or_less_than_prompts_and_answers_is_refused(
         template, message, tmp_path):
     tokenizer = byte_tokenizer(["<|User|>", "<|Assistant|>", "<|start|>", "<|channel|>", "<|message|>", "<|return|>"],
@@ -676,9 +678,50 @@ def test_a_damaged_critic_or_generation_config_is_an_error_of_one_line(tmp_path)
     with pytest.raises(ValueError, match="cannot load '.*/lm' as a causal language model: Error"):
         load_policy(folder)
     (folder / "critic.safetensors").unlink()
-    (folder / "generation_config.json").write_text('{"eos_token_id": [[1]]}')
-    with pytest.raises(ValueError, match="cannot load '.*/lm' as a causal language model: "):
-        load_policy(folder)
+    for damaged in ('{"eos_token_id": [[1]]}', '{"eos_token_id": [1'):
+        (folder / "generation_config.json").write_text(damaged)
+        with pytest.raises(ValueError, match="cannot load '.*/lm' as a causal language model: "):
+            load_policy(folder)
+
+
+def with_config(folder, **changes):
+    """A model's folder whose config.json has been changed."""
+    data.write_json(folder / "config.json", {**read_json(folder / "config.json"), **changes})
+    return folder
+
+
+@pytest.mark.parametrize("kept, changes, dropped", [
+    ({}, {"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight"),
+    ({"attention_bias": True}, {"attention_bias": False}, "model.layers.0.self_attn.k_proj.bias")])
+def test_weights_that_a_config_leaves_out_are_an_error(kept, changes, dropped, tmp_path):
+    tokenizer = byte_tokenizer([], eos_token="</s>")
+    folder = saved(tmp_path / "player", tiny_llama(tokenizer, **kept), tokenizer)
+    load_policy(folder)
+    with pytest.raises(ValueError, match=f"its files hold {dropped}, which its config.json leaves out; take the"):
+        load_policy(with_config(folder, **changes))
+
+
+def test_a_judge_or_an_encoder_with_more_layers_than_its_config_is_an_error(encoder, tmp_path, capsys):
+    tokenizer = tiny_tokenizer()
+    classifier = tiny_classifier(tokenizer, num_hidden_layers=2)
+    judge = with_config(saved(tmp_path / "judge", classifier, tokenizer), num_hidden_layers=1)
+    with pytest.raises(ValueError, match="cannot load the judge .*: its files hold bert.encoder.layer.1.*leaves out"):
+        load_judge(str(judge))
+    with pytest.raises(ValueError, match="its files hold encoder.layer.1.*, which its config.json leaves out"):
+        load_embedder(str(with_config(Path(shutil.copytree(encoder, tmp_path / "base")), num_hidden_layers=1)))
+    append_lines(tmp_path / "data.jsonl", judge_rows("labels"))
+    line = refusal(capsys, tmp_path, *judge_command(tmp_path, "labels", "trained", 2), program=train_judge)
+    assert "its files hold encoder.layer.1" in line and not (tmp_path / "trained").exists()
+
+
+def test_buffers_and_another_tasks_head_in_a_models_files_do_not_matter(tmp_path):
+    tokenizer = byte_tokenizer([], eos_token="</s>")
+    folder = saved(tmp_path / "lm", tiny_lm(tokenizer), tokenizer)
+    weights = load_file(folder / "model.safetensors")
+    weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()}  # as in the hub's gpt2
+    weights |= {"h.0.attn.masked_bias": torch.ones(1), "v_head.summary.weight": torch.ones(1, 32)}  # the last: by TRL
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert torch.equal(load_policy(folder).head.weight, tiny_lm(tokenizer).lm_head.weight)
 
 
 def test_a_player_of_quantized_weights_is_refused(tmp_path, monkeypatch):
@@ -2026,7 +2069,7 @@ def test_a_classifier_with_a_chat_template_reads_the_rendered_exchange(tmp_path)
     ("guard", "its chat template"), ("classifier", "the judge's chat template must show it .* but it")])
 @pytest.mark.parametrize("template, fault", [
     ("{{ raise_exception('a system turn is needed') }}", "fails: a system turn is needed"),
-    ("{{ messages[0]['content'] }}", "leaves out the prompt or the response")])
+    ("{{ messages[0]['content'] }}", "leaves out or changes the prompt or the response")])
 def test_a_judge_whose_chat_template_does_not_show_the_exchange_is_refused(tmp_path, kind, required, template, fault):
     tokenizer = byte_tokenizer(["<pad>"], template, eos_token="<|im_end|>")
     judge = str(tmp_path)
@@ -4232,7 +4275,9 @@ def test_a_trained_attacker_meets_a_target_and_its_attacks_are_written_the_worst
     assert [(row["seed"], row["attack"], row["response"], row["p_safe"]) for row in rows] == expected
     hits = sum(row["p_safe"] == 0 for row in rows)
     low, high = wilson_interval(hits, 40)
-    assert hits > 0 and f"| {hits / 40:.3f} [{low:.3f}, {high:.3f}] |" in printed and rows[0]["response"] in printed
+    assert hits > 0 and f"| {hits / 40:.3f} [{low:.3f}, {high:.3f}] |" in printed
+    shown = re.search("P\\(safe\\) of the worst 0.00\n  attack    (.*)\n  response  (.*)\n", printed).groups()
+    assert shown in [(row["attack"], row["response"]) for row in rows if row["p_safe"] == 0]
     assert "--out must name a new file" in refusal(capsys, HERE, "attack", *players, *flags, program=evaluation)
     assert read_lines(tmp_path / "attacks.jsonl") == rows
     labels = zip(world.seeds, ["safe", "unsafe"])
