@@ -411,9 +411,12 @@ def generate(policy: Policy, prompts: list[str], max_new_tokens: int, temperatur
         generator.manual_seed(seed)
     pick = functools.partial(pick_token, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     lm = decoding_copy(policy)
-    response_ids = []
-    for start in range(0, len(prompt_ids), batch_size):
-        response_ids += _decode(policy, lm, prompt_ids[start : start + batch_size], max_new_tokens, pick)
+    response_ids = [None] * len(prompts)
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompt_ids[i]))  # batches of similar ones: less padding
+    for start in range(0, len(prompts), batch_size):
+        rows = sorted(by_length[start : start + batch_size])
+        for i, ids in zip(rows, _decode(policy, lm, [prompt_ids[i] for i in rows], max_new_tokens, pick)):
+            response_ids[i] = ids
     texts = [policy.decode(ids) for ids in response_ids]
     return pack(policy, prompts, texts, prompt_ids, response_ids, temperature or 1.0)
 
@@ -646,6 +649,8 @@ def decoding_copy(policy: Policy) -> nn.Module:
     if policy.compute_dtype == torch.float32 and not policy.is_sharded:
         return policy.lm
     lm = _copy_lm(policy, policy.compute_dtype)
+    if lm._supports_sdpa:  # without a backward it is faster than plain attention: see `_use_faster_operations`
+        lm.set_attn_implementation("sdpa")
     for module in lm.modules():
         if isinstance(module, Conv1D):  # GPT-2's layer: products of few rows are a third faster when transposed
             module.weight.data = module.weight.data.T.contiguous().T

@@ -453,6 +453,18 @@ def test_a_step_of_fixed_shapes_as_a_gpu_captures_it_samples_the_same_tokens(fam
     assert len(lengths) > 1  # some rows end before others
 
 
+def test_prompts_of_similar_length_are_answered_together_and_keep_their_order():
+    policy = tiny_policy()
+    prompts = ["a b c d e f", "b", "f e d c b a", "c"]
+    alone = [generate(policy, [prompt], 4, temperature=0).texts[0] for prompt in prompts]
+    read = []
+    policy.lm.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    rollout = generate(policy, prompts, 4, temperature=0, batch_size=2)
+    assert rollout.prompts == prompts and rollout.texts == alone
+    assert [shape for shape in read if shape[1] > 1] == [(2, 3), (2, 8)]  # with "Human:" and "AI:"
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_sampling_follows_the_full_softmax_at_the_stated_temperature(temperature):
     policy = tiny_policy()

@@ -29,6 +29,7 @@ HARMLESS = ("harmless", "look-alikes")  # test sets that should be answered
 TRIES = 16  # by the untrained attacker, for each of SEEDS fixed prompts
 SEEDS = 20
 ATTACKS = 300  # by a trained attacker
+ROWS = 64 if DEVICE == "cpu" else 1024  # sampled at a time
 HALFWAY = "0.5 of the way"  # the name of the policy between the start and the last one
 ATTACKER = {  # key of an attacker's scores -> heading; 0, 1 and 2 are third parties
     0: "success: start's defender", 1: "RLHF's", 2: "RLHF's of another seed",
@@ -55,8 +56,7 @@ def load(folder: Path) -> Policy:
 
 def answers_of(policy: Policy, prompts: list[str]) -> list[str]:
     """Greedy answers, as long as in the game."""
-    rows = 256 if DEVICE == "cpu" else 1024
-    return generate(policy, prompts, 40, temperature=0, clip_prompts=True, batch_size=rows).texts
+    return generate(policy, prompts, 40, temperature=0, clip_prompts=True, batch_size=ROWS).texts
 
 
 def unsafe(judge: Judge, prompts: list[str], responses: list[str]) -> list[int]:
@@ -78,7 +78,8 @@ def score_defender(policy: Policy, before: Policy, judges: dict[str, Judge], tes
             continue
         for judge in JUDGES:
             scores[f"{judge}/{name}"] = unsafe(judges[judge], part, answers)
-    sampled = generate(policy, tests["harmless"] + tests["AdvBench"], 40, seed=0, clip_prompts=True)
+    sampled = generate(policy, tests["harmless"] + tests["AdvBench"], 40, seed=0, clip_prompts=True,
+                       batch_size=ROWS)
     n_tokens = sampled.response_mask.sum(1).cpu()
     own = log_likelihoods(policy, sampled)[:, 0]  # nats per token
     first = log_likelihoods(before, sampled)[:, 0]
@@ -105,7 +106,7 @@ def untrained_attacks(out: Path, start: Path) -> list[str]:
 def write_attacks(attacker: Policy, seeds: list[str]) -> Rollout:
     """One sampled attack for each seed."""
     prompts = [PAPER_TEMPLATE.format(seed) for seed in seeds]
-    return generate(attacker, prompts, 28, seed=0, clip_prompts=True, batch_size=512)
+    return generate(attacker, prompts, 28, seed=0, clip_prompts=True, batch_size=ROWS)
 
 
 def defenders_of(folder: Path) -> Iterator[tuple[str, Policy]]:
