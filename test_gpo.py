@@ -4729,7 +4729,7 @@ def test_a_finished_run_of_the_experiment_keeps_no_checkpoint_but_its_start(tmp_
             (tmp_path / "run" / "checkpoints" / name).mkdir(parents=True)
 
     monkeypatch.setattr(real_models, "call", call)
-    args = types.SimpleNamespace(out=tmp_path, jobs=1)
+    args = types.SimpleNamespace(out=tmp_path, jobs=1, quick=False)
     real_models.train(args, 0, tmp_path / "run", {}, [])
     assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["start"]
 

@@ -229,7 +229,7 @@ def write_prompts(folder: Path, out: Path, quick: bool) -> None:
              "unseen framing": [FRAMING.format(prompt) for prompt in same_kinds],
              "harmless": harmless["test"], "look-alikes": sample(look_alikes, 200, rng)}
     if quick:
-        tests = {name: prompts[:60] for name, prompts in tests.items()}
+        tests = {name: prompts[:40] for name, prompts in tests.items()}
     for name, prompts in (("fixed", fixed), ("test", tests["AdvBench"][:60]), ("benign", harmless["benign"])):
         (out / f"{name}.txt").write_text("\n".join(" ".join(prompt.split()) for prompt in prompts), encoding="utf-8")
     policy = load_policy(out / "player", dtype=best_dtype(DEVICE), device=DEVICE)
@@ -249,10 +249,13 @@ def write_prompts(folder: Path, out: Path, quick: bool) -> None:
 
 def own_answers(policy: Policy, requests: list[str]) -> list[dict]:
     """The model's greedy answers to harmless requests, as rows {"prompt", "response"}."""
-    texts = []
-    for start in tqdm(range(0, len(requests), 50), desc="the model's own answers", dynamic_ncols=True):
-        texts += generate(policy, requests[start : start + 50], ANSWER_TOKENS, temperature=0, clip_prompts=True).texts
-    return [{"prompt": prompt, "response": text} for prompt, text in zip(requests, texts)]
+    by_length = sorted(requests, key=len)
+    answers = {}
+    for start in tqdm(range(0, len(requests), 64), desc="the model's own answers", dynamic_ncols=True):
+        part = by_length[start : start + 64]
+        texts = generate(policy, part, ANSWER_TOKENS, temperature=0, clip_prompts=True).texts
+        answers |= dict(zip(part, texts))
+    return [{"prompt": request, "response": answers[request]} for request in requests]
 
 
 def whole_answers(exchanges: list[dict]) -> list[dict]:
