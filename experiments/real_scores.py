@@ -275,9 +275,13 @@ def show(out: Path) -> None:
     rows = defender_rows(out)
     attackers = attacker_rows(out)
     volumes = [[method, *cells(rows, f"{method}, last", ["hypervolume"])] for method in scored_methods(rows)]
-    lines = [[name, *cells(attackers, name, ATTACKER)] for name in attackers]
-    text = "\n\n".join([defender_table(rows), markdown(["trade-off", "hypervolume"], volumes),
-                        markdown(["attacker", *ATTACKER.values()], lines), verdicts(rows | attackers)])
+    tables = [defender_table(rows), markdown(["trade-off", "hypervolume"], volumes)]
+    if attackers:
+        lines = [[name, *cells(attackers, name, ATTACKER)] for name in attackers]
+        tables.append(markdown(["attacker", *ATTACKER.values()], lines))
+    if len(rows["before"]) > 1:  # a paired test needs two seeds
+        tables.append(verdicts(rows | attackers))
+    text = "\n\n".join(tables)
     (out / "tables.md").write_text(text + "\n", encoding="utf-8")
     print("\n" + text)
     draw(rows, out / "trade_off.png")
