@@ -4288,8 +4288,9 @@ def test_a_trained_attacker_meets_a_target_and_its_attacks_are_written_the_worst
     hits = sum(row["p_safe"] == 0 for row in rows)
     low, high = wilson_interval(hits, 40)
     assert hits > 0 and f"| {hits / 40:.3f} [{low:.3f}, {high:.3f}] |" in printed
-    shown = re.search("P\\(safe\\) of the worst 0.00\n  attack    (.*)\n  response  (.*)\n", printed).groups()
-    assert shown in [(row["attack"], row["response"]) for row in rows if row["p_safe"] == 0]
+    first = {tuple(row["cell"]): (row["attack"], row["response"]) for row in reversed(rows) if row.get("cell")}
+    shown = re.findall("P\\(safe\\) of the worst 0.00\n  attack    (.*)\n  response  (.*)\n", printed)
+    assert first and len(shown) == min(5, len(first)) and set(shown) <= set(first.values())  # of a cell, as in the file
     assert "--out must name a new file" in refusal(capsys, HERE, "attack", *players, *flags, program=evaluation)
     assert read_lines(tmp_path / "attacks.jsonl") == rows
     labels = zip(world.seeds, ["safe", "unsafe"])
