@@ -104,9 +104,6 @@ def make_world(config: Config, start: Path | None = None) -> World:
     _check_prompts(config, prompts)
     tests = prompts.test_prompts + prompts.benign_prompts + sum(prompts.more_tests.values(), [])
     _check_room(config, policies, prompts.seeds, prompts.benign_seeds + tests)  # the run of --start may have had more
-    if config.shard:
-        for policy in policies.values():
-            parallel.shard(policy)
     if not start:
         _warm_start(config, policies, pairs)
     if judges["judge"] is None:
@@ -194,16 +191,21 @@ def make_players(config: Config, policies: dict[str, Policy]) -> dict[str, Playe
     """Both players by name, each with its own critic, reference and optimizer."""
     shared = dict(kl_anchor=config.kl_anchor, epochs=config.ppo_epochs, minibatches=config.minibatches,
                   micro_batch=config.micro_batch, temperature=config.temperature, lam=config.lam)
-    players = {
-        "attacker": Player("attacker", policies["attacker"], config.attack_tokens, config.attacker_learning_rate,
-                           config.attacker_kl_coef, config.entropy_coef, config.template, **shared),
-        "defender": Player("defender", policies["defender"], config.response_tokens, config.learning_rate,
-                           config.kl_coef, missing_eos_penalty=config.missing_eos_penalty, **shared)}
+    attacker = Player("attacker", policies["attacker"], config.attack_tokens, config.attacker_learning_rate,
+                      config.attacker_kl_coef, config.entropy_coef, config.template, **shared)
+    _shard(config, attacker.initial, attacker.reference)
+    defender = Player("defender", policies["defender"], config.response_tokens, config.learning_rate, config.kl_coef,
+                      missing_eos_penalty=config.missing_eos_penalty, **shared)
+    _shard(config, defender.initial, defender.reference)
+    return {"attacker": attacker, "defender": defender}
+
+
+def _shard(config, *policies):
+    """With --shard, shard policies that have just been made: each GPU then holds one of them complete at a time."""
     if config.shard:
-        for player in players.values():
-            for frozen in {id(policy): policy for policy in (player.initial, player.reference)}.values():
-                parallel.shard(frozen)
-    return players
+        for policy in policies:
+            if not policy.is_sharded:  # the initial policy may be the reference too
+                parallel.shard(policy)
 
 
 def _load_policies(config, start=None):
@@ -219,6 +221,7 @@ def _load_policies(config, start=None):
             policies[name] = of_base[base] = _named(name, load_policy, base, config.critic, DTYPES[config.dtype],
                                                     config.device, config.trust_remote_code)
             _save_memory(policies[name], config)
+            _shard(config, policies[name])
         if base != source:
             parallel.load_adapter(policies[name], source)
     return policies
@@ -308,6 +311,7 @@ def _toy_policies(config, toy):
     for name in ("defender", "attacker"):
         lm = toy_lm(tokenizer).to(config.device)
         policies[name] = Policy(lm, tokenizer, config.critic, DTYPES[config.dtype])
+        _shard(config, policies[name])
     return policies
 
 
