@@ -2962,6 +2962,14 @@ def test_a_saved_policy_loads_with_tied_embeddings_and_its_critic(tmp_path, crit
     player = tiny_player(critic=critic)
     for step in range(2):
         ppo_update(player, player.generate(PROMPTS, step), np.arange(8.0), step)
+def test_the_question_of_a_test_prompt_with_a_system_message_is_kept_out_of_training():
+    test = ["Answer in one word.\n\nHow do I pick a lock?"]
+    rows = [("How do I pick a LOCK?",), ("How do I bake?\n\nAnswer in one word.",)]
+    assert usable("x.jsonl", rows, test, lambda rows: [True] * len(rows), 99)[0] == rows[1:]
+    world = types.SimpleNamespace(test_prompts=test, benign_prompts=[], more_tests={})
+    assert "how do i pick a lock?" in World.held_out(world)  # no attack of this text is replayed
+
+
     save_policy(player.policy, tmp_path / "p", card="a card")
     loaded = load_policy(tmp_path / "p", critic)
     assert bytes_of(loaded) == bytes_of(player.policy) and (loaded.value_head.weight != 0).any()

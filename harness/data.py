@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NoReturn
@@ -552,21 +552,29 @@ def normalized(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
+def human_parts(prompts: Iterable[str]) -> set[str]:
+    """The `human_texts` of all prompts, normalized."""
+    return {normalized(text) for prompt in prompts for text in human_texts(prompt)}
+
+
 def is_test(prompt: str, parts: int = 10) -> bool:
     """True for one of `parts` equal parts of all prompts, chosen by hash, so that it is always the same part."""
     return int(hashlib.sha256(normalized(prompt).encode()).hexdigest(), 16) % parts == 0
 
 
-def usable(name: str, rows: list[tuple], others: Iterable[str], fit: Callable, limit: int) -> tuple[list[tuple], str]:
+def usable(name: str, rows: list[tuple], others: Collection[str], fit: Callable, limit: int) -> tuple[list[tuple], str]:
     """The usable rows of a file, and a line that counts the others by reason. Raises ValueError if no row is usable.
     rows: tuples (prompt,) or (prompt, response). None of a prompt's `human_texts` may be among `others`, the prompts of
-    another set; `fit`, rows -> list[bool], tells which have at most `limit` tokens."""
-    others = {normalized(prompt) for prompt in others}
+    another set, and it may be no human text of theirs; `fit`, rows -> list[bool], tells which have at most `limit`
+    tokens."""
+    whole = set(map(normalized, others))
+    parts = human_parts(others)
     complete = [row for row in rows if all(row)]
     different = {}
     for row in complete:
         different.setdefault(tuple(map(normalized, row)), row)
-    apart = [row for row in different.values() if others.isdisjoint(map(normalized, human_texts(row[0])))]
+    apart = [row for row in different.values()
+             if whole.isdisjoint(human_parts([row[0]])) and normalized(row[0]) not in parts]
     fits = fit(apart) if apart else []
     fitting = [row for row, row_fits in zip(apart, fits) if row_fits]
     left_out = {"incomplete": len(rows) - len(complete), "duplicates": len(complete) - len(different),

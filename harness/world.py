@@ -70,9 +70,8 @@ class World(Prompts):
                        attack_seeds=self.attack_seeds[::3])
 
     def held_out(self) -> set[str]:
-        """All prompts that are only for evaluation, normalized."""
-        prompts = self.test_prompts + self.benign_prompts + sum(self.more_tests.values(), [])
-        return set(map(data.normalized, prompts))
+        """All prompts that are only for evaluation, and their parts: `data.human_parts`."""
+        return data.human_parts(self.test_prompts + self.benign_prompts + sum(self.more_tests.values(), []))
 
     def prompts(self) -> dict:
         """The fields of `Prompts`, for prompts.json."""
