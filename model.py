@@ -543,7 +543,8 @@ class _FixedDecoder:
 def _has_fixed_shapes(lm):
     """Whether `_FixedDecoder` decodes a model: on a GPU, if its code can be captured and no layer has a sliding window
     or a state of its own."""
-    fits = lm.device.type == "cuda" and lm._can_compile_fullgraph and not getattr(lm.config, "alibi", False)
+    has_alibi = getattr(lm.config, "alibi", lm.config.model_type == "bloom")  # which reads a mask of two dimensions
+    fits = lm.device.type == "cuda" and lm._can_compile_fullgraph and not has_alibi
     if not fits or lm.config._attn_implementation not in ("eager", "sdpa"):
         return False
     return all(type(layer) is StaticLayer for layer in StaticCache(lm.config, max_cache_len=1).layers)

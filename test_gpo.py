@@ -465,6 +465,15 @@ def test_prompts_of_similar_length_are_answered_together_and_keep_their_order():
     assert [shape for shape in read if shape[1] > 1] == [(2, 3), (2, 8)]  # with "Human:" and "AI:"
 
 
+@pytest.mark.parametrize("config, fixed", [
+    (transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1), True),
+    (transformers.BloomConfig(n_layer=1, hidden_size=8, n_head=1), False)])  # its bias reads a mask of two dimensions
+def test_a_model_whose_positions_are_in_the_mask_is_not_decoded_in_fixed_shapes(config, fixed, monkeypatch):
+    lm = transformers.AutoModelForCausalLM.from_config(config)
+    monkeypatch.setattr(type(lm), "device", torch.device("cuda"))
+    assert model._has_fixed_shapes(lm) is fixed
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_sampling_follows_the_full_softmax_at_the_stated_temperature(temperature):
     policy = tiny_policy()
