@@ -3293,8 +3293,9 @@ def share_a_game(sharded, folder):
     player, _, _, _ = one_update(sharded, critic="separate", kl_anchor="previous")
     seen = {"greedy": player.generate(PROMPTS[:3], 0, temperature=0).tokens.tolist(),
             "sampled": player.generate(["a b"] * 8, 0).texts}
-    judge = parallel.shared_judge(lambda prompts, responses: [len(prompts) / 10] * len(prompts))
-    seen["judged"] = call_judge(judge, ["a"] * 5, ["b"] * 5).tolist()
+    for kind in (list, lambda scores: torch.tensor(scores, dtype=torch.bfloat16)):  # which numpy cannot read
+        judge = parallel.shared_judge(lambda prompts, responses: kind([len(prompts) / 8] * len(prompts)))
+        seen.setdefault("judged", []).append(call_judge(judge, ["a"] * 5, ["b"] * 5).tolist())
     with pytest.raises(JudgeError, match="one score per exchange: 2 expected, got 1"):  # of two rows, and of one
         call_judge(parallel.shared_judge(lambda prompts, responses: [0.5]), ["a"] * 3, ["b"] * 3)
     seen["warm start"] = sft(player.policy, PAIRS[:3], SFTSettings(3, 4, 1e-2, 0))
@@ -3396,7 +3397,8 @@ def test_two_processes_generate_and_judge_as_one_and_know_the_same(together, mod
     for seen in (together[1][mode], together[2][mode]):
         assert seen["greedy"] == greedy and seen["sampled"] == together[1][mode]["sampled"]
         assert seen["sampled"][0::2] != seen["sampled"][1::2]  # each process has random numbers of its own
-        assert seen["judged"] == [0.3, 0.2, 0.3, 0.2, 0.3]  # three exchanges for one judge, two for the other
+        # three exchanges for one judge, two for the other
+        assert seen["judged"] == [[0.375, 0.25, 0.375, 0.25, 0.375]] * 2
         assert seen["warm start"] == pytest.approx(warm_start, abs=1e-5)
         assert difference(seen["reset"], dict(tiny_policy().lm.named_parameters())) == 0
 

@@ -96,9 +96,15 @@ def shared_judge(judge: Judge) -> Judge:
     if world_size() == 1:
         return judge
 
+    def my_part(prompts, responses):
+        if not prompts:
+            return []
+        answers = judge(prompts, responses)
+        return answers.tolist() if isinstance(answers, torch.Tensor) else list(answers)
+
     def ask(prompts, responses):
         scores = [None] * len(prompts)
-        parts = gather_results(lambda: list(judge(my_rows(prompts), my_rows(responses))) if my_rows(prompts) else [])
+        parts = gather_results(lambda: my_part(my_rows(prompts), my_rows(responses)))
         for process, part in enumerate(parts):
             rows = range(process, len(prompts), world_size())
             if len(part) != len(rows):
