@@ -32,7 +32,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import cached_file
 
-from model import check_body, check_tokenizer, first_line, inert_texts, longest_input
+from model import check_body, check_embeddings, check_tokenizer, first_line, inert_texts, longest_input
 
 Embedder = Callable[[list[str]], np.ndarray]  # B texts -> (B, D)
 ORDERS = (2, 3, 4, 5)
@@ -240,6 +240,7 @@ def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool
         model.to(device).eval()
         check_body(model, info)
         check_tokenizer(tokenizer)
+        check_embeddings(model, tokenizer)
         pool = _pool(name_or_dir)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         ids = tokenizer("a").input_ids

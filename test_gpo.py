@@ -1478,6 +1478,15 @@ def test_an_encoder_reads_a_written_control_token_as_letters(encoder):
 
 @pytest.mark.parametrize("name", ["words", "encoder"])
 def test_diversity_does_not_depend_on_how_the_history_was_added(name, encoder):
+def test_an_encoder_whose_tokenizer_has_more_tokens_than_embeddings_is_refused(encoder, tmp_path):
+    folder = shutil.copytree(encoder, tmp_path / "encoder")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["more"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match=f"embeddings, but has a token of number {len(tokenizer) - 1}"):
+        load_embedder(str(folder))
+
+
     embedder = load_embedder(name if name == "words" else encoder)
     texts = [" ".join(WORDS[i % 25:][:1 + i % 7]) for i in range(60)]
     one, many, restored = (Diversity(embedder=embedder) for _ in range(3))
