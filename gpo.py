@@ -576,7 +576,8 @@ def sft(policy: Policy, pairs: list[tuple[str, str]], settings: SFTSettings) -> 
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         bar.set_postfix(loss=f"{loss:.3f}")
-    policy.copy_to_critic()
+    if policy.critic_body is not None:
+        policy.new_critic()
     return loss
 
 

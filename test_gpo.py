@@ -1335,6 +1335,13 @@ def test_a_separate_critic_begins_as_a_copy_of_the_fine_tuned_policy():
     assert bytes_of(policy.critic_body) != bytes_of(tiny_policy().lm.base_model)
 
 
+def test_a_warm_start_leaves_no_value_head_that_was_trained_on_the_states_of_another_body():
+    policy = tiny_policy(critic="separate")
+    torch.nn.init.ones_(policy.value_head.weight)
+    sft(policy, [("a b", "yes")], SFTSettings(2, 2, 1e-2, seed=0))
+    assert not policy.value_head.weight.any()
+
+
 def test_sft_learns_its_pairs():
     policy = tiny_policy()
     pairs = [("a b", "yes"), ("c d", "no")]
