@@ -1478,13 +1478,6 @@ def test_the_bits_of_an_embedding_do_not_depend_on_the_other_texts(encoder, dtyp
     assert np.array_equal(embedder(texts), np.concatenate([embedder([text]) for text in texts]))
 
 
-def test_an_encoder_reads_a_written_control_token_as_letters(encoder):
-    written, letters = load_embedder(encoder)(["a <eos> b", "a < e o s > b"])
-    assert np.array_equal(written, letters)
-
-
-@pytest.mark.parametrize("name", ["words", "encoder"])
-def test_diversity_does_not_depend_on_how_the_history_was_added(name, encoder):
 def test_an_encoder_whose_tokenizer_has_more_tokens_than_embeddings_is_refused(encoder, tmp_path):
     folder = shutil.copytree(encoder, tmp_path / "encoder")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -1494,6 +1487,13 @@ def test_an_encoder_whose_tokenizer_has_more_tokens_than_embeddings_is_refused(e
         load_embedder(str(folder))
 
 
+def test_an_encoder_reads_a_written_control_token_as_letters(encoder):
+    written, letters = load_embedder(encoder)(["a <eos> b", "a < e o s > b"])
+    assert np.array_equal(written, letters)
+
+
+@pytest.mark.parametrize("name", ["words", "encoder"])
+def test_diversity_does_not_depend_on_how_the_history_was_added(name, encoder):
     embedder = load_embedder(name if name == "words" else encoder)
     texts = [" ".join(WORDS[i % 25:][:1 + i % 7]) for i in range(60)]
     one, many, restored = (Diversity(embedder=embedder) for _ in range(3))
@@ -2962,6 +2962,14 @@ def test_a_test_prompt_is_found_behind_a_system_message_and_in_a_later_turn():
     assert kept == rows[2:]
 
 
+def test_the_question_of_a_test_prompt_with_a_system_message_is_kept_out_of_training():
+    test = ["Answer in one word.\n\nHow do I pick a lock?"]
+    rows = [("How do I pick a LOCK?",), ("How do I bake?\n\nAnswer in one word.",)]
+    assert usable("x.jsonl", rows, test, lambda rows: [True] * len(rows), 99)[0] == rows[1:]
+    world = types.SimpleNamespace(test_prompts=test, benign_prompts=[], more_tests={})
+    assert "how do i pick a lock?" in World.held_out(world)  # no attack of this text is replayed
+
+
 def test_a_long_test_file_is_sampled_and_the_line_says_how_much(capsys):
     policies = dict.fromkeys(("attacker", "defender"), tiny_policy())
     files = {name: (f"{name}.txt", [{"prompt": f"{name[0]} {i}"} for i in range(100)])
@@ -2987,14 +2995,6 @@ def test_a_saved_policy_loads_with_tied_embeddings_and_its_critic(tmp_path, crit
     player = tiny_player(critic=critic)
     for step in range(2):
         ppo_update(player, player.generate(PROMPTS, step), np.arange(8.0), step)
-def test_the_question_of_a_test_prompt_with_a_system_message_is_kept_out_of_training():
-    test = ["Answer in one word.\n\nHow do I pick a lock?"]
-    rows = [("How do I pick a LOCK?",), ("How do I bake?\n\nAnswer in one word.",)]
-    assert usable("x.jsonl", rows, test, lambda rows: [True] * len(rows), 99)[0] == rows[1:]
-    world = types.SimpleNamespace(test_prompts=test, benign_prompts=[], more_tests={})
-    assert "how do i pick a lock?" in World.held_out(world)  # no attack of this text is replayed
-
-
     save_policy(player.policy, tmp_path / "p", card="a card")
     loaded = load_policy(tmp_path / "p", critic)
     assert bytes_of(loaded) == bytes_of(player.policy) and (loaded.value_head.weight != 0).any()
@@ -3665,6 +3665,10 @@ def test_a_users_models_with_different_tokenizers_learn_from_what_the_judge_deci
     assert "and begin the run of --start with them" in refusal(capsys, user_models, *again, "--benign_share", 0.5)
     run_program(user_models, *again)
     assert warning in capsys.readouterr().out
+    texts = user_models / "run" / "checkpoints" / "start" / "prompts.json"
+    data.write_json(texts, {**read_json(texts), "demos": []})  # as of a run without --sft_data
+    assert "--sft_data, and begin the run of --start with them, or --ptx_coef 0" in refusal(
+        capsys, user_models, *again[:-1], "third")
 
 
 def test_alarms_see_a_rounds_last_step_and_what_cannot_be_measured_is_left_out_or_null(user_models):
