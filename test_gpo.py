@@ -2907,7 +2907,8 @@ def test_prompts_whose_labels_are_ambiguous_are_refused_and_the_label_of_a_respo
 
 @pytest.mark.parametrize("name, value", [
     ("response_label", "yes"), ("response_harm_label", "yes"), ("is_harmful", "yes"), ("toxic", "yes"),
-    ("is_response_safe", "yes"), ("jailbroken", "yes"), ("is_harmless", "yes"), ("verdict", "Unsafe")])
+    ("is_response_safe", "yes"), ("jailbroken", "yes"), ("is_harmless", "yes"), ("verdict", "Unsafe"),
+    ("response_labels", ["unsafe", "violence"]), ("safety_label", {"safe": False, "of": "violence"})])
 def test_a_response_with_a_label_of_an_unknown_name_is_not_learned_from(name, value, tmp_path):
     file = tmp_path / "x.jsonl"
     text = "how a reader would see it"
@@ -2918,7 +2919,7 @@ def test_a_response_with_a_label_of_an_unknown_name_is_not_learned_from(name, va
         if is_clear:
             assert usable_pairs(*arguments) == [("a", "b")]
         else:
-            with pytest.raises(ValueError, match=f"the label .{name} = '{value}'. does not tell whether"):
+            with pytest.raises(ValueError, match=re.escape(f"{name} = {value!r}") + ".* does not tell whether"):
                 usable_pairs(*arguments)
 
 
@@ -3881,9 +3882,13 @@ def hub(tmp_path_factory, user_models):
     pairs = [{"chosen": f"\n\nHuman: {question}\n\nAssistant: i would ask.", "rejected": f"\n\nHuman: {question}"}
              for question in QUESTIONS]
     harmless = "\n\nHuman: how do i boil rice?\n\nAssistant: in water.\n\nHuman: thanks\n\nAssistant: sure"
-    rows = {"red-team-attempts/red_team_attempts.jsonl.gz": [{"transcript": text, "rating": 0.0} for text in attempts],
-            "harmless-base/train.jsonl.gz": pairs, "helpful-base/test.jsonl.gz": [{"chosen": harmless}]}
-    for name, values in rows.items():
+    columns = {"min_harmlessness_score_transcript": -3.1093997955322266, "num_params": "52B", "rating": 4.0,
+               "model_type": "context distillation", "task_description": "ask", "red_team_member_id": 0,
+               "task_descripton_harmlessness_score": 0.5, "is_upworker": False, "tags": None}  # all of the real file
+    files = {"red-team-attempts/red_team_attempts": json.dumps([{"transcript": text, **columns} for text in attempts]),
+             "harmless-base/train": "\n".join(map(json.dumps, pairs)),
+             "helpful-base/test": json.dumps({"chosen": harmless})}
+    for name, text in files.items():
         (work / "data" / name).parent.mkdir(parents=True)
         (work / "data" / name).write_bytes(gzip.compress("\n".join(map(json.dumps, values)).encode()))
     put_on_hub(cache, "datasets--Anthropic--hh-rlhf", work / "data")

@@ -217,6 +217,7 @@ LABELS = {"safe": ("safe", "is_safe"), "unsafe": ("unsafe", "is_unsafe"), "": ("
 PROMPT_LABELS = {"safe": ("prompt_safe", "prompt_is_safe"), "unsafe": ("prompt_unsafe", "prompt_is_unsafe"),
                  "": ("prompt_label", "prompt_harm_label", "prompt_safety")}
 LABEL_LIKE = re.compile("safe|harmful|harmless|toxic|hateful|jailbr|flagged|violat|_label")  # not read, maybe a label
+NOT_LABELS = ("min_harmlessness_score_transcript", "task_descripton_harmlessness_score")  # of HH's red-team attempts
 RESPONSE_LIKE = re.compile(  # a label beside one may be its own
     r"(^|_)(response|completion|answer|output|generation|chosen)s?(_text|_\w{1,2})?$")
 TEXTS = (*PROMPTS, *INSTRUCTION, *RESPONSES, *CONVERSATIONS, "chosen", "rejected", "system", "system_prompt")
@@ -377,7 +378,8 @@ def _label(fields, columns):
 
 def _may_be_label(name, value):
     """Whether a column that is not read may tell whether a text is safe, by its name or by its value."""
-    if name in TEXTS or name.endswith("_source") or _is_blank(value) or len(str(value)) >= 20:  # a longer one is a text
+    is_text = name in TEXTS or (isinstance(value, str) and len(value) >= 20)
+    if is_text or name in NOT_LABELS or name.endswith("_source") or _is_blank(value):
         return False
     return bool(LABEL_LIKE.search(name)) or str(value).strip().lower() in LABEL_WORDS
 
