@@ -2841,6 +2841,7 @@ def test_a_row_that_is_not_understood_is_refused_by_file_and_line(tmp_path, row,
     ("a.csv", "prompt,prompt\nq,p\n", "one name"),
     ("a.csv", 'prompt\n"q\np\n', "close each quote"),
     ("a.txt", '{"prompt": "q"}\n{"prompt": "p"}\n', "its name must end in .jsonl or .json"),
+    ("a.txt", '[\n"q",\n"p"\n]\n', "its name must end in .jsonl or .json"),
     ("a.jsonl", '{"prompt": "q", "prompt": "p"}', "the name 'prompt' must occur once"),
     ("a.json", '{\n"data": ["q"]}', "got the keys 'data'"),
     ("a.json", '["q",\n"p" "r"]', "line 2 column 5")])

@@ -499,7 +499,7 @@ def _numbered_rows(path):
             text = file.read()
             if "\0" in text or re.match(r"\s*(version https://git-lfs|<!doctype html|<html)", text, re.IGNORECASE):
                 raise ValueError(f"a .txt file must hold a prompt a line, got {text[:40]!r}")
-            if re.match(r"\s*\{\s*\"", text):
+            if re.match(r"\s*(\{\s*\"|\[\s*[\"{\[])", text):
                 raise ValueError("it holds JSON: its name must end in .jsonl or .json")
             return [(n, line.strip()) for n, line in enumerate(re.split("\r\n|\r|\n", text), 1) if line.strip()]
     raise ValueError("the name must end in .jsonl, .json, .csv or .txt, or one of them and .gz")
