@@ -4783,6 +4783,21 @@ def test_a_finished_run_of_the_experiment_keeps_no_checkpoint_but_its_start(tmp_
 def test_after_a_failed_job_no_further_one_begins():
     begun = []
 
+def test_all_commands_of_the_experiment_have_options_that_go_together(tmp_path, monkeypatch):
+    def call(program, *options, log):
+        checked.append(resolve(parse(list(map(str, options)))))
+
+    checked = []
+    monkeypatch.setattr(real_models, "call", call)
+    args = types.SimpleNamespace(out=tmp_path, jobs=1, quick=False)
+    players = dict.fromkeys(("attacker", "defender"), tmp_path)
+    commands = [real_models.START, *real_models.METHODS.values(), *real_models.QUICK.values()]
+    for flags in commands:
+        real_models.train(args, 0, tmp_path / "run", players, flags.split())
+    real_models.attack_afresh(args, 0, "GPO+Div")
+    assert len(checked) == len(commands) + 1 and checked[-1].defender_steps == 0
+
+
     def job(i):
         begun.append(i)
         if i == 1:

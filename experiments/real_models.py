@@ -77,7 +77,7 @@ METHODS = {  # SFT is the row "before"
     "RLHF, equal tokens": "--method rlhf --diversity 0 --rounds 4 --attacker_steps 0 --defender_steps 14"}
 FEW = "--rounds 2 --batch_size 24"  # no gain was seen of so few exchanges (at 3e-5)
 QUICK = {"GPO+Div": f"{METHODS['GPO+Div']} {FEW}", "RLHF": f"{METHODS['RLHF']} {FEW} --attacker_steps 0"}
-FRESH = "--method gpo --rounds 1 --attacker_steps 16 --defender_steps 0 --benign_share 0 --ptx_coef 0 --sft_steps 0"
+FRESH = "--method gpo --rounds 1 --attacker_steps 16 --defender_steps 0 --benign_share 0 --sft_steps 0"
 RUNNING = []  # processes that `call` has started, to be ended with this one
 
 
@@ -174,7 +174,7 @@ def measure_judges(folder: Path, out: Path) -> None:
             accuracy = np.mean((p_safe > 0.5) == is_safe)
             lines.append([name, unseen, len(rows), f"{accuracy:.3f}", f"{auc(p_safe[is_safe], p_safe[~is_safe]):.3f}"])
     table = markdown(["judge", "set", "exchanges", "accuracy", "AUC"], lines)
-    (out / "judges.md").write_text(table + "\n", encoding="utf-8")
+    data.write_text(out / "judges.md", table + "\n")
     print("\n" + table)
 
 
