@@ -4693,6 +4693,9 @@ def test_mart_leaves_a_run_that_can_be_evaluated(finished, tmp_path, monkeypatch
         monkeypatch.setattr(mart, place, Mock(side_effect=error))
         assert ending(capsys, tmp_path, *again, program=mart) == expected  # no advice to resume a run without rounds
         assert not (tmp_path / "stopped").exists()
+    monkeypatch.setattr("harness.run.evaluate", Mock(side_effect=KeyboardInterrupt))  # before the game
+    status, line = ending(capsys, tmp_path, *again, program=mart)
+    assert status == 130 and "--resume" not in line and not (tmp_path / "stopped").exists()
 
 
 def test_best_responses_bound_the_nash_gap_after_each_round(user_models, undisturbed, tmp_path, capsys):

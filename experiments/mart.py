@@ -69,19 +69,20 @@ def main(argv: Sequence[str]) -> None:
         fail("a MART run cannot be resumed, as it saves no rounds; begin it again, in a new folder")
     config = start_program([*argv, "--method", "paraphrase", "--average", "none"])
     with run_folder(config) as folder:
-        world = make_world(config, folder.start)
-        if config.dry_run:
-            show_prompts(world)
-            return
-        if not world.demos:
-            raise ValueError("MART needs demonstrations, got none; pass --sft_data with (prompt, response) pairs")
-        folder.open(world, None, 0)
         try:
+            world = make_world(config, folder.start)
+            if config.dry_run:
+                show_prompts(world)
+                return
+            if not world.demos:
+                raise ValueError("MART needs demonstrations, got none; pass --sft_data with (prompt, response) pairs")
+            folder.open(world, None, 0)
             play_rounds(world, config.seed)
             after = evaluate(world, world.players["attacker"], world.players["defender"])
             folder.finish({}, {"after": after}, {"made_by": "MART"}, clock)
         except BaseException:
-            shutil.rmtree(folder.path, ignore_errors=True)  # train.py --resume would end it without its rounds
+            shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
+            folder.leave_nothing()  # train.py --resume would end it without its rounds
             raise
 
 
