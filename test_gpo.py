@@ -3664,7 +3664,7 @@ def test_a_users_models_with_different_tokenizers_learn_from_what_the_judge_deci
     printed = capsys.readouterr().out
     assert "0.000" in printed and warning not in printed
     again = [*MODELS, *SHORT, "--judge", "open.py:judge", "--average", "none", "--start", "run", "--out", "again"]
-    assert "and begin the run of --start with them" in refusal(capsys, user_models, *again, "--benign_share", 0.5)
+    assert "the run of --start has not set apart" in refusal(capsys, user_models, *again, "--benign_share", 0.5)
     run_program(user_models, *again)
     assert warning in capsys.readouterr().out
     texts = user_models / "run" / "checkpoints" / "start" / "prompts.json"
@@ -3891,7 +3891,7 @@ def hub(tmp_path_factory, user_models):
              "helpful-base/test": json.dumps({"chosen": harmless})}
     for name, text in files.items():
         (work / "data" / name).parent.mkdir(parents=True)
-        (work / "data" / name).write_bytes(gzip.compress("\n".join(map(json.dumps, values)).encode()))
+        (work / "data" / f"{name}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     put_on_hub(cache, "datasets--Anthropic--hh-rlhf", work / "data")
     return cache
 
@@ -4783,9 +4783,6 @@ def test_a_finished_run_of_the_experiment_keeps_no_checkpoint_but_its_start(tmp_
     assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["start"]
 
 
-def test_after_a_failed_job_no_further_one_begins():
-    begun = []
-
 def test_all_commands_of_the_experiment_have_options_that_go_together(tmp_path, monkeypatch):
     def call(program, *options, log):
         checked.append(resolve(parse(list(map(str, options)))))
@@ -4800,6 +4797,9 @@ def test_all_commands_of_the_experiment_have_options_that_go_together(tmp_path, 
     real_models.attack_afresh(args, 0, "GPO+Div")
     assert len(checked) == len(commands) + 1 and checked[-1].defender_steps == 0
 
+
+def test_after_a_failed_job_no_further_one_begins():
+    begun = []
 
     def job(i):
         begun.append(i)

@@ -253,14 +253,18 @@ def _check_room(config, policies, seeds, others):
 
 def _check_prompts(config, prompts):
     """Raises ValueError if the options need texts that are not there."""
-    from_start = ", and begin the run of --start with them" if config.start else ""
     if not prompts.demos and config.ptx_coef > 0:
+        from_start = ", and begin the run of --start with them" if config.start else ""
         raise ValueError("--ptx_coef needs demonstrations, got none; pass (prompt, response) pairs by --sft_data"
                          f"{from_start}, or --ptx_coef 0")
     if config.benign_share and not prompts.benign_seeds:
         if "benign_share" in config.given:
+            if config.start:
+                raise ValueError("--benign_share needs harmless requests to train on, which the run of --start has not "
+                                 f"set apart; begin that run with --benign_share and at least {LEAST_BENIGN} of them "
+                                 "by --benign_prompts")
             raise ValueError(f"--benign_share needs at least {LEAST_BENIGN} harmless requests, of which it takes half, "
-                             f"got {len(prompts.benign_prompts)}; pass as many by --benign_prompts{from_start}")
+                             f"got {len(prompts.benign_prompts)}; pass as many by --benign_prompts")
         config.benign_share = 0.0
         if config.trains and config.given:  # it begins: it is neither resumed nor measured
             print("the defender's batch has no harmless requests, against refusing everything: that takes "
