@@ -2818,6 +2818,8 @@ def test_a_prompt_that_looks_like_a_conversation_is_one_turn(tmp_path, prompt):
     ({"prompt": CHAT, "completion": [G]}, "must not end with the AI's words"),
     ({"messages": "hello"}, "a list of messages"),
     ({"prompt": "q", "history": [["a", "b"]]}, "'history' cannot be read"),
+    ({"question": "q", "choices": ["a", "b"]}, "'choices' cannot be read, and without it the prompt is another: put"),
+    ({"prompt": "q", "output": "r", "llama3_output": "b"}, "output and llama3_output compete: remove one of the two"),
     ({"prompt": "q", "tools": [{"name": "f"}]}, "'tools' cannot be read"),
     ({"prompt": ["q", "p"]}, "a list of messages"),
     ({"prompt": "[{'role': 'user', 'content': 'q'}]"}, "a list of messages"),
@@ -2840,6 +2842,8 @@ def test_a_row_that_is_not_understood_is_refused_by_file_and_line(tmp_path, row,
     ("a.csv", "prompt,response\nq,r\nhow to", "line 3 has fewer cells"),
     ("a.csv", "prompt,prompt\nq,p\n", "one name"),
     ("a.csv", 'prompt\n"q\np\n', "close each quote"),
+    ("a.csv", "question,answer\n80,no\n81,yes\n", "no prompt is a text, the first is '80'"),
+    ("a.csv", "prompt\n\"{'text': 'They said'}\"\n", "no prompt is a text"),  # a dict, as Python prints it
     ("a.txt", '{"prompt": "q"}\n{"prompt": "p"}\n', "its name must end in .jsonl or .json"),
     ("a.txt", '[\n"q",\n"p"\n]\n', "its name must end in .jsonl or .json"),
     ("a.jsonl", '{"prompt": "q", "prompt": "p"}', "the name 'prompt' must occur once"),
@@ -2894,7 +2898,8 @@ def test_prompts_whose_labels_are_ambiguous_are_refused_and_the_label_of_a_respo
     file.write_text("prompt,label\n" + "".join(f"q {i},1\n" for i in range(100)))
     with pytest.raises(ValueError, match="the label '1' does not tell whether a prompt is safe"):
         prompt_split(read_rows(file), [])
-    for name, label in (("prompt_type", "harmful"), ("prompt_toxicity", "0.9"), ("jailbreak", "True")):
+    for name, label in (("prompt_type", "harmful"), ("prompt_toxicity", "0.9"), ("jailbreak", "True"),
+                        ("type", "contrast_unsafe"), ("data_type", "vanilla_harmful")):
         file.write_text(f"prompt,{name}\nq,{label}\n")
         with pytest.raises(ValueError, match=f"the label .{name} = '{label}'. does not tell whether a prompt is safe"):
             prompt_split(read_rows(file), [])
@@ -2902,12 +2907,42 @@ def test_prompts_whose_labels_are_ambiguous_are_refused_and_the_label_of_a_respo
         file.write_text(f"{header}\n" + "".join(f"q {i},r,1\n" for i in range(100)))  # the last as PKU-SafeRLHF
         prompts = prompt_split(read_rows(file), [{"prompt": "how?"}])
         assert len(prompts.seeds + prompts.test_prompts) == 100
+    file.write_text("prompt,model_output,toxicity\nq,r,0\n")  # as ToxicChat, whose label is of the prompt
+    with pytest.raises(ValueError, match="the label .toxicity = '0'. does not tell whether a prompt is safe"):
+        prompt_split(read_rows(file), [])
     with pytest.raises(ValueError, match="h.csv without 1 rows labelled safe: no prompt remains; take another file"):
         prompt_split([{"prompt": "how?", "prompt_safe": 1.0}], [])
 
 
+def test_a_category_or_an_explanation_is_no_label(tmp_path):
+    file = tmp_path / "x.csv"  # as OR-Bench and AART
+    file.write_text("prompt,category,why_prompt_harmful\n" + "".join(f"q {i},harmful,it is rude\n" for i in range(99)))
+    prompts = prompt_split(read_rows(file), [{"prompt": "how?"}])
+    assert len(prompts.seeds + prompts.test_prompts) == 99
+
+
+def test_rows_without_a_label_among_labelled_ones_are_left_out(tmp_path):
+    file = tmp_path / "x.jsonl"  # as WildGuardTest, where annotators disagree
+    words = ["harmful", "unharmful", None, None]
+    rows = [{"prompt": f"{word} {i}", "prompt_harm_label": word} for i in range(100) for word in words]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    prompts = prompt_split(read_rows(file), read_rows(file))
+    for word, texts in (("harmful", prompts.seeds + prompts.test_prompts), ("unharmful", prompts.benign_prompts)):
+        assert {text.split()[0] for text in texts} == {word}
+    learned = [{"prompt": word, "response": "r", **({"safe": safe} if safe is not None else {})}
+               for word, safe in (("a", 1.0), ("b", 0.0), ("c", None))]
+    assert usable_pairs(resolve(Config()), "x", learned, [], tiny_policy()) == [("a", "r")]
+
+
+def test_the_response_label_of_wildguard_and_aegis_is_read(tmp_path):
+    file = tmp_path / "x.jsonl"
+    for name, word, safe in (("response_harm_label", "unharmful", 1.0), ("response_label", "unsafe", 0.0)):
+        file.write_text(json.dumps({"prompt": "p", "response": "r", name: word}))
+        assert read_rows(file) == [{"prompt": "p", "response": "r", "safe": safe}]
+
+
 @pytest.mark.parametrize("name, value", [
-    ("response_label", "yes"), ("response_harm_label", "yes"), ("is_harmful", "yes"), ("toxic", "yes"),
+    ("response_labels", "yes"), ("is_harmful", "yes"), ("toxic", "yes"),
     ("is_response_safe", "yes"), ("jailbroken", "yes"), ("is_harmless", "yes"), ("verdict", "Unsafe"),
     ("response_labels", ["unsafe", "violence"]), ("safety_label", {"safe": False, "of": "violence"})])
 def test_a_response_with_a_label_of_an_unknown_name_is_not_learned_from(name, value, tmp_path):

@@ -211,15 +211,20 @@ CONVERSATIONS = ("messages", "conversations", "conversation")
 INSTRUCTION = ("instruction", "input", "context")  # Alpaca's and Dolly's: together they are one prompt
 PROMPTS = ("prompt", "question", "query", "goal", "transcript")
 RESPONSES = ("response", "completion", "answer", "output")  # not AdvBench's target, which no defender should learn
-UNREAD = ("history", "image", "images", "tools", "contextstring")  # a prompt without them would be another prompt
+UNREAD = ("history", "image", "images", "tools", "contextstring", "choices", "options", "passage",
+          "instances")  # a prompt without them would be another prompt
 LABEL_WORDS = {"safe": 1.0, "harmless": 1.0, "unharmful": 1.0, "benign": 1.0, "unsafe": 0.0, "harmful": 0.0}
-LABELS = {"safe": ("safe", "is_safe"), "unsafe": ("unsafe", "is_unsafe"), "": ("label", "labels")}  # 1 means ...
+LABELS = {"safe": ("safe", "is_safe"), "unsafe": ("unsafe", "is_unsafe"),  # 1 means ...
+          "": ("label", "labels", "response_label", "response_harm_label")}
 PROMPT_LABELS = {"safe": ("prompt_safe", "prompt_is_safe"), "unsafe": ("prompt_unsafe", "prompt_is_unsafe"),
                  "": ("prompt_label", "prompt_harm_label", "prompt_safety")}
-LABEL_LIKE = re.compile("safe|harmful|harmless|toxic|hateful|jailbr|flagged|violat|_label")  # not read, maybe a label
+LABEL_LIKE = re.compile(  # not read, maybe a label
+    "safe|harmful|harmless|toxic|hateful|jailbr|flagged|moderation|violat|_label")
+OF_EITHER = re.compile(r"\w*((toxic|hateful|flagged|jailbreak|safety_label|moderation)\w*|type) = ")  # text of a row
 NOT_LABELS = ("min_harmlessness_score_transcript", "task_descripton_harmlessness_score")  # of HH's red-team attempts
 RESPONSE_LIKE = re.compile(  # a label beside one may be its own
     r"(^|_)(response|completion|answer|output|generation|chosen)s?(_text|_\w{1,2})?$")
+NO_TEXT = re.compile(r"[\d.]+|\{'.*\}|\[['\"].*['\"]\]", re.DOTALL)  # a number; a dict or list, as Python prints it
 TEXTS = (*PROMPTS, *INSTRUCTION, *RESPONSES, *CONVERSATIONS, "chosen", "rejected", "system", "system_prompt")
 TRANSCRIPT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # HH's format: it starts with such a name
 
@@ -324,6 +329,11 @@ def _prompt_turns(fields):
     return turns
 
 
+def _responses(fields):
+    """The names of columns that hold a response, by RESPONSE_LIKE."""
+    return [name for name, value in fields.items() if RESPONSE_LIKE.search(name) and not _is_blank(value)]
+
+
 def _texts(fields, first_turn):
     """{"prompt"} and, if a row has them, {"response", "chosen", "rejected"}, all replies to this prompt. first_turn: of
     the prompt only that. A reply column may hold its prompt too (HH's `chosen`), so each start + end is split anew."""
@@ -335,6 +345,11 @@ def _texts(fields, first_turn):
     ends = {name: _turns(_the_one(fields, names), "AI") for name, names in columns.items()}
     if answer and ends["response"] not in ([], answer):
         raise ValueError("the response and the conversation's last turn compete: remove one of the two")
+    others = [name for name in _responses(fields)
+              if isinstance(fields[name], str) and name not in (*RESPONSES, "chosen") and not name.endswith("_id")]
+    if ends["response"] and others and not first_turn:
+        one = next(name for name in RESPONSES if not _is_blank(fields.get(name)))
+        raise ValueError(f"{one} and {others[0]} compete: remove one of the two")
     ends["response"] = ends["response"] or answer
     system = _turns(_the_one(fields, ("system", "system_prompt")), "system")
     replies = {}
@@ -378,31 +393,51 @@ def _label(fields, columns):
 
 def _may_be_label(name, value):
     """Whether a column that is not read may tell whether a text is safe, by its name or by its value."""
-    is_text = name in TEXTS or (isinstance(value, str) and len(value) >= 20)
-    if is_text or name in NOT_LABELS or name.endswith("_source") or _is_blank(value):
+    if name in (*TEXTS, *NOT_LABELS) or name.endswith("_source") or name.startswith("why_") or _is_blank(value):
         return False
-    return bool(LABEL_LIKE.search(name)) or str(value).strip().lower() in LABEL_WORDS
+    word = str(value).strip().lower()
+    if name.endswith("category") and word == "harmful":  # OR-Bench's and HarmBench's name of a kind of prompts
+        return False
+    if isinstance(value, str) and len(value) >= 20 and not re.fullmatch("[a-z_]{,40}", word):
+        return False  # a text
+    return bool(LABEL_LIKE.search(name)) or not LABEL_WORDS.keys().isdisjoint(word.split("_"))  # vanilla_harmful, ...
 
 
 def of_kind(name: str, rows: list[dict], harmless: bool) -> tuple[str, list[dict]]:
     """(name, rows) without rows whose prompts are labelled as of the other kind: harmless or, if not `harmless`,
     harmful ones. The name then tells their number. Raises ValueError if a label is ambiguous, or if none remain."""
     check_labels(name, rows, "prompt")
-    kept = [row for row in rows if (row.get("prompt_safe", harmless) > 0.5) == harmless]
-    if len(kept) < len(rows):
-        name = f"{name} without {len(rows) - len(kept)} rows labelled {'unsafe' if harmless else 'safe'}"
+    labelled = [row for row in rows if "prompt_safe" in row] or rows
+    kept = [row for row in labelled if (row.get("prompt_safe", harmless) > 0.5) == harmless]
+    name += _without(len(labelled) - len(kept), f"labelled {'unsafe' if harmless else 'safe'}")
+    name += _without(len(rows) - len(labelled), "that have no label")
     if not kept:
         raise ValueError(f"{name}: no prompt remains; take another file")
     return name, kept
 
 
+def safe_responses(name: str, rows: list[dict]) -> tuple[str, list[dict]]:
+    """(name, rows) without rows whose response is labelled unsafe, or has no label beside others that have one. The
+    name then tells their number. Raises ValueError if a label is ambiguous."""
+    check_labels(name, rows)
+    has_labels = any("safe" in row for row in rows)
+    labelled = [row for row in rows if "safe" in row or "response" not in row or not has_labels]
+    kept = [row for row in labelled if row.get("safe", 1) > 0.5]
+    name += _without(len(labelled) - len(kept), "labelled unsafe")
+    return name + _without(len(rows) - len(labelled), "that have no label"), kept
+
+
+def _without(count, which):
+    return f" without {count} rows {which}" if count else ""
+
+
 def check_labels(path: str | Path, rows: list[dict], of: str = "response") -> None:
     """Raises ValueError if a label of `read_rows` is ambiguous: 1 may mean safe or unsafe. of: "response", "prompt"."""
-    name = {"response": "label", "prompt": "prompt_label"}[of]
+    name, column = {"response": ("label", "safe"), "prompt": ("prompt_label", "prompt_safe")}[of]
     unclear = [row[name] for row in rows if name in row and of in row]
     if unclear:
-        raise ValueError(f"{path}: the label {unclear[0]!r} does not tell whether a {of} is safe: write safe or "
-                         "unsafe, or 1, 0 or P(safe) in a column 'safe'; or remove the column")
+        raise ValueError(f"{path}: the label {unclear[0]!r:.80} does not tell whether a {of} is safe: write safe "
+                         f"or unsafe in a column {name!r}, or P(safe) in {column!r}; or remove this column")
 
 
 def _fields(row):
@@ -428,7 +463,8 @@ def _fields(row):
                          f"keys {', '.join(map(repr, fields))}; rename one")
     for name in UNREAD:
         if not _is_blank(fields.get(name)):
-            raise ValueError(f"{name!r} cannot be read, and without it the prompt is another: leave out the row")
+            raise ValueError(f"{name!r} cannot be read, and without it the prompt is another: put it into the prompt, "
+                             "or leave out the row")
     return fields
 
 
@@ -441,8 +477,8 @@ def _parse_row(row, first_turn):
             raise ValueError(f"a text must be complete, got half of a surrogate pair in {text[:40]!r}")
     label = _label(fields, LABELS)
     of_prompt = _label(fields, PROMPT_LABELS)
-    responses = [name for name, value in fields.items() if RESPONSE_LIKE.search(name) and not _is_blank(value)]
-    if set(texts) == {"prompt"} and not responses:
+    is_alone = set(texts) == {"prompt"} and not _responses(fields)
+    if is_alone or OF_EITHER.match(str(label.get("label"))):
         of_prompt = of_prompt or label
     return {**texts, **label, **{f"prompt_{key}": value for key, value in of_prompt.items()}}
 
@@ -529,6 +565,10 @@ def read_rows(path: str | Path, first_turn: bool = False) -> list[dict]:
             raise ValueError(f"{path}, row {n}: {error}") from error
     if not rows:
         raise ValueError(f"{path} must hold at least one row, got none")
+    prompts = [row["prompt"] for row in rows if row["prompt"]]
+    if prompts and all(map(NO_TEXT.fullmatch, prompts)):
+        raise ValueError(f"{path}: no prompt is a text, the first is {prompts[0][:40]!r}; write texts there, or rename "
+                         "another column")
     return rows
 
 

@@ -437,10 +437,7 @@ def usable_pairs(config: Config, name: str, rows: list[dict], tested: list[str],
                  policy: Policy) -> list[tuple[str, str]]:
     """(prompt, response) pairs that the defender learns from: no test prompt, none labelled unsafe, and none too long
     for memory. If a row has both "response" and "chosen", "response" is used."""
-    data.check_labels(name, rows)
-    safe = [row for row in rows if row.get("safe", 1) > 0.5]
-    if len(safe) < len(rows):
-        name = f"{name} without {len(rows) - len(safe)} rows labelled unsafe"
+    name, safe = data.safe_responses(name, rows)
     limit = min(policy.context, max(256, 4 * config.response_tokens))
 
     def fit(pairs):
