@@ -396,11 +396,12 @@ def _may_be_label(name, value):
     if name in (*TEXTS, *NOT_LABELS) or name.endswith("_source") or name.startswith("why_") or _is_blank(value):
         return False
     word = str(value).strip().lower()
-    if name.endswith("category") and word == "harmful":  # OR-Bench's and HarmBench's name of a kind of prompts
-        return False
     if isinstance(value, str) and len(value) >= 20 and not re.fullmatch("[a-z_]{,40}", word):
         return False  # a text
-    return bool(LABEL_LIKE.search(name)) or not LABEL_WORDS.keys().isdisjoint(word.split("_"))  # vanilla_harmful, ...
+    if LABEL_LIKE.search(name):
+        return True
+    is_kind = name.endswith("category") and word == "harmful"  # of prompts, in OR-Bench and HarmBench
+    return not is_kind and not LABEL_WORDS.keys().isdisjoint(word.split("_"))  # vanilla_harmful, ...
 
 
 def of_kind(name: str, rows: list[dict], harmless: bool) -> tuple[str, list[dict]]:
