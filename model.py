@@ -822,6 +822,8 @@ def _probe_forward(policy):
             decoded(decoding_copy(policy))
     except Exception as error:
         raise ValueError(f"a model of type {name} cannot be run as a policy: {first_line(error)}") from error
+    except torch.OutOfMemoryError:
+        raise
     if not _all_close(large_logits, policy.head(hidden + large)):
         raise ValueError("a policy's logits must be a linear head on its last hidden state, neither scaled nor capped; "
                          f"{name} is different: take a model of another type")

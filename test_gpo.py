@@ -3132,6 +3132,13 @@ def test_an_adapters_folder_is_loaded_as_its_base_with_the_adapter_added(has_tok
     from peft import LoraConfig, get_peft_model
     tokenizer = tiny_tokenizer()
     base = AutoModelForCausalLM.from_pretrained(saved(tmp_path / "base", tiny_lm(tokenizer), tokenizer))
+def test_a_model_for_which_memory_is_short_is_not_called_unsuitable(tmp_path, monkeypatch):
+    saved(tmp_path, tiny_lm(tiny_tokenizer()), tiny_tokenizer())
+    monkeypatch.setattr(Policy, "hidden", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.")))
+    with pytest.raises(ValueError, match="as a causal language model: CUDA out of memory"):
+        load_policy(tmp_path)
+
+
     lora = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)  # random, not zero
     tuned = get_peft_model(base, lora)
     tuned.save_pretrained(tmp_path / "adapter")
