@@ -544,8 +544,10 @@ def _has_fixed_shapes(lm):
     """Whether `_FixedDecoder` decodes a model: on a GPU, if its code can be captured and no layer has a sliding window
     or a state of its own."""
     has_alibi = getattr(lm.config, "alibi", lm.config.model_type == "bloom")  # which reads a mask of two dimensions
-    fits = lm.device.type == "cuda" and lm._can_compile_fullgraph and not has_alibi
-    if not fits or lm.config._attn_implementation not in ("eager", "sdpa"):
+    is_dynamic = "dynamic" in str(getattr(lm.config, "rope_parameters", ""))  # compares numbers on the CPU
+    has_experts = lm._can_set_experts_implementation()  # which in fp32 count their rows on the CPU
+    fits = lm.device.type == "cuda" and lm._can_compile_fullgraph
+    if not fits or has_alibi or is_dynamic or has_experts or lm.config._attn_implementation not in ("eager", "sdpa"):
         return False
     return all(type(layer) is StaticLayer for layer in StaticCache(lm.config, max_cache_len=1).layers)
 
@@ -820,10 +822,10 @@ def _probe_forward(policy):
             with policy.autocast():
                 policy.hidden(tokens)
             decoded(decoding_copy(policy))
-    except Exception as error:
-        raise ValueError(f"a model of type {name} cannot be run as a policy: {first_line(error)}") from error
     except torch.OutOfMemoryError:
         raise
+    except Exception as error:
+        raise ValueError(f"a model of type {name} cannot be run as a policy: {first_line(error)}") from error
     if not _all_close(large_logits, policy.head(hidden + large)):
         raise ValueError("a policy's logits must be a linear head on its last hidden state, neither scaled nor capped; "
                          f"{name} is different: take a model of another type")

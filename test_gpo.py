@@ -465,10 +465,15 @@ def test_prompts_of_similar_length_are_answered_together_and_keep_their_order():
     assert [shape for shape in read if shape[1] > 1] == [(2, 3), (2, 8)]  # with "Human:" and "AI:"
 
 
+SMALL = dict(num_hidden_layers=1, hidden_size=8, intermediate_size=8, num_attention_heads=1, num_key_value_heads=1)
+
+
 @pytest.mark.parametrize("config, fixed", [
-    (transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1), True),
-    (transformers.BloomConfig(n_layer=1, hidden_size=8, n_head=1), False)])  # its bias reads a mask of two dimensions
-def test_a_model_whose_positions_are_in_the_mask_is_not_decoded_in_fixed_shapes(config, fixed, monkeypatch):
+    (transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1), True), (transformers.LlamaConfig(**SMALL), True),
+    (transformers.BloomConfig(n_layer=1, hidden_size=8, n_head=1), False),
+    (transformers.LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0}), False),
+    (transformers.MixtralConfig(**SMALL, num_local_experts=2), False)])
+def test_a_model_whose_step_cannot_be_captured_is_not_decoded_in_fixed_shapes(config, fixed, monkeypatch):
     lm = transformers.AutoModelForCausalLM.from_config(config)
     monkeypatch.setattr(type(lm), "device", torch.device("cuda"))
     assert model._has_fixed_shapes(lm) is fixed
@@ -3127,11 +3132,6 @@ def test_a_model_that_runs_in_fp32_alone_is_refused_in_bf16(tmp_path):
         load_policy(folder, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("has_tokenizer", [True, False])
-def test_an_adapters_folder_is_loaded_as_its_base_with_the_adapter_added(has_tokenizer, tmp_path, monkeypatch):
-    from peft import LoraConfig, get_peft_model
-    tokenizer = tiny_tokenizer()
-    base = AutoModelForCausalLM.from_pretrained(saved(tmp_path / "base", tiny_lm(tokenizer), tokenizer))
 def test_a_model_for_which_memory_is_short_is_not_called_unsuitable(tmp_path, monkeypatch):
     saved(tmp_path, tiny_lm(tiny_tokenizer()), tiny_tokenizer())
     monkeypatch.setattr(Policy, "hidden", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.")))
@@ -3139,6 +3139,11 @@ def test_a_model_for_which_memory_is_short_is_not_called_unsuitable(tmp_path, mo
         load_policy(tmp_path)
 
 
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_an_adapters_folder_is_loaded_as_its_base_with_the_adapter_added(has_tokenizer, tmp_path, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+    tokenizer = tiny_tokenizer()
+    base = AutoModelForCausalLM.from_pretrained(saved(tmp_path / "base", tiny_lm(tokenizer), tokenizer))
     lora = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)  # random, not zero
     tuned = get_peft_model(base, lora)
     tuned.save_pretrained(tmp_path / "adapter")
