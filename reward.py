@@ -332,6 +332,7 @@ def _guard_render(tokenizer):
     list of parts."""
     if not tokenizer.chat_template:
         return GUARD_TEMPLATE.format
+    faults = []
     for content in (str, lambda text: [{"type": "text", "text": text}]):
         def render(prompt, response, content=content):
             text = rendered_chat(tokenizer, content(prompt), content(response), add_generation_prompt=True)
@@ -340,7 +341,8 @@ def _guard_render(tokenizer):
         fault = _template_fault(render)
         if not fault:
             return render
-    raise ValueError(f"its chat template {fault}")
+        faults.append(fault)
+    raise ValueError(f"its chat template {faults[0]}")
 
 
 def _guard_input(tokenizer, render, prompt, response, limit):

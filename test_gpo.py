@@ -2132,6 +2132,7 @@ def test_a_classifier_of_which_it_is_not_certain_what_it_reads_is_refused(labels
     with pytest.raises(ValueError, match=f"what the judge reads, as its kind is {message}, or pass file.py:function"):
         load_judge(str(tmp_path))
 
+    ("{% for m in messages %}{{ 'a ' + m['content'] + guideline }}{% endfor %}", "fails: 'guideline' is undefined"),
 
 @pytest.mark.parametrize("marks, more", [
     ([], {}), ([], {"pad_token": "</s>"}), (["<pad>"], {"pad_token": "</s>"})])  # the last: its config has another one
