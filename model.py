@@ -50,6 +50,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PLAIN_TEMPLATE = "Human: {} AI:"  # for tokenizers without a chat template, as in the authors' code
 THOUGHTS = re.compile(r"\A\s*<think>.*?(</think>|\Z)", re.DOTALL)  # of a reasoning model, before its answer
 PROBE = ("Marmalade?", "Porcupine!")  # a prompt and a response, to see what a chat template makes of them
+SAME_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro +%}"  # for a run that is resumed tomorrow
 EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*\Z")  # at the end of a prompt that asks for none
 
 
@@ -286,7 +287,9 @@ def _end_of_turn(tokenizer, render):
 # --- no control tokens from texts -------------------------------------------------------------------------------
 def rendered_chat(tokenizer: Tokenizer, *texts: object, **options) -> str:
     """The tokenizer's chat template of a user's turn and, if there are two texts, the assistant's. A model that can
-    answer without thoughts (Qwen3) is asked to."""
+    answer without thoughts (Qwen3) is asked to, and one that is told the date is always told the same."""
+    if "strftime_now" in str(tokenizer.chat_template):
+        options["chat_template"] = SAME_DATE + tokenizer.get_chat_template()
     chat = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts)]
     try:
         return tokenizer.apply_chat_template(chat, tokenize=False, enable_thinking=False, **options)

@@ -669,6 +669,21 @@ def test_a_model_that_can_answer_without_thoughts_is_asked_to():
                 "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}{% endif %}")
     tokenizer = byte_tokenizer(["<|user|>", "<|assistant|>"], template, eos_token="</s>")
     (asked,), (learned,) = tiny_policy(tokenizer=tokenizer).encode_pairs([("bake bread", "take flour")])
+def test_a_special_token_that_no_text_can_hold_needs_no_embedding(tmp_path):
+    tokenizer = tiny_tokenizer()
+    lm = tiny_lm(tokenizer)
+    tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)  # as of Gemma 3's models for text alone
+    policy = load_policy(saved(tmp_path, lm, tokenizer))
+    assert max(policy.encode(["a <image_soft_token> b"])[0]) < lm.config.vocab_size
+
+
+def test_the_date_in_a_chat_template_is_always_the_same():  # Llama 3.2's and SmolLM3's is today's
+    template = "{{ strftime_now('%d %b %Y') }}\n{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    tokenizer = byte_tokenizer([], template, eos_token="</s>")
+    (asked,), (learned,) = tiny_policy(tokenizer=tokenizer).encode_pairs([("bake bread", "take flour")])
+    assert tokenizer.decode(asked + learned) == "26 Jul 2024\nbake bread</s>take flour</s>"
+
+
     assert tokenizer.decode(asked) == "<|user|>bake bread</s><|assistant|><think></think>"
     assert tokenizer.decode(learned) == "take flour</s>"
     tokenizer.chat_template = template.replace("{% if m['role'] == 'assistant' %}<think></think>{% endif %}", "")
