@@ -207,7 +207,8 @@ class Policy(nn.Module):
             same_tokens = ids[:len(start)] == start
             begins = same_tokens or text.startswith(EMPTY_THOUGHT.sub("", render(prompt)))
             thinks = not same_tokens and THOUGHTS.match(response)
-            if not begins and not thinks:
+            opens_thought = re.search(r"<think>\s*\Z", render(prompt))
+            if opens_thought or not (begins or thinks):
                 raise ValueError("a chat template's conversations must begin as its prompts do, which end in "
                                  f"{render(prompt)[-20:]!r}; if that opens a thought, take a model that can answer "
                                  "without one")
@@ -914,9 +915,15 @@ def check_body(model: PreTrainedModel, info: dict) -> None:
 
 
 def check_embeddings(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
-    """Raises ValueError if the tokenizer has tokens for which the model has no embedding."""
+    """Raises ValueError if the tokenizer has tokens for which the model has no embedding, but for special ones that
+    neither it nor its chat template writes: `inert_texts` keeps them out of texts. (Gemma 3's models for text alone
+    have the token of images.)"""
     rows = model.get_input_embeddings().num_embeddings
-    last = max(tokenizer.get_vocab().values())
+    names = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+    written = [getattr(tokenizer, f"{name}_token") or "" for name in names] + [str(tokenizer.chat_template or "")]
+    spare = {i for i, token in tokenizer.added_tokens_decoder.items()
+             if token.special and not any(token.content in text for text in written)}
+    last = max(set(tokenizer.get_vocab().values()) - spare)
     if last >= rows:
         raise ValueError(f"its tokenizer must be of its {rows} embeddings, but has a token of number {last}; use the "
                          "tokenizer that it was trained with")

@@ -649,7 +649,13 @@ HARMONY = ("{% for m in messages %}<|start|>{{ m['role'] }}{% if m['role'] == 'a
            "{% if add_generation_prompt %}<|start|>assistant{% endif %}")  # gpt-oss's
 
 
+THINKING = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}")
+
+
 @pytest.mark.parametrize("template, message", [
+    (THINKING, r"conversations must begin as its prompts do, which end in '.*<think>\\n'"),  # Qwen3-Thinking-2507's
     (R1, r"conversations must begin as its prompts do, which end in '.*<think>\\n'"),
     (HARMONY, "must be the assistant's words alone, but its chat template makes of 'Porcupine!' 'finalPorcupine!'"),
     ("{{ messages[-1]['role'] }}", "must render the words of the user and of the assistant once each"),
@@ -659,16 +665,11 @@ def test_a_player_whose_chat_template_writes_more_or_less_than_prompts_and_answe
         template, message, tmp_path):
     tokenizer = byte_tokenizer(["<|User|>", "<|Assistant|>", "<|start|>", "<|channel|>", "<|message|>", "<|return|>"],
                                template, eos_token="</s>")
+    tokenizer.add_tokens(["\n\n"])  # as Qwen's, so that "<think>\n\n" does not begin with the tokens of "<think>\n"
     with pytest.raises(ValueError, match=message):
         load_policy(saved(tmp_path / "lm", tiny_lm(tokenizer), tokenizer))
 
 
-def test_a_model_that_can_answer_without_thoughts_is_asked_to():
-    template = ("{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}<think></think>{% endif %}"
-                "{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>"
-                "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}{% endif %}")
-    tokenizer = byte_tokenizer(["<|user|>", "<|assistant|>"], template, eos_token="</s>")
-    (asked,), (learned,) = tiny_policy(tokenizer=tokenizer).encode_pairs([("bake bread", "take flour")])
 def test_a_special_token_that_no_text_can_hold_needs_no_embedding(tmp_path):
     tokenizer = tiny_tokenizer()
     lm = tiny_lm(tokenizer)
@@ -684,6 +685,12 @@ def test_the_date_in_a_chat_template_is_always_the_same():  # Llama 3.2's and Sm
     assert tokenizer.decode(asked + learned) == "26 Jul 2024\nbake bread</s>take flour</s>"
 
 
+def test_a_model_that_can_answer_without_thoughts_is_asked_to():
+    template = ("{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}<think></think>{% endif %}"
+                "{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>"
+                "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}{% endif %}")
+    tokenizer = byte_tokenizer(["<|user|>", "<|assistant|>"], template, eos_token="</s>")
+    (asked,), (learned,) = tiny_policy(tokenizer=tokenizer).encode_pairs([("bake bread", "take flour")])
     assert tokenizer.decode(asked) == "<|user|>bake bread</s><|assistant|><think></think>"
     assert tokenizer.decode(learned) == "take flour</s>"
     tokenizer.chat_template = template.replace("{% if m['role'] == 'assistant' %}<think></think>{% endif %}", "")
@@ -2126,6 +2133,7 @@ def test_a_classifier_with_a_chat_template_reads_the_rendered_exchange(tmp_path)
     ("guard", "its chat template"), ("classifier", "the judge's chat template must show it .* but it")])
 @pytest.mark.parametrize("template, fault", [
     ("{{ raise_exception('a system turn is needed') }}", "fails: a system turn is needed"),
+    ("{% for m in messages %}{{ 'a ' + m['content'] + guideline }}{% endfor %}", "fails: 'guideline' is undefined"),
     ("{{ messages[0]['content'] }}", "leaves out or changes the prompt or the response")])
 def test_a_judge_whose_chat_template_does_not_show_the_exchange_is_refused(tmp_path, kind, required, template, fault):
     tokenizer = byte_tokenizer(["<pad>"], template, eos_token="<|im_end|>")
@@ -2147,7 +2155,6 @@ def test_a_classifier_of_which_it_is_not_certain_what_it_reads_is_refused(labels
     with pytest.raises(ValueError, match=f"what the judge reads, as its kind is {message}, or pass file.py:function"):
         load_judge(str(tmp_path))
 
-    ("{% for m in messages %}{{ 'a ' + m['content'] + guideline }}{% endfor %}", "fails: 'guideline' is undefined"),
 
 @pytest.mark.parametrize("marks, more", [
     ([], {}), ([], {"pad_token": "</s>"}), (["<pad>"], {"pad_token": "</s>"})])  # the last: its config has another one
