@@ -199,7 +199,8 @@ class Policy(nn.Module):
         ends = "|".join(map(re.escape, self.tokenizer.convert_ids_to_tokens(self.eos_ids)))  # as text: not taught twice
         pairs = [(prompt, re.sub(rf"(({ends})\s*)+\Z", "", response)) for prompt, response in pairs]
         render = functools.cache(self._render)  # a slow function, and pairs repeat
-        prompt_ids = self.encode([prompt for prompt, _ in pairs])
+        prompts = encode_rendered(self.tokenizer, render, [[prompt] for prompt, _ in pairs])
+        prompt_ids = [ids or self.eos_ids[:1] for ids in prompts]  # as `encode`
         conversations = encode_rendered(self.tokenizer, render, pairs)
         response_ids = []
         for start, ids, (prompt, response) in zip(prompt_ids, conversations, pairs):
