@@ -188,9 +188,10 @@ class Policy(nn.Module):
                     values = _scatter(self.value_head(states.float())[:, 0], mask)
         return _scatter(logprobs, mask), values, _scatter(entropy, mask)  # (B, T) each
 
-    def encode(self, prompts: list[str]) -> list[list[int]]:
-        """Token ids of each prompt in the model's own chat format, up to where the response begins."""
-        rows = encode_rendered(self.tokenizer, self._render, [[prompt] for prompt in prompts])
+    def encode(self, prompts: list[str], render: Callable[..., str] | None = None) -> list[list[int]]:
+        """Token ids of each prompt in the model's own chat format, up to where the response begins. render: a cached
+        `_render`."""
+        rows = encode_rendered(self.tokenizer, render or self._render, [[prompt] for prompt in prompts])
         return [ids or self.eos_ids[:1] for ids in rows]
 
     def encode_pairs(self, pairs: list[tuple[str, str]]) -> tuple[list[list[int]], list[list[int]]]:
@@ -199,8 +200,7 @@ class Policy(nn.Module):
         ends = "|".join(map(re.escape, self.tokenizer.convert_ids_to_tokens(self.eos_ids)))  # as text: not taught twice
         pairs = [(prompt, re.sub(rf"(({ends})\s*)+\Z", "", response)) for prompt, response in pairs]
         render = functools.cache(self._render)  # a slow function, and pairs repeat
-        prompts = encode_rendered(self.tokenizer, render, [[prompt] for prompt, _ in pairs])
-        prompt_ids = [ids or self.eos_ids[:1] for ids in prompts]  # as `encode`
+        prompt_ids = self.encode([prompt for prompt, _ in pairs], render)
         conversations = encode_rendered(self.tokenizer, render, pairs)
         response_ids = []
         for start, ids, (prompt, response) in zip(prompt_ids, conversations, pairs):
@@ -208,11 +208,9 @@ class Policy(nn.Module):
             same_tokens = ids[:len(start)] == start
             begins = same_tokens or text.startswith(EMPTY_THOUGHT.sub("", render(prompt)))
             thinks = not same_tokens and THOUGHTS.match(response)
-            opens_thought = re.search(r"<think>\s*\Z", render(prompt))
-            if opens_thought or not (begins or thinks):
+            if not begins and not thinks:
                 raise ValueError("a chat template's conversations must begin as its prompts do, which end in "
-                                 f"{render(prompt)[-20:]!r}; if that opens a thought, take a model that can answer "
-                                 "without one")
+                                 f"{render(prompt)[-20:]!r}")
             if thinks or response.strip() not in text:
                 raise ValueError("a demonstration must be a response as its chat template writes it; the template "
                                  f"changes {response[:60]!r}: drop it, or the reasoning in it")
@@ -786,8 +784,12 @@ def merge_adapter(kind: type, name: str | Path, options: dict) -> tuple[PreTrain
 
 
 def _probe_template(policy):
-    """Raises ValueError unless the text of a response is the answer alone, without thoughts or a channel's name."""
-    _, answer = PROBE
+    """Raises ValueError unless a response is the answer alone, without thoughts or a channel's name."""
+    prompt, answer = PROBE
+    text = policy._render(prompt)
+    if re.search(r"<think>\s*\Z", text):
+        raise ValueError("a policy must answer without thoughts, but its chat template opens one at the end of its "
+                         f"prompts, {text[-20:]!r}: take another model")
     _, (ids,) = policy.encode_pairs([PROBE])
     if policy.decode(ids) != policy.decode(policy.tokenizer(answer, add_special_tokens=False).input_ids):
         raise ValueError(f"a response must be the assistant's words alone, but its chat template makes of {answer!r} "

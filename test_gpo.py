@@ -655,8 +655,8 @@ THINKING = (
 
 
 @pytest.mark.parametrize("template, message", [
-    (THINKING, r"conversations must begin as its prompts do, which end in '.*<think>\\n'"),  # Qwen3-Thinking-2507's
-    (R1, r"conversations must begin as its prompts do, which end in '.*<think>\\n'"),
+    (THINKING, r"its chat template opens one at the end of its prompts, '.*<think>\\n'"),  # Qwen3-Thinking-2507's
+    (R1, r"its chat template opens one at the end of its prompts, '.*<think>\\n'"),
     (HARMONY, "must be the assistant's words alone, but its chat template makes of 'Porcupine!' 'finalPorcupine!'"),
     ("{{ messages[-1]['role'] }}", "must render the words of the user and of the assistant once each"),
     ("{% for m in messages %}{{ m['content'] | lower }}</s>{% endfor %}", "must render the words of the user and"),
