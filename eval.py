@@ -377,7 +377,7 @@ def attack_rows(run: FinishedRun | None, args: argparse.Namespace) -> list[dict]
         print(f"{args.attacker} is not the attacker of a run: it writes 48 tokens after the prompt {PAPER_TEMPLATE!r}")
         attacker = load_policy(args.attacker, "shared", best_dtype(DEVICE), DEVICE, remote)
     if args.prompts:
-        name, rows = data.of_kind(args.prompts, data.read_rows(args.prompts, first_turn=True), harmless=False)
+        name, rows = data.of_kind(args.prompts, data.read_rows(args.prompts, first_turn=True), "prompt", safe=False)
         seeds = [row["prompt"] for row in rows if row["prompt"]]
         print(f"{name}: {len(seeds)} seeds")
         if not seeds:

@@ -218,6 +218,7 @@ LABELS = {"safe": ("safe", "is_safe"), "unsafe": ("unsafe", "is_unsafe"),  # 1 m
           "": ("label", "labels", "response_label", "response_harm_label")}
 PROMPT_LABELS = {"safe": ("prompt_safe", "prompt_is_safe"), "unsafe": ("prompt_unsafe", "prompt_is_unsafe"),
                  "": ("prompt_label", "prompt_harm_label", "prompt_safety")}
+LABEL_COLUMNS = {"response": ("label", "safe"), "prompt": ("prompt_label", "prompt_safe")}  # of `read_rows`
 LABEL_LIKE = re.compile(  # not read, maybe a label
     "safe|harmful|harmless|toxic|hateful|jailbr|flagged|moderation|violat|_label")
 OF_EITHER = re.compile(r"\w*((toxic|hateful|flagged|jailbreak|safety_label|moderation)\w*|type) = ")  # text of a row
@@ -404,37 +405,29 @@ def _may_be_label(name, value):
     return not is_kind and not LABEL_WORDS.keys().isdisjoint(word.split("_"))  # vanilla_harmful, ...
 
 
-def of_kind(name: str, rows: list[dict], harmless: bool) -> tuple[str, list[dict]]:
-    """(name, rows) without rows whose prompts are labelled as of the other kind: harmless or, if not `harmless`,
-    harmful ones. The name then tells their number. Raises ValueError if a label is ambiguous, or if none remain."""
-    check_labels(name, rows, "prompt")
-    labelled = [row for row in rows if "prompt_safe" in row] or rows
-    kept = [row for row in labelled if (row.get("prompt_safe", harmless) > 0.5) == harmless]
-    name += _without(len(labelled) - len(kept), f"labelled {'unsafe' if harmless else 'safe'}")
-    name += _without(len(rows) - len(labelled), "that have no label")
+def of_kind(name: str, rows: list[dict], of: str, safe: bool) -> tuple[str, list[dict]]:
+    """(name, rows) without rows whose `of`, "prompt" or "response", is labelled as of the other kind: safe or, if not
+    `safe`, unsafe ones; or has no label beside others that have one. The name then tells their number. Raises
+    ValueError if a label is ambiguous, or if none remain."""
+    check_labels(name, rows, of)
+    column = LABEL_COLUMNS[of][1]
+    has_labels = any(column in row for row in rows)
+    labelled = [row for row in rows if column in row or of not in row or not has_labels]
+    kept = [row for row in labelled if (row.get(column, safe) > 0.5) == safe]
+    other_kind = len(labelled) - len(kept)
+    no_label = len(rows) - len(labelled)
+    if other_kind:
+        name += f" without {other_kind} rows labelled {'unsafe' if safe else 'safe'}"
+    if no_label:
+        name += f" without {no_label} rows that have no label"
     if not kept:
-        raise ValueError(f"{name}: no prompt remains; take another file")
+        raise ValueError(f"{name}: no {of} remains; take another file")
     return name, kept
-
-
-def safe_responses(name: str, rows: list[dict]) -> tuple[str, list[dict]]:
-    """(name, rows) without rows whose response is labelled unsafe, or has no label beside others that have one. The
-    name then tells their number. Raises ValueError if a label is ambiguous."""
-    check_labels(name, rows)
-    has_labels = any("safe" in row for row in rows)
-    labelled = [row for row in rows if "safe" in row or "response" not in row or not has_labels]
-    kept = [row for row in labelled if row.get("safe", 1) > 0.5]
-    name += _without(len(labelled) - len(kept), "labelled unsafe")
-    return name + _without(len(rows) - len(labelled), "that have no label"), kept
-
-
-def _without(count, which):
-    return f" without {count} rows {which}" if count else ""
 
 
 def check_labels(path: str | Path, rows: list[dict], of: str = "response") -> None:
     """Raises ValueError if a label of `read_rows` is ambiguous: 1 may mean safe or unsafe. of: "response", "prompt"."""
-    name, column = {"response": ("label", "safe"), "prompt": ("prompt_label", "prompt_safe")}[of]
+    name, column = LABEL_COLUMNS[of]
     unclear = [row[name] for row in rows if name in row and of in row]
     if unclear:
         raise ValueError(f"{path}: the label {unclear[0]!r:.80} does not tell whether a {of} is safe: write safe "

@@ -405,7 +405,7 @@ def split_prompts(config: Config, files: dict, policies: dict[str, Policy]) -> P
         return sample(prompts, n, np.random.default_rng(0)) if len(prompts) > n else prompts
 
     def pick(flag, others):
-        name, rows = data.of_kind(*files[flag], flag == "benign_prompts")
+        name, rows = data.of_kind(*files[flag], "prompt", safe=flag == "benign_prompts")
         prompts = [(row["prompt"],) for row in rows]
         kept, line = data.usable(name, prompts, others, fit, limit)
         return [prompt for prompt, in kept], line
@@ -437,13 +437,13 @@ def usable_pairs(config: Config, name: str, rows: list[dict], tested: list[str],
                  policy: Policy) -> list[tuple[str, str]]:
     """(prompt, response) pairs that the defender learns from: no test prompt, none labelled unsafe, and none too long
     for memory. If a row has both "response" and "chosen", "response" is used."""
-    name, safe = data.safe_responses(name, rows)
+    name, rows = data.of_kind(name, rows, "response", safe=True)
     limit = min(policy.context, max(256, 4 * config.response_tokens))
 
     def fit(pairs):
         return [len(p) + len(r) <= limit for p, r in zip(*policy.encode_pairs(pairs))]
 
-    pairs = [(row["prompt"], row.get("response") or row.get("chosen")) for row in safe]
+    pairs = [(row["prompt"], row.get("response") or row.get("chosen")) for row in rows]
     kept, line = data.usable(name, pairs, tested, fit, limit)
     print(f"{line}, {len(kept)} to learn from")
     return kept
