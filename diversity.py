@@ -13,8 +13,8 @@ in which X was added.
 Differs from the paper (numbers as in the README; rows are of docs/results.md):
 (9) X is the last 480 attacks (--history), not all of them. Against all of them a collapse goes unpunished for long,
 because varied early attacks keep the mean low: row *all earlier attacks, not the last 480*.
-(10) Eq. (3.5) is the mean of the cosines, as in the authors' code, not the paper's sum, which grows with X. This
-changes only the scale. Eq. (3.4) is against all of X at once, as SelfBLEU is defined; the authors' code averages over
+(10) Eq. (3.5) is the mean of the cosines, as in the authors' code, not the paper's sum, which grows with X and would
+outweigh the other term. Eq. (3.4) is against all of X at once, as SelfBLEU is defined; the authors' code averages over
 single texts of X, at a cost that grows.
 """
 
@@ -55,8 +55,8 @@ def _ngrams(tokens, max_order):
 
 
 def _numbered(gram, seen):
-    """The n-gram itself the first time in a text, then (n-gram, 1), (n-gram, 2), ...: seen counts them. So many texts
-    as have (n-gram, k) have it more than k times, as clipped matches need (Papineni et al., 2002)."""
+    """The n-gram itself the first time in a text, then (n-gram, 1), (n-gram, 2), ...: seen counts them. A text
+    has (n-gram, k) if it has the n-gram more than k times, as clipped matches need (Papineni et al., 2002)."""
     earlier = seen.get(gram, 0)
     seen[gram] = earlier + 1
     return (gram, earlier) if earlier else gram

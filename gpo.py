@@ -15,7 +15,8 @@ Differs from the paper (numbers as in the README; rows are of docs/results.md):
 (2) The KL penalty is the k1 estimate on sampled tokens, inside the reward: the same quantity in expectation.
 (3) Theorem 3.2 averages distributions. Language models can be mixed by episode (exact) or averaged by weights (an
 approximation); both are implemented: table *what an average costs*.
-(14) Algorithms 2 and 3 use step sizes with explicit constants, which give an explicit bound: section *the theory*.
+(14) Algorithms 2 and 3 use step sizes with explicit constants, which give a blind defender an explicit bound: section
+*the theory*.
 """
 
 import copy
@@ -81,7 +82,7 @@ def sample(items: list, n: int, rng: np.random.Generator) -> list:
     return [items[i] for i in rng.choice(len(items), n, replace=n > len(items))]
 
 
-# --- PPO, the mathematics: everything is (B, T), and zero outside the response mask --------------------
+# --- PPO, the mathematics: everything is (B, T), and only response tokens count ------------------------
 def token_rewards(scores: torch.Tensor, logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor,
                   kl_coef: float) -> torch.Tensor:
     """Per-token rewards (B, T): -kl_coef * k1 at each response token, plus the score (B,) at the last one.
@@ -154,7 +155,7 @@ def unlikelihood_loss(policy: Policy, answers: Rollout, initial: Policy) -> torc
     """A loss that makes given answers (a Rollout of B rows) of the initial policy pi_0 less likely, per response token:
     shape (). After unlikelihood training (Welleck et al., 2020). With p = pi(y|x) / pi_0(y|x) an answer adds
 
-        p / RARE             where p < RARE: importance sampling, as P(unsafe) = E_{y ~ pi_0}[p, where y is unsafe]
+        p / RARE             where p < RARE: proportional to p, like its own term pi(y|x) in P(unsafe)
         1 + log(p / RARE)    elsewhere: the gradient of a demonstration, reversed; that of p / RARE would be up to
                              1 / RARE times as large, and drown the other losses
 
@@ -189,7 +190,7 @@ class Player:
     max_new_tokens: int
     learning_rate: float = 1e-5
     kl_coef: float = 0.05
-    entropy_coef: float = 0.0  # eta_H of Eq. (3.7), on the attacker
+    entropy_coef: float = 0.0  # bonus per token, after eta_H of Eq. (3.7), on the attacker
     template: str = "{}"  # wraps each prompt; the attacker's wraps its seeds
     kl_anchor: str = "initial"  # or "previous": the KL penalty is measured from the policy at the last `anchor`
     epochs: int = 2
@@ -391,7 +392,7 @@ def ppo_update(player: Player, rollout: Rollout, scores: np.ndarray | torch.Tens
         epochs = []
     for minibatches in epochs:
         for m, rows in enumerate(minibatches):
-            if not mask[rows].any():  # none of its exchanges was decided: a step would be AdamW's momentum alone
+            if not mask[rows].any():  # none of its exchanges was decided: nothing to learn for PPO
                 continue
             for term in extra:
                 part = torch.arange(len(term.pairs)).tensor_split(player.minibatches)[m]
@@ -439,7 +440,7 @@ def experience(player: Player, rollout: Rollout, scores: torch.Tensor,
 
 
 def extra_gradients(policy: Policy, term: ExtraLoss, rows: torch.Tensor, micro_batch: int) -> float:
-    """Add the gradient of an extra loss on the given rows (n,); returns what it is the gradient of."""
+    """Add the gradient of an extra loss on the given rows (n,); returns the loss."""
     n_tokens = term.pairs.response_mask[rows].sum()
     total = torch.zeros((), device=policy.device)
     for some in my_rows(rows).split(micro_batch or len(rows)):
@@ -465,7 +466,7 @@ def minibatch_gradients(player: Player, rollout: Rollout, old: Experience, minib
             check_ratio(player, logprobs, before.logprobs)
         loss_p = policy_loss(logprobs, before.logprobs, before.advantages, mask, player.clip, n_tokens)
         loss_v = value_loss(values, before.values, before.returns, mask, player.value_clip, n_tokens)
-        loss_h = -(entropy * mask).sum() / n_tokens  # Eq. (3.7): mu also maximises its entropy
+        loss_h = -(entropy * mask).sum() / n_tokens  # after Eq. (3.7): mu also maximises entropy, here of single tokens
         (loss_p + player.value_coef * loss_v + player.entropy_coef * loss_h).backward()
         stats = ratio_stats(player, logprobs.detach() - before.logprobs, values.detach() - before.values, mask)
         stats |= {"loss/policy": loss_p.detach() * n_tokens, "loss/value": loss_v.detach() * n_tokens}
@@ -533,7 +534,7 @@ def forward_rows(policy: Policy, rollout: Rollout, groups: list[torch.Tensor],
 
 
 def log_likelihoods(policy: Policy, rollout: Rollout, micro_batch: int = 0) -> torch.Tensor:
-    """(B, 2): mean and least log-prob of each response's tokens under a frozen policy, in nats."""
+    """(B, 2): mean and least log-prob of each response's tokens under a policy, without gradients, in nats."""
     mask = rollout.response_mask
     groups = my_rows(torch.arange(len(rollout))).split(4 * micro_batch or 256)
     logprobs, _, _ = forward_rows(policy, rollout, groups, with_values=False)
@@ -628,7 +629,7 @@ def play(attacker: "Player | PolicyAverage | None", defender: "Player | PolicyAv
 
 # --- averages of policies ---------------------------------------------------------------------------------------
 class PolicyAverage:
-    """The average policy of Theorem 3.2, in three forms. Like a player it can `generate`.
+    """An average of policies: Theorem 3.2's, or a cheaper one. Like a player it can `generate`.
 
     kind "mixture": the uniform mixture over all policies added so far; one member is sampled for each prompt.
     At most `capacity` of them are kept, a uniform sample of all (reservoir sampling, Vitter 1985).

@@ -4,7 +4,8 @@
     logprob_i = z[i, y_i] - logsumexp(z[i])                H_i = -sum_v p[i, v] log p[i, v]
 
 The logits are the largest tensor of a PPO step: 2048 response tokens of GPT-2 are 412 MB in fp32, and autograd would
-hold several copies. The backward needs two numbers per row; with them it recomputes the logits, in a fourth product.
+hold several copies. The backward recomputes the logits (a fourth matrix product, beside the forward's and the two
+of the gradients) and needs two more numbers per row, logsumexp and H.
 
 The gradient, with g the incoming gradient of logprob and e that of H:
 
@@ -88,7 +89,7 @@ def _chunked_forward(h, w, targets, bias, temperature, saved_p):
         lse[rows] = z.amax(-1) - p.amax(-1).log()  # log p = z - logsumexp, of the likeliest token: its p is >= 1 / V
         logprobs[rows] = z.gather(-1, targets[rows, None])[:, 0] - lse[rows]
         entropy[rows] = lse[rows] - z.mul_(p).sum(-1)  # H = logsumexp(z) - E_p[z]
-        saved_p[rows] = p[:len(saved_p[rows])]  # S <= N: fewer rows of the chunk across row S, none of a later one
+        saved_p[rows] = p[:len(saved_p[rows])]  # S <= N: a chunk saves only its rows below S
         del z, p  # before the next chunk is made
     return logprobs, lse, entropy
 

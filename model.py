@@ -123,8 +123,8 @@ class Policy(nn.Module):
         self.context = context_length(lm.config)  # tokens
         last_token = max(tokenizer.get_vocab().values())
         rows = lm.get_output_embeddings().weight.shape[0]
-        self.tokens = min(last_token + 1, rows)  # V: further rows of the head are padding, without a token
-        self.eos_ids = _eos_ids(lm, tokenizer, self._render, self.tokens)  # demonstrations end with the first
+        self.vocab_size = min(last_token + 1, rows)  # V: further rows of the head are padding, without a token
+        self.eos_ids = _eos_ids(lm, tokenizer, self._render, self.vocab_size)  # demonstrations end with the first
         self.skeleton = None  # if sharded: the language model's modules without weights, to copy from
         self.eval()
 
@@ -138,7 +138,7 @@ class Policy(nn.Module):
 
     @property
     def head(self) -> nn.Module:
-        """weight (V, D), bias (V,) or None."""
+        """weight (at least V, D), bias or None."""
         return self.lm.get_output_embeddings()
 
     @property
@@ -176,9 +176,9 @@ class Policy(nn.Module):
             states = self.hidden(inputs)[acts]  # (N, D)
             weight = self.head.weight
             bias = self.head.bias
-            if self.tokens < len(weight):
-                weight = weight[: self.tokens]
-                bias = None if bias is None else bias[: self.tokens]
+            if self.vocab_size < len(weight):
+                weight = weight[: self.vocab_size]
+                bias = None if bias is None else bias[: self.vocab_size]
             logprobs, entropy = linear_logprob(states, weight, targets, bias, rollout.temperature, entropy_grad)
             values = None
             if with_values:
@@ -425,9 +425,8 @@ def generate(policy: Policy, prompts: list[str], max_new_tokens: int, temperatur
 
 
 def _decode(policy, lm, prompt_ids, max_new_tokens, pick):
-    """Token ids of each row's response. Sampling continues until every row has ended; ended rows are dropped. Of n
-    rows that are left, alive (n,) are their numbers in the batch, and going the places, among these n, of those that
-    go on: alive[going] is the next `alive`."""
+    """Token ids of each row's response. Rows leave the batch when they end. alive (n,): the numbers of the rows that
+    are left; going: indices into `alive` of those that continue."""
     inputs, mask, positions = _left_padded(policy, prompt_ids)  # (B, P) each
     B = len(inputs)
     eos = torch.tensor(policy.eos_ids, device=policy.device)
@@ -437,7 +436,7 @@ def _decode(policy, lm, prompt_ids, max_new_tokens, pick):
     logits = decoder.prefill(inputs)  # (B, V)
     sampled = []
     while True:
-        token = pick(logits[:, : policy.tokens].float())  # (n,)
+        token = pick(logits[:, : policy.vocab_size].float())  # (n,)
         sampled.append(torch.full((B,), -1, device=policy.device).index_copy(0, alive, token))  # -1: after the end
         going = (~torch.isin(token, eos)).nonzero()[:, 0]
         if not len(going) or len(sampled) == max_new_tokens:
@@ -836,7 +835,7 @@ def _probe_forward(policy):
     if not _all_close(large_logits, policy.head(hidden + large)):
         raise ValueError("a policy's logits must be a linear head on its last hidden state, neither scaled nor capped; "
                          f"{name} is different: take a model of another type")
-    if not _all_close(sampled, policy.head(hidden[0, [5, 3, 4]])[:, : policy.tokens]):
+    if not _all_close(sampled, policy.head(hidden[0, [5, 3, 4]])[:, : policy.vocab_size]):
         raise ValueError("a policy must give the same logits with a cache and padding as without; a model of type "
                          f"{name} does not: take one of another type")
 

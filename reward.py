@@ -71,7 +71,7 @@ class JudgeError(ValueError):
 def call_judge(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
     """P(safe) of each exchange, (B,) float64, NaN where the judge returns None. Raises JudgeError on anything else."""
     try:
-        with torch.no_grad(), contextlib.chdir("."):  # which also undo what a judge does to them
+        with torch.no_grad(), contextlib.chdir("."):  # both are restored if the judge changes them
             answers = judge(list(prompts), list(responses))
     except JudgeError:
         raise
@@ -93,7 +93,7 @@ def call_judge(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -
     if wrong.any():
         raise JudgeError("a judge must return probabilities of safe in [0, 1], "
                          f"got {p_safe[wrong][0]} for exchange {int(wrong.argmax())}")
-    if 0 < undecided.sum() < len(p_safe):  # to decide none is an error where a verdict is needed
+    if 0 < undecided.sum() < len(p_safe):  # where none is, `decided` raises
         i = int(undecided.argmax())
         tqdm.write(f"the judge did not decide {undecided.sum()} of {len(p_safe)} exchanges; they count as neither safe "
                    f"nor unsafe. The first: {prompts[i][:60]!r} -> {responses[i][:60]!r}", file=sys.stderr)
@@ -429,7 +429,7 @@ def _function_from_file(spec):
         if str(path.parent) not in sys.path:
             sys.path.append(str(path.parent))
         importlib.invalidate_caches()
-        with torch.no_grad(), contextlib.chdir("."):  # which also undo what the file does to them
+        with torch.no_grad(), contextlib.chdir("."):  # both are restored if the file changes them
             module = importlib.import_module(path.stem)
         if Path(module.__spec__.origin or "").resolve() != path:
             raise ValueError(f"another module is called {path.stem}; rename the file")

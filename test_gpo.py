@@ -216,8 +216,30 @@ def test_the_averages_stay_below_the_explicit_bound_and_shrink_like_one_over_roo
         defender, attacker, *_ = solve_matrix_game(R, rounds, entropy)
         gaps.append(nash_gap(R, defender, attacker, entropy))
         if entropy == 0:
-            assert gaps[-1] <= math.sqrt(math.log(20) / (2 * rounds)) + math.sqrt(math.log(50) / (2 * rounds))
+            bound = math.sqrt(math.log(20) / (2 * rounds)) + math.sqrt(math.log(50) / (2 * rounds))
+            blind_defender, blind_attacker, *_ = solve_matrix_game(R, rounds, blind=True)  # for which it is proved
+            assert max(gaps[-1], nash_gap(R, blind_defender, blind_attacker, blind=True)) <= bound
     assert -0.6 < np.polyfit(np.log(T), np.log(gaps), 1)[0] < -0.4
+
+
+def test_hedges_bound_is_not_one_for_a_defender_that_tells_prompts_apart():
+    base, more = np.array([0.031, 0, 0.24, 0.279]), np.array([0.603, 1, 0.143, 0.028])  # one answer is worth the sum
+
+    def gap_and_bound(log_Y, T):  # Algorithm 2 where all answers to a prompt but one are equal
+        step = np.sqrt(T / 8)
+        p_best = 1 / (1 + np.expm1(log_Y) * np.exp(-np.outer(np.arange(T), more) * np.sqrt(log_Y) / step))
+        V = base + more * p_best  # (T, X)
+        mu = np.exp(-(V.cumsum(0) - V) * np.sqrt(np.log(4)) / step)
+        mu /= mu.sum(1, keepdims=True)
+        gap = mu.mean(0) @ (base + more) - V.mean(0).min()
+        return gap, (np.sqrt(log_Y) + np.sqrt(np.log(4))) / np.sqrt(2 * T)
+
+    R = np.repeat(base[:, None], 50, 1)
+    R[:, 7] += more
+    defender, attacker, *_ = solve_matrix_game(R, 256)
+    assert nash_gap(R, defender, attacker) == pytest.approx(gap_and_bound(np.log(50), 256)[0])
+    gap, bound = gap_and_bound(100, 16384)  # e^100 answers: all of some 20 tokens
+    assert gap > 1.08 * bound
 
 
 def test_the_average_converges_where_the_last_iterate_cycles():
@@ -1296,7 +1318,7 @@ def test_the_unlikelihood_loss_follows_the_probability_of_rare_answers_and_the_l
     policy = tiny_policy(1)
     initial = tiny_policy(0)
     policy.lm.transformer.ln_f.weight.data *= 4
-    V = policy.tokens
+    V = policy.vocab_size
     answers = torch.cartesian_prod(torch.arange(V), torch.arange(V))[::5]  # (B, 2)
     B = len(answers)
     prompt, = policy.encode(["a b"])

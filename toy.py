@@ -197,8 +197,8 @@ class ToyGame:
         return [self.prompt(c) for c in pool[rng.choice(len(pool), n, replace=n > len(pool))]]
 
     def test_sets(self, n: int, rng: np.random.Generator) -> dict[str, list[str]]:
-        """Table 1's {name: n held-out harmful prompts}: any of the grammar's; topics that no fixed prompt has (the
-        attacker may have found them); framings that are in no training samples but the SFT defender's."""
+        """Table 1's {name: n held-out harmful prompts}: any of the grammar's; topics of no fixed prompt (an attacker
+        may find them); framings that only the defender's SFT samples contain."""
         other = np.setdiff1d(np.arange(self.n_harmful), self.fixed_topics)
         return {"in distribution": self.sample_prompts(n, rng, harmful=True, held_out=True),
                 "unseen topics": self.sample_prompts(n, rng, harmful=True, held_out=True, topics=other),

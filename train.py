@@ -15,11 +15,11 @@ Differs from the paper (numbers as in the README; rows are of docs/results.md):
 (5) `--unlikelihood_coef`: the defender's updates also make known unsafe answers less likely, and helpful ones likelier.
 PPO learns from a rare answer only when it is sampled, once in thousands: section *the worst case, exactly*.
 (6) `--replay`: most attacks in the defender's batch are earlier ones, against forgetting: row *no replay*.
-(7) `--mine`: the answers of (5) are the initial defender's, to attacks of the untrained attacker, a third of them at
-twice its temperature, before each defender turn; the likelier an unsafe answer is then, the more often it is unlearned.
+(7) `--mine`: the unsafe answers of (5) are the initial defender's, to attacks of the untrained attacker, a third of
+them at twice its temperature, before each defender turn; the likelier one is then, the more often it is unlearned.
 (8) `--ptx_coef`: a supervised loss on demonstrations, against over-refusal: row *no demonstrations*.
-(11) R_div is centred over the batch. Its level, about -k / 2 for every attack, is no signal, but it swamps a critic
-that starts at zero: exercise 2 of docs/exercises.md. Row *k = 10* depends on it.
+(11) R_div is centred over the batch. Its level, about -k / 2 for every attack, is no signal, but with lambda < 1 and a
+critic that starts at zero it rewards by position: exercise 2 of docs/exercises.md. Row *k = 10* depends on it.
 (12) `--min_likelihood`: an attack that is very unlikely under the initial attacker scores as a failed repetition: row
 *no likelihood bound*.
 (13) No test prompt enters an update of the defender, whoever wrote it. Otherwise the tables would measure memorisation.
@@ -116,8 +116,8 @@ class Turn(NamedTuple):
 
 def schedule(config: Config) -> list[Turn]:
     """The PPO steps in the order of Algorithm 1: in each round, all steps of one player, then all of the other.
-    Two rounds of `--first defender_twice` have the proportions of the authors' script: 400 defender, 200 attacker, 200
-    defender steps; then the attacker has one more turn."""
+    With equal steps, two rounds of `--first defender_twice` have the proportions of the authors' script: 400 defender,
+    200 attacker, 200 defender steps; then the attacker has one more turn."""
     if not config.trains:
         return []
     steps = {"attacker": config.attacker_steps, "defender": config.defender_steps}
@@ -296,8 +296,8 @@ def begin_turn(config: Config, world: World, game: Game, turn: Turn, rng: np.ran
 
 def mine(config: Config, world: World, game: Game, rng: np.random.Generator) -> None:
     """Add the initial defender's unsafe answers to `--mine` attacks of the initial attacker, and measure how likely all
-    of them still are. A third of the attacks are sampled at twice the temperature: what is harmful in them is named in
-    a heap of words, of which the defender would else learn little."""
+    of them still are. A third of the attacks are sampled at twice the temperature: heaps of words that name a harmful
+    topic, to which the defender would otherwise learn little."""
     repeats = config.mine // len(world.seeds) + 1  # so that there are enough to sample without replacement
     seeds = sample(world.seeds * repeats, config.mine, rng)
     attacker = game.first["attacker"]
@@ -316,9 +316,8 @@ MOST_HELPFUL = 600  # harmless requests that the initial defender answers
 
 
 def mine_helpful(config: Config, world: World, game: Game) -> None:
-    """Keep the initial defender's safe and helpful answers to harmless requests, cut ones left out. Learning them while
-    unsafe ones are unlearned prevents that all of a topic is refused: then PPO samples no helpful answer to learn from.
-    """
+    """Keep the initial defender's safe, helpful and complete answers to harmless requests. Without them unlearning may
+    make it refuse a whole topic, and PPO would sample no helpful answer to learn from."""
     n = min(MOST_HELPFUL, len(world.benign_seeds))
     requests = sample(world.benign_seeds, n, np.random.default_rng(config.seed))
     exchanges = play(None, world.first["defender"], requests, world.judge, config.seed, at_least=0)
@@ -342,7 +341,7 @@ def attacker_scores(config: Config, game: Game, exchanges: Exchanges) -> tuple[n
     unlikely = (log_likelihood < game.likelihood_bound).any(1).numpy()  # (B,)
     r_div = np.where(unlikely, -1.0, similarity["reward"])
     p_unsafe = np.where(unlikely, 0.0, 1 - exchanges.p_safe)
-    # R_div is centred over the batch: its level, the same for all, would swamp a critic that starts at zero
+    # R_div is centred: with lambda < 1 a critic that starts at zero turns its level into a reward by position
     scores = p_unsafe + config.diversity * (r_div - r_div[exchanges.decided].mean())
     return np.where(exchanges.decided, scores, 0), similarity
 
@@ -350,7 +349,7 @@ def attacker_scores(config: Config, game: Game, exchanges: Exchanges) -> tuple[n
 def defender_scores(world: World, exchanges: Exchanges, n_harmless: int) -> np.ndarray:
     """The defender's score of each response, (B,): P(safe), which is R(x, y) of Eq. (3.1). The last n_harmless rows
     are harmless requests; they score h (1 + P(safe)) / 2, where h is their helpfulness (undecided: the mean of the
-    others): an answer that does not help scores 0, and of one that helps P(safe) decides half."""
+    others): an answer that does not help scores 0, and for one that helps P(safe) decides half."""
     scores = exchanges.p_safe.copy()
     if n_harmless:
         helpful = call_judge(world.helpful, exchanges.prompts[-n_harmless:], exchanges.responses.texts[-n_harmless:])
@@ -360,7 +359,7 @@ def defender_scores(world: World, exchanges: Exchanges, n_harmless: int) -> np.n
 
 
 def defender_prompts(config: Config, game: Game, seeds: list[str], rng: np.random.Generator) -> list[str]:
-    """The defender's prompts of one step. For the defender, the methods of the paper's Table 1 differ only here."""
+    """The defender's prompts of one step. Without `--mine`, Table 1's methods differ for it only here."""
     if config.method == "rlhf":  # the fixed prompts themselves
         return seeds
     if config.method == "iterative":
@@ -395,7 +394,8 @@ def write_attacks(game: Game, attacker: Player | PolicyAverage, seeds: list[str]
 
 def extra_losses(config: Config, world: World, game: Game, rng: np.random.Generator) -> list[ExtraLoss]:
     """What is added to the defender's PPO loss: demonstrations and helpful answers become likelier, unsafe ones less
-    likely. About half as many pairs as exchanges of each, a multiple of minibatches x processes."""
+    likely. Each loss gets about half as many pairs as the batch has exchanges, a multiple of minibatches x processes.
+    """
     parts = config.minibatches * world_size()
     n = parts * max(1, config.batch_size // (2 * parts))
     defender = game.players["defender"]
