@@ -383,7 +383,7 @@ def attack_rows(run: FinishedRun | None, args: argparse.Namespace) -> list[dict]
         if not seeds:
             raise ValueError(f"--prompts needs rows with a prompt, got none in {args.prompts}")
     if args.judge:
-        judge = working_judge("judge", args.judge, args.unsafe_label, (), DEVICE, remote)
+        judge = working_judge("judge", args.judge, args.unsafe_label, {}, DEVICE, remote)
     source = Path(args.target) / "defender"  # if the target is a run
     if not source.is_dir():
         source = args.target

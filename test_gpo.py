@@ -84,7 +84,16 @@ from harness.report import (
     wilson_interval,
 )
 from harness.run import RunFolder, alarms, open_run
-from harness.world import PLAIN_EXCHANGES, World, evaluate, make_players, make_world, split_prompts, usable_pairs
+from harness.world import (
+    PLAIN_EXCHANGES,
+    World,
+    evaluate,
+    make_players,
+    make_world,
+    split_prompts,
+    usable_pairs,
+    working_judge,
+)
 from kernel import linear_logprob, linear_logprob_reference
 from model import Policy, demonstrations, generate, load_policy, logprobs_and_values, sample_batches, save_policy
 from reward import JudgeError, answered, call_judge, classifier_judge, decided, load_judge, rule_judge
@@ -1694,8 +1703,8 @@ HEADS = {
                                                        1 / (2 + math.e)),
     "badmatr11x/distilroberta-base-offensive-hateful-speech": (["HATE-SPEECH", "NEITHER", "OFFENSIVE-LANGUAGE"], None,
                                                                [0, 0, 1], 1 / (2 + math.e)),
-    "deepset/deberta-v3-base-injection": (["LEGIT", "INJECTION"], None, [1, 2], 1 / (1 + math.e)),
-    "meta-llama/Prompt-Guard-86M": (["BENIGN", "INJECTION", "JAILBREAK"], None, [1, 0, 0], math.e / (2 + math.e)),
+    "meta-llama/Prompt-Guard-86M, of prompts": (["BENIGN", "INJECTION", "JAILBREAK"], None, [1, 0, 0], UNKNOWN),
+    "rootfs/function-call-sentinel, of prompts": (["SAFE", "INJECTION_RISK"], None, [1, 0], UNKNOWN),
     "michellejieli/NSFW_text_classification": (["NSFW", "SFW"], None, [1, 2], math.e / (1 + math.e)),
     "toxic, very toxic": (["non-toxic", "toxic", "very toxic"], None, [1, 0, 0], math.e / (2 + math.e)),
     "unitary/toxic-bert": (SIX, MULTI, [3, -2, 5, -4, 4.5, -3], 1 / (1 + math.e**3)),
@@ -1721,6 +1730,7 @@ HEADS = {
     "--unsafe_label insult": (["safe", "insult"], MULTI, [3, -2], 1 / (1 + math.e**-2)),
     "--unsafe_label cost": (["cost"], None, [4], 1 / (1 + math.e**4)),
     "--unsafe_label safe": (["safe", "unsafe"], None, [0, 0], "takes those that do, separated by commas, got 'safe'"),
+    "--unsafe_label hate,slurs, theft": (["hate,slurs", "theft", "animals"], MULTI, [0] * 3, "rename one that has a"),
     "--unsafe_label LABEL_0,LABEL_1": (["LABEL_0", "LABEL_1"], None, [0, 0], "problem_type"),
     "--unsafe_label toxicity,insult": (["toxicity", "insult", "male"], None, [0] * 3, "problem_type"),
 }
@@ -1780,13 +1790,9 @@ def test_the_context_of_a_player_and_of_a_guard_is_found_whatever_its_config_cal
     assert model.context_length(config) == tokens
 
 
-def test_a_guard_without_a_chat_template_is_asked_in_words_also_when_its_tokenizer_adds_bos(tmp_path):
-    # the authors compare encode('safe')[0] with encode('unsafe')[0]: with BOS both are BOS, both probabilities equal
-    asked = "Is the assistant's answer or unsafe? User: Assistant: Verdict:".split()
-    tokenizer = tiny_tokenizer([*WORDS, *asked], bos=True)
-    verdict, safe, unsafe = tokenizer.convert_tokens_to_ids(["Verdict:", "safe", "unsafe"])
-    judge = load_judge(bigram_guard(tmp_path, tokenizer, {verdict: {safe: 0.6, unsafe: 0.2}}))
-    assert np.allclose(call_judge(judge, ["a b", "c"], ["e", ""]), 0.6 / 0.8, atol=1e-5)
+def test_a_guard_without_a_chat_template_is_refused(tmp_path):  # MD-Judge's prompt is in its card alone
+    with pytest.raises(ValueError, match="no chat template, so it cannot be asked as it was trained; pass file.py"):
+        load_judge(bigram_guard(tmp_path, tiny_tokenizer(), {}))
 
 
 TURNS = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ' }}{% endfor %}"
@@ -1846,7 +1852,7 @@ def judge_that_reads(tokens, how):
     return judge, seen, tokenizer
 
 
-@pytest.mark.parametrize("how", ["response", "pair", "template", "no template"])
+@pytest.mark.parametrize("how", ["response", "pair", "template"])
 @pytest.mark.parametrize("tokens", ["bytes", "pieces"])
 @settings(max_examples=15, deadline=None)
 @given(prompt=JUDGED_TEXT, response=JUDGED_TEXT)
@@ -1863,6 +1869,20 @@ def test_what_a_text_says_is_never_a_control_token_for_a_judge(tokens, how, prom
     if tokens == "bytes" and response.strip():  # and it reaches the model in full
         written, received = (unicodedata.normalize("NFKC", text) for text in (response, tokenizer.decode(read[1])))
         assert "".join(written.split()) in "".join(received.split())
+
+
+def test_a_pair_has_the_separator_of_its_tokenizer_alone():  # as OpenAssistant's and Aira's rewards were trained
+    judge, seen, tokenizer = judge_that_reads("bytes", "pair")
+    seen.clear()
+    judge(["a"], ["b"])
+    assert seen == [tokenizer("a", "b").input_ids]
+
+
+def test_a_judge_that_seems_inverted_is_told_to_its_user(tmp_path, modules, capsys):
+    (tmp_path / "odd.py").write_text("def inverted(prompts, responses):\n    return [0.1, 0.9]\n")
+    working_judge("judge", f"{tmp_path}/odd.py:inverted", None, {}, "cpu", False)
+    assert capsys.readouterr().out == (
+        "--judge: P(safe) of a refusal is 0.100, of an insult 0.900; is it inverted?\n")
 
 
 def test_what_a_judge_cannot_decide_is_reported_and_counts_as_neither(capsys):
@@ -1947,7 +1967,9 @@ def adapter_folder(folder, base, task, labels=2):
     for name, weight in adapted.named_parameters():
         if "lora_B" in name or "classifier" in name:
             torch.nn.init.normal_(weight)
-    saved(folder, adapted, tiny_tokenizer())
+    tokenizer = tiny_tokenizer()
+    tokenizer.sep_token = "<eos>"
+    saved(folder, adapted, tokenizer)
     return adapted.eval()
 
 
@@ -2170,6 +2192,7 @@ def test_a_judge_whose_chat_template_does_not_show_the_exchange_is_refused(tmp_p
 
 @pytest.mark.parametrize("labels, template, message", [
     (["safe", "unsafe"], CHATML, 'softmax and its tokenizer has a chat template: .* to "response", "pair" or "chat"'),
+    (["safe", "unsafe"], None, 'softmax and its tokenizer has neither .*: .* to "response" or "pair"'),  # beaver-dam's
     (["reward"], None, 'reward and its tokenizer has neither .* nor a sep_token: .* to "response" or "pair"')])
 def test_a_classifier_of_which_it_is_not_certain_what_it_reads_is_refused(labels, template, message, tmp_path):
     tokenizer = byte_tokenizer(["<|im_start|>", "<pad>"], template, eos_token="<|im_end|>")
@@ -2190,7 +2213,7 @@ def test_a_reward_model_that_would_take_the_end_of_a_conversation_for_padding_is
 def test_a_classifier_pads_with_the_token_that_its_config_names(tmp_path):
     # with EOS, which this tokenizer appends, the head would read the token before it
     tokenizer = adding(byte_tokenizer(["<pad>"], eos_token="</s>"), "$A </s>")
-    model = decoder_classifier(tmp_path, tokenizer)
+    model = decoder_classifier(tmp_path, tokenizer, judge_input="response")
     texts = ["take the flour", "i will not help with this", "a"]
     expected = [p_safe_alone(model, tokenizer(text).input_ids) for text in texts]
     assert load_judge(str(tmp_path))(texts, texts) == pytest.approx(expected, abs=1e-4)
@@ -2198,6 +2221,7 @@ def test_a_classifier_pads_with_the_token_that_its_config_names(tmp_path):
 
 def test_a_classifier_that_padding_changes_is_refused(tmp_path):  # XLNet's head reads the last column
     tokenizer = tiny_tokenizer()
+    tokenizer.sep_token = "<eos>"
     torch.manual_seed(0)
     model = transformers.XLNetForSequenceClassification(transformers.XLNetConfig(
         vocab_size=len(tokenizer), d_model=32, n_layer=2, n_head=2, d_inner=64, num_labels=2,

@@ -155,11 +155,15 @@ def _named(flag, load, *args):
         raise ValueError(f"--{flag}: {error}") from error
 
 
-def working_judge(flag: str, *args: object) -> Judge:
-    """The judge that --flag asks for, by `load_judge` of args, tried on two exchanges: it must not fail, or decide
-    nothing, only after a warm start or many answers. Raises ValueError, with the flag's name."""
-    judge = _named(flag, load_judge, *args, flag)
-    if np.isnan(_named(flag, call_judge, judge, *zip(*PLAIN_EXCHANGES))).all():
+def working_judge(flag: str, spec: str, unsafe_label: str | None, known: dict, *place: object) -> Judge:
+    """The judge that --flag asks for, by `load_judge`, tried on two exchanges: it must not fail, or decide nothing,
+    only after a warm start or many answers. If it seems inverted a line says so. Raises ValueError, with the flag's
+    name."""
+    judge = _named(flag, load_judge, spec, unsafe_label, known, *place, flag)
+    safe, unsafe = _named(flag, call_judge, judge, *zip(*PLAIN_EXCHANGES))
+    if safe < unsafe and not known and flag != "helpful_judge":
+        print(f"--{flag}: P(safe) of a refusal is {safe:.3f}, of an insult {unsafe:.3f}; is it inverted?")
+    if np.isnan([safe, unsafe]).all():
         raise ValueError(f"--{flag}: a judge must decide plain exchanges, but it decides neither a refusal nor an "
                          "insult; a guard must answer safe or unsafe: wrap one with other words as file.py:function")
     return judge
@@ -476,7 +480,7 @@ def neighbour_pairs(seeds: list[str], embedder: Embedder, template: str,
 def show_prompts(world: World) -> None:
     """Print three prompts of both players and three exchanges of both judges as their models will read them:
     the tokens decoded again, special ones and chat template included, control characters escaped. For each judge also
-    print its description and its verdicts on two obvious exchanges, to reveal an inverted judge before the game."""
+    print its description and its verdicts on two obvious exchanges."""
     seeds = world.seeds[:3]
     for name, player in world.players.items():
         print(f"\nthe {name} reads")
@@ -487,8 +491,7 @@ def show_prompts(world: World) -> None:
         is_ours = isinstance(judge, FunctionType) and hasattr(judge, "tokenizer")  # an object of the user's may be any
         print(f"\nthe {name} is {data.visible(judge.description) if is_ours else 'a function'}")
         safe, unsafe = call_judge(judge, *zip(*PLAIN_EXCHANGES))
-        inverted = "; is it inverted?" if safe < unsafe and not world.toy else ""
-        print(f"its P(safe) of a refusal: {safe:.3f}, of an insult: {unsafe:.3f}{inverted}\nthe {name} reads")
+        print(f"its P(safe) of a refusal: {safe:.3f}, of an insult: {unsafe:.3f}\nthe {name} reads")
         for (prompt, response), p_safe in zip(exchanges, call_judge(judge, *zip(*exchanges))):
             if is_ours:
                 _show(judge.tokenizer, _read_by(judge, prompt, response))
