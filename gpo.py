@@ -577,8 +577,7 @@ def sft(policy: Policy, pairs: list[tuple[str, str]], settings: SFTSettings) -> 
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         bar.set_postfix(loss=f"{loss:.3f}")
-    if policy.critic_body is not None:
-        policy.new_critic()
+    policy.new_critic()  # of the states of the new body
     return loss
 
 

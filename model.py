@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import (
@@ -149,14 +148,10 @@ class Policy(nn.Module):
         """fp32 master weights; matrix products in the compute dtype."""
         return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
 
-    def copy_to_critic(self) -> None:
-        """Make the body of a separate critic a copy of the policy, as it is at the beginning of a game."""
+    def new_critic(self) -> None:
+        """Begin with an untrained critic: a copy of the policy's body, if separate, and a value head of zeros."""
         if self.critic_body is not None:
             self.critic_body.load_state_dict(self.lm.base_model.state_dict())
-
-    def new_critic(self) -> None:
-        """The critic of an untrained policy: a copy of its body, if separate, and a value head of zeros."""
-        self.copy_to_critic()
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
@@ -671,7 +666,7 @@ def frozen_copy(policy: Policy) -> Policy:
 # --- loading and saving -----------------------------------------------------------------------------------------
 def load_policy(name_or_dir: str | Path, critic: str = "shared", dtype: torch.dtype = torch.float32,
                 device: str = "cpu", trust_remote_code: bool = False) -> Policy:
-    """A Policy from a model's folder, a .gguf file or a hub id; also loads the critic that `save_policy` wrote.
+    """A Policy, with an untrained critic, from a model's folder, a .gguf file or a hub id.
 
     Raises ValueError, in one line, if it cannot be loaded, is not a causal language model, is quantized, lacks a
     tokenizer, writes more into a response than the answer, or computes its logits by more than a linear head on
@@ -688,7 +683,6 @@ def load_policy(name_or_dir: str | Path, critic: str = "shared", dtype: torch.dt
         if tokenizer.chat_template:
             _probe_template(policy)
         _probe_forward(policy)
-        _load_critic(policy, Path(name_or_dir, "critic.safetensors"))
         return policy
     except Exception as error:  # transformers raises a dozen kinds here
         where = ""
@@ -696,15 +690,6 @@ def load_policy(name_or_dir: str | Path, critic: str = "shared", dtype: torch.dt
             where = " (no such folder here, and the hub did not provide it; pass a local folder)"
         raise ValueError(f"cannot load {str(name_or_dir)!r} as a causal language model{where}: {first_line(error)}"
                          ) from error
-
-
-def _load_critic(policy, file):
-    """Load the critic that `save_policy` wrote, if there is one and it is of the same kind."""
-    if file.exists():
-        state = load_file(file, device=str(policy.device))
-        separate = any(name.startswith("critic_body") for name in state)
-        if separate == (policy.critic_body is not None):
-            policy.load_state_dict(state, strict=False)
 
 
 def load_model(kind: type, name: str | Path, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Tokenizer]:
@@ -846,18 +831,15 @@ def _all_close(x, y):
 
 
 def save_policy(policy: Policy, folder: str | Path, card: str = "") -> None:
-    """Write a `save_pretrained` folder with tokenizer and model card, and the critic beside it. All processes of a
-    sharded policy must call it; the first one writes."""
+    """Write a `save_pretrained` folder with tokenizer and model card, without the critic. All processes of a sharded
+    policy must call it; the first one writes."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(policy, options=options)  # complete in the first process, {} in the others
+    state = get_model_state_dict(policy.lm, options=options)  # complete in the first process, {} in the others
     if not state:
         return
     folder = Path(folder)
-    lm_state = {name.removeprefix("lm."): tensor for name, tensor in state.items() if name.startswith("lm.")}
-    policy.lm.save_pretrained(folder, state_dict=lm_state)
+    policy.lm.save_pretrained(folder, state_dict=state)
     save_tokenizer(policy.tokenizer, folder)
-    critic = {name: tensor.contiguous().clone() for name, tensor in state.items() if not name.startswith("lm.")}
-    save_file(critic, folder / "critic.safetensors")
     if card:
         (folder / "README.md").write_text(card, encoding="utf-8")
 

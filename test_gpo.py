@@ -750,13 +750,9 @@ def test_a_model_with_another_head_is_refused_even_if_no_weight_is_missing(tmp_p
         load_judge(str(saved(tmp_path / "tokens", token_classifier, tokenizer)))
 
 
-def test_a_damaged_critic_or_generation_config_is_an_error_of_one_line(tmp_path):
+def test_a_damaged_generation_config_is_an_error_of_one_line(tmp_path):
     tokenizer = byte_tokenizer([], eos_token="</s>")
     folder = saved(tmp_path / "lm", tiny_lm(tokenizer), tokenizer)
-    model.save_file({"value_head.weight": torch.zeros(1, 7)}, folder / "critic.safetensors")
-    with pytest.raises(ValueError, match="cannot load '.*/lm' as a causal language model: Error"):
-        load_policy(folder)
-    (folder / "critic.safetensors").unlink()
     for damaged in ('{"eos_token_id": [[1]]}', '{"eos_token_id": [1'):
         (folder / "generation_config.json").write_text(damaged)
         with pytest.raises(ValueError, match="cannot load '.*/lm' as a causal language model: "):
@@ -1386,18 +1382,14 @@ def test_unlearned_answers_become_unlikely_and_the_likely_ones_are_unlearned_fir
     assert Counter(sampled.texts)["yes no"] == pytest.approx(900, abs=40) and sampled.temperature == 2.0
 
 
-def test_a_separate_critic_begins_as_a_copy_of_the_fine_tuned_policy():
-    policy = tiny_policy(critic="separate")
-    sft(policy, [("a b", "yes")], SFTSettings(2, 2, 1e-2, seed=0))
-    assert bytes_of(policy.critic_body) == bytes_of(policy.lm.base_model)
-    assert bytes_of(policy.critic_body) != bytes_of(tiny_policy().lm.base_model)
-
-
-def test_a_warm_start_leaves_no_value_head_that_was_trained_on_the_states_of_another_body():
-    policy = tiny_policy(critic="separate")
-    torch.nn.init.ones_(policy.value_head.weight)
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_a_warm_start_ends_with_a_new_critic_a_copy_of_the_body_and_a_value_head_of_zeros(critic):
+    policy = tiny_policy(critic=critic)
+    torch.nn.init.ones_(policy.value_head.weight)  # as trained on the states of another body
     sft(policy, [("a b", "yes")], SFTSettings(2, 2, 1e-2, seed=0))
     assert not policy.value_head.weight.any()
+    if critic == "separate":
+        assert bytes_of(policy.critic_body) == bytes_of(policy.lm.base_model) != bytes_of(tiny_policy().lm.base_model)
 
 
 def test_sft_learns_its_pairs():
@@ -3102,15 +3094,14 @@ def test_the_split_by_hash_is_a_tenth_and_the_same_for_every_way_to_write_a_prom
 
 # --- saving and loading ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("critic", ["shared", "separate"])
-def test_a_saved_policy_loads_with_tied_embeddings_and_its_critic(tmp_path, critic):
+def test_a_saved_policy_loads_with_tied_embeddings_and_without_its_critic(tmp_path, critic):
     player = tiny_player(critic=critic)
     for step in range(2):
         ppo_update(player, player.generate(PROMPTS, step), np.arange(8.0), step)
     save_policy(player.policy, tmp_path / "p", card="a card")
     loaded = load_policy(tmp_path / "p", critic)
-    assert bytes_of(loaded) == bytes_of(player.policy) and (loaded.value_head.weight != 0).any()
-    other = load_policy(tmp_path / "p", {"shared": "separate", "separate": "shared"}[critic])
-    assert (other.value_head.weight == 0).all()  # a critic of another kind is not loaded
+    assert bytes_of(loaded.lm) == bytes_of(player.policy.lm)
+    assert (player.policy.value_head.weight != 0).any() and (loaded.value_head.weight == 0).all()
     assert loaded.lm.transformer.wte.weight is loaded.lm.lm_head.weight
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "p")  # as anybody else would load it
     assert bytes_of(plain) == bytes_of(player.policy.lm)
@@ -3155,13 +3146,13 @@ def test_every_decoder_family_plays_updates_and_comes_back_from_its_folder(famil
     assert rollout.tokens.max() < V
     theirs = lm(rollout.tokens).logits[:, :-1, :V].log_softmax(-1).gather(2, rollout.tokens[:, 1:, None])[..., 0]
     assert torch.allclose(logprobs[mask], theirs[mask[:, 1:]], atol=1e-4)
-    before = bytes_of(player.policy)
+    before = bytes_of(player.policy.lm)
     metrics = ppo_update(player, rollout, np.arange(8.0), 0)
     assert metrics["defender/policy/approxkl"] == 0.0  # before its one step
     assert metrics["defender/policy/ratio"] == pytest.approx(1.0, abs=1e-6)
     save_policy(player.policy, tmp_path / "saved")
     again = load_policy(tmp_path / "saved")
-    assert bytes_of(again) == bytes_of(player.policy) != before
+    assert bytes_of(again.lm) == bytes_of(player.policy.lm) != before
     assert (again.lm.get_input_embeddings().weight is again.head.weight) == tied
     assert torch.equal(generate(again, PROMPTS, 6, seed=1).tokens, player.generate(PROMPTS, 1).tokens)
 
@@ -3340,9 +3331,9 @@ def test_an_adapter_that_is_saved_or_merged_is_the_same_function(tmp_path):
         ppo_update(player, player.generate(PROMPTS, step), np.arange(8.0), step)
     save_policy(parallel.merged(player.policy), tmp_path)
     parallel.save_adapter(player.policy, tmp_path / "adapter")
-    learned = logprobs_and_values(player.policy, rollout)
-    for ours, theirs in zip(learned, logprobs_and_values(load_policy(tmp_path, "separate"), rollout)):
-        assert torch.allclose(ours, theirs, atol=1e-4)
+    ours, _, _ = logprobs_and_values(player.policy, rollout)
+    theirs, _, _ = logprobs_and_values(load_policy(tmp_path), rollout)
+    assert torch.allclose(ours, theirs, atol=1e-4)
     settings = read_json(tmp_path / "adapter" / "adapter_config.json")
     assert settings["lora_alpha"] == 2 * 4  # W + 2 B A
     assert settings["target_modules"] == sorted(settings["target_modules"])  # no order of a set, by chance

@@ -215,7 +215,7 @@ def load_adapter(policy: Policy, folder: Path) -> None:
     tensors = load_file(folder / "adapter_model.safetensors")
     load_weights(policy.lm, {name.removeprefix(PEFT_PREFIX).replace(".weight", ".default.weight"): tensor
                              for name, tensor in tensors.items()})
-    policy.copy_to_critic()
+    policy.new_critic()
 
 
 def save_start(policies: dict[str, Policy], folder: Path) -> None:
