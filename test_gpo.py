@@ -2089,8 +2089,8 @@ def test_a_judge_whose_training_was_stopped_goes_on_to_the_same_weights(tmp_path
     run_program(tmp_path, *whole, program=train_judge)
     status, line = ending(capsys, tmp_path, *stopped, program=train_judge)
     assert status == 130 and "the same command goes on" in line
-    changed = [*stopped, "--learning_rate", 0.02]
-    assert "of another learning_rate" in refusal(capsys, tmp_path, *changed, program=train_judge)
+    changed = [*stopped, "--out", tmp_path / "stopped", "--learning_rate", 0.02]
+    assert "of another learning_rate;" in refusal(capsys, tmp_path, *changed, program=train_judge)
     checkpoint = tmp_path / "stopped" / "training.pt"
     saved = checkpoint.read_bytes()
     checkpoint.write_bytes(b"")
@@ -2904,6 +2904,7 @@ def test_a_row_that_is_not_understood_is_refused_by_file_and_line(tmp_path, row,
     ("a.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:1", "must hold a prompt a line"),
     ("a.txt", "bake bread\0\0", "must hold a prompt a line"),
     ("a.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2: malformed JSON"),
+    ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b", "prompt": "c"}\n', "line 2: the name 'prompt' must occur once"),
     ("a.csv", "prompt\none\nhow to a, b and c\n", "line 3 has more cells"),
     ("a.csv", "prompt,response\nq,r\nhow to", "line 3 has fewer cells"),
     ("a.csv", "prompt,prompt\nq,p\n", "one name"),
@@ -5168,6 +5169,7 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "a run folder that cannot be": ("--out /proc/run", "a folder that can be written to"),
     "long answers": (" ".join([*SIZES, "--response_tokens 41"]), "--response_tokens must leave room for a prompt of"),
     "a configuration of unknown names": ("bad/names.yaml", "unrecognized arguments: --runds=3; see"),
+    "a data file as the first argument": (f"--test_prompts=no.json {OWN}", "a data file must exist, got 'no.json'"),
     "a configuration with one name twice": ("bad/twice.yaml", "the name 'seed' must occur once"),
     "a run's configuration": ("bad/other/config.json", "is a run's: continue it with --resume "),
     "a configuration that runs code": ("bad/code.yaml", "could not determine a constructor for the tag"),

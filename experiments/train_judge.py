@@ -61,7 +61,8 @@ def measure_judge(judge: Judge, samples: list[tuple], seed: int = 0) -> tuple[np
 def _training(args):
     """What the training depends on, for training.json in --out, by which a stopped one is resumed. Raises ValueError if
     --out is neither new nor empty and holds no stopped training with the same options."""
-    options = {name: str(value) for name, value in vars(args).items() if name not in ("device", "trust_remote_code")}
+    options = {name: str(value) for name, value in vars(args).items()
+               if name not in ("out", "device", "trust_remote_code")}
     options["data"] = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()  # another file is another training
     if (args.out / "training.json").is_file():
         other = read_json(args.out / "training.json")

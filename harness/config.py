@@ -62,7 +62,7 @@ def parse(argv: list[str]) -> Config:
     """The configuration from flags, from a file and the flags after it, or from a run. Ends the process on an error."""
     parser = Parser(Config, allow_abbrev=False)
     try:
-        if argv and argv[0].endswith((".json", ".yaml", ".yml")):
+        if argv and not argv[0].startswith("-") and argv[0].endswith((".json", ".yaml", ".yml")):
             is_json = argv[0].endswith(".json")
             values = read_json(argv[0]) if is_json else yaml.load(Path(argv[0]).read_bytes(), TextLoader)
             argv = flags_of(values, argv[0]) + argv[1:]

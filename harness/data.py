@@ -493,6 +493,8 @@ def _json_rows(text):
                 rows.append((n, json.loads(line, object_pairs_hook=unique_keys)))
         except json.JSONDecodeError as error:
             raise ValueError(f"line {n}: malformed JSON ({error.msg} at column {error.colno})") from error
+        except ValueError as error:  # by `unique_keys`
+            raise ValueError(f"line {n}: {error}") from error
     return rows
 
 
