@@ -32,7 +32,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import cached_file
 
-from model import check_body, check_embeddings, check_tokenizer, first_line, inert_texts, longest_input
+from model import check_body, check_tokenizer, first_line, inert_texts, longest_input
 
 Embedder = Callable[[list[str]], np.ndarray]  # B texts -> (B, D)
 ORDERS = (2, 3, 4, 5)
@@ -67,35 +67,26 @@ class NgramTable:
 
     def __init__(self, max_order: int = max(ORDERS), texts: Sequence[str] = ()):
         self.max_order = max_order
-        self.counts = {}  # item of `_ngrams` -> how many texts have it
+        self.counts = Counter()  # item of `_ngrams` -> how many texts have it
         self.lengths = Counter()  # number of words -> how many texts have that many
-        self.texts = Counter()
         for text in texts:
             self.add(text)
 
     def add(self, text: str, change: int = 1) -> None:
         """Add a reference text; a change of -1 removes it."""
         tokens = _split(text)
-        self._count(self.lengths, len(tokens), change)
-        self._count(self.texts, text, change)
+        self.lengths[len(tokens)] += change
         for item in _ngrams(tokens, self.max_order):
-            self._count(self.counts, item, change)
+            self.counts[item] += change
+            if not self.counts[item]:  # removed texts take no memory
+                del self.counts[item]
 
-    @staticmethod
-    def _count(counts, key, change):
-        counts[key] = counts.get(key, 0) + change
-        if not counts[key]:  # removed texts take no memory
-            del counts[key]
-
-    def bleu(self, text: str, orders: Sequence[int] = ORDERS, leave_one_out: bool = False) -> float:
+    def bleu(self, text: str, orders: Sequence[int] = ORDERS, left_out: int = 0) -> float:
         """Mean over `orders` of BLEU-n of a text in [0, 1], smoothing method1 (Chen and Cherry, 2014), as nltk's
-        sentence_bleu; 0 without references. `leave_one_out`: if the text is a reference, one copy is left out."""
+        sentence_bleu; 0 without references. left_out: copies of the text among the references that do not count."""
         tokens = _split(text)
-        left_out = 1 if leave_one_out and text in self.texts else 0  # copies of the text that do not count
-        if not tokens or self.lengths.total() == left_out:
-            return 0.0
         matches = self._matches(tokens, max(orders), left_out)
-        if matches[0] == 0:
+        if matches[0] == 0:  # or no words, or no references
             return 0.0
         logs = [math.log((m or 0.1) / max(1, len(tokens) - i)) for i, m in enumerate(matches)]  # method1: 0.1 for 0
         brevity = self._brevity_penalty(len(tokens), left_out)
@@ -116,20 +107,20 @@ class NgramTable:
 
     def _brevity_penalty(self, length, left_out):
         """1, or less for a text of `length` words that is shorter than the reference nearest to it in length."""
-        lengths = [n for n, texts in self.lengths.items() if texts > left_out or n != length]
+        lengths = [n for n, texts in self.lengths.items() if texts and (texts > left_out or n != length)]
         closest = min(lengths, key=lambda n: (abs(n - length), n))
         return 1.0 if length > closest else math.exp(1 - closest / length)
 
 
-def self_bleu(texts: Sequence[str], history: Sequence[str], orders: Sequence[int] = ORDERS,
-              leave_one_out: bool = True) -> np.ndarray:
+def self_bleu(texts: Sequence[str], history: Sequence[str], orders: Sequence[int] = ORDERS) -> np.ndarray:
     """Mean over `orders` of BLEU-n of each text against all of the history at once, split at white space: (B,) in
-    [0, 1], Eq. (3.4). A text that is itself in the history is compared with the rest of it (one copy is left out)
-    unless `leave_one_out` is False. An empty history gives 0. Raises ValueError on orders below 1."""
+    [0, 1], Eq. (3.4). A text that is itself in the history is compared with the rest of it (one copy is left out).
+    An empty history gives 0. Raises ValueError on orders below 1."""
     if not orders or min(orders) < 1:
         raise ValueError(f"self_bleu needs orders of at least 1, got {orders}")
     table = NgramTable(max(orders), history)
-    return np.array([table.bleu(text, orders, leave_one_out) for text in texts])
+    known = set(history)
+    return np.array([table.bleu(text, orders, left_out=1 if text in known else 0) for text in texts])
 
 
 # --- cosines and embedders --------------------------------------------------------------------------------------
@@ -239,8 +230,7 @@ def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool
                                                 dtype=torch.float32, output_loading_info=True)
         model.to(device).eval()
         check_body(model, info)
-        check_tokenizer(tokenizer)
-        check_embeddings(model, tokenizer)
+        check_tokenizer(model, tokenizer)
         pool = _pool(name_or_dir)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         ids = tokenizer("a").input_ids
@@ -320,12 +310,11 @@ class Diversity:
             self.table.add(text)
         if self.window:
             self.vectors += vectors
-            dropped = max(0, len(self.history) - self.window)
-            for text in self.history[:dropped]:
+            for text in self.history[:-self.window]:
                 self.table.add(text, -1)
-            self.vector_sum = self.vector_sum - sum(self.vectors[:dropped])
-            del self.history[:dropped]
-            del self.vectors[:dropped]
+            self.vector_sum = self.vector_sum - sum(self.vectors[:-self.window])
+            del self.history[:-self.window]
+            del self.vectors[:-self.window]
 
     def state_dict(self) -> dict:
         """X for a checkpoint, as JSON values."""

@@ -9,8 +9,6 @@
 The tables of many runs are made by `python -m experiments.reproduce`, which calls this program for each of them.
 """
 
-from __future__ import annotations  # pydoc then shows Judge and Side in signatures
-
 from harness.options import before_slow_imports
 
 if __name__ == "__main__":
@@ -31,7 +29,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from diversity import Embedder, word_embedder
-from gpo import Player, PolicyAverage, forward_rows, nash_gap, new_seed, play, ppo_update, sample, solve_matrix_game
+from gpo import Player, PolicyAverage, log_likelihoods, nash_gap, new_seed, play, ppo_update, sample, solve_matrix_game
 from harness import data
 from harness.config import Config
 from harness.options import OPTIONS, PAPER_TEMPLATE
@@ -188,10 +186,9 @@ def third_party_success(world: World, attacker: Side, third_parties: Sequence[Si
 def kl(world: World, defender: Player) -> float:
     """KL(defender || first defender) on held-out prompts, sampled, in nats per response."""
     rollout = defender.generate(world.test_prompts[:300] + world.benign_prompts[:150], 0)
-    groups = torch.arange(len(rollout)).split(4 * defender.micro_batch or len(rollout))
-    now, _, _ = forward_rows(defender.policy, rollout, groups, with_values=False)  # (B, T)
-    first, _, _ = forward_rows(world.first["defender"].policy, rollout, groups, with_values=False)  # (B, T)
-    return ((now - first) * rollout.response_mask).sum(1).mean().item()
+    now = log_likelihoods(defender.policy, rollout, defender.micro_batch)[:, 0]  # (B,) nats per token
+    first = log_likelihoods(world.first["defender"].policy, rollout, defender.micro_batch)[:, 0]  # (B,)
+    return ((now - first) * rollout.response_mask.sum(1).cpu()).mean().item()
 
 
 def check_each_once(program: str, runs: Sequence[str]) -> None:

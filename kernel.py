@@ -28,8 +28,6 @@ Three implementations. `linear_logprob` chooses between the last two by the devi
 Under autocast the matrix products run in the autocast dtype; the softmax and the sums stay fp32.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -72,10 +70,7 @@ def _chunks(h, w, first=0):
     """Row slices: the `first` rows in one, then chunks whose fp32 logits fill at most CHUNK_BYTES. In the forward they
     depend only on N, V and the device, so that the same rows give the same bits with and without gradients."""
     largest = max(1, CHUNK_BYTES[h.device.type] // (4 * len(w)))  # rows
-    rest = len(h) - first
-    n = math.ceil(rest / largest)
-    cuts = [first + rest * i // max(1, n) for i in range(n + 1)]
-    chunks = [slice(start, end) for start, end in zip(cuts, cuts[1:])]
+    chunks = [slice(start, start + largest) for start in range(first, len(h), largest)]
     return [slice(0, first), *chunks] if first else chunks
 
 

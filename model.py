@@ -560,23 +560,18 @@ def _left_padded(policy, prompt_ids):
 
 def pick_token(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
                generator: torch.Generator) -> torch.Tensor:
-    """The next token (B,) from logits (B, V) in fp32."""
+    """The next token (B,) from logits (B, V) in fp32, sampled by inversion: that takes one random number per row, and
+    `torch.multinomial` takes V. Non-finite logits give the last token: `ppo_update` computes the same logits and skips
+    the step."""
     if temperature == 0:
         return logits.argmax(-1)
-    if temperature != 1:
-        logits = logits / temperature
+    logits = logits / temperature
     if top_k > 0:  # Fan et al., 2018
         logits = TopKLogitsWarper(top_k)(None, logits)
     if top_p < 1:  # nucleus; Holtzman et al., 2020
         logits = TopPLogitsWarper(top_p)(None, logits)
-    return sample_token(logits, generator)
-
-
-def sample_token(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One token (B,) from each row of logits (B, V), by inversion: it takes one random number per row, and
-    `torch.multinomial` takes V. 1 - rand lies in (0, 1], so a token of probability zero is never sampled. Non-finite
-    logits give the last token: `ppo_update` computes the same logits and skips the step."""
     cdf = logits.softmax(-1).cumsum(-1)  # (B, V), its last column 1 up to rounding
+    # 1 - rand lies in (0, 1], so a token of probability zero is never sampled
     u = (1 - torch.rand(len(logits), 1, generator=generator, device=logits.device)) * cdf[:, -1:]
     return torch.searchsorted(cdf, u)[:, 0].clamp(max=logits.shape[1] - 1)
 
@@ -727,8 +722,7 @@ def load_model(kind: type, name: str | Path, trust_remote_code: bool = False) ->
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     if str(name).endswith(".gguf"):
         tokenizer.add_tokens(_gguf_control_tokens(name), special_tokens=True)
-    check_tokenizer(tokenizer)
-    check_embeddings(model, tokenizer)
+    check_tokenizer(model, tokenizer)
     return model, tokenizer
 
 
@@ -858,12 +852,6 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
         raise OSError(f"cannot write the tokenizer to {folder}: {first_line(error)}") from error
 
 
-def check_tokenizer(tokenizer: Tokenizer) -> None:
-    """Raises ValueError if a folder has no tokenizer: transformers then makes one of special tokens only."""
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise ValueError("it has no tokenizer")
-
-
 def check_finite(model: PreTrainedModel) -> None:
     """Raises ValueError if a weight is NaN or infinite, as after a training that diverged."""
     for name, weight in model.named_parameters():
@@ -898,10 +886,12 @@ def check_body(model: PreTrainedModel, info: dict) -> None:
         raise ValueError(f"it has no weights for {min(missing)}")
 
 
-def check_embeddings(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
-    """Raises ValueError if the tokenizer has tokens for which the model has no embedding, but for special ones that
-    neither it nor its chat template writes: `inert_texts` keeps them out of texts. (Gemma 3's models for text alone
-    have the token of images.)"""
+def check_tokenizer(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+    """Raises ValueError if a folder has no tokenizer (transformers then makes one of special tokens only), or one with
+    tokens for which the model has no embedding, but for special ones that neither it nor its chat template writes:
+    `inert_texts` keeps them out of texts. (Gemma 3's models for text alone have the token of images.)"""
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError("it has no tokenizer")
     rows = model.get_input_embeddings().num_embeddings
     names = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
     written = [getattr(tokenizer, f"{name}_token") or "" for name in names] + [str(tokenizer.chat_template or "")]

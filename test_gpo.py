@@ -66,7 +66,7 @@ import kernel
 import model
 import reward
 import train
-from diversity import Diversity, cosine_to_history, load_embedder, self_bleu, set_similarity, word_embedder
+from diversity import Diversity, NgramTable, cosine_to_history, load_embedder, self_bleu, set_similarity, word_embedder
 from experiments import bench, mart, probe, real_models, real_scores, reproduce, train_judge, worst_case
 from experiments.soak import outcome
 from gpo import ExtraLoss, Player, PolicyAverage, SFTSettings, nash_gap, play, ppo_update, sft, solve_matrix_game
@@ -345,11 +345,11 @@ def mean_bleu(text, references):
 @bounded(50)
 @given(text=SENTENCE, history=st.lists(SENTENCE, min_size=1, max_size=6), order=st.permutations(range(6)))
 def test_self_bleu_is_its_definition_and_does_not_depend_on_the_order_of_the_history(text, history, order):
-    score, = self_bleu([text], history, leave_one_out=False)
+    score = NgramTable(texts=history).bleu(text)
     assert score == pytest.approx(mean_bleu(text, history) if text else 0, abs=1e-9)
     assert 0 <= score <= 1
     reordered = [history[i] for i in order if i < len(history)]
-    assert score == self_bleu([text], reordered, leave_one_out=False)[0]
+    assert score == NgramTable(texts=reordered).bleu(text)
 
 
 @bounded(40)
@@ -531,7 +531,7 @@ def test_a_token_of_probability_zero_is_never_sampled_whatever_the_random_number
     for rand in (0.0, 0.5, 0.9, 1 - 2**-24):  # `torch.rand` is in [0, 1)
         monkeypatch.setattr(torch, "rand", lambda *shape, rand=rand, **_: torch.full(shape, rand))
         expected = 3 if 1 - rand > 1 / (1 + math.e) else 1
-        assert model.sample_token(logits, None).tolist() == [expected] * 4
+        assert model.pick_token(logits, 1.0, 0, 1.0, None).tolist() == [expected] * 4
 
 
 @pytest.mark.parametrize("top_k, top_p, kept", [
@@ -2753,7 +2753,7 @@ def test_the_test_sets_are_what_their_names_say():
     topics = {}
     for name, prompts in sets.items():
         topics[name] = {game.topics_in(prompt)[0] for prompt in prompts}
-        assert len(set(prompts)) == 1000 and all(map(game.is_held_out, prompts)) and max(topics[name]) < 32
+        assert len(set(prompts)) == 1000 and game.held_out_prompts.issuperset(prompts) and max(topics[name]) < 32
         jailbreaks = sum(map(is_jailbreak, prompts))
         assert jailbreaks == (1000 if name == "unseen framings" else 0)
     assert topics["unseen topics"] == set(range(32)) - {game.topics_in(prompt)[0] for prompt in game.fixed_prompts}
@@ -2830,6 +2830,10 @@ SAID = {  # a row: the prompt and the replies in it, by hand
     "Dolly": ({"instruction": "q", "context": "p", "response": "r"}, {"prompt": "q\n\np", "response": "r"}),
     "OpenOrca": ({"system_prompt": "s", "question": "q", "response": "r"}, IN_ROLE),
     "query and answer": ({"query": "q", "answer": "r"}, ANSWERED),
+    "WildGuard's label": ({**ANSWERED, "response_harm_label": "unharmful"}, {**ANSWERED, "safe": 1.0}),
+    "Aegis's label": ({**ANSWERED, "response_label": "unsafe"}, {**ANSWERED, "safe": 0.0}),
+    "a category and an explanation": ({"prompt": "q", "category": "harmful", "why_prompt_harmful": "it is rude"},
+                                      {"prompt": "q"}),
     "a column twice": ({"prompt": "q", "question": "q"}, {"prompt": "q"}),
     "a number that is called safe": ({**ANSWERED, "safe": "0.25"}, {**ANSWERED, "safe": 0.25}),
     "a number that is called unsafe": ({**ANSWERED, "unsafe": "0.25"}, {**ANSWERED, "safe": 0.75}),
@@ -2981,13 +2985,6 @@ def test_prompts_whose_labels_are_ambiguous_are_refused_and_the_label_of_a_respo
         prompt_split([{"prompt": "how?", "prompt_safe": 1.0}], [])
 
 
-def test_a_category_or_an_explanation_is_no_label(tmp_path):
-    file = tmp_path / "x.csv"  # as OR-Bench and AART
-    file.write_text("prompt,category,why_prompt_harmful\n" + "".join(f"q {i},harmful,it is rude\n" for i in range(99)))
-    prompts = prompt_split(read_rows(file), [{"prompt": "how?"}])
-    assert len(prompts.seeds + prompts.test_prompts) == 99
-
-
 def test_rows_without_a_label_among_labelled_ones_are_left_out(tmp_path):
     file = tmp_path / "x.jsonl"  # as WildGuardTest, where annotators disagree
     words = ["harmful", "unharmful", None, None]
@@ -2999,13 +2996,6 @@ def test_rows_without_a_label_among_labelled_ones_are_left_out(tmp_path):
     learned = [{"prompt": word, "response": "r", **({"safe": safe} if safe is not None else {})}
                for word, safe in (("a", 1.0), ("b", 0.0), ("c", None))]
     assert usable_pairs(resolve(Config()), "x", learned, [], tiny_policy()) == [("a", "r")]
-
-
-def test_the_response_label_of_wildguard_and_aegis_is_read(tmp_path):
-    file = tmp_path / "x.jsonl"
-    for name, word, safe in (("response_harm_label", "unharmful", 1.0), ("response_label", "unsafe", 0.0)):
-        file.write_text(json.dumps({"prompt": "p", "response": "r", name: word}))
-        assert read_rows(file) == [{"prompt": "p", "response": "r", "safe": safe}]
 
 
 @pytest.mark.parametrize("name, value", [

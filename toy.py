@@ -148,7 +148,7 @@ class ToyGame:
         rng = np.random.default_rng([seed, 0])
         self._sample_splits(rng)
         self._sample_fixed_prompts(rng)
-        self._held_out_prompts = {self.prompt(c) for c in self.cells[self.held_out]}
+        self.held_out_prompts = {self.prompt(c) for c in self.cells[self.held_out]}
         self._jailbreaks = {self.prompt(c) for c in self.cells[~self.open]}
         self._content_words = [(topic, set(words(self.paraphrases[topic][paraphrase])) - STOP_WORDS)
                                for topic, paraphrase in np.ndindex(self.shape[:2])]
@@ -213,10 +213,6 @@ class ToyGame:
         """A sentence that names the topic's tool or, if not `comply`, a refusal."""
         sentences = COMPLY if comply else REFUSE
         return sentences[rng.integers(len(sentences))].format(self.tools[topic])
-
-    def is_held_out(self, prompt: str) -> bool:
-        """Whether a prompt is exactly that of a held-out cell."""
-        return prompt in self._held_out_prompts
 
     def topics_in(self, prompt: str) -> list[int]:
         """The topics that a prompt asks for: all content words of one paraphrase, in any order."""
@@ -310,7 +306,7 @@ class ToyGame:
         if not corrupt:
             return prompt
         corrupted = self._corrupt(prompt, self.prompt(self._sample_cells(1, rng)[0]), rng)
-        return prompt if self.is_held_out(corrupted) else corrupted
+        return prompt if corrupted in self.held_out_prompts else corrupted
 
     def _sample_cells(self, n, rng, harmful_fraction=0.5, jailbreaks=False):
         """n training cells, of the open framings or, with `jailbreaks`, of all."""

@@ -132,8 +132,7 @@ def schedule(config: Config) -> list[Turn]:
                 n *= 2
             for i in range(n):
                 turns.append(Turn(round, player, is_first=i == 0, ends_round=False))
-        if turns:
-            turns[-1] = turns[-1]._replace(ends_round=True)
+        turns[-1] = turns[-1]._replace(ends_round=True)
     return turns
 
 

@@ -131,10 +131,9 @@ def train_judges(folder: Path, out: Path, quick: bool) -> None:
         judge = out / name
         if not (judge / "config.json").is_file() or (judge / "training.json").is_file():  # new, or stopped
             file = out / f"{name}.jsonl"
-            file.unlink(missing_ok=True)
             sets = JUDGES.get(name, ())
             rows = chain.from_iterable(training_part(folder / f"{part}.jsonl.gz", tokenizer) for part in sets)
-            data.append_lines(file, [*rows, *harmless[name]])
+            data.write_text(file, data.json_lines([*rows, *harmless[name]]))
             encoder = out / "models" / ENCODER
             flags = QUICK_JUDGE if quick else JUDGE
             call("-m", "experiments.train_judge", file, "--model", encoder, "--out", judge, *flags.split())
@@ -243,8 +242,7 @@ def write_prompts(folder: Path, out: Path, quick: bool) -> None:
     for row in sample(labelled(folder / "safety_tuned_llamas.jsonl.gz"), 4, rng):
         first_sentence = row["response"].split(". ")[0].strip().rstrip(".") + "."  # as short as in the game
         pairs.append({"prompt": row["prompt"], "response": first_sentence})
-    (out / "pairs.jsonl").unlink(missing_ok=True)
-    data.append_lines(out / "pairs.jsonl", pairs)
+    data.write_text(out / "pairs.jsonl", data.json_lines(pairs))
     data.write_json(out / "tests.json", tests)
 
 

@@ -164,9 +164,7 @@ def run_suite(out: str | Path, rows: dict[str, str], seeds: Sequence[int],
     a seed start from the warm-started players of its SFT run. Against the finished defenders of the rows in `probed` a
     fresh attacker is trained."""
     rows = {"SFT": METHODS["SFT"], **rows}
-    warm_starts = {}
-    games = {}
-    measurements = {}
+    stages = {"warm starts": {}, "games": {}, "measurements": {}}  # {stage: {the file that a job writes: the job}}
     for name in rows:
         for i, seed in enumerate(seeds):
             neighbour = seeds[i - 1] if i else seeds[1]  # its defenders are the third parties
@@ -175,28 +173,23 @@ def run_suite(out: str | Path, rows: dict[str, str], seeds: Sequence[int],
             flags = f"{rows[name]} --seed {seed}"
             check_options(folder, flags)
             program = "experiments.mart" if name == "MART" else "train"
-            stage = warm_starts
+            stage = "warm starts"
             if name != "SFT" and "--template" not in flags:  # the attacker's warm start depends on its template
-                stage = games
+                stage = "games"
                 flags += f" --start {shlex.quote(str(run_folder(out, 'SFT', seed)))}"
-            stage[folder / "summary.json"] = (finish, folder, flags, log, program)
+            stages[stage][folder / "summary.json"] = (finish, folder, flags, log, program)
             others = [str(run_folder(out, other, neighbour)) for other in THIRD_PARTIES]
             table = folder / "eval.json"
             if table.is_file() and data.read_json(table)["third_parties"] != others:  # from a call with other seeds
                 table.unlink()
-            measurements[table] = (command, "eval", [str(folder), "--third_parties", *others], log)
+            stages["measurements"][table] = (command, "eval", [str(folder), "--third_parties", *others], log)
             if name in probed:
                 arguments = [str(folder), "--steps", str(PROBE_STEPS)]
-                measurements[folder / BEST_RESPONSE] = (command, "experiments.probe", arguments, log)
-    do_missing("warm starts", warm_starts)
-    do_missing("games", games)
-    do_missing("measurements", measurements)
+                stages["measurements"][folder / BEST_RESPONSE] = (command, "experiments.probe", arguments, log)
+    for stage, jobs in stages.items():
+        missing = [job for file, job in jobs.items() if not file.is_file()]
+        data.do_jobs(missing, min(os.cpu_count() or 1, 8), RUNNING, stage)
     return {name: [suite_row(run_folder(out, name, seed)) for seed in seeds] for name in rows}
-
-
-def do_missing(stage: str, jobs: dict[Path, tuple]) -> None:
-    """Do the jobs whose file is missing, as many at once as there are cores (at most 8)."""
-    data.do_jobs([job for file, job in jobs.items() if not file.is_file()], min(os.cpu_count() or 1, 8), RUNNING, stage)
 
 
 # --- rows of tables, from the files of the runs ---------------------------------------------------------------------
@@ -290,8 +283,7 @@ def reproduce(args: argparse.Namespace) -> None:
     methods = METHODS
     probed = ("Iterative, recommended", "recommended")
     if args.quick:
-        methods = {name: f"{METHODS[name]} --rounds 2" for name in ("RLHF", "GPO", "GPO+Div")}
-        methods = {"SFT": METHODS["SFT"], **methods}
+        methods = {name: METHODS[name] for name in ("SFT", "RLHF", "GPO", "GPO+Div")}
         probed = ()
     rows = run_suite(out, methods, seeds, probed)
     if not args.quick:

@@ -20,8 +20,7 @@ from model import DTYPE_NAMES, best_dtype
 DATA = ("prompts", "test_prompts", "benign_prompts", "sft_data")
 PATHS = (*DATA, "attacker", "defender", "judge", "held_out_judge", "helpful_judge", "embedder", "start")
 OUR_NAMES = ("rule", "answered", "toy", "truth", "words")  # of judges and embedders
-LEFT_BY_A_START = {".lock", "config.json.writing"}  # files of a killed start
-LEFT_ALONE = {"lost+found"}  # in the root of a file system
+LEFT_ALONE = {".lock", "config.json.writing", "lost+found"}  # of a killed start; in the root of a file system
 
 
 # --- reading ----------------------------------------------------------------------------------------------------
@@ -237,7 +236,7 @@ def check_out(folder: Path) -> None:
     """Check that `--out` is new or empty, apart from what a killed start or a file system leaves in a folder."""
     occupied = folder.exists()
     if folder.is_dir():
-        occupied = {path.name for path in folder.iterdir()} - LEFT_BY_A_START - LEFT_ALONE
+        occupied = {path.name for path in folder.iterdir()} - LEFT_ALONE
     if occupied:
         go_on = ""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # it is no run, maybe a model

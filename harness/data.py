@@ -576,23 +576,21 @@ def first_turn(prompt: str) -> str:
     return turn.split("\n\nAI: ")[0]
 
 
-def human_texts(prompt: str) -> list[str]:
-    """A prompt from `read_rows`, its human turns, and its first turn without up to 50 of its leading paragraphs, which
-    may be a system message."""
-    turns = [turn.split("\n\nAI: ")[0] for turn in prompt.split("\n\nHuman: ")]
-    paragraphs = first_turn(prompt).split("\n\n")
-    ends = ["\n\n".join(paragraphs[i:]) for i in range(min(len(paragraphs), 51))]
-    return [prompt, *turns, *ends]
-
-
 def normalized(text: str) -> str:
     """A text for comparisons that ignore case and white space."""
     return " ".join(text.casefold().split())
 
 
 def human_parts(prompts: Iterable[str]) -> set[str]:
-    """The `human_texts` of all prompts, normalized."""
-    return {normalized(text) for prompt in prompts for text in human_texts(prompt)}
+    """Prompts from `read_rows`, their human turns, and their first turns without up to 50 of their leading paragraphs,
+    which may be a system message; normalized."""
+    texts = []
+    for prompt in prompts:
+        turns = [turn.split("\n\nAI: ")[0] for turn in prompt.split("\n\nHuman: ")]
+        paragraphs = first_turn(prompt).split("\n\n")
+        ends = ["\n\n".join(paragraphs[i:]) for i in range(min(len(paragraphs), 51))]
+        texts += [prompt, *turns, *ends]
+    return set(map(normalized, texts))
 
 
 def is_test(prompt: str, parts: int = 10) -> bool:
@@ -602,7 +600,7 @@ def is_test(prompt: str, parts: int = 10) -> bool:
 
 def usable(name: str, rows: list[tuple], others: Collection[str], fit: Callable, limit: int) -> tuple[list[tuple], str]:
     """The usable rows of a file, and a line that counts the others by reason. Raises ValueError if no row is usable.
-    rows: tuples (prompt,) or (prompt, response). None of a prompt's `human_texts` may be among `others`, the prompts of
+    rows: tuples (prompt,) or (prompt, response). None of a prompt's `human_parts` may be among `others`, the prompts of
     another set, and it may be no human text of theirs; `fit`, rows -> list[bool], tells which have at most `limit`
     tokens."""
     whole = set(map(normalized, others))

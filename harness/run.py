@@ -139,13 +139,14 @@ class RunFolder:
     def __init__(self, config: Config):
         self.config = config
         self.path = Path(config.out)
+        self.quoted = shlex.quote(str(self.path))  # as a shell takes it
+        self.own_start = self.path / "checkpoints" / "start"  # the game's initial state: by then all input is checked
         self.steps_done = 0  # PPO steps, according to the loaded checkpoint
         self.total_steps = 0
         self.is_playing = False  # True from `open` on: an error leaves a run that can be resumed
         self.before = None  # the first evaluation
         self.world = None
         self.metrics = []  # the lines of metrics.jsonl
-        self.games = []  # the lines of games.jsonl
         self.stop_signal = 0  # the number of the signal that asks to stop after the current step
         self.lock = None  # in the first process: the descriptor of `lock_folder`
         self.made = []  # folders that did not exist, the innermost first
@@ -172,7 +173,7 @@ class RunFolder:
                 self.update_config("micro_batch")  # `--resume` may have changed it
         except OSError as error:
             raise ValueError(f"a run needs a folder that can be written to, got {self.path}: {error}") from error
-        if not self.has_start() and any(self.path.glob("checkpoints/step_*")):
+        if not self.own_start.exists() and any(self.path.glob("checkpoints/step_*")):
             raise ValueError(f"the run in {self.path} is damaged, its checkpoints/start is missing; begin again, with "
                              "another --out")
         self.track([])
@@ -185,7 +186,7 @@ class RunFolder:
 
     def leave_nothing(self) -> None:
         """After a failed start, restore the folder to what it was before, absent or empty."""
-        if not self.is_new or self.has_start() or not self.path.exists():
+        if not self.is_new or self.own_start.exists() or not self.path.exists():
             return
         for path in self.path.iterdir():
             if path.is_file():
@@ -196,24 +197,15 @@ class RunFolder:
             for folder in self.made:
                 folder.rmdir()
 
-    @property
-    def quoted(self) -> str:
-        """The folder's path, as a shell takes it."""
-        return shlex.quote(str(self.path))
-
     def has_config(self) -> bool:
         """Whether the run has begun and not been removed again (by experiments.mart): it can be resumed."""
         return (self.path / "config.json").exists()
 
-    def has_start(self) -> bool:
-        """Whether the game's initial state has been saved; all input has been checked by then."""
-        return (self.path / "checkpoints" / "start").exists()
-
     @property
     def start(self) -> Path | None:
         """The checkpoints/start from which to build the world; None: from scratch."""
-        if self.has_start():
-            return self.path / "checkpoints" / "start"
+        if self.own_start.exists():
+            return self.own_start
         return Path(self.config.start) / "checkpoints" / "start" if self.config.start else None
 
     def open(self, world: World, game: object, total_steps: int) -> None:
@@ -229,7 +221,7 @@ class RunFolder:
         if self.before is None:
             print("evaluating both players before the game")
             self.before = evaluate(world, world.players["attacker"], world.players["defender"])
-        if not self.has_start():
+        if not self.own_start.exists():
             self.save_start()
         self.track(self.metrics)  # the lines so far: a resumed run tracks each step once
         self.is_playing = True
@@ -237,7 +229,7 @@ class RunFolder:
 
     def save_start(self) -> None:
         """Save the game's initial state: the players, a judge that was trained here, and the texts."""
-        with data.complete_folder(self.path / "checkpoints" / "start", not rank()) as temporary:
+        with data.complete_folder(self.own_start, not rank()) as temporary:
             parallel.save_start({name: player.policy for name, player in self.world.players.items()}, temporary)
             if rank():
                 return
@@ -267,7 +259,6 @@ class RunFolder:
             held_out = metrics["game/asr_held_out_judge"]
             self.bar.set_postfix_str(f"round {turn.round + 1}: held-out attack success {held_out:.1%}")
         self.metrics.append(line)
-        self.games += data.finite(rows)
         if not rank():
             data.append_lines(self.path / "metrics.jsonl", [line])
             data.append_lines(self.path / "games.jsonl", rows)
@@ -363,8 +354,8 @@ class RunFolder:
                 states[name] = (load_file(file) if file.exists() and not rank() else {}, numbers)
             game.load_state_dict(states)
             print(f"going on after step {self.steps_done} of {self.total_steps}")
-        if self.has_start():
-            self.metrics, self.games = parallel.first_decides(lambda: [self.trim(self.path / name) for name in LOGS])
+        if self.own_start.exists():
+            self.metrics = parallel.first_decides(lambda: [self.trim(self.path / name) for name in LOGS])[0]
 
     def trim(self, log: Path) -> list[dict]:
         """The lines of a log up to the checkpoint; those after it are dropped. Reports steps that are missing."""
@@ -429,7 +420,7 @@ class RunFolder:
             with data.complete_folder(self.path / name, not rank()) as temporary:
                 save_policy(parallel.merged(player.policy, "cpu"), temporary,
                             model_card(name, self.config, "the last policy", facts.get("made_by")))
-                base = parallel.base_in_start(self.path / "checkpoints" / "start" / name, self.config.lora)
+                base = parallel.base_in_start(self.own_start / name, self.config.lora)
                 parallel.save_adapter(player.policy, temporary / "adapter", f"../../checkpoints/start/{base.name}")
         self.save_averages(averages)
         if rank():
@@ -439,7 +430,7 @@ class RunFolder:
         if self.config.lora:
             print(f"{held_in_game:.0f} MiB before adapters were merged, each into a copy of its base, to be saved")
         draw_curves(self.path, self.metrics, self.before)
-        write_report(self.path, self.games, rows, examples)
+        write_report(self.path, data.read_lines(self.path / "games.jsonl"), rows, examples)
         seconds = time.time() - clock
         summary = {**rows, **facts, "seconds": seconds, "memory": {"used_mib": held}, "config": asdict(self.config)}
         data.write_json(self.path / "summary.json", data.finite(summary))  # last: the run is finished
@@ -448,7 +439,7 @@ class RunFolder:
             print("  prompt  {}\n  before  {}\n  after   {}\n".format(*map(data.visible, example)))
         print(f"{seconds:.0f} seconds. Read {self.path}/report.md; the models are in {self.path}/attacker and "
               f"{self.path}/defender.")
-        if self.games:
+        if self.metrics:
             print(f"Look at {self.path}/curves.png; every exchange of a PPO step is in {self.path}/games.jsonl.")
 
     def held_mib(self) -> float:

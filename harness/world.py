@@ -349,7 +349,7 @@ def _toy_judge(config, toy, attacker, rng):
         return train_judge(classifier, tokenizer, [], JudgeTraining(steps=0))
     seeds = sample(toy.fixed_prompts, 3000, rng)
     player = Player("attacker", attacker, config.attack_tokens, template=config.template)
-    attacks = [attack for attack in player.generate(seeds, config.seed).texts if not toy.is_held_out(attack)]
+    attacks = [attack for attack in player.generate(seeds, config.seed).texts if attack not in toy.held_out_prompts]
     triples = list(zip(*toy.judge_samples(min(30_000, 64 * config.judge_steps), rng, attacks)))
     settings = JudgeTraining(config.judge_steps, learning_rate=2e-3, seed=config.seed, by_length=True)
     judge = train_judge(classifier, tokenizer, triples, settings)
