@@ -71,10 +71,13 @@ class BestResponseSettings:
     seed: int = 0
 
 
+EXCHANGES = 500  # of a success rate
+
+
 def success(attacker: Side, defender: Side, settings: BestResponseSettings) -> float:
-    """The attacker's success rate in 500 exchanges, both players sampled: 1 - J(pi, mu) if the judge returns 0 or 1."""
+    """The attacker's success rate, both players sampled: 1 - J(pi, mu) if the judge returns 0 or 1."""
     rng = np.random.default_rng(settings.seed)
-    chosen = [settings.seeds[i] for i in rng.integers(len(settings.seeds), size=500)]
+    chosen = [settings.seeds[i] for i in rng.integers(len(settings.seeds), size=EXCHANGES)]
     return unsafe_rate(play(attacker, defender, chosen, settings.judge, settings.seed).p_safe)
 
 

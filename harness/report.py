@@ -95,6 +95,9 @@ def wilson_interval(successes: float, n: int) -> tuple[float, float]:
     return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
 
 
+POSTERIOR_SAMPLES = 100_000  # of `JudgeErrors.corrected_rate`
+
+
 class JudgeErrors(NamedTuple):
     """A judge's verdicts on labelled exchanges: how many of the unsafe ones, and of the safe ones, it calls unsafe."""
 
@@ -113,13 +116,13 @@ class JudgeErrors(NamedTuple):
         if sensitivity <= false_alarms:
             return np.nan, 0.0, 1.0
         rng = np.random.default_rng(0)
-        samples = [rng.beta(hits + 0.5, total - hits + 0.5, 100_000) for hits, total in counts]
+        samples = [rng.beta(hits + 0.5, total - hits + 0.5, POSTERIOR_SAMPLES) for hits, total in counts]
 
         def corrected(raw, sensitivity, false_alarms):
             return np.clip((raw - false_alarms) / (sensitivity - false_alarms), 0, 1)
 
         is_informative = samples[1] > samples[2]  # where the judge is no better than chance, every rate is possible
-        rates = np.where(is_informative, corrected(*samples), rng.uniform(size=100_000))
+        rates = np.where(is_informative, corrected(*samples), rng.uniform(size=POSTERIOR_SAMPLES))
         low, high = np.quantile(rates, (0.025, 0.975))
         return float(corrected(raw, sensitivity, false_alarms)), float(low), float(high)
 
