@@ -414,11 +414,10 @@ def game_metrics(game: Game, turn: Turn, exchanges: Exchanges, similarity: dict[
                  n_harmless: int) -> dict[str, float]:
     """Metrics of a step's exchanges, whichever player moves. similarity: {term: (B,)}, to earlier attacks. The last
     n_harmless rows are harmless requests."""
-    decided = exchanges.decided
-    n = len(decided) - n_harmless
-    attacks = exchanges.p_safe[:n][decided[:n]]
+    n = len(exchanges.prompts) - n_harmless
+    attacks = exchanges.p_safe[:n][exchanges.decided[:n]]
     metrics = {"sampled_tokens": game.sampled_tokens,
-               "game/undecided": int((~decided).sum())}  # in no update and in no rate
+               "game/undecided": int((~exchanges.decided).sum())}  # in no update and in no rate
     if len(attacks):
         metrics["game/attack_success"] = float(np.mean(1 - attacks))  # by the training judge
     if game.replay.likelihood:

@@ -68,7 +68,7 @@ class Config:
     attacker_kl_coef: float | None = option("KL penalty of the attacker", 0.01, 0.02)
     kl_anchor: str = option("KL reference: the initial policy, or that before the turn", "initial",
                             choices=("initial", "previous"), only="training")
-    entropy_coef: float = option("eta_H of Eq. (3.7): entropy bonus of the attacker", 0.0, only="attacker")
+    entropy_coef: float = option("entropy bonus of the attacker, after Eq. (3.7)", 0.0, only="attacker")
     ptx_coef: float | None = option("weight of the supervised loss on demonstrations, for the defender", 1.0, 0.0)
     unlikelihood_coef: float | None = option("weight of the losses that make the unsafe answers of --mine less likely "
                                              "and its helpful ones likelier, for the defender", 1.0, 0.0,
