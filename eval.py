@@ -454,11 +454,12 @@ def report(args: argparse.Namespace) -> None:
 
 # --- eval.py nash: the theory on tables -----------------------------------------------------------------------------
 def nash_curves(payoff: np.ndarray, horizons: np.ndarray, entropy: float, blind: bool) -> dict[str, np.ndarray]:
-    """Nash gap, Eq. (3.6), of the average and of the last policies of Algorithm 2 (3 with `entropy`), and the bound on
-    the average's. payoff (X prompts, Y responses); horizons (n,), the numbers of rounds T; each curve (n,)."""
+    """Nash gap, Eq. (3.6), of the average and of the last policies of Algorithm 2 (3 with `entropy`), and Hedge's bound
+    on the average's, a theorem where the defender is `blind`. payoff (X prompts, Y responses); horizons (n,), the
+    numbers of rounds T; each curve (n,)."""
     X, Y = payoff.shape
     bound = np.sqrt(np.log(Y) / (2 * horizons)) + np.sqrt(np.log(X) / (2 * horizons))
-    curves = {"average": np.zeros(len(horizons)), "last": np.zeros(len(horizons)), "bound": bound}
+    curves = {"average": np.zeros(len(horizons)), "last": np.zeros(len(horizons)), "Hedge's bound": bound}
     for i, T in enumerate(horizons):
         mean_pi, mean_mu, pi, mu = solve_matrix_game(payoff, int(T), entropy, blind)
         curves["average"][i] = nash_gap(payoff, mean_pi, mean_mu, entropy, blind)
