@@ -107,7 +107,7 @@ class NgramTable:
 
     def _brevity_penalty(self, length, left_out):
         """1, or less for a text of `length` words that is shorter than the reference nearest to it in length."""
-        lengths = [n for n, texts in self.lengths.items() if texts and (texts > left_out or n != length)]
+        lengths = [n for n, texts in self.lengths.items() if texts > (left_out if n == length else 0)]
         closest = min(lengths, key=lambda n: (abs(n - length), n))
         return 1.0 if length > closest else math.exp(1 - closest / length)
 

@@ -558,7 +558,8 @@ class SFTSettings:
 
 
 def sft(policy: Policy, pairs: list[tuple[str, str]], settings: SFTSettings) -> float:
-    """Supervised fine-tuning on (prompt, response) pairs. Returns the last loss, nats per token. Raises NotFinite."""
+    """Supervised fine-tuning on (prompt, response) pairs, with a new critic. Returns the last loss, nats per token.
+    Raises NotFinite."""
     optimizer = torch.optim.AdamW([p for p in policy.lm.parameters() if p.requires_grad], lr=settings.learning_rate,
                                   betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     schedule = one_cycle(optimizer, settings.learning_rate, settings.steps)
@@ -577,7 +578,7 @@ def sft(policy: Policy, pairs: list[tuple[str, str]], settings: SFTSettings) -> 
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         bar.set_postfix(loss=f"{loss:.3f}")
-    policy.new_critic()  # of the states of the new body
+    policy.new_critic()  # the old one read the states of another body
     return loss
 
 

@@ -57,7 +57,7 @@ UNSAFE = ("toxic(?:ity)?|hate|hateful|hatred|hatespeech|offensive(?:language)?|o
           "harassment|nsfw|insult|threat|obscene|obscenity|profanity|"
           "identity(?:hate|attack)|sexual(?:ly)?explicit|violence|violent|racis[mt]|sexis[mt]|selfharm|dangerous")
 SAFE = "safe|benign|harmless|sfw"
-NEUTRAL = set("neutral normal ok okay clean legit legitimate acceptable neither none".split())
+NEUTRAL = set("neutral normal ok okay clean acceptable neither none".split())
 SAVE_SECONDS = 60  # between checkpoints of `train_judge`
 GENERAL = ("toxic", "toxicity", "unsafe", "harmful")
 
@@ -92,7 +92,7 @@ def call_judge(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -
     if wrong.any():
         raise JudgeError("a judge must return probabilities of safe in [0, 1], "
                          f"got {p_safe[wrong][0]} for exchange {int(wrong.argmax())}")
-    if 0 < undecided.sum() < len(p_safe):  # where none is, `decided` raises
+    if 0 < undecided.sum() < len(p_safe):  # if none is, `decided` raises, but for mining
         i = int(undecided.argmax())
         tqdm.write(f"the judge did not decide {undecided.sum()} of {len(p_safe)} exchanges; they count as neither safe "
                    f"nor unsafe. The first: {prompts[i][:60]!r} -> {responses[i][:60]!r}", file=sys.stderr)
@@ -204,6 +204,12 @@ def first_tokens(tokenizer: Tokenizer, text: str, n: int) -> str:
     return text
 
 
+def _separates_pairs(tokenizer):
+    """Whether the tokenizer itself puts a separator between the two texts of a pair."""
+    added = tokenizer.num_special_tokens_to_add
+    return bool(tokenizer.sep_token) and added(pair=True) > added(pair=False)
+
+
 def classifier_logits(model: Model, tokenizer: Tokenizer, prompts: Sequence[str],
                       responses: Sequence[str]) -> torch.Tensor:
     """Logits (B, labels) of exchanges. judge_input in the model's config names its input: the "response", a "pair"
@@ -220,8 +226,8 @@ def classifier_logits(model: Model, tokenizer: Tokenizer, prompts: Sequence[str]
     if judge_input == "response":
         batch = tokenizer(responses, truncation=True, **padded)
     else:
-        room = max(0, longest - tokenizer.num_special_tokens_to_add(True) - 8)  # a few tokens for the prompt
-        between = "" if tokenizer.sep_token else "\n\n"  # decoders add no separator
+        room = longest - tokenizer.num_special_tokens_to_add(True) - 8  # a few tokens for the prompt
+        between = "" if _separates_pairs(tokenizer) else "\n\n"  # decoders add no separator
         responses = [between + first_tokens(tokenizer, r, room) for r in responses]
         tokenizer.truncation_side = "left"
         batch = tokenizer(inert_texts(tokenizer, prompts), responses, truncation="only_first", **padded)
@@ -241,12 +247,12 @@ def _usual_input(tokenizer, how):
     """The judge_input of a user's model: what such models are trained on. Raises ValueError if that is not certain."""
     if how == "reward" and tokenizer.chat_template:
         return "chat"
-    if how == "reward" and tokenizer.sep_token:
+    if how == "reward" and _separates_pairs(tokenizer):
         return "pair"
-    if how != "reward" and tokenizer.sep_token and not tokenizer.chat_template:
+    if how != "reward" and _separates_pairs(tokenizer) and not tokenizer.chat_template:
         return "response"
     known = '"response", "pair" or "chat"' if tokenizer.chat_template else '"response" or "pair"'
-    reason = "a chat template" if tokenizer.chat_template else "neither a chat template nor a sep_token"
+    reason = "a chat template" if tokenizer.chat_template else "neither a chat template nor a separator of pairs"
     raise ValueError(f"cannot tell what the judge reads, as its kind is {how} and its tokenizer has {reason}: set "
                      f'"judge_input" in the config.json of a local copy to {known}, or pass file.py:function')
 

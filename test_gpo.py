@@ -342,6 +342,12 @@ def mean_bleu(text, references):
     return np.mean([bleu_by_definition(text, references, n) for n in (2, 3, 4, 5)])
 
 
+def test_a_text_that_was_removed_counts_in_nothing():
+    table = NgramTable(texts=["a b c d e f", "x y z"])
+    table.add("x y z", -1)
+    assert table.bleu("a b") == NgramTable(texts=["a b c d e f"]).bleu("a b")
+
+
 @bounded(50)
 @given(text=SENTENCE, history=st.lists(SENTENCE, min_size=1, max_size=6), order=st.permutations(range(6)))
 def test_self_bleu_is_its_definition_and_does_not_depend_on_the_order_of_the_history(text, history, order):
@@ -1674,10 +1680,15 @@ def tiny_classifier(tokenizer, labels=("safe", "unsafe"), **more):
     return transformers.BertForSequenceClassification(transformers.BertConfig(**sizes)).eval()
 
 
-def classifier_folder(folder, labels):
-    """(model, tokenizer) of a folder that `load_judge` takes."""
+def separating_tokenizer():
     tokenizer = tiny_tokenizer()
     tokenizer.sep_token = "<eos>"
+    return adding(tokenizer, "$A <eos>", "$A <eos> $B <eos>")
+
+
+def classifier_folder(folder, labels):
+    """(model, tokenizer) of a folder that `load_judge` takes."""
+    tokenizer = separating_tokenizer()
     classifier = tiny_classifier(tokenizer, labels)
     saved(folder, classifier, tokenizer)
     return classifier, tokenizer
@@ -1870,6 +1881,11 @@ def test_a_pair_has_the_separator_of_its_tokenizer_alone():  # as OpenAssistant'
     seen.clear()
     judge(["a"], ["b"])
     assert seen == [tokenizer("a", "b").input_ids]
+    tokenizer = byte_tokenizer(["<pad>"], eos_token="</s>", sep_token="</s>")  # as a decoder's: it separates nothing
+    classifier = tiny_classifier(tokenizer, judge_input="pair")
+    judge = classifier_judge(classifier, tokenizer)
+    expected = p_safe_alone(classifier, tokenizer("a\n\nb").input_ids)
+    assert judge(["a"], ["b"]) == pytest.approx([expected], abs=1e-5)
 
 
 def test_a_judge_that_seems_inverted_is_told_to_its_user(tmp_path, modules, capsys):
@@ -1961,9 +1977,7 @@ def adapter_folder(folder, base, task, labels=2):
     for name, weight in adapted.named_parameters():
         if "lora_B" in name or "classifier" in name:
             torch.nn.init.normal_(weight)
-    tokenizer = tiny_tokenizer()
-    tokenizer.sep_token = "<eos>"
-    saved(folder, adapted, tokenizer)
+    saved(folder, adapted, separating_tokenizer())
     return adapted.eval()
 
 
@@ -2187,7 +2201,7 @@ def test_a_judge_whose_chat_template_does_not_show_the_exchange_is_refused(tmp_p
 @pytest.mark.parametrize("labels, template, message", [
     (["safe", "unsafe"], CHATML, 'softmax and its tokenizer has a chat template: .* to "response", "pair" or "chat"'),
     (["safe", "unsafe"], None, 'softmax and its tokenizer has neither .*: .* to "response" or "pair"'),  # beaver-dam's
-    (["reward"], None, 'reward and its tokenizer has neither .* nor a sep_token: .* to "response" or "pair"')])
+    (["reward"], None, 'reward and its tokenizer has neither .*: .* to "response" or "pair"')])
 def test_a_classifier_of_which_it_is_not_certain_what_it_reads_is_refused(labels, template, message, tmp_path):
     tokenizer = byte_tokenizer(["<|im_start|>", "<pad>"], template, eos_token="<|im_end|>")
     decoder_classifier(tmp_path, tokenizer, labels)
@@ -2214,8 +2228,7 @@ def test_a_classifier_pads_with_the_token_that_its_config_names(tmp_path):
 
 
 def test_a_classifier_that_padding_changes_is_refused(tmp_path):  # XLNet's head reads the last column
-    tokenizer = tiny_tokenizer()
-    tokenizer.sep_token = "<eos>"
+    tokenizer = separating_tokenizer()
     torch.manual_seed(0)
     model = transformers.XLNetForSequenceClassification(transformers.XLNetConfig(
         vocab_size=len(tokenizer), d_model=32, n_layer=2, n_head=2, d_inner=64, num_labels=2,
@@ -3317,6 +3330,16 @@ def test_what_requires_grad_is_what_is_trained_saved_averaged_and_copied(critic,
         assert torch.equal(logprobs_and_values(policy, rollout)[0], logprobs_and_values(player.policy, rollout)[0])
 
 
+def test_an_adapter_is_also_that_of_the_critic_that_begins_from_it(tmp_path):
+    adapted = lora_player("separate").policy
+    for name in gpo.trained_names(adapted.lm):
+        torch.nn.init.ones_(adapted.lm.get_parameter(name))
+    parallel.save_adapter(adapted, tmp_path)
+    other = lora_player("separate").policy
+    parallel.load_adapter(other, tmp_path)
+    assert bytes_of(other.critic_body) == bytes_of(other.lm.base_model) == bytes_of(adapted.lm.base_model)
+
+
 def test_an_adapter_that_is_saved_or_merged_is_the_same_function(tmp_path):
     from peft import PeftModel
     player = lora_player("separate")
@@ -3584,7 +3607,7 @@ toy_game = functools.cache(ToyGame)  # it takes 0.4 s, and nothing changes it
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_runs():
-    """In this process a toy world is made once a seed, and a run's curves.png holds the plotted numbers as text."""
+    """In this process a toy world is made once per seed, and a run's curves.png holds the plotted numbers as text."""
     def numbers_of(canvas, file):
         data.write_text(file, repr([[line.get_xydata().tolist() for line in axis.lines] for axis in canvas.axes]))
 

@@ -406,8 +406,8 @@ def _may_be_label(name, value):
 
 
 def of_kind(name: str, rows: list[dict], of: str, safe: bool) -> tuple[str, list[dict]]:
-    """(name, rows) without rows whose `of`, "prompt" or "response", is labelled as of the other kind: safe or, if not
-    `safe`, unsafe ones; or has no label beside others that have one. The name then tells their number. Raises
+    """(name, rows) of the rows whose `of`, "prompt" or "response", is labelled safe or, if not `safe`, unsafe. If no
+    row has a label, all remain; else those without one are left out too. The name then tells their numbers. Raises
     ValueError if a label is ambiguous, or if none remain."""
     check_labels(name, rows, of)
     column = LABEL_COLUMNS[of][1]

@@ -211,7 +211,7 @@ def save_adapter(policy: Policy, folder: Path, base: str | None = None) -> None:
 
 
 def load_adapter(policy: Policy, folder: Path) -> None:
-    """Load what `save_adapter` wrote, also into a separate critic, as at the beginning of a game."""
+    """Load what `save_adapter` wrote. The critic begins anew."""
     tensors = load_file(folder / "adapter_model.safetensors")
     load_weights(policy.lm, {name.removeprefix(PEFT_PREFIX).replace(".weight", ".default.weight"): tensor
                              for name, tensor in tensors.items()})
@@ -242,13 +242,14 @@ def base_in_start(folder: Path, lora_rank: int) -> Path:
 
 
 def load_trained(policy: Policy, folder: Path, trust_remote_code: bool) -> None:
-    """Load what a run has trained: the adapter in folder/adapter or, without LoRA, the model in `folder`."""
+    """Load what a run has trained: the adapter in folder/adapter or, without LoRA, the model in `folder`. The critic
+    begins anew."""
     if _lora_layers(policy.lm):
         load_adapter(policy, folder / "adapter")
     else:
-        critic = "shared" if policy.critic_body is None else "separate"
-        source = load_policy(folder, critic, policy.compute_dtype, str(policy.device), trust_remote_code)
-        policy.load_state_dict(source.state_dict())
+        source = load_policy(folder, "shared", policy.compute_dtype, str(policy.device), trust_remote_code)
+        policy.lm.load_state_dict(source.lm.state_dict())
+        policy.new_critic()
 
 
 # --- memory ----------------------------------------------------------------------------------------------------

@@ -355,7 +355,7 @@ class RunFolder:
             game.load_state_dict(states)
             print(f"going on after step {self.steps_done} of {self.total_steps}")
         if self.own_start.exists():
-            self.metrics = parallel.first_decides(lambda: [self.trim(self.path / name) for name in LOGS])[0]
+            self.metrics = parallel.first_decides(lambda: [self.trim(self.path / name) for name in LOGS][0])
 
     def trim(self, log: Path) -> list[dict]:
         """The lines of a log up to the checkpoint; those after it are dropped. Reports steps that are missing."""

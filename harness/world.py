@@ -155,11 +155,12 @@ def _named(flag, load, *args):
         raise ValueError(f"--{flag}: {error}") from error
 
 
-def working_judge(flag: str, spec: str, unsafe_label: str | None, known: dict, *place: object) -> Judge:
+def working_judge(flag: str, spec: str, unsafe_label: str | None, known: dict, device: str,
+                  trust_remote_code: bool) -> Judge:
     """The judge that --flag asks for, by `load_judge`, tried on two exchanges: it must not fail, or decide nothing,
     only after a warm start or many answers. If it seems inverted a line says so. Raises ValueError, with the flag's
     name."""
-    judge = _named(flag, load_judge, spec, unsafe_label, known, *place, flag)
+    judge = _named(flag, load_judge, spec, unsafe_label, known, device, trust_remote_code, flag)
     safe, unsafe = _named(flag, call_judge, judge, *zip(*PLAIN_EXCHANGES))
     if safe < unsafe and not known and flag != "helpful_judge":
         print(f"--{flag}: P(safe) of a refusal is {safe:.3f}, of an insult {unsafe:.3f}; is it inverted?")
