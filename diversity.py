@@ -22,6 +22,7 @@ import functools
 import itertools
 import json
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import cached_file
 
@@ -182,14 +184,17 @@ def _groups(lengths, longest):
 
 
 def _pool(name):
-    """How sentence-transformers pools an encoder's states into one vector: "mean" (also if its files do not say) or
-    "cls". Raises ValueError if it does anything else."""
+    """How sentence-transformers pools an encoder's states into one vector: "mean" or "cls"; None if its files do not
+    say. Raises ValueError if it does anything else."""
     def read(file):
         found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        if not found and not Path(name).is_dir() and not try_to_load_from_cache(name, file):  # nor as absent
+            raise ValueError(f"neither the hub nor its cache tells whether it has {file}: load it with a network once")
         return json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
 
-    pool = "mean"
-    for module in read("modules.json"):
+    pool = None
+    modules = read("modules.json")
+    for module in modules:
         kind = module["type"].rpartition(".")[2]
         if kind == "Pooling":
             settings = read(f"{module['path']}/config.json")
@@ -197,16 +202,17 @@ def _pool(name):
                 raise ValueError(f"its modules.json names {module['path']}/config.json, which is missing; copy the "
                                  "folder with its subfolders")
             modes = [mode for mode, value in settings.items() if mode.startswith("pooling_mode_") and value is True]
-            pool = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}.get("+".join(modes))
-            pool = settings.get("pooling_mode", pool)
+            mode = settings.get("pooling_mode", "+".join(modes))
+            pool = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}.get(mode, mode)
         elif kind not in ("Transformer", "Normalize"):
             raise ValueError(f"it has a module {kind}, beyond the mean or the first of its states")
     prompt = read("config_sentence_transformers.json")
     prompt = (prompt.get("prompts") or {}).get(prompt.get("default_prompt_name"))
-    if pool not in ("mean", "cls") or prompt:
-        raise ValueError(f"only the mean or the first of its states can be taken, without a prompt; it asks for "
-                         f"{pool or 'another'} and the prompt {prompt or ''!r}")
-    return pool
+    if pool not in ("mean", "cls", None):
+        raise ValueError(f"only the mean or the first of its states can be taken, it asks for {pool or 'no pooling'}")
+    if prompt:
+        raise ValueError(f"it asks for the prompt {prompt!r} before each text, which cannot be added")
+    return pool or ("mean" if modules else None)
 
 
 @torch.no_grad()
@@ -214,7 +220,7 @@ def _states(model, rows, T, pad):
     """An encoder's last hidden states (B, T, D) float64 of lists of token ids, padded on the right to T."""
     padded = torch.tensor([ids + [pad] * (T - len(ids)) for ids in rows], device=model.device)
     mask = torch.tensor([[1] * len(ids) + [0] * (T - len(ids)) for ids in rows], device=model.device)
-    return model(input_ids=padded, attention_mask=mask).last_hidden_state.double()  # only an encoder has it
+    return model(input_ids=padded, attention_mask=mask).last_hidden_state.double()
 
 
 def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool = False,
@@ -226,12 +232,15 @@ def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool
         return word_embedder
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_dir, trust_remote_code=trust_remote_code)
+        pool = _pool(name_or_dir)  # before gigabytes of weights are fetched
         model, info = AutoModel.from_pretrained(name_or_dir, trust_remote_code=trust_remote_code,
                                                 dtype=torch.float32, output_loading_info=True)
         model.to(device).eval()
         check_body(model, info)
-        check_tokenizer(model, tokenizer)
-        pool = _pool(name_or_dir)
+        check_tokenizer(model, tokenizer, name_or_dir)
+        if not pool and re.search("ForCausalLM|LMHead|ForConditionalGeneration", str(model.config.architectures)):
+            raise ValueError("it must be an encoder, or its modules.json must say how it pools; got "
+                             f"{model.config.architectures[0]}")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         ids = tokenizer("a").input_ids
         longest = longest_input(tokenizer, model.config)
@@ -257,7 +266,7 @@ def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool
         for T, rows in _groups([len(row) for row in ids], longest):
             states = _states(model, [ids[i] for i in rows], T, tokenizer.pad_token_id)  # (B, T, D)
             for i, of_text in zip(rows, states):
-                vectors[i] = of_text[: len(ids[i])].mean(0) if pool == "mean" else of_text[0].clone()
+                vectors[i] = of_text[: len(ids[i])].mean(0) if pool != "cls" else of_text[0].clone()
         return _unit(torch.stack(vectors).cpu().numpy())
 
     return embed

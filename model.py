@@ -15,6 +15,7 @@ import contextlib
 import copy
 import ctypes
 import functools
+import json
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -40,7 +41,7 @@ from transformers.cache_utils import StaticLayer
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import GENERATION_CONFIG_NAME, find_adapter_config_file
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file, find_adapter_config_file
 
 from kernel import linear_logprob
 
@@ -717,12 +718,13 @@ def load_model(kind: type, name: str | Path, trust_remote_code: bool = False) ->
     if made_for and made_for[1] != task:  # of which transformers would drop the head, without a word
         raise ValueError(f"it is a {made_for[1]} model, not a {task} one")
     if info["missing_keys"]:  # a classifier or an encoder, say
-        raise ValueError(f"it has no weights for {min(info['missing_keys'])}, so it is not a trained {task} model")
+        raise ValueError(f"it has no weights for {min(info['missing_keys'])}, so it is not a trained {task} model"
+                         f"{_own_code(model)}")
     check_layers(model, info)
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     if str(name).endswith(".gguf"):
         tokenizer.add_tokens(_gguf_control_tokens(name), special_tokens=True)
-    check_tokenizer(model, tokenizer)
+    check_tokenizer(model, tokenizer, source if "gguf_file" not in options else None)
     return model, tokenizer
 
 
@@ -870,7 +872,12 @@ def check_layers(model: PreTrainedModel, info: dict) -> None:
     dropped = [name for name in info["unexpected_keys"] if layer(name) in layers]
     if dropped:
         raise ValueError(f"its files hold {min(dropped)}, which its config.json leaves out; take the config.json that "
-                         "belongs to these weights")
+                         f"belongs to these weights{_own_code(model)}")
+
+
+def _own_code(model):
+    """What to say of a model's weights that do not fit, if it is of a class of its own that was not run."""
+    return "; it comes with code of its own (trust_remote_code)" if hasattr(model.config, "auto_map") else ""
 
 
 def check_body(model: PreTrainedModel, info: dict) -> None:
@@ -883,15 +890,24 @@ def check_body(model: PreTrainedModel, info: dict) -> None:
     new = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     missing = [key for key in new if key.startswith(prefix) and "pooler" not in key]
     if missing:
-        raise ValueError(f"it has no weights for {min(missing)}")
+        raise ValueError(f"it has no weights for {min(missing)}{_own_code(model)}")
 
 
-def check_tokenizer(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+def check_tokenizer(model: PreTrainedModel, tokenizer: Tokenizer, source: str | Path | None = None) -> None:
     """Raises ValueError if a folder has no tokenizer (transformers then makes one of special tokens only), or one with
     tokens for which the model has no embedding, but for special ones that neither it nor its chat template writes:
-    `inert_texts` keeps them out of texts. (Gemma 3's models for text alone have the token of images.)"""
+    `inert_texts` keeps them out of texts. (Gemma 3's models for text alone have the token of images.) Also if the
+    tokenizer.json of `source`, a folder or hub id, is of another kind: transformers makes a WordPiece of a Unigram
+    vocabulary if a BERT's files do not name the class of its tokenizer."""
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ValueError("it has no tokenizer")
+    file = cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False) if source else None
+    if file and tokenizer.is_fast:
+        kind = json.loads(Path(file).read_text(encoding="utf-8"))["model"].get("type")
+        read_as = type(tokenizer.backend_tokenizer.model).__name__
+        if kind not in (None, read_as):
+            raise ValueError(f"its tokenizer.json is {kind}, but it is read as {read_as}: name its tokenizer_class in "
+                             "the tokenizer_config.json of a local copy")
     rows = model.get_input_embeddings().num_embeddings
     names = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
     written = [getattr(tokenizer, f"{name}_token") or "" for name in names] + [str(tokenizer.chat_template or "")]

@@ -1471,7 +1471,7 @@ def test_an_encoder_is_pooled_by_the_mean_or_as_sentence_transformers_files_say_
     data.write_json(folder / "config_sentence_transformers.json",
                     {"prompts": {"query": prompt}, "default_prompt_name": "query"})
     if expected is None:
-        with pytest.raises(ValueError, match="Dense|only the mean or the first|config.json, which is missing"):
+        with pytest.raises(ValueError, match="Dense|only the mean or the first|asks for the prompt|which is missing"):
             load_embedder(str(folder))
         return
     body = transformers.BertModel.from_pretrained(folder)
@@ -1481,6 +1481,51 @@ def test_an_encoder_is_pooled_by_the_mean_or_as_sentence_transformers_files_say_
             states = body(torch.tensor([tiny_tokenizer().encode(text)])).last_hidden_state[0]
         pooled = states.mean(0) if expected == "mean" else states[0]
         assert np.allclose(vector, (pooled / pooled.norm()).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (("Dense", None), "it has a module Dense"), (("Pooling", {"pooling_mode": "lasttoken"}), "it asks for lasttoken")])
+def test_what_an_embedder_asks_for_is_refused_before_its_weights_are_read(changes, message, encoder, tmp_path):
+    folder = Path(shutil.copytree(encoder, tmp_path / "encoder"))
+    (folder / "model.safetensors").write_text("gigabytes")
+    kind, settings = changes
+    data.write_json(folder / "modules.json", [{"path": kind, "type": f"sentence_transformers.models.{kind}"}])
+    (folder / kind).mkdir()
+    data.write_json(folder / kind / "config.json", settings)
+    with pytest.raises(ValueError, match=message):
+        load_embedder(str(folder))
+
+
+def test_a_decoder_is_an_embedder_only_if_its_files_say_how_it_pools(tmp_path):
+    tokenizer = tiny_tokenizer()
+    folder = saved(tmp_path / "lm", tiny_lm(tokenizer), tokenizer)
+    with pytest.raises(ValueError, match="must be an encoder, or its modules.json must say how it pools; got GPT2LMHe"):
+        load_embedder(str(folder))
+    data.write_json(folder / "modules.json", [{"path": "", "type": "sentence_transformers.models.Transformer"}])
+    assert load_embedder(str(folder))(["a b"]).shape == (1, 32)
+
+
+@pytest.mark.parametrize("named", [None, "BertTokenizer", "XLMRobertaTokenizer"])
+def test_a_tokenizer_that_is_read_as_one_of_another_kind_is_refused(named, tmp_path):
+    # the older paraphrase-multilingual-MiniLM-L12-v2: a BERT with XLM-R's Unigram, whose class no file names
+    tokenizer = unigram_tokenizer(
+        unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>", mask_token="<mask>")
+    folder = saved(tmp_path, tiny_classifier(tokenizer).bert, tokenizer)
+    settings = read_json(folder / "tokenizer_config.json")
+    settings.pop("tokenizer_class")
+    data.write_json(folder / "tokenizer_config.json", settings | ({"tokenizer_class": named} if named else {}))
+    if named == "XLMRobertaTokenizer":
+        load_embedder(str(folder))
+    else:
+        with pytest.raises(ValueError, match="its tokenizer.json is Unigram, but it is read as WordPiece: name its"):
+            load_embedder(str(folder))
+
+
+def test_weights_that_do_not_fit_may_be_those_of_code_that_was_not_run(encoder, tmp_path):
+    folder = with_config(Path(shutil.copytree(encoder, tmp_path / "own")), auto_map={"AutoModel": "modeling.Own"},
+                         num_hidden_layers=3)
+    with pytest.raises(ValueError, match="it has no weights for .*; it comes with code of its own .* runs it"):
+        load_embedder(str(folder))
 
 
 def test_an_encoder_without_all_of_its_weights_is_refused(encoder, tmp_path, capsys):
@@ -4022,6 +4067,9 @@ def hub(tmp_path_factory, user_models):
     classifier_folder(work / "facebook--roberta-hate-speech-dynabench-r4-target", ["nothate", "hate"])
     classifier_folder(work / "s-nlp--roberta_toxicity_classifier", ["neutral", "toxic"])
     for folder in list(work.iterdir()):
+        if "MiniLM" in folder.name:
+            data.write_json(folder / "modules.json", [{"path": "", "type": "sentence_transformers.models.Transformer"}])
+            data.write_json(folder / "config_sentence_transformers.json", {"prompts": {}})
         put_on_hub(cache, f"models--{folder.name}", folder)
     attempts = [f"\n\nHuman: {question}\n\nAssistant: no\n\nHuman: why?" for question in QUESTIONS]
     attempts += ["\n\nHuman: \n\nAssistant: hi", f"\n\nHuman:   {QUESTIONS[0].upper()}\n\nAssistant: fine"]
@@ -4072,6 +4120,21 @@ def test_what_the_hub_cannot_give_is_named_with_its_flag(hub, asset, flag, tmp_p
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     error = refusal(capsys, tmp_path, *HUB, "--out", "never")
     assert flag in error and asset.split("--")[-1].split("/")[-1] in error and not (tmp_path / "never").exists()
+
+
+def test_an_embedder_of_the_hub_of_which_a_file_was_never_asked_for_is_refused(hub, tmp_path, monkeypatch):
+    cache = shutil.copytree(hub, tmp_path / "hub", symlinks=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    folder, = cache.glob("models--sentence-transformers--*")
+    name = "sentence-transformers/all-MiniLM-L6-v2"
+    expected = load_embedder(name)(["a b"])
+    (folder / ".no_exist" / ("0" * 40)).mkdir(parents=True)  # here huggingface_hub notes what the hub does not have
+    for file in ("modules.json", "config_sentence_transformers.json"):
+        (folder / "snapshots" / ("0" * 40) / file).unlink()
+        with pytest.raises(ValueError, match=f"tells whether it has {file}: load it with a network once"):
+            load_embedder(name)
+        (folder / ".no_exist" / ("0" * 40) / file).touch()
+    assert np.array_equal(load_embedder(name)(["a b"]), expected)
 
 
 # --- options ---------------------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def _make_judge(args):
             trust_remote_code=args.trust_remote_code)
         check_body(model, info)
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-        check_tokenizer(model, tokenizer)
+        check_tokenizer(model, tokenizer, args.model)
     except Exception as e:
         raise ValueError(f"--model must be a model's folder or hub id, got {args.model!r}: {first_line(e)}") from e
     model.to(args.device)
