@@ -34,7 +34,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import cached_file
 
-from model import check_body, check_tokenizer, first_line, inert_texts, longest_input
+from model import check_body, check_tokenizer, first_line, inert_texts, longest_input, read_as_written
 
 Embedder = Callable[[list[str]], np.ndarray]  # B texts -> (B, D)
 ORDERS = (2, 3, 4, 5)
@@ -232,12 +232,13 @@ def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool
         return word_embedder
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_dir, trust_remote_code=trust_remote_code)
+        read_as_written(tokenizer, name_or_dir)
         pool = _pool(name_or_dir)  # before gigabytes of weights are fetched
         model, info = AutoModel.from_pretrained(name_or_dir, trust_remote_code=trust_remote_code,
                                                 dtype=torch.float32, output_loading_info=True)
         model.to(device).eval()
         check_body(model, info)
-        check_tokenizer(model, tokenizer, name_or_dir)
+        check_tokenizer(model, tokenizer)
         if not pool and re.search("ForCausalLM|LMHead|ForConditionalGeneration", str(model.config.architectures)):
             raise ValueError("it must be an encoder, or its modules.json must say how it pools; got "
                              f"{model.config.architectures[0]}")

@@ -15,7 +15,6 @@ import contextlib
 import copy
 import ctypes
 import functools
-import json
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -23,8 +22,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 import torch.nn.functional as F
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import (
@@ -724,7 +726,9 @@ def load_model(kind: type, name: str | Path, trust_remote_code: bool = False) ->
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     if str(name).endswith(".gguf"):
         tokenizer.add_tokens(_gguf_control_tokens(name), special_tokens=True)
-    check_tokenizer(model, tokenizer, source if "gguf_file" not in options else None)
+    else:
+        read_as_written(tokenizer, source)
+    check_tokenizer(model, tokenizer)
     return model, tokenizer
 
 
@@ -893,21 +897,26 @@ def check_body(model: PreTrainedModel, info: dict) -> None:
         raise ValueError(f"it has no weights for {min(missing)}{_own_code(model)}")
 
 
-def check_tokenizer(model: PreTrainedModel, tokenizer: Tokenizer, source: str | Path | None = None) -> None:
+def read_as_written(tokenizer: Tokenizer, source: str | Path) -> None:
+    """Give a tokenizer the model, normalizer, pre-tokenizer and decoder of its tokenizer.json in `source`, a folder or
+    hub id. transformers makes those of some classes anew, from the vocabulary alone, and texts become other tokens: of
+    Llama 2 and SmolLM2, or where a BERT's files do not name the class of its XLM-R tokenizer."""
+    file = cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    if not file or not tokenizer.is_fast or not type(tokenizer).__module__.startswith("transformers.models."):
+        return
+    written = tokenizers.Tokenizer.from_file(file)
+    for part in ("model", "normalizer", "pre_tokenizer", "decoder"):
+        value = getattr(written, part)
+        if not isinstance(value, (BertNormalizer, ByteLevel)):  # whose options are in tokenizer_config.json
+            setattr(tokenizer.backend_tokenizer, part, value)
+
+
+def check_tokenizer(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
     """Raises ValueError if a folder has no tokenizer (transformers then makes one of special tokens only), or one with
     tokens for which the model has no embedding, but for special ones that neither it nor its chat template writes:
-    `inert_texts` keeps them out of texts. (Gemma 3's models for text alone have the token of images.) Also if the
-    tokenizer.json of `source`, a folder or hub id, is of another kind: transformers makes a WordPiece of a Unigram
-    vocabulary if a BERT's files do not name the class of its tokenizer."""
+    `inert_texts` keeps them out of texts. (Gemma 3's models for text alone have the token of images.)"""
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ValueError("it has no tokenizer")
-    file = cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False) if source else None
-    if file and tokenizer.is_fast:
-        kind = json.loads(Path(file).read_text(encoding="utf-8"))["model"].get("type")
-        read_as = type(tokenizer.backend_tokenizer.model).__name__
-        if kind not in (None, read_as):
-            raise ValueError(f"its tokenizer.json is {kind}, but it is read as {read_as}: name its tokenizer_class in "
-                             "the tokenizer_config.json of a local copy")
     rows = model.get_input_embeddings().num_embeddings
     names = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
     written = [getattr(tokenizer, f"{name}_token") or "" for name in names] + [str(tokenizer.chat_template or "")]

@@ -1451,6 +1451,7 @@ def encoder(tmp_path_factory):
     return str(saved(tmp_path_factory.mktemp("encoder"), body, tiny_tokenizer()))
 
 
+UNIGRAM_NAMES = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>", mask_token="<mask>")
 MEAN, FIRST = ({f"pooling_mode_{what}": True} for what in ("mean_tokens", "cls_token"))
 
 
@@ -1505,20 +1506,40 @@ def test_a_decoder_is_an_embedder_only_if_its_files_say_how_it_pools(tmp_path):
     assert load_embedder(str(folder))(["a b"]).shape == (1, 32)
 
 
-@pytest.mark.parametrize("named", [None, "BertTokenizer", "XLMRobertaTokenizer"])
-def test_a_tokenizer_that_is_read_as_one_of_another_kind_is_refused(named, tmp_path):
-    # the older paraphrase-multilingual-MiniLM-L12-v2: a BERT with XLM-R's Unigram, whose class no file names
-    tokenizer = unigram_tokenizer(
-        unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>", mask_token="<mask>")
-    folder = saved(tmp_path, tiny_classifier(tokenizer).bert, tokenizer)
+def merging_tokenizer(*pre_tokenizer):
+    """A tokenizer of bytes with three merges."""
+    tokenizer = byte_tokenizer([], eos_token="</s>")
+    vocab, merges = tokenizer.get_vocab(), [("Ċ", "Ċ"), ("Ġ", "Ġ"), ("2", "0")]
+    vocab |= {"".join(pair): len(vocab) + i for i, pair in enumerate(merges)}
+    tokenizer.backend_tokenizer.model = models.BPE(vocab=vocab, merges=merges)
+    parts = [*pre_tokenizer, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    return tokenizer
+
+
+@pytest.mark.parametrize("make, named, options, expected", [
+    (lambda: merging_tokenizer(pre_tokenizers.Digits(True)), "GPT2Tokenizer", {}, "as written"),  # SmolLM2's
+    (lambda: byte_tokenizer([], eos_token="</s>"), "GPT2Tokenizer", {"add_prefix_space": True},
+     "with a space before it"),
+    (lambda: unigram_tokenizer(**UNIGRAM_NAMES), None, {}, "as written"),  # multilingual MiniLM's, once
+    (lambda: unigram_tokenizer(**UNIGRAM_NAMES), "BertTokenizer", {}, "as written"),
+    (lambda: unigram_tokenizer(**UNIGRAM_NAMES), "XLMRobertaTokenizer", {}, "as written"),
+    (lambda: unigram_tokenizer(**UNIGRAM_NAMES), "PreTrainedTokenizerFast", {}, "as written")])
+def test_a_tokenizer_reads_texts_as_its_file_says_whatever_its_class_would_make_of_it(
+        make, named, options, expected, tmp_path):
+    tokenizer = make()
+    classifier = tiny_classifier(tokenizer)
+    classifier.resize_token_embeddings(len(tokenizer) + 9)  # for special tokens that a class adds
+    folder = saved(tmp_path, classifier, tokenizer)
     settings = read_json(folder / "tokenizer_config.json")
-    settings.pop("tokenizer_class")
-    data.write_json(folder / "tokenizer_config.json", settings | ({"tokenizer_class": named} if named else {}))
-    if named == "XLMRobertaTokenizer":
-        load_embedder(str(folder))
-    else:
-        with pytest.raises(ValueError, match="its tokenizer.json is Unigram, but it is read as WordPiece: name its"):
-            load_embedder(str(folder))
+    del settings["tokenizer_class"]
+    settings |= {"tokenizer_class": named} if named else {}
+    data.write_json(folder / "tokenizer_config.json", {**settings, **options})
+    text = "it is  2023,\n\n1. a safe\tbet"
+    _, loaded = model.load_model(transformers.AutoModelForSequenceClassification, folder)
+    written = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text_before = f" {text}" if expected == "with a space before it" else text
+    assert loaded(text, add_special_tokens=False).input_ids == written.encode(text_before, add_special_tokens=False).ids
 
 
 def test_weights_that_do_not_fit_may_be_those_of_code_that_was_not_run(encoder, tmp_path):

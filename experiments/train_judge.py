@@ -15,7 +15,7 @@ from eval import DEVICE, run_program
 from harness.config import devices
 from harness.data import as_a_program, check_labels, fail, is_test, read_json, read_rows, write_json
 from harness.report import calibration, markdown, show
-from model import best_dtype, check_body, check_tokenizer, first_line, save_tokenizer
+from model import best_dtype, check_body, check_tokenizer, first_line, read_as_written, save_tokenizer
 from reward import Judge, JudgeTraining, judge_score, train_judge
 
 
@@ -95,7 +95,8 @@ def _make_judge(args):
             trust_remote_code=args.trust_remote_code)
         check_body(model, info)
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-        check_tokenizer(model, tokenizer, args.model)
+        read_as_written(tokenizer, args.model)
+        check_tokenizer(model, tokenizer)
     except Exception as e:
         raise ValueError(f"--model must be a model's folder or hub id, got {args.model!r}: {first_line(e)}") from e
     model.to(args.device)
