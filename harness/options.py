@@ -80,7 +80,7 @@ class Config:
     ppo_epochs: int = option("passes over a batch", 2, at_least=1)
     minibatches: int = option("optimizer steps per pass", 2, at_least=1)
     benign_share: float | None = option("fraction of the defender's batch that is harmless requests "
-                                        "(--benign_prompts), paid for a helpful answer (--helpful_judge)", 0.25, 0.4,
+                                        "(--benign_prompts), rewarded for helpful answers (--helpful_judge)", 0.25, 0.4,
                                         below=1, only="training", heading="opponents")
     mine: int | None = option("attacks of the initial attacker before each defender turn, a third of them at twice "
                               "its temperature: the initial defender's unsafe answers are unlearned, and its helpful "
@@ -98,7 +98,7 @@ class Config:
     min_likelihood: float = option("quantile of the initial attacker's own likelihoods; below it an attack scores as a "
                                    "failed repetition; 0: off; alias --guard", 0.01, below=1, only="attacker",
                                    aliases=("--guard",))
-    embedder: str | None = option("words, toy, folder or hub id", "toy", "sentence-transformers/all-MiniLM-L6-v2")
+    embedder: str | None = option("words, folder or hub id; in the embedded game also toy", "toy", "sentence-transformers/all-MiniLM-L6-v2")
     average: str = option("policy averages to keep; ema: exponential, of weights; both: mixture and weights",
                           "mixture,weights", choices=AVERAGES, heading="averages")
     average_size: int | None = option("policies kept, by reservoir sampling", 32, 8, at_least=1, only="mixture")
@@ -113,11 +113,11 @@ class Config:
     lora: int = option("rank of LoRA adapters (needs peft), trained in place of the model's weights; 0: off", 0)
     dtype: str | None = option("auto: bf16 if the processor has it", "fp32", "auto", choices=("fp32", "bf16", "auto"))
     device: str = option("auto, cpu, cuda or cuda:N", "auto")
-    deterministic: bool = option("the same bits in every run on one machine: one CPU thread, slower kernels", False)
+    deterministic: bool = option("the same bits in every run on one machine's CPU: one thread, slower kernels", False)
     trust_remote_code: bool = option("run Python files that come with a model; they can do anything", False)
     shard: bool = option("under torchrun: shard weights, gradients and optimizer state (FSDP2)", False)
     seed: int = option("seed of all random numbers", 0, heading="output", warm_start=True)
-    eval_prompts: int | None = option("test prompts; a third of them per round", 1000, 200, at_least=1, warm_start=True)
+    eval_prompts: int | None = option("test prompts, and at most as many harmless ones; a third per round", 1000, 200, at_least=1, warm_start=True)
     dry_run: bool = option("print prompts as players and judges will read them, with token counts, and stop", False)
     out: str | None = option("run folder; default: runs/DATE_METHOD_sSEED")
     save_every: int | None = option("PPO steps between checkpoints", 30, 20, at_least=1)
