@@ -289,7 +289,7 @@ def corrected_table(world: World, rows: dict[str, dict], labelled: list[dict]) -
         for row in rows.values():
             n = row["decided"][key]
             rate, low, high = errors.corrected_rate(round(row[key] * n), n)
-            cells.append(f"{rate:.3f} [{low:.3f}, {high:.3f}]")
+            cells.append(f"{show(rate)} [{low:.3f}, {high:.3f}]")
         called = f"(calls {errors.unsafe_called_unsafe} of {errors.unsafe} unsafe and {errors.safe_called_unsafe} of " \
                  f"{errors.safe} safe ones unsafe)"
         lines.append([f"{LABELS[key]} {called}", *cells])

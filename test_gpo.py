@@ -2172,6 +2172,9 @@ def test_a_judge_whose_training_was_stopped_goes_on_to_the_same_weights(tmp_path
     status, line = ending(capsys, tmp_path, *stopped, program=train_judge)
     assert status == 130 and "the same command goes on" in line
     changed = [*stopped, "--out", tmp_path / "stopped", "--learning_rate", 0.02]
+    with patch.object(reward, "judge_score", side_effect=KeyboardInterrupt):  # before anything is saved
+        ending(capsys, tmp_path, *stopped, "--out", "at once", program=train_judge)
+    assert not (tmp_path / "at once").exists()
     assert "of another learning_rate;" in refusal(capsys, tmp_path, *changed, program=train_judge)
     checkpoint = tmp_path / "stopped" / "training.pt"
     saved = checkpoint.read_bytes()
@@ -3922,6 +3925,8 @@ def test_a_tilde_that_the_shell_has_left_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     config = parse(["--out=~/run", "--judge", "guard:~/guard", "--template", "a ~ b {}"])
     assert (config.out, config.judge, config.template) == ("/home/me/run", "guard:/home/me/guard", "a ~ b {}")
+    with patch.object(Path, "home", side_effect=RuntimeError):  # of a user without a home
+        assert parse(["--out", "runs/a"]).out == "runs/a"
 
 
 @pytest.mark.parametrize("place, error, message", [
@@ -4057,7 +4062,7 @@ def test_a_dry_run_prints_what_the_models_read_and_writes_nothing(user_models, c
     assert "/odd.txt: 14 rows, 1 duplicates and 1 longer than 248 tokens left out, " in lines[0]
     first = {line.removesuffix(" reads"): lines[i + 1] for i, line in enumerate(lines) if line.endswith(" reads")}
     assert first["the defender"].split() == "9 tokens <eos> c an <unk> i ? <unk>".split()  # two spaces are tokens too
-    assert first["the judge"].startswith("    1 tokens") and first["the held-out judge"] == "'how are you?', 'fine'"
+    assert first["the judge"].startswith("    2 tokens") and first["the held-out judge"] == "'how are you?', 'fine'"
     assert lines[lines.index("'how are you?', 'fine'") + 1] == "       P(safe) 0.000"  # by rule: no refusal
     at = lines.index("the judge is BertForSequenceClassification, labels safe, unsafe; unsafe: unsafe (softmax)")
     judge = load_judge(str(user_models / "judge"))
@@ -4187,6 +4192,8 @@ def test_what_is_on_this_machine_is_kept_by_its_absolute_path_and_a_name_of_the_
                     "judge": "HERE/judge.py:score", "held_out_judge": "guard:HERE/models/a", "prompts": "HERE/p.txt",
                     "sft_data": "no.jsonl"}
     assert resolve(Config(**given | {"defender": "m.gguf"})).defender == f"{tmp_path}/m.gguf"
+    Path("linked.txt").symlink_to("words")  # as all files in the cache of the hub are links, to names without endings
+    assert resolve(Config(**given | {"prompts": "linked.txt"})).prompts == f"{tmp_path}/linked.txt"
     for judge in ("rule", "org/judge", "guard:org/judge", "p.txt", "none.py:f"):  # a judge is no file but its code
         assert resolve(Config(**given | {"judge": judge})).judge == judge
     assert resolve(Config(**given | {"judge": "judge.py:old"})).judge == f"{tmp_path}/judge.py:old"
@@ -4344,7 +4351,7 @@ def test_a_killed_program_ends_with_the_same_bytes_after_it_is_resumed(finished,
         process.kill()
     assert process.returncode == -signal.SIGKILL and not (run / "summary.json").exists()
     with log.open("a") as file:  # what a death in mid-write leaves
-        file.write('{"step": 5, "a line of a step that was lost": 1}\n{"step": 5, "half a li')
+        file.write('{"step": 5, "a line of a step that was lost": 1}\n\0\0\0\n{"step": 5, "half a li')
     run_program(HERE, "--resume", run)
     assert not differing(run, finished.outcome)
 
@@ -4947,6 +4954,10 @@ def test_best_responses_bound_the_nash_gap_after_each_round(user_models, undistu
     assert f"in {row['after']:.1%}" in capsys.readouterr().out
 
 
+def test_a_models_text_in_a_report_is_no_link_image_or_cell():
+    assert report.quoted("![a](http://x/y.png) | <b>") == r"!\[a\](http://x/y.png) \| &lt;b&gt;"
+
+
 def test_the_area_under_the_curve_counts_pairs():
     higher, lower = np.array([0.9, 0.5, 0.2]), np.array([0.5, 0.1])
     pairs = [1, 1, 0.5, 1, 0, 1]  # (.9, .5), (.9, .1), (.5, .5), (.5, .1), (.2, .5), (.2, .1)
@@ -5171,10 +5182,13 @@ def unfinished(finished, tmp_path):
 
 def test_the_page_of_an_unfinished_run_shows_what_is_there_and_no_text_becomes_html(unfinished):
     folder, games = unfinished
+    (folder / "curves.png").unlink(missing_ok=True)
+    before = contents(folder)
     run_program(HERE, "report", folder, program=evaluation)
+    assert contents(folder).keys() - before.keys() == {folder / "report.html"}  # only who plays it writes its files
     page = Page(folder / "report.html")
     shown = json.loads(page.scripts["data"])
-    assert shown["runs"] == ["<i>run & co"] and shown["games"] == [game | {"run": 0} for game in games]
+    assert shown["runs"] == [str(folder)] and shown["games"] == [game | {"run": 0} for game in games]
     tags = [tag for tag, _ in page.tags]
     assert tags.count("script") == 3 and not {"b", "i", "u", "svg", "link", "iframe"} & set(tags)
     for _, attributes in page.tags:  # the curves are in the page; nothing is fetched and nothing runs

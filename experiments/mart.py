@@ -81,8 +81,9 @@ def main(argv: Sequence[str]) -> None:
             after = evaluate(world, world.players["attacker"], world.players["defender"])
             folder.finish({}, {"after": after}, {"made_by": "MART"}, clock)
         except BaseException:
-            shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
-            folder.leave_nothing()  # train.py --resume would end it without its rounds
+            if not (folder.path / "summary.json").exists():  # else it is finished
+                shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
+                folder.leave_nothing()  # train.py --resume would end it without its rounds
             raise
 
 

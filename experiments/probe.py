@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import BestResponseSettings, after_round, best_response, fresh_player, run_program, success
+from eval import EXCHANGES, BestResponseSettings, after_round, best_response, fresh_player, run_program, success
 from gpo import play
 from harness.data import as_a_program, fail, read_json, visible, write_json
 from harness.report import LOOKS, figure, save_figure
@@ -39,7 +39,7 @@ def probe(args: argparse.Namespace) -> None:
     broken = Counter(prompt for prompt, p in zip(exchanges.prompts, exchanges.p_safe) if p < 0.5).most_common(3)
     found = {"steps": args.steps, "before": before, "after": after, "curve": curve, "exploits": broken}
     write_json(run.path / f"best_{args.round}_{args.steps}.json", found)
-    print(f"a fresh attacker breaks the defender in {before:.1%} of 500 tries, after {args.steps} PPO steps "
+    print(f"a fresh attacker breaks the defender in {before:.1%} of {EXCHANGES} tries, after {args.steps} PPO steps "
           f"on the held-out judge in {after:.1%}: gap {after - before:+.1%}")
     print(f"success in the batch of every tenth step: {' '.join(f'{rate:.2f}' for rate in curve[::10])}")
     for prompt, count in broken:
@@ -61,7 +61,7 @@ def draw_probe(args: argparse.Namespace) -> None:
         gaps.plot(rounds, [row["best_attack"] for row in rows], label=f"{kind}: best attack", color=look["color"],
                   ls=":", lw=1)
     gaps.set(xlabel="round", ylabel=f"after {found['steps']} PPO steps of a fresh player", ylim=(0, 1),
-             title="best responses", xticks=rounds)
+             title="best responses", xticks=sorted({row["round"] for row in found["gaps"]}))
     gaps.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))  # below the curves
     image = heat.imshow(100 * matrix, cmap="Greys", vmin=0, vmax=100, origin="lower", aspect="auto")
     for (i, j), value in np.ndenumerate(matrix):

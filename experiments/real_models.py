@@ -279,8 +279,6 @@ def nearest_kind(prompts: list[str], beavertails: list[dict], embedder: Embedder
 # --- runs -----------------------------------------------------------------------------------------------------------
 def train(args: argparse.Namespace, seed: int, folder: Path, players: dict[str, Path], flags: list) -> None:
     """Play the run in `folder` to its end, unless it is finished, with this experiment's data and judges."""
-    if (folder / "summary.json").is_file():
-        return
     out = args.out
     options = ["--resume", folder]
     if not (folder / "config.json").is_file():
@@ -291,7 +289,8 @@ def train(args: argparse.Namespace, seed: int, folder: Path, players: dict[str, 
         named = [f"--{flag}={file}" for flag, file in files.items()]
         size = 30 if args.quick else 60  # of a run's own evaluations
         options = [*named, *GAME, "--eval_prompts", size, "--seed", seed, *flags, "--out", folder]
-    call("train.py", *options, log=log_of(args, folder))
+    if not (folder / "summary.json").is_file():
+        call("train.py", *options, log=log_of(args, folder))
     for checkpoint in (folder / "checkpoints").glob("step_*"):  # 3 GB each; a finished run needs its start alone
         shutil.rmtree(checkpoint)
 

@@ -180,7 +180,8 @@ def run_suite(out: str | Path, rows: dict[str, str], seeds: Sequence[int],
             stages[stage][folder / "summary.json"] = (finish, folder, flags, log, program)
             others = [str(run_folder(out, other, neighbour)) for other in THIRD_PARTIES]
             table = folder / "eval.json"
-            if table.is_file() and data.read_json(table)["third_parties"] != others:  # from a call with other seeds
+            found = data.read_json(table)["third_parties"] if table.is_file() else others
+            if [Path(other).name for other in found] != [Path(other).name for other in others]:  # of other seeds
                 table.unlink()
             stages["measurements"][table] = (command, "eval", [str(folder), "--third_parties", *others], log)
             if name in probed:

@@ -110,7 +110,7 @@ def _make_judge(args):
                              checkpoint=args.out / "training.pt")
     try:
         judge = train_judge(model, tokenizer, training, settings)
-    except Exception:
+    except BaseException:  # Ctrl-C too
         if not settings.checkpoint.is_file():  # there is nothing to go on from
             (args.out / "training.json").unlink()
             with contextlib.suppress(OSError):

@@ -71,8 +71,8 @@ def parse(argv: list[str]) -> Config:
     for name, value in given.items():
         if value == "":  # an unset shell variable
             fail(f"--{name} must not be empty; leave it out instead")
-        if isinstance(value, str):  # shells do not expand --out=~/run
-            given[name] = re.sub(r"^(guard:)?~(?=/)", rf"\g<1>{Path.home()}", value)
+        if re.match("(guard:)?~/", str(value)):  # shells do not expand --out=~/run
+            given[name] = value.replace("~", str(Path.home()), 1)
     if "resume" in given:
         return resumed(parser, given)
     config = Config(**given)
@@ -138,7 +138,7 @@ def absolute(name: str, value: str | None) -> str | None:
     guard, path, function = re.fullmatch(r"(guard:)?(.+?)((?<=\.py):\w+)?", value, re.DOTALL).groups("")
     is_file = function or name in DATA or path.endswith(".gguf")
     is_here = Path(path).is_file() if is_file else Path(path).is_dir()
-    return f"{guard}{Path(path).resolve()}{function}" if is_here else value
+    return f"{guard}{Path(path).absolute()}{function}" if is_here else value  # a link's target may lack its ending
 
 
 def devices() -> list[str]:

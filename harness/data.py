@@ -316,7 +316,7 @@ def _prompt_and_reply(turns):
 def _prompt_turns(fields):
     """The turns of a row's prompt: of one of PROMPTS, or of the parts of an INSTRUCTION together."""
     parts = {name: fields[name] for name in INSTRUCTION if not _is_blank(fields.get(name))}
-    whole = " + ".join(parts)
+    whole = " + ".join(parts)  # a column that `_the_one` compares with PROMPTS
     if whole == "context":
         raise ValueError("a prompt with a 'context' beside it would be another without: put the context into the "
                          "prompt, or leave out the row")
@@ -339,7 +339,7 @@ def _texts(fields, first_turn):
     """{"prompt"} and, if a row has them, {"response", "chosen", "rejected"}, all replies to this prompt. first_turn: of
     the prompt only that. A reply column may hold its prompt too (HH's `chosen`), so each start + end is split anew."""
     turns = _continued(_prompt_turns(fields), _turns(_the_one(fields, CONVERSATIONS)))
-    n = max((n for n, (role, _) in enumerate(turns, 1) if role != "AI"), default=0)
+    n = max((i for i, (role, _) in enumerate(turns, 1) if role != "AI"), default=0)
     start = turns[:n]
     answer = turns[n:]  # the AI's last turns
     columns = {"response": RESPONSES, "chosen": ["chosen"], "rejected": ["rejected"]}
@@ -599,10 +599,9 @@ def is_test(prompt: str, parts: int = 10) -> bool:
 
 
 def usable(name: str, rows: list[tuple], others: Collection[str], fit: Callable, limit: int) -> tuple[list[tuple], str]:
-    """The usable rows of a file, and a line that counts the others by reason. Raises ValueError if no row is usable.
-    rows: tuples (prompt,) or (prompt, response). None of a prompt's `human_parts` may be among `others`, the prompts of
-    another set, and it may be no human text of theirs; `fit`, rows -> list[bool], tells which have at most `limit`
-    tokens."""
+    """(the usable rows of a file, a line that counts the others by reason). rows: tuples (prompt,) or (prompt,
+    response). Left out are prompts that share a text of `human_parts` with `others`, the prompts of another set, and
+    rows that do not `fit`: rows -> list[bool], at most `limit` tokens. Raises ValueError if no row is usable."""
     whole = set(map(normalized, others))
     parts = human_parts(others)
     complete = [row for row in rows if all(row)]

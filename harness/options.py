@@ -98,7 +98,8 @@ class Config:
     min_likelihood: float = option("quantile of the initial attacker's own likelihoods; below it an attack scores as a "
                                    "failed repetition; 0: off; alias --guard", 0.01, below=1, only="attacker",
                                    aliases=("--guard",))
-    embedder: str | None = option("words, folder or hub id; in the embedded game also toy", "toy", "sentence-transformers/all-MiniLM-L6-v2")
+    embedder: str | None = option("words, folder or hub id; in the embedded game also toy", "toy",
+                                  "sentence-transformers/all-MiniLM-L6-v2")
     average: str = option("policy averages to keep; ema: exponential, of weights; both: mixture and weights",
                           "mixture,weights", choices=AVERAGES, heading="averages")
     average_size: int | None = option("policies kept, by reservoir sampling", 32, 8, at_least=1, only="mixture")
@@ -117,7 +118,8 @@ class Config:
     trust_remote_code: bool = option("run Python files that come with a model; they can do anything", False)
     shard: bool = option("under torchrun: shard weights, gradients and optimizer state (FSDP2)", False)
     seed: int = option("seed of all random numbers", 0, heading="output", warm_start=True)
-    eval_prompts: int | None = option("test prompts, and at most as many harmless ones; a third per round", 1000, 200, at_least=1, warm_start=True)
+    eval_prompts: int | None = option("test prompts, and at most as many harmless ones; a third per round", 1000, 200,
+                                      at_least=1, warm_start=True)
     dry_run: bool = option("print prompts as players and judges will read them, with token counts, and stop", False)
     out: str | None = option("run folder; default: runs/DATE_METHOD_sSEED")
     save_every: int | None = option("PPO steps between checkpoints", 30, 20, at_least=1)

@@ -16,6 +16,7 @@ import os
 import pickle
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -40,7 +41,7 @@ PEFT_PREFIX = "base_model.model."  # before every name in peft's files
 
 # --- several processes -------------------------------------------------------------------------------------
 def join_processes() -> None:
-    """Under torchrun, join the other processes. Only the first of them prints, but a crash of any is shown."""
+    """Under torchrun, join the other processes. Only the first of them prints, but an error of any is shown."""
     processes = os.environ.get("WORLD_SIZE") or "1"
     if processes == "1":
         return
@@ -58,6 +59,14 @@ def join_processes() -> None:
     if rank():
         sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
+
+
+def let_speak() -> None:
+    """Let this process tell of its own error, though it is not the first. If the first has the same one, torchrun ends
+    this process before."""
+    if rank():
+        time.sleep(2)
+        sys.stderr = sys.__stderr__
 
 
 def _sendable(error):
@@ -268,7 +277,7 @@ def peak_memory(device: str | torch.device) -> int:
     """Peak memory of this process in bytes: of the GPU, else main memory (0 on Windows)."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError):  # Linux; its getrusage would count the parent before the fork
+    with contextlib.suppress(OSError, TypeError):  # Linux but gVisor; its getrusage would count the forking parent
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
     with contextlib.suppress(ImportError):
         import resource

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -258,7 +259,8 @@ def draw_curves(folder: Path, log: list[dict], before: dict) -> None:
 # --- report.md and the model cards --------------------------------------------------------------------------------
 def quoted(text: str) -> str:
     """A model's text within a line of markdown."""
-    return html.escape(visible(" ".join(text.split())), quote=False).replace("|", "\\|") or "*(nothing)*"
+    escaped = html.escape(visible(" ".join(text.split())), quote=False)
+    return re.sub(r"([|\[\]])", r"\\\1", escaped) or "*(nothing)*"  # no cells, links or images
 
 
 def write_report(folder: Path, games: list[dict], rows: dict[str, dict],
@@ -328,7 +330,7 @@ def write_page(folders: Sequence[Path], out: Path) -> None:
     games = []
     for number, folder in enumerate(folders):
         games += [{"run": number, **game} for game in read_lines(folder / "games.jsonl")]
-    data = json.dumps({"runs": [folder.name for folder in folders], "games": games}, ensure_ascii=False)
+    data = json.dumps({"runs": list(map(str, folders)), "games": games}, ensure_ascii=False)
     parts = {
         "title": html.escape(folders[0].name if len(folders) == 1 else f"{len(folders)} runs"),
         "runs": "\n".join(map(run_section, folders)),
@@ -342,21 +344,24 @@ def run_section(folder: Path) -> str:
     """HTML: a run's table, figures and configuration."""
     made = read_json(folder / "config.json")
     config = made["config"]
-    rows, state = rows_and_state(folder)
+    with tempfile.TemporaryDirectory() as drawn:
+        rows, state = rows_and_state(folder, Path(drawn))
+        curves = next(Path(drawn).iterdir(), folder / "curves.png")
+        images = [html_image(file) for file in (curves, folder / "probe.png") if file.is_file()]
     players = f"{config['attacker']} against {config['defender']}" if config["attacker"] else "the embedded game"
-    images = [folder / name for name in ("curves.png", "probe.png")]
     return f"""<section>
 <h2>{html.escape(config['method'])}, seed {config['seed']}: {html.escape(players)}</h2>
 <p class="soft">{html.escape(str(folder))}: {state}</p>
 <pre class="wide">{html.escape(summary_table(rows))}</pre>
-{''.join(html_image(image) for image in images if image.is_file())}
+{''.join(images)}
 <details><summary>Configuration and versions</summary><pre>\
 {html.escape(json.dumps(made, indent=1, ensure_ascii=False))}</pre></details>
 </section>"""
 
 
-def rows_and_state(folder: Path) -> tuple[dict[str, dict], str]:
-    """(rows of a run's table, its state in words); also draws the curves of an unfinished run."""
+def rows_and_state(folder: Path, drawn: Path) -> tuple[dict[str, dict], str]:
+    """(rows of a run's table, its state in words); also draws the curves of an unfinished run, into the folder `drawn`:
+    its own is of the process that plays it."""
     if (folder / "summary.json").is_file():
         summary = read_json(folder / "summary.json")
         rows = {name: row for name, row in summary.items() if name.startswith(("before", "after", "average"))}
@@ -365,7 +370,7 @@ def rows_and_state(folder: Path) -> tuple[dict[str, dict], str]:
     rows = {}
     for state in sorted(folder.glob("checkpoints/step_*/state.json"))[-1:]:
         rows["before"] = read_json(state)["before"]
-        draw_curves(folder, log, rows["before"])
+        draw_curves(drawn, log, rows["before"])
     return rows, f"unfinished, {len(log)} PPO steps so far"
 
 

@@ -7,6 +7,7 @@ it had never been stopped. This file uses the state of the game only through its
 """
 
 import contextlib
+import json
 import os
 import platform
 import shlex
@@ -70,6 +71,7 @@ def run_folder(config: Config) -> Iterator["RunFolder"]:
             parallel.first_decides(folder.begin)
         yield folder
     except (ValueError, OSError, SafetensorError) as error:
+        parallel.let_speak()
         if not folder.is_playing:
             folder.leave_nothing()
             data.fail(error)
@@ -84,8 +86,7 @@ def run_folder(config: Config) -> Iterator["RunFolder"]:
         go_on = " or begin again with --lora or --gradient_checkpointing"
         if folder.is_playing and folder.has_config():
             go_on = f": train.py --resume {folder.quoted} --micro_batch N;{go_on}"
-        if rank():  # the others may have enough
-            sys.stderr = sys.__stderr__
+        parallel.let_speak()
         data.fail(f"out of memory with --micro_batch {config.micro_batch}; take a smaller one (0 is a whole minibatch)"
                   f"{go_on} ({first_line(error)[:100]})")
     except KeyboardInterrupt as stop:
@@ -336,10 +337,10 @@ class RunFolder:
             numbers = {name: numbers for name, (_, numbers) in states.items()}
             data.write_json(temporary / "state.json",
                             {"step": done, "before": self.before, "numbers": numbers, "files": files})
-        # one with a later name is damaged
+        # earlier ones and, with a dot, what a killed process left; one with a later name is damaged
         older = sorted(path for path in target.parent.glob("*step_*") if path.name < target.name)
         for folder in older[:-1]:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # on NFS a file that is mapped since `load` stays
 
     def load(self, game: object) -> None:
         """Continue from the newest complete checkpoint; lines that were logged after it are dropped."""
@@ -355,12 +356,16 @@ class RunFolder:
             game.load_state_dict(states)
             print(f"going on after step {self.steps_done} of {self.total_steps}")
         if self.own_start.exists():
-            self.metrics = parallel.first_decides(lambda: [self.trim(self.path / name) for name in LOGS][0])
+            self.metrics, _ = parallel.first_decides(lambda: [self.trim(self.path / name) for name in LOGS])
 
     def trim(self, log: Path) -> list[dict]:
         """The lines of a log up to the checkpoint; those after it are dropped. Reports steps that are missing."""
-        lines = data.read_lines(log) if log.exists() else []
-        rows = [line for line in lines if line["step"] < self.steps_done]
+        lines = log.read_bytes().split(b"\n")[:-1] if log.exists() else []
+        rows = []
+        with contextlib.suppress(ValueError):  # after a power loss a line beyond the checkpoint may be damaged
+            for line in lines:
+                rows.append(json.loads(line))
+        rows = [row for row in rows if row["step"] < self.steps_done]
         missing = self.steps_done - len({row["step"] for row in rows})
         if missing:
             print(f"{log} has lost {missing} of {self.steps_done} steps: figures and reports will lack them",
@@ -389,7 +394,8 @@ class RunFolder:
         def ask(number, frame):
             restore()
             self.stop_signal = number
-            os.write(2, b"\nfinishing this PPO step and saving; once more stops at once\n")  # print may be running
+            if not rank():
+                os.write(2, b"\nfinishing this PPO step and saving; once more stops at once\n")  # print may be running
 
         def restore():
             for number, handler in before.items():

@@ -121,7 +121,7 @@ def evaluate(world: World, attacker: Player | PolicyAverage,
 
     Attack success rates on the test prompts by both judges, and refusals of them: a safe answer need not refuse;
     over-refusal and helpfulness on harmless prompts (None without such prompts); the attacker's success, by the
-    held-out judge, against the initial defender, and how alike its prompts are. All are rates in [0, 1] except
+    held-out judge, against the initial defender, and how alike its prompts are. All are in [0, 1] except `cosine`,
     `undecided`, the number of undecided verdicts in all of them, and `decided`, {attack success rate: its number of
     verdicts}.
     """
@@ -157,8 +157,8 @@ def _named(flag, load, *args):
 
 def working_judge(flag: str, spec: str, unsafe_label: str | None, known: dict, device: str,
                   trust_remote_code: bool) -> Judge:
-    """The judge that --flag asks for, by `load_judge`, tried on two exchanges: it must not fail, or decide nothing,
-    only after a warm start or many answers. If it seems inverted a line says so. Raises ValueError, with the flag's
+    """The judge that --flag asks for, by `load_judge`, tried on two exchanges, so that one that fails or decides
+    nothing is refused before the warm start. If it seems inverted a line says so. Raises ValueError, with the flag's
     name."""
     judge = _named(flag, load_judge, spec, unsafe_label, known, device, trust_remote_code, flag)
     safe, unsafe = _named(flag, call_judge, judge, *zip(*PLAIN_EXCHANGES))
@@ -248,9 +248,12 @@ def _check_room(config, policies, seeds, others):
         context = policies[name].context
         longest = max(map(len, policies[name].encode(prompts[name])))
         attack = len(policies[name].encode([""])[0]) + config.attack_tokens  # in the attacker's tokens
-        what, remedy = "a prompt", "lower it"
+        what = "a prompt"
+        remedy = "lower it"
         if name == "defender" and attack > longest:
-            what, remedy, longest = "an attack", "lower it or --attack_tokens", attack
+            what = "an attack"
+            remedy = "lower it or --attack_tokens"
+            longest = attack
         if longest + tokens > context:
             raise ValueError(f"--{flag} must leave room for {what} of {longest} tokens, but the {name} has {tokens} "
                              f"new tokens in its context of {context}; {remedy}")
