@@ -189,7 +189,8 @@ def _pool(name):
     def read(file):
         found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
         if not found and not Path(name).is_dir() and not try_to_load_from_cache(name, file):  # nor as absent
-            raise ValueError(f"neither the hub nor its cache tells whether it has {file}: load it with a network once")
+            raise ValueError(f"neither the hub nor its cache tells whether it has {file}: load it with a network once, "
+                             "or pass the folder of its snapshot")
         return json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
 
     pool = None
@@ -202,7 +203,7 @@ def _pool(name):
                 raise ValueError(f"its modules.json names {module['path']}/config.json, which is missing; copy the "
                                  "folder with its subfolders")
             modes = [mode for mode, value in settings.items() if mode.startswith("pooling_mode_") and value is True]
-            mode = settings.get("pooling_mode", "+".join(modes))
+            mode = str(settings.get("pooling_mode", "+".join(modes)))
             pool = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}.get(mode, mode)
         elif kind not in ("Transformer", "Normalize"):
             raise ValueError(f"it has a module {kind}, beyond the mean or the first of its states")
@@ -239,7 +240,8 @@ def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool
         model.to(device).eval()
         check_body(model, info)
         check_tokenizer(model, tokenizer)
-        if not pool and re.search("ForCausalLM|LMHead|ForConditionalGeneration", str(model.config.architectures)):
+        decoders = "ForCausalLM|(?<!With)LMHead|ForConditionalGeneration"
+        if not pool and re.search(decoders, str(model.config.architectures)):
             raise ValueError("it must be an encoder, or its modules.json must say how it pools; got "
                              f"{model.config.architectures[0]}")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

@@ -907,7 +907,8 @@ def read_as_written(tokenizer: Tokenizer, source: str | Path) -> None:
     written = tokenizers.Tokenizer.from_file(file)
     for part in ("model", "normalizer", "pre_tokenizer", "decoder"):
         value = getattr(written, part)
-        if not isinstance(value, (BertNormalizer, ByteLevel)):  # whose options are in tokenizer_config.json
+        is_kept = type(value) is type(getattr(tokenizer.backend_tokenizer, part))
+        if not is_kept or not isinstance(value, (BertNormalizer, ByteLevel)):  # with options in tokenizer_config.json
             setattr(tokenizer.backend_tokenizer, part, value)
 
 

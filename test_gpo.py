@@ -1521,6 +1521,7 @@ def merging_tokenizer(*pre_tokenizer):
     (lambda: merging_tokenizer(pre_tokenizers.Digits(True)), "GPT2Tokenizer", {}, "as written"),  # SmolLM2's
     (lambda: byte_tokenizer([], eos_token="</s>"), "GPT2Tokenizer", {"add_prefix_space": True},
      "with a space before it"),
+    (lambda: byte_tokenizer([], eos_token="</s>"), None, {}, "as written"),  # of a BERT
     (lambda: unigram_tokenizer(**UNIGRAM_NAMES), None, {}, "as written"),  # multilingual MiniLM's, once
     (lambda: unigram_tokenizer(**UNIGRAM_NAMES), "BertTokenizer", {}, "as written"),
     (lambda: unigram_tokenizer(**UNIGRAM_NAMES), "XLMRobertaTokenizer", {}, "as written"),
@@ -3558,6 +3559,15 @@ def act_together(rank, folder):
     dist.destroy_process_group()
 
 
+def test_a_process_other_than_the_first_tells_of_its_own_error(monkeypatch):
+    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    monkeypatch.setattr(parallel.time, "sleep", Mock())  # by then torchrun has ended it, if the first has this error too
+    monkeypatch.setattr(parallel.signal, "signal", Mock())
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    parallel.let_speak()
+    assert sys.stderr is sys.__stderr__ and parallel.time.sleep.called
+
+
 def two_processes(function, *args):
     """Exit codes of function(rank, *args) in two processes, forked from one that has imported everything already."""
     multiprocessing.set_forkserver_preload([__name__])
@@ -4193,7 +4203,9 @@ def test_what_is_on_this_machine_is_kept_by_its_absolute_path_and_a_name_of_the_
                     "sft_data": "no.jsonl"}
     assert resolve(Config(**given | {"defender": "m.gguf"})).defender == f"{tmp_path}/m.gguf"
     Path("linked.txt").symlink_to("words")  # as all files in the cache of the hub are links, to names without endings
-    assert resolve(Config(**given | {"prompts": "linked.txt"})).prompts == f"{tmp_path}/linked.txt"
+    Path("latest").symlink_to("models")  # a folder's path does not depend on its spelling
+    there = resolve(Config(**given | {"prompts": "latest/../linked.txt", "attacker": "latest/a"}))
+    assert (there.prompts, there.attacker) == (f"{tmp_path}/linked.txt", f"{tmp_path}/models/a")
     for judge in ("rule", "org/judge", "guard:org/judge", "p.txt", "none.py:f"):  # a judge is no file but its code
         assert resolve(Config(**given | {"judge": judge})).judge == judge
     assert resolve(Config(**given | {"judge": "judge.py:old"})).judge == f"{tmp_path}/judge.py:old"
@@ -4351,7 +4363,7 @@ def test_a_killed_program_ends_with_the_same_bytes_after_it_is_resumed(finished,
         process.kill()
     assert process.returncode == -signal.SIGKILL and not (run / "summary.json").exists()
     with log.open("a") as file:  # what a death in mid-write leaves
-        file.write('{"step": 5, "a line of a step that was lost": 1}\n\0\0\0\n{"step": 5, "half a li')
+        file.write('\0\0\0\n5\n{"step": 5, "a line of a step that was lost": 1}\n{"step": 5, "half a li')
     run_program(HERE, "--resume", run)
     assert not differing(run, finished.outcome)
 
@@ -4954,8 +4966,9 @@ def test_best_responses_bound_the_nash_gap_after_each_round(user_models, undistu
     assert f"in {row['after']:.1%}" in capsys.readouterr().out
 
 
-def test_a_models_text_in_a_report_is_no_link_image_or_cell():
+def test_a_models_text_in_a_report_is_no_hidden_link_image_or_cell():
     assert report.quoted("![a](http://x/y.png) | <b>") == r"!\[a\](http://x/y.png) \| &lt;b&gt;"
+    assert report.quoted(r"\[a\](http://x)") == r"\\\[a\\\](http://x)"
 
 
 def test_the_area_under_the_curve_counts_pairs():

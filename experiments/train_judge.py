@@ -112,6 +112,7 @@ def _make_judge(args):
         judge = train_judge(model, tokenizer, training, settings)
     except BaseException:  # Ctrl-C too
         if not settings.checkpoint.is_file():  # there is nothing to go on from
+            Path(f"{settings.checkpoint}.writing").unlink(missing_ok=True)
             (args.out / "training.json").unlink()
             with contextlib.suppress(OSError):
                 args.out.rmdir()

@@ -137,8 +137,10 @@ def absolute(name: str, value: str | None) -> str | None:
         return value
     guard, path, function = re.fullmatch(r"(guard:)?(.+?)((?<=\.py):\w+)?", value, re.DOTALL).groups("")
     is_file = function or name in DATA or path.endswith(".gguf")
-    is_here = Path(path).is_file() if is_file else Path(path).is_dir()
-    return f"{guard}{Path(path).absolute()}{function}" if is_here else value  # a link's target may lack its ending
+    path = Path(path)
+    is_here = path.is_file() if is_file else path.is_dir()
+    place = path.parent.resolve() / path.name if is_file else path.resolve()  # the target of a link may lack its ending
+    return f"{guard}{place}{function}" if is_here else value
 
 
 def devices() -> list[str]:

@@ -15,6 +15,7 @@ import functools
 import os
 import pickle
 import re
+import signal
 import sys
 import time
 import traceback
@@ -41,7 +42,8 @@ PEFT_PREFIX = "base_model.model."  # before every name in peft's files
 
 # --- several processes -------------------------------------------------------------------------------------
 def join_processes() -> None:
-    """Under torchrun, join the other processes. Only the first of them prints, but an error of any is shown."""
+    """Under torchrun, join the other processes. Only the first of them prints, but an error of any is shown, once the
+    options are read."""
     processes = os.environ.get("WORLD_SIZE") or "1"
     if processes == "1":
         return
@@ -63,8 +65,10 @@ def join_processes() -> None:
 
 def let_speak() -> None:
     """Let this process tell of its own error, though it is not the first. If the first has the same one, torchrun ends
-    this process before."""
+    this process before, without a word."""
     if rank():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
         time.sleep(2)
         sys.stderr = sys.__stderr__
 

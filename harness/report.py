@@ -260,7 +260,7 @@ def draw_curves(folder: Path, log: list[dict], before: dict) -> None:
 def quoted(text: str) -> str:
     """A model's text within a line of markdown."""
     escaped = html.escape(visible(" ".join(text.split())), quote=False)
-    return re.sub(r"([|\[\]])", r"\\\1", escaped) or "*(nothing)*"  # no cells, links or images
+    return re.sub(r"([\\|\[\]])", r"\\\1", escaped) or "*(nothing)*"  # no cells, images or hidden links
 
 
 def write_report(folder: Path, games: list[dict], rows: dict[str, dict],

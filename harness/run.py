@@ -360,12 +360,12 @@ class RunFolder:
 
     def trim(self, log: Path) -> list[dict]:
         """The lines of a log up to the checkpoint; those after it are dropped. Reports steps that are missing."""
-        lines = log.read_bytes().split(b"\n")[:-1] if log.exists() else []
         rows = []
-        with contextlib.suppress(ValueError):  # after a power loss a line beyond the checkpoint may be damaged
-            for line in lines:
-                rows.append(json.loads(line))
-        rows = [row for row in rows if row["step"] < self.steps_done]
+        for line in log.read_bytes().split(b"\n")[:-1] if log.exists() else ():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # damaged, after a power loss
+                row = json.loads(line)
+                if row["step"] < self.steps_done:
+                    rows.append(row)
         missing = self.steps_done - len({row["step"] for row in rows})
         if missing:
             print(f"{log} has lost {missing} of {self.steps_done} steps: figures and reports will lack them",
