@@ -3561,7 +3561,7 @@ def act_together(rank, folder):
 
 def test_a_process_other_than_the_first_tells_of_its_own_error(monkeypatch):
     monkeypatch.setattr(parallel, "rank", lambda: 1)
-    monkeypatch.setattr(parallel.time, "sleep", Mock())  # by then torchrun has ended it, if the first has this error too
+    monkeypatch.setattr(parallel.time, "sleep", Mock())  # by then torchrun has ended it, if the first has it too
     monkeypatch.setattr(parallel.signal, "signal", Mock())
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     parallel.let_speak()
