@@ -31,10 +31,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 from transformers.utils import cached_file
 
-from model import check_body, check_tokenizer, first_line, inert_texts, longest_input, read_as_written
+from model import check_body, check_tokenizer, first_line, inert_texts, load_tokenizer, longest_input
 
 Embedder = Callable[[list[str]], np.ndarray]  # B texts -> (B, D)
 ORDERS = (2, 3, 4, 5)
@@ -232,8 +232,7 @@ def load_embedder(name_or_dir: str, device: str = "cpu", trust_remote_code: bool
     if name_or_dir == "words":
         return word_embedder
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_dir, trust_remote_code=trust_remote_code)
-        read_as_written(tokenizer, name_or_dir)
+        tokenizer = load_tokenizer(name_or_dir, trust_remote_code=trust_remote_code)
         pool = _pool(name_or_dir)  # before gigabytes of weights are fetched
         model, info = AutoModel.from_pretrained(name_or_dir, trust_remote_code=trust_remote_code,
                                                 dtype=torch.float32, output_loading_info=True)

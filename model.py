@@ -723,11 +723,9 @@ def load_model(kind: type, name: str | Path, trust_remote_code: bool = False) ->
         raise ValueError(f"it has no weights for {min(info['missing_keys'])}, so it is not a trained {task} model"
                          f"{_own_code(model)}")
     check_layers(model, info)
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    tokenizer = load_tokenizer(source, **options)
     if str(name).endswith(".gguf"):
         tokenizer.add_tokens(_gguf_control_tokens(name), special_tokens=True)
-    else:
-        read_as_written(tokenizer, source)
     check_tokenizer(model, tokenizer)
     return model, tokenizer
 
@@ -897,19 +895,22 @@ def check_body(model: PreTrainedModel, info: dict) -> None:
         raise ValueError(f"it has no weights for {min(missing)}{_own_code(model)}")
 
 
-def read_as_written(tokenizer: Tokenizer, source: str | Path) -> None:
-    """Give a tokenizer the model, normalizer, pre-tokenizer and decoder of its tokenizer.json in `source`, a folder or
-    hub id. transformers makes those of some classes anew, from the vocabulary alone, and texts become other tokens: of
-    Llama 2 and SmolLM2, or where a BERT's files do not name the class of its XLM-R tokenizer."""
+def load_tokenizer(source: str | Path, **options) -> Tokenizer:
+    """AutoTokenizer's of a folder or hub id, with the model, normalizer, pre-tokenizer and decoder of its
+    tokenizer.json. transformers makes those of some classes anew, from the vocabulary alone, and texts become other
+    tokens: of Llama 2 and SmolLM2, or where a BERT's files do not name the class of its XLM-R tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
     file = cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
-    if not file or not tokenizer.is_fast or not type(tokenizer).__module__.startswith("transformers.models."):
-        return
+    is_made_anew = tokenizer.is_fast and type(tokenizer).__module__.startswith("transformers.models.")
+    if not file or not is_made_anew or "gguf_file" in options:
+        return tokenizer
     written = tokenizers.Tokenizer.from_file(file)
     for part in ("model", "normalizer", "pre_tokenizer", "decoder"):
         value = getattr(written, part)
         is_kept = type(value) is type(getattr(tokenizer.backend_tokenizer, part))
         if not is_kept or not isinstance(value, (BertNormalizer, ByteLevel)):  # with options in tokenizer_config.json
             setattr(tokenizer.backend_tokenizer, part, value)
+    return tokenizer
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: Tokenizer) -> None:

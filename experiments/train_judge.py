@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 from transformers.utils import find_adapter_config_file
 
 from eval import DEVICE, run_program
 from harness.config import devices
 from harness.data import as_a_program, check_labels, fail, is_test, read_json, read_rows, write_json
 from harness.report import calibration, markdown, show
-from model import best_dtype, check_body, check_tokenizer, first_line, read_as_written, save_tokenizer
+from model import best_dtype, check_body, check_tokenizer, first_line, load_tokenizer, save_tokenizer
 from reward import Judge, JudgeTraining, judge_score, train_judge
 
 
@@ -94,8 +94,7 @@ def _make_judge(args):
             args.model, dtype=torch.float32, num_labels=2, ignore_mismatched_sizes=True, output_loading_info=True,
             trust_remote_code=args.trust_remote_code)
         check_body(model, info)
-        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-        read_as_written(tokenizer, args.model)
+        tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
         check_tokenizer(model, tokenizer)
     except Exception as e:
         raise ValueError(f"--model must be a model's folder or hub id, got {args.model!r}: {first_line(e)}") from e
