@@ -2864,6 +2864,8 @@ ONE_TWO = [{"prompt": "one"}, {"prompt": "two"}]
 @pytest.mark.parametrize("name, text, expected", [
     ("a.txt", "one\n\ntwo\n", ONE_TWO), ("a.txt", "a\u2028b\n", [{"prompt": "a\u2028b"}]),
     ("a.csv", "\ufeff Prompt , RESPONSE\nq, r\n", [ANSWERED]), ("a.csv", 'goal,target\n"one",\n"two",x', ONE_TWO),
+    ("a.tsv", "prompt\tresponse\nq\tr\n", [ANSWERED]), ("a.csv", "prompt\n" + "a" * 2**18, [{"prompt": "a" * 2**18}]),
+    ("a.json", '[{"question": "one", "from": "a"}, {"question": "two", "from": "b"}]', ONE_TWO),
     ("A.CSV", 'prompt\n"a, b\nc"\n', [{"prompt": "a, b\nc"}]), ("a.json", '[\n"one",\n{"prompt":\n"two"}]', ONE_TWO),
     ("a.jsonl", '{"prompt": "a\u2028b\x85c"}\r\n"two"\r\n', [{"prompt": "a\u2028b\x85c"}, {"prompt": "two"}]),
     ("a.jsonl", '["one", {"prompt": "two"}]', ONE_TWO), ("a.jsonl", '["one"]\n["two"]\n', ONE_TWO),
@@ -2896,9 +2898,15 @@ SAID = {  # a row: the prompt and the replies in it, by hand
     "ShareGPT": ({"id": 1, "conversations": SHAREGPT}, IN_ROLE), "a list of ShareGPT turns": (SHAREGPT, IN_ROLE),
     "ShareGPT with its system apart": ({"system": "s", "conversations": SHAREGPT[1:]}, IN_ROLE),
     "parts": ([by("user", [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])], {"prompt": "a\nb"}),
+    "LLaMA-Factory's parts": ([by("user", [{"type": "text", "value": "q"}]), R], ANSWERED),
     "null": ([Q, by("assistant", None)], {"prompt": "q"}),
     "no user's words": ([by("user", ""), R], {"prompt": "", "response": "r"}),
     "TRL's completion": ({"prompt": [by("system", "s"), Q], "completion": [R]}, IN_ROLE),
+    "LLaMA-Factory's pairs": ({"conversations": SHAREGPT[1:2], "chosen": {"from": "gpt", "value": "g"},
+                               "rejected": {"from": "gpt", "value": "b"}}, PAIR),
+    "a list of messages as input": ({"input": [by("system", "s"), Q], "output": "r"}, IN_ROLE),
+    "no_robots": ({"prompt": "s", "messages": [by("system", "s"), *CHAT]}, IN_ROLE),
+    "no tools": ({**ANSWERED, "tools": "[]"}, ANSWERED),
     "whole conversations": ({"chosen": [Q, G], "rejected": [Q, B], "score_chosen": 3}, PAIR),
     "UltraFeedback": ({"prompt": "q", "messages": [Q, G], "chosen": [Q, G], "rejected": [Q, B]},
                       {**PAIR, "response": "g"}),
@@ -2917,6 +2925,8 @@ SAID = {  # a row: the prompt and the replies in it, by hand
     "OpenOrca": ({"system_prompt": "s", "question": "q", "response": "r"}, IN_ROLE),
     "query and answer": ({"query": "q", "answer": "r"}, ANSWERED),
     "WildGuard's label": ({**ANSWERED, "response_harm_label": "unharmful"}, {**ANSWERED, "safe": 1.0}),
+    "WildGuard's missing label": (
+        {**ANSWERED, "response_harm_label": None, "response_refusal_label": "refusal"}, ANSWERED),
     "Aegis's label": ({**ANSWERED, "response_label": "unsafe"}, {**ANSWERED, "safe": 0.0}),
     "a category and an explanation": ({"prompt": "q", "category": "harmful", "why_prompt_harmful": "it is rude"},
                                       {"prompt": "q"}),
@@ -2977,6 +2987,11 @@ def test_a_prompt_that_looks_like_a_conversation_is_one_turn(tmp_path, prompt):
     ({"question": "q", "choices": ["a", "b"]}, "'choices' cannot be read, and without it the prompt is another: put"),
     ({"prompt": "q", "output": "r", "llama3_output": "b"}, "output and llama3_output compete: remove one of the two"),
     ({"prompt": "q", "tools": [{"name": "f"}]}, "'tools' cannot be read"),
+    ({"prompt": "q", "videos": ["a.mp4"]}, "'videos' cannot be read"),
+    ({"instruction": "q", "input": [Q]}, "a list of messages"),
+    ([by("user", [{"type": "text", "text": None}]), R], "got role 'user' and the keys role, content"),
+    ({"prompt": "<|im_start|>user\nq<|im_end|>\n", "response": "r"}, "without the marks of a chat template"),
+    ({"prompt": "q\n<extra_id_1>Assistant\nr\n<extra_id_1>User\np"}, "without the marks of a chat template"),
     ({"prompt": ["q", "p"]}, "a list of messages"),
     ({"prompt": "[{'role': 'user', 'content': 'q'}]"}, "a list of messages"),
     ({"prompt": "Human: q\nAssistant:", "response": "r"}, "must be separated by an empty line"),
@@ -2990,8 +3005,9 @@ def test_a_row_that_is_not_understood_is_refused_by_file_and_line(tmp_path, row,
 
 
 @pytest.mark.parametrize("name, text, message", [
-    ("a.tsv", "prompt\tresponse\nq\tr\n", "must end in .jsonl, .json, .csv or .txt"),
-    ("a.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:1", "must hold a prompt a line"),
+    ("a.parquet", "PAR1", "of Parquet: pandas.read_parquet(FILE)"),
+    ("a.txt", "<!DOCTYPE html>", "must hold a prompt a line"),
+    ("a.csv", "prompt;response\nq;r\n", "'prompt;response' must have ',' between its columns"),
     ("a.txt", "bake bread\0\0", "must hold a prompt a line"),
     ("a.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2: malformed JSON"),
     ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b", "prompt": "c"}\n', "line 2: the name 'prompt' must occur once"),
@@ -3004,7 +3020,7 @@ def test_a_row_that_is_not_understood_is_refused_by_file_and_line(tmp_path, row,
     ("a.txt", '{"prompt": "q"}\n{"prompt": "p"}\n', "its name must end in .jsonl or .json"),
     ("a.txt", '[\n"q",\n"p"\n]\n', "its name must end in .jsonl or .json"),
     ("a.jsonl", '{"prompt": "q", "prompt": "p"}', "the name 'prompt' must occur once"),
-    ("a.json", '{\n"data": ["q"]}', "got the keys 'data'"),
+    ("a.json", '{\n"data": ["q"]}', "got the keys 'data'; write one list of rows"),
     ("a.json", '["q",\n"p" "r"]', "line 2 column 5")])
 def test_a_file_that_would_be_read_wrongly_is_refused(tmp_path, name, text, message):
     (tmp_path / name).write_text(text, encoding="utf-8")
@@ -3016,6 +3032,13 @@ def test_a_file_that_would_be_read_wrongly_is_refused(tmp_path, name, text, mess
         read_rows(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl", "a.jsonl.gz"])
+def test_a_pointer_of_git_lfs_is_not_read_as_rows(name, tmp_path):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n")
+    with pytest.raises(ValueError, match="run git lfs pull"):
+        read_rows(tmp_path / name)
+
+
 def test_the_defender_learns_no_response_that_is_labelled_unsafe_or_may_be(capsys):
     rows = [{"prompt": "a", "response": "b", "safe": 1.0}, {"prompt": "c", "response": "d", "safe": 0.0},
             {"prompt": "e", "chosen": "f", "rejected": "g", "label": 1}]
@@ -3023,6 +3046,17 @@ def test_the_defender_learns_no_response_that_is_labelled_unsafe_or_may_be(capsy
     assert capsys.readouterr().out == "x.jsonl without 1 rows labelled unsafe: 2 rows, none left out, 2 to learn from\n"
     with pytest.raises(ValueError, match="x.jsonl: the label 1 does not tell"):
         usable_pairs(resolve(Config()), "x.jsonl", [{"prompt": "a", "response": "b", "label": 1}], [], tiny_policy())
+    with pytest.raises(ValueError, match="2 incomplete left out, and none remain; .* tokens, with response, "):
+        usable_pairs(resolve(Config()), "x.jsonl", [{"prompt": "a"}, {"prompt": "b"}], [], tiny_policy())
+
+
+def test_a_response_that_one_annotator_calls_unsafe_is_not_learned_and_a_disputed_prompt_is_of_neither_kind(capsys):
+    rows = [{"prompt": p, "response": r, "safe": s} for p, r, s in (("a", "b", 1.0), ("a", "b", 0.0), ("a", "c", 1.0))]
+    assert usable_pairs(resolve(Config()), "x", rows, [], tiny_policy()) == [("a", "c")]  # as in BeaverTails
+    assert "x without 1 rows labelled unsafe without 1 that have both labels: 1 rows" in capsys.readouterr().out
+    prompts = [{"prompt": p, "prompt_safe": s} for p, s in (("a", 1.0), ("a", 0.0), ("b", 0.0), ("c", 1.0))]
+    for safe, left in ((False, "b"), (True, "c")):
+        assert [row["prompt"] for row in data.of_kind("x", prompts, "prompt", safe)[1]] == [left]
 
 
 def prompt_split(harmful, benign, **options):
@@ -3056,7 +3090,7 @@ def test_prompts_whose_labels_are_ambiguous_are_refused_and_the_label_of_a_respo
     with pytest.raises(ValueError, match="the label '1' does not tell whether a prompt is safe"):
         prompt_split(read_rows(file), [])
     for name, label in (("prompt_type", "harmful"), ("prompt_toxicity", "0.9"), ("jailbreak", "True"),
-                        ("type", "contrast_unsafe"), ("data_type", "vanilla_harmful")):
+                        ("type", "contrast_unsafe"), ("data_type", "vanilla_harmful"), ("h2", "1")):
         file.write_text(f"prompt,{name}\nq,{label}\n")
         with pytest.raises(ValueError, match=f"the label .{name} = '{label}'. does not tell whether a prompt is safe"):
             prompt_split(read_rows(file), [])

@@ -211,31 +211,39 @@ CONVERSATIONS = ("messages", "conversations", "conversation")
 INSTRUCTION = ("instruction", "input", "context")  # Alpaca's and Dolly's: together they are one prompt
 PROMPTS = ("prompt", "question", "query", "goal", "transcript")
 RESPONSES = ("response", "completion", "answer", "output")  # not AdvBench's target, which no defender should learn
-UNREAD = ("history", "image", "images", "tools", "contextstring", "choices", "options", "passage",
-          "instances")  # a prompt without them would be another prompt
+UNREAD = ("history", "image", "images", "video", "videos", "audio", "audios", "tools", "contextstring", "choices",
+          "options", "passage", "instances")  # a prompt without them would be another prompt
 LABEL_WORDS = {"safe": 1.0, "harmless": 1.0, "unharmful": 1.0, "benign": 1.0, "unsafe": 0.0, "harmful": 0.0}
 LABELS = {"safe": ("safe", "is_safe"), "unsafe": ("unsafe", "is_unsafe"),  # 1 means ...
           "": ("label", "labels", "response_label", "response_harm_label")}
 PROMPT_LABELS = {"safe": ("prompt_safe", "prompt_is_safe"), "unsafe": ("prompt_unsafe", "prompt_is_unsafe"),
                  "": ("prompt_label", "prompt_harm_label", "prompt_safety")}
 LABEL_COLUMNS = {"response": ("label", "safe"), "prompt": ("prompt_label", "prompt_safe")}  # of `read_rows`
-LABEL_LIKE = re.compile(  # not read, maybe a label
-    "safe|harmful|harmless|toxic|hateful|jailbr|flagged|moderation|violat|_label")
+LABEL_LIKE = re.compile(  # not read, maybe a label; S, H, V, ... are those of OpenAI's moderation set
+    "safe|harmful|harmless|toxic|hateful|jailbr|flagged|moderation|violat|_label|^(sh?|s3|hr?|h2|v2?)$")
 OF_EITHER = re.compile(r"\w*((toxic|hateful|flagged|jailbreak|safety_label|moderation)\w*|type) = ")  # text of a row
-NOT_LABELS = ("min_harmlessness_score_transcript", "task_descripton_harmlessness_score")  # of HH's red-team attempts
+NOT_LABELS = ("min_harmlessness_score_transcript", "task_descripton_harmlessness_score",  # HH's red-team attempts
+              "response_refusal_label")  # WildGuardMix
 RESPONSE_LIKE = re.compile(  # a label beside one may be its own
     r"(^|_)(response|completion|answer|output|generation|chosen)s?(_text|_\w{1,2})?$")
 NO_TEXT = re.compile(r"[\d.]+|\{'.*\}|\[['\"].*['\"]\]", re.DOTALL)  # a number; a dict or list, as Python prints it
 TEXTS = (*PROMPTS, *INSTRUCTION, *RESPONSES, *CONVERSATIONS, "chosen", "rejected", "system", "system_prompt")
 TRANSCRIPT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # HH's format: it starts with such a name
+RENDERED = re.compile(  # a chat template's marks, at the start of a text or, in HelpSteer2, between its turns
+    r"\A(<s>|<\|begin_of_text\|>)?\s*(<\|(im_start|start_header_id|user|system)\|>|<start_of_turn>|\[INST\])"
+    r"|<extra_id_1>(User|Assistant)\n")
+
+
+def _is_message(value):
+    return isinstance(value, dict) and not {"role", "from"}.isdisjoint(value) and set(PROMPTS).isdisjoint(value)
 
 
 def _is_conversation(row):
-    return isinstance(row, list) and bool(row) and all(isinstance(m, dict) and {"role", "from"} & set(m) for m in row)
+    return isinstance(row, list) and bool(row) and all(map(_is_message, row))
 
 
 def _is_blank(value):
-    return value is None or value == [] or value != value or (isinstance(value, str) and not value.strip())
+    return value is None or value == [] or value != value or (isinstance(value, str) and value.strip() in ("", "[]"))
 
 
 def _the_one(fields, names):
@@ -252,7 +260,8 @@ def _message(message):
     role = str(message.get("role", message.get("from"))).strip().lower()
     content = message.get("content", message.get("value", 0))
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "\n".join(str(part.get("text")) for part in content)
+        parts = [part.get("text", part.get("value")) for part in content]
+        content = "\n".join(parts) if all(isinstance(part, str) for part in parts) else parts
     tools = message.get("tool_calls") or message.get("function_call")
     if role not in ROLES or tools or not isinstance(content, (str, type(None))):
         raise ValueError(f"a message must have a text 'content' or 'value' by one of {', '.join(ROLES)}, no image, no "
@@ -264,6 +273,8 @@ def _turns(value, speaker=None):
     """[(role, text)] of a list of messages, of a transcript, or of one text by `speaker`; empty texts are left out."""
     if value is None:
         return []
+    if _is_message(value):
+        value = [value]
     if isinstance(value, str):
         value = value.replace("\r\n", "\n")
     if isinstance(value, list) and all(isinstance(message, dict) for message in value):
@@ -278,13 +289,20 @@ def _turns(value, speaker=None):
     else:
         raise ValueError(f"{'a prompt or response must be a text or' if speaker else 'a conversation must be'} a list "
                          f"of messages, got {str(value)[:40]!r}")
-    return [(role, text.strip()) for role, text in turns if text.strip()]
+    turns = [(role, text.strip()) for role, text in turns if text.strip()]
+    for _, text in turns:
+        if RENDERED.search(text):
+            raise ValueError(f"a text must be without the marks of a chat template, got {text[:40]!r}: write its turns "
+                             "as a list of messages, or leave out the row")
+    return turns
 
 
 def _continued(start, end):
     """The turns of `start` and `end`; an `end` that is a whole conversation must begin with `start`."""
     if not start or all(role == "AI" for role, _ in end):
         return start + end
+    if end[0] == ("system", start[0][1]):  # no_robots: its prompt is the system message
+        return end
     if [turn for turn in end if turn[0] != "system" or turn in start][: len(start)] != start:
         raise ValueError("a conversation beside a prompt must begin with it: add it there, or remove the prompt")
     return end
@@ -320,8 +338,11 @@ def _prompt_turns(fields):
     if whole == "context":
         raise ValueError("a prompt with a 'context' beside it would be another without: put the context into the "
                          "prompt, or leave out the row")
-    texts = list(parts.values())
-    instruction = "\n\n".join(texts) if all(isinstance(text, str) for text in texts) else texts
+    instruction = list(parts.values())
+    if all(isinstance(text, str) for text in instruction):
+        instruction = "\n\n".join(instruction)
+    elif len(instruction) == 1:  # a list of messages
+        instruction = instruction[0]
     turns = _turns(_the_one({**fields, whole: instruction}, (*PROMPTS, whole)), "Human")
     if fields.get("transcript"):  # of a red-team attempt: only the first human turn
         return [turn for turn in turns[:1] if turn[0] == "Human"]
@@ -406,18 +427,22 @@ def _may_be_label(name, value):
 
 
 def of_kind(name: str, rows: list[dict], of: str, safe: bool) -> tuple[str, list[dict]]:
-    """(name, rows) of the rows whose `of`, "prompt" or "response", is labelled safe or, if not `safe`, unsafe. If no
-    row has a label, all remain; else those without one are left out too. The name then tells their numbers. Raises
-    ValueError if a label is ambiguous, or if none remain."""
+    """(name, rows) of the rows whose `of`, "prompt" or "response", is labelled safe or, if not `safe`, unsafe, by all
+    rows that hold it. If no row has a label, all remain; else those without one are left out too. The name then tells
+    their numbers. Raises ValueError if a label is ambiguous, or if none remain."""
     check_labels(name, rows, of)
     column = LABEL_COLUMNS[of][1]
     has_labels = any(column in row for row in rows)
     labelled = [row for row in rows if column in row or of not in row or not has_labels]
-    kept = [row for row in labelled if (row.get(column, safe) > 0.5) == safe]
-    other_kind = len(labelled) - len(kept)
+    other_kind = [row for row in labelled if (row.get(column, safe) > 0.5) != safe]
+    others = {(row["prompt"], row.get(of)) for row in other_kind}
+    kept = [row for row in labelled if (row["prompt"], row.get(of)) not in others]
+    both = len(labelled) - len(kept) - len(other_kind)
     no_label = len(rows) - len(labelled)
     if other_kind:
-        name += f" without {other_kind} rows labelled {'unsafe' if safe else 'safe'}"
+        name += f" without {len(other_kind)} rows labelled {'unsafe' if safe else 'safe'}"
+    if both:
+        name += f" without {both} that have both labels"
     if no_label:
         name += f" without {no_label} rows that have no label"
     if not kept:
@@ -453,8 +478,10 @@ def _fields(row):
     known = (*PROMPTS, *INSTRUCTION[:2], *CONVERSATIONS)
     chosen = fields.get("chosen")
     if not (set(known) & set(fields) or isinstance(chosen, list) or TRANSCRIPT.match(str(chosen))):
+        keys = ", ".join(map(repr, list(fields)[:20]))
+        holds_rows = all(isinstance(value, (list, dict)) for value in fields.values())
         raise ValueError(f"a row must have one of {', '.join(known)}, or a whole conversation as 'chosen', got the "
-                         f"keys {', '.join(map(repr, fields))}; rename one")
+                         f"keys {keys}; {'write one list of rows' if holds_rows else 'rename one'}")
     for name in UNREAD:
         if not _is_blank(fields.get(name)):
             raise ValueError(f"{name!r} cannot be read, and without it the prompt is another: put it into the prompt, "
@@ -498,10 +525,13 @@ def _json_rows(text):
     return rows
 
 
-def _csv_rows(file):
+def _csv_rows(file, separator):
     """[(line, row)] of a file with a header."""
-    reader = csv.DictReader(file, strict=True, skipinitialspace=True)
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(file, delimiter=separator, strict=True, skipinitialspace=True)
     header = reader.fieldnames or []
+    if len(header) == 1 and re.search("[,;\t]", header[0]):
+        raise ValueError(f"the header {header[0]!r:.80} must have {separator!r} between its columns")
     names = [name for name in header if name.strip()]
     try:
         rows = [(reader.line_num, row) for row in reader]
@@ -520,29 +550,33 @@ def _csv_rows(file):
 
 def _numbered_rows(path):
     """[(n, row)] of a file: n is the line, or the position in a list."""
+    with open(path, "rb") as file:
+        if file.read(20).startswith(b"version https://git"):
+            raise ValueError("it must hold rows, but is only Git LFS's pointer to them: run git lfs pull")
     opener = gzip.open if path.suffix.lower() == ".gz" else open
     kind = Path(path.name.lower().removesuffix(".gz")).suffix
     with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
         if kind in (".json", ".jsonl"):
             return _json_rows(file.read())
-        if kind == ".csv":
-            return _csv_rows(file)
+        if kind in (".csv", ".tsv"):
+            return _csv_rows(file, "," if kind == ".csv" else "\t")
         if kind == ".txt":
             text = file.read()
-            if "\0" in text or re.match(r"\s*(version https://git-lfs|<!doctype html|<html)", text, re.IGNORECASE):
+            if "\0" in text or re.match(r"\s*(<!doctype html|<html)", text, re.IGNORECASE):
                 raise ValueError(f"a .txt file must hold a prompt a line, got {text[:40]!r}")
             if re.match(r"\s*(\{\s*\"|\[\s*[\"{\[])", text):
                 raise ValueError("it holds JSON: its name must end in .jsonl or .json")
             return [(n, line.strip()) for n, line in enumerate(re.split("\r\n|\r|\n", text), 1) if line.strip()]
-    raise ValueError("the name must end in .jsonl, .json, .csv or .txt, or one of them and .gz")
+    raise ValueError("the name must end in .jsonl, .json, .csv, .tsv or .txt, or one of them and .gz; of Parquet: "
+                     "pandas.read_parquet(FILE).to_json('rows.json', orient='records')")
 
 
 def read_rows(path: str | Path, first_turn: bool = False) -> list[dict]:
-    """Rows of a .jsonl, .json, .csv or .txt file (each also .gz) as dicts of stripped texts: "prompt" and, if present,
-    "response" or "chosen" and "rejected"; and "safe", P(safe), or an ambiguous "label", of the prompt "prompt_safe" or
-    "prompt_label". Earlier turns and system messages stay in the prompt, which is "" without a human turn; with
-    `first_turn` only the first human turn stays, with the system messages before it. A row may be a text, [text], a
-    list of messages, or an object with the names above. Raises ValueError with file and line."""
+    """Rows of a .jsonl, .json, .csv, .tsv or .txt file (each also .gz) as dicts of stripped texts: "prompt" and, if
+    present, "response" or "chosen" and "rejected"; and "safe", P(safe), or an ambiguous "label", of the prompt
+    "prompt_safe" or "prompt_label". Earlier turns and system messages stay in the prompt, which is "" without a
+    human turn; with `first_turn` only the first human turn stays, with the system messages before it. A row may be
+    a text, [text], a list of messages, or an object with the names above. Raises ValueError with file and line."""
     path = Path(path)
     if not path.exists():
         raise ValueError(f"a data file must exist, got {str(path)!r}")
@@ -617,5 +651,7 @@ def usable(name: str, rows: list[tuple], others: Collection[str], fit: Callable,
     reasons = " and ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
     line = f"{name}: {len(rows)} rows, {reasons or 'none'} left out"
     if not fitting:
-        raise ValueError(f"{line}, and none remain; add other complete rows, of at most {limit} tokens")
+        no_replies = not complete and len(rows[0]) == 2
+        columns = f", with {', '.join(RESPONSES)}, chosen or messages" if no_replies else ""
+        raise ValueError(f"{line}, and none remain; add other complete rows, of at most {limit} tokens{columns}")
     return fitting, line

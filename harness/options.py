@@ -44,8 +44,8 @@ class Config:
     held_out_unsafe_label: str | None = option("the same for --held_out_judge")
     helpful_judge: str | None = option("judge of answers to harmless requests: answered (no refusal, not empty, not "
                                        "repetitive), folder or hub id, file.py:function", "toy", "answered")
-    prompts: str | None = option("seed prompts: .jsonl .json .csv .txt, each also .gz; default: hh-rlhf's red-team "
-                                 "attempts", only="user", heading="data and warm start", warm_start=True)
+    prompts: str | None = option("seed prompts: .jsonl .json .csv .tsv .txt, each also .gz; default: hh-rlhf's "
+                                 "red-team attempts", only="user", heading="data and warm start", warm_start=True)
     test_prompts: str | None = option("held-out prompts; default: a tenth of --prompts", only="user", warm_start=True)
     benign_prompts: str | None = option("harmless prompts, to measure over-refusal; default: hh-rlhf's helpful-base "
                                         "test set, without --prompts", only="user", warm_start=True)
