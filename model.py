@@ -15,8 +15,10 @@ import contextlib
 import copy
 import ctypes
 import functools
+import json
 import re
 import unicodedata
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -673,10 +675,10 @@ def load_policy(name_or_dir: str | Path, critic: str = "shared", dtype: torch.dt
     try:
         if Path(name_or_dir, "games.jsonl").is_file():
             raise ValueError("it is a run's folder; take the attacker or the defender in it, once the run is finished")
-        lm, tokenizer = load_model(AutoModelForCausalLM, name_or_dir, trust_remote_code)
-        if getattr(lm, "is_quantized", False):
+        if _is_quantized(name_or_dir):
             raise ValueError("a player's weights must not be quantized, as they are trained and saved; take the model "
                              "it was made from")
+        lm, tokenizer = load_model(AutoModelForCausalLM, name_or_dir, trust_remote_code)
         policy = Policy(lm.to(device), tokenizer, critic, dtype)
         if tokenizer.chat_template:
             _probe_template(policy)
@@ -730,6 +732,15 @@ def load_model(kind: type, name: str | Path, trust_remote_code: bool = False) ->
     return model, tokenizer
 
 
+def _is_quantized(name):
+    """Whether the weights of a folder or hub id are packed, by its config.json: of some formats (FP8) transformers
+    unpacks them where it loads them, and what it saves later is garbage. A .gguf file is unpacked for good."""
+    if str(name).endswith(".gguf"):
+        return False
+    file = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False)
+    return bool(file) and "quantization_config" in json.loads(Path(file).read_text(encoding="utf-8"))
+
+
 def _gguf_control_tokens(file):
     """The tokens that the file marks as control tokens. transformers keeps their text, but drops the mark."""
     from gguf import GGUFReader, TokenType
@@ -742,12 +753,19 @@ def _gguf_control_tokens(file):
 def merge_adapter(kind: type, name: str | Path, options: dict) -> tuple[PreTrainedModel, dict]:
     """(an adapter's base model with the adapter merged into it, what `from_pretrained` tells of it; only weights that
     neither has are missing). kind: a class such as AutoModelForCausalLM; options: for `from_pretrained`. Raises
-    ValueError without peft or the base."""
+    ValueError without peft or the base, and if the adapter does not fit it or cannot be merged."""
     try:
         import peft
     except ImportError as error:
         raise ValueError("it is an adapter, which needs the package peft: pip install peft") from error
-    base = peft.PeftConfig.from_pretrained(name).base_model_name_or_path
+    settings = peft.PeftConfig.from_pretrained(name)
+    task = "CAUSAL_LM" if kind is AutoModelForCausalLM else "SEQ_CLS"
+    if settings.task_type not in (None, task):
+        raise ValueError(f"it is an adapter for {settings.task_type}, not for {task}")
+    if settings.is_prompt_learning or getattr(settings, "ensure_weight_tying", False):
+        raise ValueError(f"it is an adapter of type {settings.peft_type}, which cannot be merged into its base; take "
+                         "one that can")
+    base = settings.base_model_name_or_path
     if base and Path(name, base).is_dir():  # in checkpoints/start the base's path is relative to the adapter
         base = str(Path(name, base).resolve())
     weights = {key.removeprefix("base_model.model."): w for key, w in peft.load_peft_weights(name, "cpu").items()}
@@ -757,12 +775,38 @@ def merge_adapter(kind: type, name: str | Path, options: dict) -> tuple[PreTrain
     try:
         if base and find_adapter_config_file(base):  # peft would put both in one place
             raise ValueError("it is an adapter too; merge that one into its own base first, and save the result")
+        if _is_quantized(base):
+            raise ValueError("it is quantized, so nothing can be merged into it")
         model, info = kind.from_pretrained(base, **options)
     except Exception as error:
-        raise ValueError(f"it is an adapter, and its base {base!r} cannot be loaded: {first_line(error)}") from error
-    model = peft.PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)  # peft froze it
+        raise ValueError(f"it is an adapter, and its base {base!r} cannot be loaded: {first_line(error)}; name "
+                         "another as base_model_name_or_path in its adapter_config.json") from error
+    _prepare_embeddings(model, weights)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")  # the base would be taken without it
+            model = peft.PeftModel.from_pretrained(model, name)
+    except UserWarning as error:
+        raise ValueError(f"it is an adapter, but its weights have other names than those of its base {base!r}; merge "
+                         "it as it was trained, and save the result") from error
+    model = model.merge_and_unload().requires_grad_(True)  # peft froze it
     mismatched = {key for key, *_ in info["mismatched_keys"]}
     return model, {**info, "missing_keys": (set(info["missing_keys"]) | mismatched) - set(weights)}
+
+
+def _prepare_embeddings(model, weights):
+    """Give an adapter's base as many embeddings as the adapter has, and, if the adapter adds LoRA to an embedding that
+    is the head too, a head of its own: merged, it would change both."""
+    names = {module: name for name, module in model.named_modules()}
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    own = [w for key, w in weights.items() if re.fullmatch(rf"{names[embedding]}(\.base_layer)?\.weight", key)]
+    if own and len(own[0]) != embedding.num_embeddings:
+        model.resize_token_embeddings(len(own[0]), mean_resizing=False)
+    places = tuple(f"{names[module]}.lora_" for module in (embedding, head) if module in names)
+    if head is not None and head.weight is embedding.weight and any(key.startswith(places) for key in weights):
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
 
 
 def _probe_template(policy):
@@ -814,7 +858,8 @@ def _probe_forward(policy):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise ValueError(f"a model of type {name} cannot be run as a policy: {first_line(error)}") from error
+        raise ValueError(f"a model of type {name} cannot be run as a policy ({first_line(error)}); take one of another "
+                         "type") from error
     if not _all_close(large_logits, policy.head(hidden + large)):
         raise ValueError("a policy's logits must be a linear head on its last hidden state, neither scaled nor capped; "
                          f"{name} is different: take a model of another type")

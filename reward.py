@@ -254,7 +254,8 @@ def _usual_input(tokenizer, how):
     known = '"response", "pair" or "chat"' if tokenizer.chat_template else '"response" or "pair"'
     reason = "a chat template" if tokenizer.chat_template else "neither a chat template nor a separator of pairs"
     raise ValueError(f"cannot tell what the judge reads, as its kind is {how} and its tokenizer has {reason}: set "
-                     f'"judge_input" in the config.json of a local copy to {known}, or pass file.py:function')
+                     f'"judge_input" in the config.json of a local copy (of an adapter: its base) to {known}, or pass '
+                     "file.py:function")
 
 
 def classifier_judge(model: Model, tokenizer: Tokenizer, unsafe_label: str | None = None,

@@ -805,10 +805,16 @@ def test_buffers_and_another_tasks_head_in_a_models_files_do_not_matter(tmp_path
     assert torch.equal(load_policy(folder).head.weight, tiny_lm(tokenizer).lm_head.weight)
 
 
-def test_a_player_of_quantized_weights_is_refused(tmp_path, monkeypatch):
+def say_quantized(folder, method):
+    """Write into the config.json of a folder that its weights are packed."""
+    config = read_json(folder / "config.json")
+    data.write_json(folder / "config.json", {**config, "quantization_config": {"quant_method": method}})
+
+
+@pytest.mark.parametrize("method", ["fp8", "bitsandbytes"])  # without the package of the second
+def test_a_player_of_quantized_weights_is_refused(method, tmp_path):
     tokenizer = byte_tokenizer([], eos_token="</s>")
-    saved(tmp_path / "lm", tiny_lm(tokenizer), tokenizer)
-    monkeypatch.setattr(transformers.PreTrainedModel, "is_quantized", True, raising=False)  # as bitsandbytes leaves it
+    say_quantized(saved(tmp_path / "lm", tiny_lm(tokenizer), tokenizer), method)
     with pytest.raises(ValueError, match="weights must not be quantized, .* take the model it was made from"):
         load_policy(tmp_path / "lm")
 
@@ -2061,12 +2067,14 @@ def test_a_judge_that_lacks_something_is_refused_when_it_is_loaded(tmp_path, mon
     classifier.bert.save_pretrained(tmp_path / "base")
     tokenizer.add_tokens(["more"])
     tokenizer.save_pretrained(tmp_path / "more_tokens")
-    adapter_folder(tmp_path / "no_head", tmp_path / "base", "FEATURE_EXTRACTION")
+    adapter_folder(tmp_path / "no_head", tmp_path / "base", None)
+    adapter_folder(tmp_path / "encoder", tmp_path / "base", "FEATURE_EXTRACTION")
     adapter_folder(tmp_path / "lost", shutil.copytree(tmp_path / "base", tmp_path / "gone"), "SEQ_CLS")
     shutil.rmtree(tmp_path / "gone")
     V = len(tokenizer) - 1
     for name, message in (("more_tokens", f"its {V} embeddings, but has a token of number {V}"),
-                          ("no_head", "it has no weights for classifier"), ("lost", "its base '.*' cannot be loaded")):
+                          ("no_head", "it has no weights for classifier"), ("lost", "its base '.*' cannot be loaded"),
+                          ("encoder", "it is an adapter for FEATURE_EXTRACTION, not for SEQ_CLS")):
         with pytest.raises(ValueError, match=message):
             load_judge(str(tmp_path / name))
     monkeypatch.setitem(sys.modules, "peft", None)
@@ -3334,6 +3342,63 @@ def test_an_adapters_folder_is_loaded_as_its_base_with_the_adapter_added(has_tok
     parallel.save_adapter(policy, tmp_path / "second", str(tmp_path / "adapter"))
     with pytest.raises(ValueError, match="its base .*adapter' cannot be loaded: it is an adapter too; merge that one"):
         load_policy(tmp_path / "second")
+
+
+def adapted_player(folder, settings, tokens=0):
+    """The adapted model: a random adapter in `folder`, with so many new tokens, of a base beside it."""
+    peft = pytest.importorskip("peft")
+    tokenizer = tiny_tokenizer()
+    saved(folder.parent / "base", tiny_lm(tokenizer), tokenizer)
+    base = AutoModelForCausalLM.from_pretrained(folder.parent / "base")
+    if tokens:
+        tokenizer.add_tokens([f"new{i}" for i in range(tokens)])
+        base.resize_token_embeddings(len(tokenizer))
+    tuned = peft.get_peft_model(base, settings)
+    for name, weight in tuned.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(weight)
+    saved(folder, tuned, tokenizer)
+    return tuned.eval()
+
+
+@pytest.mark.parametrize("what, tokens", [
+    ({"target_modules": ["c_attn"], "modules_to_save": ["wte", "lm_head"]}, 3), ({"target_modules": ["c_attn"]}, 3),
+    ({"target_modules": ["lm_head"]}, 0), ({"target_modules": ["wte"]}, 0)],
+    ids=["new tokens are trained", "new tokens", "the tied head", "the tied embedding"])
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_the_embedding_or_the_head_is_the_same_function_after_merging(what, tokens, tmp_path):
+    peft = pytest.importorskip("peft")
+    tuned = adapted_player(tmp_path / "adapter", peft.LoraConfig("CAUSAL_LM", r=2, **what), tokens)
+    policy = load_policy(tmp_path / "adapter")
+    save_policy(policy, tmp_path / "whole")
+    rows = torch.arange(len(policy.tokenizer) - 3, len(policy.tokenizer))[None]
+    with torch.no_grad():
+        for merged in (policy, load_policy(tmp_path / "whole")):
+            assert torch.allclose(merged.lm(rows).logits, tuned(rows).logits, atol=1e-4)
+
+
+def test_an_adapter_that_cannot_be_merged_into_its_base_is_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig("CAUSAL_LM", r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    adapted_player(tmp_path / "adapter", lora)
+    adapted_player(tmp_path / "prompt", peft.PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    compiled = shutil.copytree(tmp_path / "adapter", tmp_path / "compiled")
+    save_file({name.replace("transformer.", "transformer._orig_mod."): w for name, w in weights.items()},
+              compiled / "adapter_model.safetensors", {"format": "pt"})
+    folders = {"compiled": "its weights have other names than those of its base",
+               "prompt": "PREFIX_TUNING, which cannot"}
+    for key, value, message in (("base_model_name_or_path", "/root/x", "/root/x' cannot be loaded: .*; name another"),
+                                ("task_type", "SEQ_CLS", "it is an adapter for SEQ_CLS, not for CAUSAL_LM")):
+        folder = shutil.copytree(tmp_path / "adapter", tmp_path / key)
+        data.write_json(folder / "adapter_config.json", {**read_json(folder / "adapter_config.json"), key: value})
+        folders[key] = message
+    for name, message in folders.items():
+        with pytest.raises(ValueError, match=message):
+            load_policy(tmp_path / name)
+    say_quantized(tmp_path / "base", "bitsandbytes")
+    with pytest.raises(ValueError, match="it is quantized, so nothing can be merged into it; name another"):
+        load_policy(tmp_path / "adapter")
 
 
 def write_gguf(path, lm, tokenizer):
