@@ -3169,6 +3169,14 @@ def test_a_file_or_folder_is_complete_or_absent_and_on_the_disk_before_it_has_it
     assert (tmp_path / "folder" / "b").read_text() == "b" and not (tmp_path / ".folder.writing").exists()
 
 
+def test_a_folder_that_cannot_be_flushed_to_the_disk_is_no_error_but_a_file_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError("Invalid argument")))
+    data.sync(tmp_path)  # as in a shared folder of VirtualBox
+    with pytest.raises(OSError):
+        data.write_text(tmp_path / "a.md", "new")
+    assert not any(tmp_path.iterdir())
+
+
 def test_rows_left_out_are_counted_by_reason_and_case_and_space_hide_no_repetition():
     rows = [("How are\tyou",), ("how  ARE you ",), ("",), ("in both\n\nAI: b\n\nHuman: c",), ("a b c d",), ("e",)]
     kept, line = usable("x.txt", rows, {"in both"}, lambda rows: [len(prompt.split()) < 4 for prompt, in rows], 3)
@@ -3884,6 +3892,10 @@ def test_what_a_terminal_cannot_show_is_escaped(monkeypatch):
     monkeypatch.setattr("sys.stdout", narrow)
     data.as_a_program(lambda arguments: print("café № 🙂", end="", flush=True))
     assert narrow.buffer.getvalue() == rb"caf\xe9 \u2116 \U0001f642"
+    notebook = io.StringIO()  # as Jupyter's %run, it cannot be reconfigured
+    monkeypatch.setattr("sys.stdout", notebook)
+    data.as_a_program(lambda arguments: print("café", end=""))
+    assert notebook.getvalue() == "café"
     signal.signal(signal.SIGTERM, before)
 
 

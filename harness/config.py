@@ -20,7 +20,7 @@ from model import DTYPE_NAMES, best_dtype
 DATA = ("prompts", "test_prompts", "benign_prompts", "sft_data")
 PATHS = (*DATA, "attacker", "defender", "judge", "held_out_judge", "helpful_judge", "embedder", "start")
 OUR_NAMES = ("rule", "answered", "toy", "truth", "words")  # of judges and embedders
-LEFT_ALONE = {".lock", "config.json.writing", "lost+found"}  # of a killed start; in the root of a file system
+LEFT_ALONE = {".lock", "config.json.writing", "lost+found", ".DS_Store"}  # of a killed start; of file systems
 
 
 # --- reading ----------------------------------------------------------------------------------------------------
@@ -53,7 +53,8 @@ def flags_of(values: dict, source: str) -> list[str]:
     if not isinstance(values, dict):
         raise ValueError(f"{source} must hold names and values, got {str(values)[:40]!r}")
     if isinstance(values.get("config"), dict):
-        raise ValueError(f"{source} is a run's: continue it with --resume {shlex.quote(str(Path(source).parent))}")
+        run = shlex.quote(Path(source).parent.as_posix())
+        raise ValueError(f"{source} is a run's: continue it with --resume {run}")
     return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
 
@@ -243,5 +244,5 @@ def check_out(folder: Path) -> None:
         go_on = ""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # it is no run, maybe a model
             read_config(folder)
-            go_on = f"; continue the run in it with --resume {shlex.quote(str(folder))}"
+            go_on = f"; continue the run in it with --resume {shlex.quote(folder.as_posix())}"
         raise ValueError(f"--out must name a new or empty folder, got {folder}{go_on}")

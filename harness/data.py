@@ -48,7 +48,8 @@ def as_a_program(main: Callable[[list[str]], None]) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):  # not in Jupyter's %run
+            stream.reconfigure(errors="backslashreplace")
     main(sys.argv[1:])
 
 
@@ -145,10 +146,16 @@ def append_lines(path: str | Path, rows: Iterable) -> None:
 
 
 def sync(path: str | Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk."""
-    if os.name != "nt":  # Windows cannot open a folder
-        descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file, or a folder's list of names, to the disk. Windows and some shared folders cannot flush a folder."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
         os.fsync(descriptor)
+    except OSError:
+        if not Path(path).is_dir():
+            raise
+    finally:
         os.close(descriptor)
 
 

@@ -171,7 +171,8 @@ def before_slow_imports(help: str = "") -> None:
     """The first call of a program, before imports that take seconds: print the help if it is asked for, and end; or
     tell a terminal why nothing happens yet, and end quietly after Ctrl-C."""
     if help and sys.argv[1:] in (["--help"], ["-h"]):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as `as_a_program` does
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")  # as `as_a_program` does
         print(help.rstrip())
         sys.exit()
     sys.excepthook = short_interrupt

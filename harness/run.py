@@ -123,8 +123,8 @@ def lock_folder(path: Path) -> int:
 
 def _versions(config):
     """What a run depends on besides its options."""
-    commit = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,
-                            capture_output=True, text=True)
+    command = 'git -c "safe.directory=*" describe --always --dirty'  # also if the checkout is another user's
+    commit = subprocess.run(command, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     device = platform.machine()
     if config.device.startswith("cuda"):
         device = torch.cuda.get_device_name(config.device)
@@ -140,7 +140,7 @@ class RunFolder:
     def __init__(self, config: Config):
         self.config = config
         self.path = Path(config.out)
-        self.quoted = shlex.quote(str(self.path))  # as a shell takes it
+        self.quoted = shlex.quote(self.path.as_posix())  # as a shell takes it
         self.own_start = self.path / "checkpoints" / "start"  # the game's initial state: by then all input is checked
         self.steps_done = 0  # PPO steps, according to the loaded checkpoint
         self.total_steps = 0
@@ -191,7 +191,8 @@ class RunFolder:
             return
         for path in self.path.iterdir():
             if path.is_file():
-                path.unlink()
+                with contextlib.suppress(PermissionError):  # Windows keeps the open .lock
+                    path.unlink()
             elif path.name not in LEFT_ALONE:
                 shutil.rmtree(path, ignore_errors=True)
         with contextlib.suppress(OSError):  # another run may have begun in one of them
@@ -432,7 +433,8 @@ class RunFolder:
         if rank():
             return
         held = self.held_mib()
-        print(f"memory: at most {held:.0f} MiB held, beside Python and its libraries")
+        if parallel.peak_memory(self.config.device):  # not on Windows
+            print(f"memory: at most {held:.0f} MiB held, beside Python and its libraries")
         if self.config.lora:
             print(f"{held_in_game:.0f} MiB before adapters were merged, each into a copy of its base, to be saved")
         draw_curves(self.path, self.metrics, self.before)
