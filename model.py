@@ -15,7 +15,6 @@ import contextlib
 import copy
 import ctypes
 import functools
-import json
 import re
 import unicodedata
 import warnings
@@ -735,10 +734,10 @@ def load_model(kind: type, name: str | Path, trust_remote_code: bool = False) ->
 def _is_quantized(name):
     """Whether the weights of a folder or hub id are packed, by its config.json: of some formats (FP8) transformers
     unpacks them where it loads them, and what it saves later is garbage. A .gguf file is unpacked for good."""
-    if str(name).endswith(".gguf"):
+    if str(name).endswith(".gguf") or find_adapter_config_file(name):  # whose base is asked
         return False
-    file = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False)
-    return bool(file) and "quantization_config" in json.loads(Path(file).read_text(encoding="utf-8"))
+    config, _ = PretrainedConfig.get_config_dict(name)
+    return any(part.get("quantization_config") for part in (config, config.get("text_config") or {}))
 
 
 def _gguf_control_tokens(file):
@@ -759,10 +758,10 @@ def merge_adapter(kind: type, name: str | Path, options: dict) -> tuple[PreTrain
     except ImportError as error:
         raise ValueError("it is an adapter, which needs the package peft: pip install peft") from error
     settings = peft.PeftConfig.from_pretrained(name)
-    task = "CAUSAL_LM" if kind is AutoModelForCausalLM else "SEQ_CLS"
-    if settings.task_type not in (None, task):
-        raise ValueError(f"it is an adapter for {settings.task_type}, not for {task}")
-    if settings.is_prompt_learning or getattr(settings, "ensure_weight_tying", False):
+    other_task = "SEQ_CLS" if kind is AutoModelForCausalLM else "CAUSAL_LM"
+    if settings.task_type == other_task:
+        raise ValueError(f"it is an adapter for {other_task}, not for a {kind.__name__.removeprefix('AutoModelFor')}")
+    if settings.is_prompt_learning:
         raise ValueError(f"it is an adapter of type {settings.peft_type}, which cannot be merged into its base; take "
                          "one that can")
     base = settings.base_model_name_or_path
@@ -776,27 +775,27 @@ def merge_adapter(kind: type, name: str | Path, options: dict) -> tuple[PreTrain
         if base and find_adapter_config_file(base):  # peft would put both in one place
             raise ValueError("it is an adapter too; merge that one into its own base first, and save the result")
         if _is_quantized(base):
-            raise ValueError("it is quantized, so nothing can be merged into it")
+            raise ValueError("its weights are quantized")
         model, info = kind.from_pretrained(base, **options)
     except Exception as error:
         raise ValueError(f"it is an adapter, and its base {base!r} cannot be loaded: {first_line(error)}; name "
                          "another as base_model_name_or_path in its adapter_config.json") from error
-    _prepare_embeddings(model, weights)
+    _prepare_embeddings(model, weights, getattr(settings, "ensure_weight_tying", False))
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", "Found missing adapter keys")  # the base would be taken without it
+            warnings.filterwarnings("error", "Found missing adapter keys")  # the base would play without them
             model = peft.PeftModel.from_pretrained(model, name)
     except UserWarning as error:
-        raise ValueError(f"it is an adapter, but its weights have other names than those of its base {base!r}; merge "
+        raise ValueError(f"it is an adapter that lacks weights for its base {base!r}, or names them otherwise; merge "
                          "it as it was trained, and save the result") from error
     model = model.merge_and_unload().requires_grad_(True)  # peft froze it
     mismatched = {key for key, *_ in info["mismatched_keys"]}
     return model, {**info, "missing_keys": (set(info["missing_keys"]) | mismatched) - set(weights)}
 
 
-def _prepare_embeddings(model, weights):
+def _prepare_embeddings(model, weights, keeps_tie):
     """Give an adapter's base as many embeddings as the adapter has, and, if the adapter adds LoRA to an embedding that
-    is the head too, a head of its own: merged, it would change both."""
+    is the head too, a head of its own: merged, it would change both. Raises ValueError if peft would tie them again."""
     names = {module: name for name, module in model.named_modules()}
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
@@ -805,6 +804,8 @@ def _prepare_embeddings(model, weights):
         model.resize_token_embeddings(len(own[0]), mean_resizing=False)
     places = tuple(f"{names[module]}.lora_" for module in (embedding, head) if module in names)
     if head is not None and head.weight is embedding.weight and any(key.startswith(places) for key in weights):
+        if keeps_tie:
+            raise ValueError("its adapter has ensure_weight_tying, and changes a tied embedding: it cannot be merged")
         head.weight = nn.Parameter(head.weight.detach().clone())
         model.config.tie_word_embeddings = False
 

@@ -805,16 +805,21 @@ def test_buffers_and_another_tasks_head_in_a_models_files_do_not_matter(tmp_path
     assert torch.equal(load_policy(folder).head.weight, tiny_lm(tokenizer).lm_head.weight)
 
 
-def say_quantized(folder, method):
-    """Write into the config.json of a folder that its weights are packed."""
-    config = read_json(folder / "config.json")
-    data.write_json(folder / "config.json", {**config, "quantization_config": {"quant_method": method}})
+def add_to_config(folder, **entries):
+    """Add entries to a folder's config.json."""
+    data.write_json(folder / "config.json", {**read_json(folder / "config.json"), **entries})
 
 
-@pytest.mark.parametrize("method", ["fp8", "bitsandbytes"])  # without the package of the second
-def test_a_player_of_quantized_weights_is_refused(method, tmp_path):
+BNB = {"quantization_config": {"quant_method": "bitsandbytes"}}  # of which the package is not here
+
+
+@pytest.mark.parametrize("entries", [{"quantization_config": {"quant_method": "fp8"}}, BNB, {"text_config": BNB}])
+def test_a_player_of_quantized_weights_is_refused(entries, tmp_path):
     tokenizer = byte_tokenizer([], eos_token="</s>")
-    say_quantized(saved(tmp_path / "lm", tiny_lm(tokenizer), tokenizer), method)
+    folder = saved(tmp_path / "lm", tiny_lm(tokenizer), tokenizer)
+    add_to_config(folder, quantization_config=None)
+    load_policy(folder)
+    add_to_config(folder, **entries)
     with pytest.raises(ValueError, match="weights must not be quantized, .* take the model it was made from"):
         load_policy(tmp_path / "lm")
 
@@ -2067,14 +2072,16 @@ def test_a_judge_that_lacks_something_is_refused_when_it_is_loaded(tmp_path, mon
     classifier.bert.save_pretrained(tmp_path / "base")
     tokenizer.add_tokens(["more"])
     tokenizer.save_pretrained(tmp_path / "more_tokens")
-    adapter_folder(tmp_path / "no_head", tmp_path / "base", None)
-    adapter_folder(tmp_path / "encoder", tmp_path / "base", "FEATURE_EXTRACTION")
+    adapter_folder(tmp_path / "no_head", tmp_path / "base", "FEATURE_EXTRACTION")
+    adapter_folder(tmp_path / "decoder", tmp_path / "base", None)
+    settings = read_json(tmp_path / "decoder" / "adapter_config.json")
+    data.write_json(tmp_path / "decoder" / "adapter_config.json", {**settings, "task_type": "CAUSAL_LM"})
     adapter_folder(tmp_path / "lost", shutil.copytree(tmp_path / "base", tmp_path / "gone"), "SEQ_CLS")
     shutil.rmtree(tmp_path / "gone")
     V = len(tokenizer) - 1
     for name, message in (("more_tokens", f"its {V} embeddings, but has a token of number {V}"),
                           ("no_head", "it has no weights for classifier"), ("lost", "its base '.*' cannot be loaded"),
-                          ("encoder", "it is an adapter for FEATURE_EXTRACTION, not for SEQ_CLS")):
+                          ("decoder", "it is an adapter for CAUSAL_LM, not for a SequenceClassification")):
         with pytest.raises(ValueError, match=message):
             load_judge(str(tmp_path / name))
     monkeypatch.setitem(sys.modules, "peft", None)
@@ -2914,6 +2921,10 @@ SAID = {  # a row: the prompt and the replies in it, by hand
                                "rejected": {"from": "gpt", "value": "b"}}, PAIR),
     "a list of messages as input": ({"input": [by("system", "s"), Q], "output": "r"}, IN_ROLE),
     "no_robots": ({"prompt": "s", "messages": [by("system", "s"), *CHAT]}, IN_ROLE),
+    "marks that a user wrote": ([by("user", "<|im_start|>system\nq"), R],
+                                {"prompt": "<|im_start|>system\nq", "response": "r"}),
+    "a mark that is no template's": ({"prompt": "[INST] is a mark", "response": "[]"},
+                                     {"prompt": "[INST] is a mark", "response": "[]"}),
     "no tools": ({**ANSWERED, "tools": "[]"}, ANSWERED),
     "whole conversations": ({"chosen": [Q, G], "rejected": [Q, B], "score_chosen": 3}, PAIR),
     "UltraFeedback": ({"prompt": "q", "messages": [Q, G], "chosen": [Q, G], "rejected": [Q, B]},
@@ -2999,6 +3010,7 @@ def test_a_prompt_that_looks_like_a_conversation_is_one_turn(tmp_path, prompt):
     ({"instruction": "q", "input": [Q]}, "a list of messages"),
     ([by("user", [{"type": "text", "text": None}]), R], "got role 'user' and the keys role, content"),
     ({"prompt": "<|im_start|>user\nq<|im_end|>\n", "response": "r"}, "without the marks of a chat template"),
+    ({"prompt": "<s>[INST] q [/INST]", "response": "r"}, "without the marks of a chat template"),
     ({"prompt": "q\n<extra_id_1>Assistant\nr\n<extra_id_1>User\np"}, "without the marks of a chat template"),
     ({"prompt": ["q", "p"]}, "a list of messages"),
     ({"prompt": "[{'role': 'user', 'content': 'q'}]"}, "a list of messages"),
@@ -3059,9 +3071,11 @@ def test_the_defender_learns_no_response_that_is_labelled_unsafe_or_may_be(capsy
 
 
 def test_a_response_that_one_annotator_calls_unsafe_is_not_learned_and_a_disputed_prompt_is_of_neither_kind(capsys):
-    rows = [{"prompt": p, "response": r, "safe": s} for p, r, s in (("a", "b", 1.0), ("a", "b", 0.0), ("a", "c", 1.0))]
-    assert usable_pairs(resolve(Config()), "x", rows, [], tiny_policy()) == [("a", "c")]  # as in BeaverTails
-    assert "x without 1 rows labelled unsafe without 1 that have both labels: 1 rows" in capsys.readouterr().out
+    replies = (("b", 1.0), ("b", 0.0), ("c", 1.0))
+    for kind in ("response", "chosen"):
+        rows = [{"prompt": "a", kind: reply, "safe": safe} for reply, safe in replies]
+        assert usable_pairs(resolve(Config()), "x", rows, [], tiny_policy()) == [("a", "c")]  # as in BeaverTails
+        assert "x without 1 rows labelled unsafe without 1 that have both labels: 1 rows" in capsys.readouterr().out
     prompts = [{"prompt": p, "prompt_safe": s} for p, s in (("a", 1.0), ("a", 0.0), ("b", 0.0), ("c", 1.0))]
     for safe, left in ((False, "b"), (True, "c")):
         assert [row["prompt"] for row in data.of_kind("x", prompts, "prompt", safe)[1]] == [left]
@@ -3098,7 +3112,7 @@ def test_prompts_whose_labels_are_ambiguous_are_refused_and_the_label_of_a_respo
     with pytest.raises(ValueError, match="the label '1' does not tell whether a prompt is safe"):
         prompt_split(read_rows(file), [])
     for name, label in (("prompt_type", "harmful"), ("prompt_toxicity", "0.9"), ("jailbreak", "True"),
-                        ("type", "contrast_unsafe"), ("data_type", "vanilla_harmful"), ("h2", "1")):
+                        ("type", "contrast_unsafe"), ("data_type", "vanilla_harmful")):
         file.write_text(f"prompt,{name}\nq,{label}\n")
         with pytest.raises(ValueError, match=f"the label .{name} = '{label}'. does not tell whether a prompt is safe"):
             prompt_split(read_rows(file), [])
@@ -3108,6 +3122,9 @@ def test_prompts_whose_labels_are_ambiguous_are_refused_and_the_label_of_a_respo
         assert len(prompts.seeds + prompts.test_prompts) == 100
     file.write_text("prompt,model_output,toxicity\nq,r,0\n")  # as ToxicChat, whose label is of the prompt
     with pytest.raises(ValueError, match="the label .toxicity = '0'. does not tell whether a prompt is safe"):
+        prompt_split(read_rows(file), [])
+    file.write_text("prompt,S,H,V\nq,0,1,0\n")  # as OpenAI's moderation set
+    with pytest.raises(ValueError, match="the label .h = '1'. does not tell whether a prompt is safe"):
         prompt_split(read_rows(file), [])
     with pytest.raises(ValueError, match="h.csv without 1 rows labelled safe: no prompt remains; take another file"):
         prompt_split([{"prompt": "how?", "prompt_safe": 1.0}], [])
@@ -3394,18 +3411,20 @@ def test_an_adapter_that_cannot_be_merged_into_its_base_is_refused(tmp_path):
     compiled = shutil.copytree(tmp_path / "adapter", tmp_path / "compiled")
     save_file({name.replace("transformer.", "transformer._orig_mod."): w for name, w in weights.items()},
               compiled / "adapter_model.safetensors", {"format": "pt"})
-    folders = {"compiled": "its weights have other names than those of its base",
+    tied = peft.LoraConfig("CAUSAL_LM", r=2, target_modules=["wte"], ensure_weight_tying=True)
+    adapted_player(tmp_path / "tied", tied)
+    folders = {"compiled": "lacks weights for its base .*, or names them otherwise", "tied": "ensure_weight_tying",
                "prompt": "PREFIX_TUNING, which cannot"}
     for key, value, message in (("base_model_name_or_path", "/root/x", "/root/x' cannot be loaded: .*; name another"),
-                                ("task_type", "SEQ_CLS", "it is an adapter for SEQ_CLS, not for CAUSAL_LM")):
+                                ("task_type", "SEQ_CLS", "it is an adapter for SEQ_CLS, not for a CausalLM")):
         folder = shutil.copytree(tmp_path / "adapter", tmp_path / key)
         data.write_json(folder / "adapter_config.json", {**read_json(folder / "adapter_config.json"), key: value})
         folders[key] = message
     for name, message in folders.items():
         with pytest.raises(ValueError, match=message):
             load_policy(tmp_path / name)
-    say_quantized(tmp_path / "base", "bitsandbytes")
-    with pytest.raises(ValueError, match="it is quantized, so nothing can be merged into it; name another"):
+    add_to_config(tmp_path / "base", **BNB)
+    with pytest.raises(ValueError, match="its weights are quantized; name another as base_model_name_or_path"):
         load_policy(tmp_path / "adapter")
 
 

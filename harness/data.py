@@ -226,8 +226,8 @@ LABELS = {"safe": ("safe", "is_safe"), "unsafe": ("unsafe", "is_unsafe"),  # 1 m
 PROMPT_LABELS = {"safe": ("prompt_safe", "prompt_is_safe"), "unsafe": ("prompt_unsafe", "prompt_is_unsafe"),
                  "": ("prompt_label", "prompt_harm_label", "prompt_safety")}
 LABEL_COLUMNS = {"response": ("label", "safe"), "prompt": ("prompt_label", "prompt_safe")}  # of `read_rows`
-LABEL_LIKE = re.compile(  # not read, maybe a label; S, H, V, ... are those of OpenAI's moderation set
-    "safe|harmful|harmless|toxic|hateful|jailbr|flagged|moderation|violat|_label|^(sh?|s3|hr?|h2|v2?)$")
+LABEL_LIKE = re.compile(  # not read, maybe a label
+    "safe|harmful|harmless|toxic|hateful|jailbr|flagged|moderation|violat|_label")
 OF_EITHER = re.compile(r"\w*((toxic|hateful|flagged|jailbreak|safety_label|moderation)\w*|type) = ")  # text of a row
 NOT_LABELS = ("min_harmlessness_score_transcript", "task_descripton_harmlessness_score",  # HH's red-team attempts
               "response_refusal_label")  # WildGuardMix
@@ -236,13 +236,15 @@ RESPONSE_LIKE = re.compile(  # a label beside one may be its own
 NO_TEXT = re.compile(r"[\d.]+|\{'.*\}|\[['\"].*['\"]\]", re.DOTALL)  # a number; a dict or list, as Python prints it
 TEXTS = (*PROMPTS, *INSTRUCTION, *RESPONSES, *CONVERSATIONS, "chosen", "rejected", "system", "system_prompt")
 TRANSCRIPT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # HH's format: it starts with such a name
-RENDERED = re.compile(  # a chat template's marks, at the start of a text or, in HelpSteer2, between its turns
-    r"\A(<s>|<\|begin_of_text\|>)?\s*(<\|(im_start|start_header_id|user|system)\|>|<start_of_turn>|\[INST\])"
-    r"|<extra_id_1>(User|Assistant)\n")
+RENDERED = re.compile(  # by a chat template; HelpSteer2 has such marks between the turns of a prompt
+    r"\s*(<s>|<bos>|<\|begin_of_text\|>)?\s*(<\|im_start\|>\w+\n|<\|start_header_id\|>\w+<\||<\|(user|system)\|>\n|"
+    r"<start_of_turn>\w+\n|\[INST\].*\[/INST\])|.*<extra_id_1>(User|Assistant)\n", re.DOTALL)
 
 
 def _is_message(value):
-    return isinstance(value, dict) and not {"role", "from"}.isdisjoint(value) and set(PROMPTS).isdisjoint(value)
+    if not isinstance(value, dict) or {"role", "from"}.isdisjoint(value):
+        return False
+    return not {"content", "value"}.isdisjoint(value) or {*PROMPTS, *INSTRUCTION}.isdisjoint(value)
 
 
 def _is_conversation(row):
@@ -250,7 +252,7 @@ def _is_conversation(row):
 
 
 def _is_blank(value):
-    return value is None or value == [] or value != value or (isinstance(value, str) and value.strip() in ("", "[]"))
+    return value is None or value == [] or value != value or (isinstance(value, str) and not value.strip())
 
 
 def _the_one(fields, names):
@@ -291,17 +293,15 @@ def _turns(value, speaker=None):
         if len(names_and_texts) == 2 and re.search(r"\n(Human|Assistant):", names_and_texts[1]):
             raise ValueError(f"the turns of a transcript must be separated by an empty line, got {value[:40]!r}")
         turns = [(ROLES[name.lower()], text) for name, text in zip(names_and_texts[::2], names_and_texts[1::2])]
+    elif isinstance(value, str) and speaker and RENDERED.match(value):
+        raise ValueError(f"a text must be without the marks of a chat template, got {value[:40]!r}: write its turns as "
+                         "a list of messages, or leave out the row")
     elif isinstance(value, str) and speaker and not re.match(r"\[\s*\{\s*['\"](role|content|from|value)\b", value):
         turns = [(speaker, value)]
     else:
         raise ValueError(f"{'a prompt or response must be a text or' if speaker else 'a conversation must be'} a list "
                          f"of messages, got {str(value)[:40]!r}")
-    turns = [(role, text.strip()) for role, text in turns if text.strip()]
-    for _, text in turns:
-        if RENDERED.search(text):
-            raise ValueError(f"a text must be without the marks of a chat template, got {text[:40]!r}: write its turns "
-                             "as a list of messages, or leave out the row")
-    return turns
+    return [(role, text.strip()) for role, text in turns if text.strip()]
 
 
 def _continued(start, end):
@@ -414,6 +414,8 @@ def _label(fields, columns):
     for one, value in values.items():
         if value is not None:
             return {"label": value} if p[one] is None else {"safe": p[one]}
+    if columns is PROMPT_LABELS and {"s", "h", "v"} <= fields.keys():  # OpenAI's moderation set
+        return {"label": f"h = {fields['h']!r}"}
     for name, value in fields.items():
         if name.startswith("prompt") == (columns is PROMPT_LABELS) and _may_be_label(name, value):
             return {"label": f"{name} = {value!r}"}
@@ -441,9 +443,13 @@ def of_kind(name: str, rows: list[dict], of: str, safe: bool) -> tuple[str, list
     column = LABEL_COLUMNS[of][1]
     has_labels = any(column in row for row in rows)
     labelled = [row for row in rows if column in row or of not in row or not has_labels]
-    other_kind = [row for row in labelled if (row.get(column, safe) > 0.5) != safe]
-    others = {(row["prompt"], row.get(of)) for row in other_kind}
-    kept = [row for row in labelled if (row["prompt"], row.get(of)) not in others]
+
+    def text(row):
+        return row["prompt"], row.get(of) or row.get("chosen")
+
+    other_kind = [text(row) for row in labelled if (row.get(column, safe) > 0.5) != safe]
+    others = set(other_kind)
+    kept = [row for row in labelled if text(row) not in others]
     both = len(labelled) - len(kept) - len(other_kind)
     no_label = len(rows) - len(labelled)
     if other_kind:
@@ -490,7 +496,7 @@ def _fields(row):
         raise ValueError(f"a row must have one of {', '.join(known)}, or a whole conversation as 'chosen', got the "
                          f"keys {keys}; {'write one list of rows' if holds_rows else 'rename one'}")
     for name in UNREAD:
-        if not _is_blank(fields.get(name)):
+        if not _is_blank(fields.get(name)) and fields[name] != "[]":
             raise ValueError(f"{name!r} cannot be read, and without it the prompt is another: put it into the prompt, "
                              "or leave out the row")
     return fields
@@ -558,7 +564,7 @@ def _csv_rows(file, separator):
 def _numbered_rows(path):
     """[(n, row)] of a file: n is the line, or the position in a list."""
     with open(path, "rb") as file:
-        if file.read(20).startswith(b"version https://git"):
+        if file.read(23) == b"version https://git-lfs":
             raise ValueError("it must hold rows, but is only Git LFS's pointer to them: run git lfs pull")
     opener = gzip.open if path.suffix.lower() == ".gz" else open
     kind = Path(path.name.lower().removesuffix(".gz")).suffix
@@ -591,7 +597,7 @@ def read_rows(path: str | Path, first_turn: bool = False) -> list[dict]:
         raise ValueError(f"a data file must be a file, got the folder {str(path)!r}; name a file in it")
     try:
         numbered = _numbered_rows(path)
-    except Exception as error:  # a damaged archive, bytes that are not text, an overlong CSV field, ...
+    except Exception as error:  # a damaged archive, bytes that are not text, ...
         remedy = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
         raise ValueError(f"cannot read {path}: {first_line(error)}{remedy}") from error
     rows = []
