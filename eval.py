@@ -256,10 +256,16 @@ def run_text(run: FinishedRun, rows: dict[str, dict], matrix: np.ndarray) -> str
 
 
 def labelled_exchanges(file: str) -> list[dict]:
-    """The rows of a file that have a response and its P(safe). Raises ValueError if all are safe or all unsafe."""
+    """The exchanges of a file that have a P(safe): the mean over the rows of an exchange, each by another annotator, as
+    it would else count several times. Raises ValueError if all are safe or all unsafe."""
     rows = data.read_rows(file)
     data.check_labels(file, rows)
-    rows = [row for row in rows if {"response", "safe"} <= set(row)]
+    labels = {}
+    for row in rows:
+        if {"response", "safe"} <= set(row):
+            labels.setdefault((row["prompt"], row["response"]), []).append(row["safe"])
+    rows = [{"prompt": prompt, "response": response, "safe": float(np.mean(safe))}
+            for (prompt, response), safe in labels.items()]
     if len({row["safe"] > 0.5 for row in rows}) < 2:
         raise ValueError(f"--judge_labels needs rows with 'response' and 'safe' or 'label', safe and unsafe ones, got "
                          f"{len(rows)} of one kind in {file}")

@@ -4808,6 +4808,14 @@ def test_the_interval_of_a_rate_is_of_the_texts_that_its_own_judge_decided():
     assert evaluation.number_of_texts(world, "attacker_success", row) == 2
 
 
+def test_an_exchange_that_three_annotators_label_is_one_labelled_exchange(tmp_path):
+    rows = [("q", "r", 1), ("q", "r", 0), ("q", "r", 0), ("q", "s", 1), ("p", "r", 1)]  # as in BeaverTails
+    file = tmp_path / "labels.jsonl"
+    file.write_text(data.json_lines({"prompt": p, "response": r, "is_safe": safe} for p, r, safe in rows))
+    found = {(row["prompt"], row["response"]): row["safe"] for row in evaluation.labelled_exchanges(str(file))}
+    assert found == {("q", "r"): pytest.approx(1 / 3), ("q", "s"): 1.0, ("p", "r"): 1.0}
+
+
 def test_the_rate_of_a_judge_without_errors_is_corrected_to_itself_whatever_others_left_undecided():
     def judge(prompts, responses):
         return [0.0 if response == "bad" else 1.0 for response in responses]
