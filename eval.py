@@ -256,8 +256,8 @@ def run_text(run: FinishedRun, rows: dict[str, dict], matrix: np.ndarray) -> str
 
 
 def labelled_exchanges(file: str) -> list[dict]:
-    """The exchanges of a file that have a P(safe): the mean over the rows of an exchange, each by another annotator, as
-    it would else count several times. Raises ValueError if all are safe or all unsafe."""
+    """One row for each exchange of a file that has a P(safe), the mean over its rows: each may be by another annotator.
+    Raises ValueError if all are safe or all unsafe."""
     rows = data.read_rows(file)
     data.check_labels(file, rows)
     labels = {}

@@ -799,7 +799,7 @@ def _prepare_embeddings(model, weights, keeps_tie):
     names = {module: name for name, module in model.named_modules()}
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
-    own = [w for key, w in weights.items() if re.fullmatch(rf"{names[embedding]}(\.base_layer)?\.weight", key)]
+    own = [w for key, w in weights.items() if re.fullmatch(rf"{names.get(embedding)}(\.base_layer)?\.weight", key)]
     if own and len(own[0]) != embedding.num_embeddings:
         model.resize_token_embeddings(len(own[0]), mean_resizing=False)
     places = tuple(f"{names[module]}.lora_" for module in (embedding, head) if module in names)

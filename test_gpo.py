@@ -2880,7 +2880,7 @@ ONE_TWO = [{"prompt": "one"}, {"prompt": "two"}]
     ("a.txt", "one\n\ntwo\n", ONE_TWO), ("a.txt", "a\u2028b\n", [{"prompt": "a\u2028b"}]),
     ("a.csv", "\ufeff Prompt , RESPONSE\nq, r\n", [ANSWERED]), ("a.csv", 'goal,target\n"one",\n"two",x', ONE_TWO),
     ("a.tsv", "prompt\tresponse\nq\tr\n", [ANSWERED]), ("a.csv", "prompt\n" + "a" * 2**18, [{"prompt": "a" * 2**18}]),
-    ("a.json", '[{"question": "one", "from": "a"}, {"question": "two", "from": "b"}]', ONE_TWO),
+    ("a.json", '[{"question": "one", "from": "a"}, {"instruction": "two", "from": "b"}]', ONE_TWO),
     ("A.CSV", 'prompt\n"a, b\nc"\n', [{"prompt": "a, b\nc"}]), ("a.json", '[\n"one",\n{"prompt":\n"two"}]', ONE_TWO),
     ("a.jsonl", '{"prompt": "a\u2028b\x85c"}\r\n"two"\r\n', [{"prompt": "a\u2028b\x85c"}, {"prompt": "two"}]),
     ("a.jsonl", '["one", {"prompt": "two"}]', ONE_TWO), ("a.jsonl", '["one"]\n["two"]\n', ONE_TWO),
@@ -2925,6 +2925,7 @@ SAID = {  # a row: the prompt and the replies in it, by hand
                                 {"prompt": "<|im_start|>system\nq", "response": "r"}),
     "a mark that is no template's": ({"prompt": "[INST] is a mark", "response": "[]"},
                                      {"prompt": "[INST] is a mark", "response": "[]"}),
+    "spaces before a prompt": ({"prompt": "\n" * 2**17 + "q"}, {"prompt": "q"}),  # in linear time
     "no tools": ({**ANSWERED, "tools": "[]"}, ANSWERED),
     "whole conversations": ({"chosen": [Q, G], "rejected": [Q, B], "score_chosen": 3}, PAIR),
     "UltraFeedback": ({"prompt": "q", "messages": [Q, G], "chosen": [Q, G], "rejected": [Q, B]},
@@ -3379,8 +3380,8 @@ def adapted_player(folder, settings, tokens=0):
         tokenizer.add_tokens([f"new{i}" for i in range(tokens)])
         base.resize_token_embeddings(len(tokenizer))
     tuned = peft.get_peft_model(base, settings)
-    for name, weight in tuned.named_parameters():
-        if "lora" in name:
+    for weight in tuned.parameters():
+        if weight.requires_grad:
             torch.nn.init.normal_(weight)
     saved(folder, tuned, tokenizer)
     return tuned.eval()

@@ -146,7 +146,7 @@ def append_lines(path: str | Path, rows: Iterable) -> None:
 
 
 def sync(path: str | Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk. Windows and some shared folders cannot flush a folder."""
+    """Flush a file, or a folder's list of names, to the disk; not on Windows, nor a folder that cannot be flushed."""
     if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -237,14 +237,14 @@ NO_TEXT = re.compile(r"[\d.]+|\{'.*\}|\[['\"].*['\"]\]", re.DOTALL)  # a number;
 TEXTS = (*PROMPTS, *INSTRUCTION, *RESPONSES, *CONVERSATIONS, "chosen", "rejected", "system", "system_prompt")
 TRANSCRIPT = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # HH's format: it starts with such a name
 RENDERED = re.compile(  # by a chat template; HelpSteer2 has such marks between the turns of a prompt
-    r"\s*(<s>|<bos>|<\|begin_of_text\|>)?\s*(<\|im_start\|>\w+\n|<\|start_header_id\|>\w+<\||<\|(user|system)\|>\n|"
+    r"(<s>|<bos>|<\|begin_of_text\|>)?\s*(<\|im_start\|>\w+\n|<\|start_header_id\|>\w+<\||<\|(user|system)\|>\n|"
     r"<start_of_turn>\w+\n|\[INST\].*\[/INST\])|.*<extra_id_1>(User|Assistant)\n", re.DOTALL)
 
 
 def _is_message(value):
     if not isinstance(value, dict) or {"role", "from"}.isdisjoint(value):
         return False
-    return not {"content", "value"}.isdisjoint(value) or {*PROMPTS, *INSTRUCTION}.isdisjoint(value)
+    return not {"content", "value"}.isdisjoint(value) or set(TEXTS).isdisjoint(value)
 
 
 def _is_conversation(row):
@@ -293,7 +293,7 @@ def _turns(value, speaker=None):
         if len(names_and_texts) == 2 and re.search(r"\n(Human|Assistant):", names_and_texts[1]):
             raise ValueError(f"the turns of a transcript must be separated by an empty line, got {value[:40]!r}")
         turns = [(ROLES[name.lower()], text) for name, text in zip(names_and_texts[::2], names_and_texts[1::2])]
-    elif isinstance(value, str) and speaker and RENDERED.match(value):
+    elif isinstance(value, str) and speaker and RENDERED.match(value.lstrip()):
         raise ValueError(f"a text must be without the marks of a chat template, got {value[:40]!r}: write its turns as "
                          "a list of messages, or leave out the row")
     elif isinstance(value, str) and speaker and not re.match(r"\[\s*\{\s*['\"](role|content|from|value)\b", value):

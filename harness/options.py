@@ -113,7 +113,7 @@ class Config:
     gradient_checkpointing: bool = option("keep only block inputs for the backward: less memory, a third slower", False)
     lora: int = option("rank of LoRA adapters (needs peft), trained in place of the model's weights; 0: off", 0)
     dtype: str | None = option("auto: bf16 if the GPU or the x86 processor has it", "fp32", "auto",
-                                choices=("fp32", "bf16", "auto"))
+                               choices=("fp32", "bf16", "auto"))
     device: str = option("auto, cpu, cuda or cuda:N", "auto")
     deterministic: bool = option("the same bits in every run on one machine's CPU: one thread, slower kernels", False)
     trust_remote_code: bool = option("run Python files that come with a model; they can do anything", False)

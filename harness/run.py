@@ -435,8 +435,8 @@ class RunFolder:
         held = self.held_mib()
         if parallel.peak_memory(self.config.device):  # not on Windows
             print(f"memory: at most {held:.0f} MiB held, beside Python and its libraries")
-        if self.config.lora:
-            print(f"{held_in_game:.0f} MiB before adapters were merged, each into a copy of its base, to be saved")
+            if self.config.lora:
+                print(f"{held_in_game:.0f} MiB before adapters were merged, each into a copy of its base, to be saved")
         draw_curves(self.path, self.metrics, self.before)
         write_report(self.path, data.read_lines(self.path / "games.jsonl"), rows, examples)
         seconds = time.time() - clock
