@@ -674,10 +674,7 @@ def load_policy(name_or_dir: str | Path, critic: str = "shared", dtype: torch.dt
     try:
         if Path(name_or_dir, "games.jsonl").is_file():
             raise ValueError("it is a run's folder; take the attacker or the defender in it, once the run is finished")
-        if _is_quantized(name_or_dir):
-            raise ValueError("a player's weights must not be quantized, as they are trained and saved; take the model "
-                             "it was made from")
-        lm, tokenizer = load_model(AutoModelForCausalLM, name_or_dir, trust_remote_code)
+        lm, tokenizer = load_model(AutoModelForCausalLM, name_or_dir, trust_remote_code, is_player=True)
         policy = Policy(lm.to(device), tokenizer, critic, dtype)
         if tokenizer.chat_template:
             _probe_template(policy)
@@ -691,10 +688,12 @@ def load_policy(name_or_dir: str | Path, critic: str = "shared", dtype: torch.dt
                          ) from error
 
 
-def load_model(kind: type, name: str | Path, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Tokenizer]:
+def load_model(kind: type, name: str | Path, trust_remote_code: bool = False,
+               is_player: bool = False) -> tuple[PreTrainedModel, Tokenizer]:
     """(model, tokenizer) of a folder, a .gguf file or a hub id, in fp32; kind: a class such as AutoModelForCausalLM. An
     adapter by peft or TRL is merged into its base, whose tokenizer is used if it has none. Raises ValueError if
-    weights are missing (transformers would initialise them at random), or embeddings of the tokenizer's tokens."""
+    weights are missing (transformers would initialise them at random), or embeddings of the tokenizer's tokens, and
+    if the weights of a player are quantized."""
     options = dict(trust_remote_code=trust_remote_code)
     load_options = dict(options, dtype=torch.float32, output_loading_info=True)
     source = name  # where the tokenizer is
@@ -711,6 +710,9 @@ def load_model(kind: type, name: str | Path, trust_remote_code: bool = False) ->
             source = model.name_or_path
         model.name_or_path = str(name)
     else:
+        if is_player and _is_quantized(name):
+            raise ValueError("a player's weights must not be quantized, as they are trained and saved; take the model "
+                             "it was made from")
         model, info = kind.from_pretrained(name, **load_options)
     check_finite(model)
     if Path(source, GENERATION_CONFIG_NAME).is_file():  # with EOS ids; a damaged one would be ignored without a word
@@ -733,9 +735,7 @@ def load_model(kind: type, name: str | Path, trust_remote_code: bool = False) ->
 
 def _is_quantized(name):
     """Whether the weights of a folder or hub id are packed, by its config.json: of some formats (FP8) transformers
-    unpacks them where it loads them, and what it saves later is garbage. A .gguf file is unpacked for good."""
-    if str(name).endswith(".gguf") or find_adapter_config_file(name):  # whose base is asked
-        return False
+    unpacks them where it loads them, and what it saves later is garbage."""
     config, _ = PretrainedConfig.get_config_dict(name)
     return any(part.get("quantization_config") for part in (config, config.get("text_config") or {}))
 

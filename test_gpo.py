@@ -765,9 +765,9 @@ def test_a_damaged_generation_config_is_an_error_of_one_line(tmp_path):
             load_policy(folder)
 
 
-def with_config(folder, **changes):
-    """A model's folder whose config.json has been changed."""
-    data.write_json(folder / "config.json", {**read_json(folder / "config.json"), **changes})
+def with_config(folder, file="config.json", **changes):
+    """A model's folder whose config.json, or another file, has been changed."""
+    data.write_json(folder / file, {**read_json(folder / file), **changes})
     return folder
 
 
@@ -805,11 +805,6 @@ def test_buffers_and_another_tasks_head_in_a_models_files_do_not_matter(tmp_path
     assert torch.equal(load_policy(folder).head.weight, tiny_lm(tokenizer).lm_head.weight)
 
 
-def add_to_config(folder, **entries):
-    """Add entries to a folder's config.json."""
-    data.write_json(folder / "config.json", {**read_json(folder / "config.json"), **entries})
-
-
 BNB = {"quantization_config": {"quant_method": "bitsandbytes"}}  # of which the package is not here
 
 
@@ -817,11 +812,9 @@ BNB = {"quantization_config": {"quant_method": "bitsandbytes"}}  # of which the 
 def test_a_player_of_quantized_weights_is_refused(entries, tmp_path):
     tokenizer = byte_tokenizer([], eos_token="</s>")
     folder = saved(tmp_path / "lm", tiny_lm(tokenizer), tokenizer)
-    add_to_config(folder, quantization_config=None)
-    load_policy(folder)
-    add_to_config(folder, **entries)
+    load_policy(with_config(folder, quantization_config=None))
     with pytest.raises(ValueError, match="weights must not be quantized, .* take the model it was made from"):
-        load_policy(tmp_path / "lm")
+        load_policy(with_config(folder, **entries))
 
 
 def test_the_thoughts_that_a_template_or_a_model_writes_before_an_answer_are_not_exchanged():
@@ -2074,8 +2067,7 @@ def test_a_judge_that_lacks_something_is_refused_when_it_is_loaded(tmp_path, mon
     tokenizer.save_pretrained(tmp_path / "more_tokens")
     adapter_folder(tmp_path / "no_head", tmp_path / "base", "FEATURE_EXTRACTION")
     adapter_folder(tmp_path / "decoder", tmp_path / "base", None)
-    settings = read_json(tmp_path / "decoder" / "adapter_config.json")
-    data.write_json(tmp_path / "decoder" / "adapter_config.json", {**settings, "task_type": "CAUSAL_LM"})
+    with_config(tmp_path / "decoder", "adapter_config.json", task_type="CAUSAL_LM")
     adapter_folder(tmp_path / "lost", shutil.copytree(tmp_path / "base", tmp_path / "gone"), "SEQ_CLS")
     shutil.rmtree(tmp_path / "gone")
     V = len(tokenizer) - 1
@@ -3418,13 +3410,12 @@ def test_an_adapter_that_cannot_be_merged_into_its_base_is_refused(tmp_path):
                "prompt": "PREFIX_TUNING, which cannot"}
     for key, value, message in (("base_model_name_or_path", "/root/x", "/root/x' cannot be loaded: .*; name another"),
                                 ("task_type", "SEQ_CLS", "it is an adapter for SEQ_CLS, not for a CausalLM")):
-        folder = shutil.copytree(tmp_path / "adapter", tmp_path / key)
-        data.write_json(folder / "adapter_config.json", {**read_json(folder / "adapter_config.json"), key: value})
+        with_config(shutil.copytree(tmp_path / "adapter", tmp_path / key), "adapter_config.json", **{key: value})
         folders[key] = message
     for name, message in folders.items():
         with pytest.raises(ValueError, match=message):
             load_policy(tmp_path / name)
-    add_to_config(tmp_path / "base", **BNB)
+    with_config(tmp_path / "base", **BNB)
     with pytest.raises(ValueError, match="its weights are quantized; name another as base_model_name_or_path"):
         load_policy(tmp_path / "adapter")
 

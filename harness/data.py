@@ -123,9 +123,14 @@ def read_config(folder: str | Path) -> dict:
     return {**built_in, **read_json(Path(folder) / "config.json")["config"]}
 
 
+def complete_lines(path: Path) -> list[bytes]:
+    """The lines of a file. Text after the last newline is an incomplete line, maybe of half a character: left out."""
+    return path.read_bytes().split(b"\n")[:-1]
+
+
 def read_lines(path: Path) -> list:
-    """The values in a JSON lines file. Text after the last newline is an incomplete line and is left out."""
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]  # it may end within a character
+    """The values in the complete lines of a JSON lines file."""
+    return list(map(json.loads, complete_lines(path)))
 
 
 def finite(value: Any) -> Any:

@@ -362,7 +362,7 @@ class RunFolder:
     def trim(self, log: Path) -> list[dict]:
         """The lines of a log up to the checkpoint; those after it are dropped. Reports steps that are missing."""
         rows = []
-        for line in log.read_bytes().split(b"\n")[:-1] if log.exists() else ():
+        for line in data.complete_lines(log) if log.exists() else ():
             with contextlib.suppress(ValueError, TypeError, KeyError):  # damaged, after a power loss
                 row = json.loads(line)
                 if row["step"] < self.steps_done:
