@@ -215,7 +215,8 @@ def measured_so_far(run: FinishedRun) -> dict[str, dict]:
 
 
 def open_by_round(run: FinishedRun) -> list[dict]:
-    """[{"round", kind: unsafe rate of greedy answers to the grammar's harmful prompts}], after every round."""
+    """[{"round", kind: unsafe rate of greedy answers to the grammar's harmful prompts, "kind: open": the prompts with
+    such an answer}], after every round."""
     file = run.path / "open.json"
     if not file.is_file():
         toy = run.world.toy
@@ -224,7 +225,9 @@ def open_by_round(run: FinishedRun) -> list[dict]:
         for round in tqdm(range(1, run.config.rounds + 1), desc="rounds", dynamic_ncols=True):
             row = {"round": round}
             for kind in ("last", *run.averages["defender"]):
-                row[kind] = float(success(toy, after_round(run, "defender", round, kind), prompts, 0, 0).mean())
+                greedy = success(toy, after_round(run, "defender", round, kind), prompts, 0, 0) > 0
+                row[kind] = float(greedy.mean())
+                row[f"{kind}: open"] = [prompts[i] for i in np.flatnonzero(greedy)]
             rows.append(row)
         write_json(file, rows)
     return read_json(file)
@@ -256,8 +259,9 @@ def worst_case(args: argparse.Namespace) -> None:
             raise ValueError(f"--kinds of {run.path} are {', '.join(defenders_of(run))}, got {' '.join(args.kinds)}")
     if args.rounds:
         for run in runs:
-            rows = open_by_round(run)
-            print(f"{run.path}\n\n{markdown(list(rows[0]), [list(row.values()) for row in rows])}\n")
+            kinds = ["last", *run.averages["defender"]]
+            lines = [[row["round"], *(f"{row[kind]:.4f}" for kind in kinds)] for row in open_by_round(run)]
+            print(f"{run.path}\n\n{markdown(['round', *kinds], lines)}\n")
         return
     found = [measure(run, args.kinds) for run in tqdm(runs, desc="runs", dynamic_ncols=True)]
     print(table(found))
