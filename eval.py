@@ -191,7 +191,7 @@ def kl(world: World, defender: Player) -> float:
     rollout = defender.generate(world.test_prompts[:300] + world.benign_prompts[:150], 0)
     now = log_likelihoods(defender.policy, rollout, defender.micro_batch)[:, 0]  # (B,) nats per token
     first = log_likelihoods(world.first["defender"].policy, rollout, defender.micro_batch)[:, 0]  # (B,)
-    return ((now - first) * rollout.response_mask.sum(1).cpu()).mean().item()
+    return ((now - first) * rollout.response_lengths.cpu()).mean().item()
 
 
 def check_each_once(program: str, runs: Sequence[str]) -> None:

@@ -145,7 +145,7 @@ def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Te
 def supervised_loss(policy: Policy, demos: Rollout) -> torch.Tensor:
     """Mean negative log-likelihood per response token of demonstrations (a Rollout of B rows), in nats: shape ()."""
     logprobs, _, _ = logprobs_and_values(policy, demos, with_values=False)
-    return -(logprobs * demos.response_mask).sum() / demos.response_mask.sum().clamp(min=1)
+    return -(logprobs * demos.response_mask).sum() / demos.response_lengths.sum().clamp(min=1)
 
 
 RARE = 0.01  # likelihood relative to the initial policy's: below it unlearning an answer follows its probability
@@ -165,7 +165,7 @@ def unlikelihood_loss(policy: Policy, answers: Rollout, initial: Policy) -> torc
     logprobs, _, _ = logprobs_and_values(policy, answers, with_values=False)
     log_p = ((logprobs - before) * answers.response_mask).sum(1)  # (B,) nats
     losses = 1 + torch.nn.functional.elu(log_p - math.log(RARE))  # elu(x): exp(x) - 1 where x < 0, else x
-    return losses.sum() / answers.response_mask.sum().clamp(min=1)
+    return losses.sum() / answers.response_lengths.sum().clamp(min=1)
 
 
 @dataclass
@@ -415,7 +415,7 @@ def rollout_metrics(old: Experience, rollout: Rollout, scores: torch.Tensor) -> 
             "objective/entropy": masked_mean(old.entropy, mask).item(),  # nats per token
             "objective/scores": scores[rows].mean().item(),
             "ended": rollout.ended[rows].float().mean().item(),
-            "response_length": mask.sum(1)[rows].float().mean().item()}
+            "response_length": rollout.response_lengths[rows].float().mean().item()}
 
 
 def experience(player: Player, rollout: Rollout, scores: torch.Tensor,
@@ -441,11 +441,11 @@ def experience(player: Player, rollout: Rollout, scores: torch.Tensor,
 
 def extra_gradients(policy: Policy, term: ExtraLoss, rows: torch.Tensor, micro_batch: int) -> float:
     """Add the gradient of an extra loss on the given rows (n,); returns the loss."""
-    n_tokens = term.pairs.response_mask[rows].sum()
+    n_tokens = term.pairs.response_lengths[rows].sum()
     total = torch.zeros((), device=policy.device)
     for some in my_rows(rows).split(micro_batch or len(rows)):
         part = term.pairs.select(some)
-        loss = term.coef * term.loss(policy, part) * (part.response_mask.sum() / n_tokens)
+        loss = term.coef * term.loss(policy, part) * (part.response_lengths.sum() / n_tokens)
         loss.backward()
         total += loss.detach()
     return all_sum(total).item()
@@ -455,7 +455,7 @@ def minibatch_gradients(player: Player, rollout: Rollout, old: Experience, minib
                         is_first: bool) -> dict[str, float]:
     """Add the gradients of one minibatch of rows (n,), micro-batch by micro-batch. Returns its statistics over all
     processes, as means per token. Raises RuntimeError if the ratio is not exactly 1 before the first step."""
-    n_tokens = rollout.response_mask[minibatch].sum().clamp(min=1)
+    n_tokens = rollout.response_lengths[minibatch].sum().clamp(min=1)
     total = {}
     for rows in my_rows(minibatch).split(player.micro_batch or len(rollout)):
         part = rollout.select(rows)
@@ -616,7 +616,7 @@ def play(attacker: "Player | PolicyAverage | None", defender: "Player | PolicyAv
         prompts = attacks.texts
     responses = defender.generate(prompts, 2 * seed + 1)
     rollouts = [rollout for rollout in (attacks, responses) if rollout is not None]
-    tokens = sum(int(rollout.response_mask.sum()) for rollout in rollouts)
+    tokens = sum(int(rollout.response_lengths.sum()) for rollout in rollouts)
     clock = time.time()
     p_safe = call_judge(judge, prompts, responses.texts)
     seconds = time.time() - clock

@@ -83,6 +83,11 @@ class Rollout:
         t = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         return (t >= self.prompt_lengths[:, None]) & (t < self.lengths[:, None])
 
+    @property
+    def response_lengths(self) -> torch.Tensor:
+        """(B,) tokens of each response: the True entries of each row of `response_mask`."""
+        return self.lengths - self.prompt_lengths
+
     def without_responses(self, rows: torch.Tensor) -> "Rollout":
         """This rollout with an empty response mask where rows (B,) is True."""
         return replace(self, lengths=torch.where(rows.to(self.lengths.device), self.prompt_lengths, self.lengths))

@@ -169,7 +169,7 @@ class ReplayBuffer:
         """Compute how likely each unsafe answer is under the current defender, relative to the initial one."""
         padded = self.answers + self.answers[:1] * (-len(self.answers) % world_size())  # as many for every process
         rollout = as_rollout(padded, defender)
-        n_tokens = rollout.response_mask.sum(1).cpu()  # (B,)
+        n_tokens = rollout.response_lengths.cpu()  # (B,)
         now = log_likelihoods(defender.policy, rollout, defender.micro_batch)[:, 0] * n_tokens  # (B,) nats
         before = log_likelihoods(defender.initial, rollout, defender.micro_batch)[:, 0] * n_tokens
         relative = (now - before).clamp(max=0).exp().nan_to_num()  # NaN: the defender has diverged
@@ -387,7 +387,7 @@ def write_attacks(game: Game, attacker: Player | PolicyAverage, seeds: list[str]
                   temperature: float | None = None) -> list[str]:
     """Prompts for the defender, written by a frozen attacker, at its own temperature by default."""
     rollout = attacker.generate(seeds, new_seed(rng), temperature)
-    game.sampled_tokens += int(rollout.response_mask.sum())
+    game.sampled_tokens += int(rollout.response_lengths.sum())
     return rollout.texts
 
 

@@ -80,7 +80,7 @@ def score_defender(policy: Policy, before: Policy, judges: dict[str, Judge], tes
             scores[f"{judge}/{name}"] = unsafe(judges[judge], part, answers)
     sampled = generate(policy, tests["harmless"] + tests["AdvBench"], 40, seed=0, clip_prompts=True,
                        batch_size=ROWS)
-    n_tokens = sampled.response_mask.sum(1).cpu()
+    n_tokens = sampled.response_lengths.cpu()
     own = log_likelihoods(policy, sampled)[:, 0]  # nats per token
     first = log_likelihoods(before, sampled)[:, 0]
     scores["KL, nats a response"] = ((own - first) * n_tokens).mean().item()
