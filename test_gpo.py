@@ -2163,6 +2163,16 @@ def test_the_command_trains_a_judge_and_prints_what_it_does_on_held_out_prompts(
     assert AutoTokenizer.from_pretrained(tmp_path / "judge").model_max_length == 60
 
 
+def test_the_command_trains_a_judge_on_batches_of_similar_length_in_the_fastest_dtype(tmp_path, monkeypatch):
+    asked = Mock(side_effect=reward.train_judge)
+    monkeypatch.setattr(train_judge, "train_judge", asked)
+    monkeypatch.setattr(train_judge, "best_dtype", lambda device: torch.bfloat16)
+    run_program(tmp_path, *judge_command(tmp_path, "labels", "judge", 2), program=train_judge)
+    classifier, _, _, settings = asked.call_args.args
+    assert settings.by_length and settings.dtype == torch.bfloat16
+    assert classifier.config._attn_implementation == "eager"
+
+
 def test_a_judge_whose_training_was_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch, capsys):
     calls = []  # one a step
     score = reward.judge_score
@@ -4027,6 +4037,25 @@ def test_alarms_see_a_rounds_last_step_and_what_cannot_be_measured_is_left_out_o
         text = (user_models / "last_step" / name).read_text()
         found = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
         assert found["after"]["self_bleu"] is None
+
+
+def test_the_evaluation_after_a_round_follows_eval_prompts_and_both_judges_share_its_answers(finished):
+    run = open_run(finished.folder)
+    calls = []
+
+    def judge(prompts, responses):
+        calls.append((list(prompts), list(responses)))
+        return [1.0] * len(prompts)
+
+    n = run.config.eval_prompts
+    world = replace(run.world, judge=judge, held_out_judge=judge)
+    train.round_metrics(world)
+    held_out, trained, attacks = calls  # three calls, of two sets of answers
+    assert held_out == trained and held_out[0] == world.test_prompts[::3]
+    assert [len(prompts) for prompts, _ in calls] == [math.ceil(n / 3)] * 3
+    calls.clear()
+    evaluate(world, world.players["attacker"], world.players["defender"])
+    assert [len(prompts) for prompts, _ in calls] == [n] * 3
 
 
 def test_the_prompts_of_sft_are_its_attacks_and_none_is_measured_twice(user_models, monkeypatch, capsys):
