@@ -39,6 +39,7 @@ from model import (
     demonstrations,
     frozen_copy,
     generate,
+    group_by_length,
     logprobs_and_values,
     one_cycle,
     pack,
@@ -565,7 +566,10 @@ def sft(policy: Policy, pairs: list[tuple[str, str]], settings: SFTSettings) -> 
     schedule = one_cycle(optimizer, settings.learning_rate, settings.steps)
     demos = demonstrations(policy, pairs)
     batch_size = settings.batch_size + -settings.batch_size % world_size()  # as many rows for every process
-    batches = sample_batches(demos.lengths.tolist(), settings.steps, batch_size, settings.seed, settings.by_length)
+    rng = np.random.default_rng(settings.seed)
+    batches = sample_batches(len(pairs), settings.steps, batch_size, rng)
+    if settings.by_length:
+        batches = group_by_length(batches, demos.lengths.cpu().numpy(), rng)
     loss = math.nan
     bar = trange(settings.steps, desc=f"{settings.name:<22}", dynamic_ncols=True)
     for step in bar:

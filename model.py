@@ -615,20 +615,21 @@ def one_cycle(optimizer: torch.optim.Optimizer, peak: float, steps: int) -> torc
 GROUP = 32  # steps whose rows are sorted together
 
 
-def sample_batches(lengths: Sequence[int], steps: int, batch_size: int, seed: int | list[int],
-                   by_length: bool) -> np.ndarray:
-    """Row numbers of each supervised step's batch, (steps, batch_size), sampled uniformly from len(lengths) rows.
-    by_length: the rows of GROUP steps are sorted and split into batches again, in random order. Rows of similar length
-    then share a batch, which has little padding (but the mean over its tokens weighs those of short rows more)."""
-    rng = np.random.default_rng(seed)
-    batches = np.array([rng.integers(len(lengths), size=batch_size) for _ in range(steps)])
-    if by_length:
-        lengths = np.asarray(lengths)
-        for start in range(0, steps, GROUP):
-            chosen = batches[start : start + GROUP]
-            sorted_rows = chosen.ravel()[np.argsort(lengths[chosen.ravel()], kind="stable")]
-            batches[start : start + GROUP] = rng.permutation(sorted_rows.reshape(chosen.shape))
-    return batches
+def sample_batches(n: int, steps: int, batch_size: int, rng: np.random.Generator) -> np.ndarray:
+    """Row numbers of each supervised step's batch, (steps, batch_size), sampled uniformly from n rows."""
+    return np.array([rng.integers(n, size=batch_size) for _ in range(steps)]).reshape(steps, batch_size)
+
+
+def group_by_length(batches: np.ndarray, lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The batches (steps, batch_size) with the rows of GROUP steps sorted by their lengths (n,) and split again, in
+    random order. Rows of similar length then share a batch, which has little padding (but the mean over its tokens
+    weighs those of short rows more)."""
+    grouped = batches.copy()
+    for start in range(0, len(batches), GROUP):
+        chosen = batches[start : start + GROUP]
+        sorted_rows = chosen.ravel()[np.argsort(lengths[chosen.ravel()], kind="stable")]
+        grouped[start : start + GROUP] = rng.permutation(sorted_rows.reshape(chosen.shape))
+    return grouped
 
 
 # --- copies -----------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ from model import (
     context_length,
     encode_rendered,
     first_line,
+    group_by_length,
     inert_texts,
     load_model,
     longest_input,
@@ -210,27 +212,34 @@ def _separates_pairs(tokenizer):
     return bool(tokenizer.sep_token) and added(pair=True) > added(pair=False)
 
 
-def classifier_logits(model: Model, tokenizer: Tokenizer, prompts: Sequence[str],
-                      responses: Sequence[str]) -> torch.Tensor:
-    """Logits (B, labels) of exchanges. judge_input in the model's config names its input: the "response", a "pair"
+Input = dict[str, list[int]]  # of a classifier: {"input_ids": tokens, "attention_mask", ...}, without padding
+
+
+def classifier_inputs(model: Model, tokenizer: Tokenizer, prompts: Sequence[str],
+                      responses: Sequence[str]) -> list[Input]:
+    """What a classifier reads of each exchange. judge_input in its config names it: the "response", a "pair"
     (`train_judge`) or, in its template, a "chat". An overlong exchange loses the beginning of its prompt; its response
     is cut only if it is too long by itself."""
     longest = longest_input(tokenizer, model.config)
-    padded = dict(padding=True, max_length=longest, return_tensors="pt")
     judge_input = getattr(model.config, "judge_input", "response")
     if judge_input == "chat":
         rows = encode_rendered(tokenizer, partial(rendered_chat, tokenizer), list(zip(prompts, responses)))
-        batch = tokenizer.pad({"input_ids": [ids[-longest:] for ids in rows]}, return_tensors="pt")
-        return model(**batch.to(model.device)).logits.float()
+        return [{"input_ids": ids[-longest:]} for ids in rows]
     responses = [r if r.strip() else tokenizer.pad_token for r in inert_texts(tokenizer, responses)]  # never empty
     if judge_input == "response":
-        batch = tokenizer(responses, truncation=True, **padded)
+        encoded = tokenizer(responses, truncation=True, max_length=longest)
     else:
         room = longest - tokenizer.num_special_tokens_to_add(True) - 8  # a few tokens for the prompt
         between = "" if _separates_pairs(tokenizer) else "\n\n"  # decoders add no separator
         responses = [between + first_tokens(tokenizer, r, room) for r in responses]
         tokenizer.truncation_side = "left"
-        batch = tokenizer(inert_texts(tokenizer, prompts), responses, truncation="only_first", **padded)
+        encoded = tokenizer(inert_texts(tokenizer, prompts), responses, truncation="only_first", max_length=longest)
+    return [dict(zip(encoded, row)) for row in zip(*encoded.values())]
+
+
+def classifier_logits(model: Model, tokenizer: Tokenizer, inputs: list[Input]) -> torch.Tensor:
+    """Logits (B, labels) of a batch."""
+    batch = tokenizer.pad(inputs, return_tensors="pt")
     return model(**batch.to(model.device)).logits.float()
 
 
@@ -292,9 +301,10 @@ def classifier_judge(model: Model, tokenizer: Tokenizer, unsafe_label: str | Non
                              f"pad_token other than {tokenizer.pad_token!r} in the tokenizer of a local copy")
 
     with torch.no_grad():
-        alone = classifier_logits(model, tokenizer, ["a"], ["a"])[0]
-        padded = ["a", "a b " * 9]
-        together = classifier_logits(model, tokenizer, padded, padded)[0]
+        texts = ["a", "a b " * 9]
+        inputs = classifier_inputs(model, tokenizer, texts, texts)
+        alone = classifier_logits(model, tokenizer, inputs[:1])[0]
+        together = classifier_logits(model, tokenizer, inputs)[0]
     if not torch.allclose(alone, together, atol=1e-3):
         raise ValueError(f"a judge must not be changed by padding; {type(model).__name__} is with the pad token "
                          f"{tokenizer.pad_token!r}: set another pad_token in its tokenizer, or take another judge")
@@ -303,7 +313,8 @@ def classifier_judge(model: Model, tokenizer: Tokenizer, unsafe_label: str | Non
     def judge(prompts, responses):
         p_safe = []
         for i in range(0, len(prompts), 128):
-            logits = classifier_logits(model, tokenizer, prompts[i:i + 128], responses[i:i + 128])
+            inputs = classifier_inputs(model, tokenizer, prompts[i:i + 128], responses[i:i + 128])
+            logits = classifier_logits(model, tokenizer, inputs)
             if how == "softmax":
                 p = 1 - logits.softmax(-1)[:, unsafe].sum(-1)
             elif how == "sigmoid":
@@ -489,20 +500,26 @@ def load_judge(spec: str, unsafe_label: str | None = None, known: Mapping[str, J
 
 
 # --- training a judge -------------------------------------------------------------------------------------------
-def judge_score(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
+def judge_score(judge: Judge, inputs: list[Input]) -> torch.Tensor:
     """logit(safe) - logit(unsafe), (B,), of a judge from `train_judge`."""
-    logits = classifier_logits(judge.model, judge.tokenizer, prompts, responses)
+    logits = classifier_logits(judge.model, judge.tokenizer, inputs)
     return logits[:, 1] - logits[:, 0]
 
 
-def _judge_loss(judge, batch):
-    """The mean loss over a batch of triples: see `train_judge`."""
-    prompts, first, second = zip(*batch)
-    if isinstance(second[0], str):  # preferences: -log P(chosen > rejected) (Bradley and Terry, 1952)
-        chosen, rejected = judge_score(judge, prompts + prompts, first + second).chunk(2)
+def _judge_inputs(judge, samples):
+    """The inputs of each triple: [that of its response], or [of the chosen response, of the rejected one]."""
+    prompts, first, second = zip(*samples)
+    columns = [first, second] if isinstance(second[0], str) else [first]
+    return list(zip(*(classifier_inputs(judge.model, judge.tokenizer, prompts, texts) for texts in columns)))
+
+
+def _judge_loss(judge, inputs, labels):
+    """The mean loss over a batch of `_judge_inputs`: see `train_judge`. labels: P(safe) of each, if not preferences."""
+    scores = judge_score(judge, list(chain.from_iterable(zip(*inputs))))
+    if len(scores) == 2 * len(inputs):  # preferences: -log P(chosen > rejected) (Bradley and Terry, 1952)
+        chosen, rejected = scores.chunk(2)
         return -F.logsigmoid(chosen - rejected).mean()
-    safe = torch.tensor(second, dtype=torch.float32, device=judge.model.device)
-    return F.binary_cross_entropy_with_logits(judge_score(judge, prompts, first), safe)
+    return F.binary_cross_entropy_with_logits(scores, torch.tensor(labels, dtype=torch.float32, device=scores.device))
 
 
 @dataclass
@@ -528,8 +545,9 @@ def train_judge(model: Model, tokenizer: Tokenizer, samples: list[tuple], settin
     model.config.problem_type = "single_label_classification"
     model.config.judge_input = "pair"
     judge = classifier_judge(model, tokenizer)
-    fused = settings.dtype != torch.float32  # faster; in fp32 other last bits than those of docs/results.md
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), fused=fused)
+    if settings.steps == 0:
+        return judge
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
     schedule = one_cycle(optimizer, settings.learning_rate, settings.steps)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     done = 0
@@ -543,13 +561,20 @@ def train_judge(model: Model, tokenizer: Tokenizer, samples: list[tuple], settin
         except Exception as error:
             raise ValueError(f"cannot go on from {settings.checkpoint}: {first_line(error)}; remove it to begin the "
                              "training again") from error
-    lengths = [sum(len(text) for text in sample if isinstance(text, str)) for sample in samples]  # characters
-    batches = sample_batches(lengths, settings.steps, settings.batch_size, settings.seed, settings.by_length)
+    rng = np.random.default_rng(settings.seed)
+    batches = sample_batches(len(samples), settings.steps, settings.batch_size, rng)
+    used = np.unique(batches).tolist()
+    inputs = dict(zip(used, _judge_inputs(judge, [samples[i] for i in used])))  # encoded once
+    if settings.by_length:
+        lengths = np.zeros(len(samples), dtype=int)  # tokens
+        lengths[used] = [max(len(row["input_ids"]) for row in inputs[i]) for i in used]
+        batches = group_by_length(batches, lengths, rng)
     bar = tqdm(range(done, settings.steps), desc="training the judge    ", dynamic_ncols=True, initial=done,
-               total=settings.steps, disable=settings.steps == 0)
+               total=settings.steps)
     for step in bar:
+        rows = batches[step].tolist()
         with torch.autocast(model.device.type, settings.dtype, enabled=settings.dtype != torch.float32):
-            loss = _judge_loss(judge, [samples[i] for i in batches[step]])
+            loss = _judge_loss(judge, [inputs[i] for i in rows], [samples[i][2] for i in rows])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

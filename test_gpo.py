@@ -95,7 +95,16 @@ from harness.world import (
     working_judge,
 )
 from kernel import linear_logprob, linear_logprob_reference
-from model import Policy, demonstrations, generate, load_policy, logprobs_and_values, sample_batches, save_policy
+from model import (
+    Policy,
+    demonstrations,
+    generate,
+    group_by_length,
+    load_policy,
+    logprobs_and_values,
+    sample_batches,
+    save_policy,
+)
 from reward import JudgeError, answered, call_judge, classifier_judge, decided, load_judge, rule_judge
 from toy import ToyGame, words
 
@@ -2097,7 +2106,8 @@ def test_an_overlong_pair_loses_the_beginning_of_its_prompt(response, n_prompt, 
     ids = tokenizer.encode(prompt)[-n_prompt:] + tokenizer.encode(response)[:n_response]
     types = torch.tensor([[0] * n_prompt + [1] * n_response])
     expected = classifier(torch.tensor([ids]), token_type_ids=types).logits
-    assert torch.allclose(reward.classifier_logits(classifier, tokenizer, [prompt], [response]), expected, atol=1e-5)
+    inputs = reward.classifier_inputs(classifier, tokenizer, [prompt], [response])
+    assert torch.allclose(reward.classifier_logits(classifier, tokenizer, inputs), expected, atol=1e-5)
 
 
 def test_calibration_by_hand():
@@ -2210,7 +2220,8 @@ def test_a_judge_whose_training_was_stopped_goes_on_to_the_same_weights(tmp_path
 
 def test_batches_by_length_take_every_sample_as_often_and_pad_less():
     lengths = np.random.default_rng(0).integers(2, 250, size=300)
-    mixed, sorted_ = (sample_batches(lengths, 70, 8, 0, by_length) for by_length in (False, True))  # 32 + 32 + 6 steps
+    mixed = sample_batches(300, 70, 8, np.random.default_rng(1))
+    sorted_ = group_by_length(mixed, lengths, np.random.default_rng(2))  # 32 + 32 + 6 steps
     assert mixed.shape == sorted_.shape == (70, 8)
     assert Counter(mixed.ravel()) == Counter(sorted_.ravel())
     padding = [(lengths[batches].max(1, keepdims=True) - lengths[batches]).sum() for batches in (mixed, sorted_)]
@@ -2222,7 +2233,10 @@ def test_batches_by_length_take_every_sample_as_often_and_pad_less():
 @pytest.mark.parametrize("by_length", [False, True])
 def test_supervised_training_takes_the_batches_that_it_is_asked_for(by_length, monkeypatch):
     pairs = [("a", "b " * n) for n in range(1, 21)]
-    batches = sample_batches(range(20), 3, 4, 7, by_length)  # the longer, the later: in tokens and in characters
+    rng = np.random.default_rng(7)
+    batches = sample_batches(20, 3, 4, rng)
+    if by_length:
+        batches = group_by_length(batches, np.arange(20), rng)  # the longer, the later
     expected = [[pairs[i][1] for i in rows] for rows in batches]
     forward = Mock(side_effect=gpo.logprobs_and_values)
     monkeypatch.setattr("gpo.logprobs_and_values", forward)
@@ -2233,8 +2247,9 @@ def test_supervised_training_takes_the_batches_that_it_is_asked_for(by_length, m
     monkeypatch.setattr("reward.classifier_logits", logits)
     triples = [(prompt, response, 1.0) for prompt, response in pairs]
     settings = reward.JudgeTraining(3, 4, 1e-3, 7, by_length=by_length)
-    reward.train_judge(tiny_classifier(tokenizer), tokenizer, triples, settings)
-    assert [list(call.args[3]) for call in logits.call_args_list[-3:]] == expected
+    judge = reward.train_judge(tiny_classifier(tokenizer), tokenizer, triples, settings)
+    inputs = reward.classifier_inputs(judge.model, tokenizer, *zip(*pairs))
+    assert [call.args[2] for call in logits.call_args_list[-3:]] == [[inputs[i] for i in rows] for rows in batches]
 
 
 def test_a_message_that_announces_a_reason_keeps_it_in_its_line():
@@ -5240,7 +5255,8 @@ def test_a_classifier_of_helpfulness_is_a_judge_of_it_by_its_labels(tmp_path, la
     judge = load_judge(str(tmp_path), flag="helpful_judge")
     classifier.config.judge_input = judge.model.config.judge_input
     with torch.no_grad():
-        logits = reward.classifier_logits(classifier.eval(), tokenizer, ["a b", "c"], ["yes", "no d"])
+        inputs = reward.classifier_inputs(classifier, tokenizer, ["a b", "c"], ["yes", "no d"])
+        logits = reward.classifier_logits(classifier.eval(), tokenizer, inputs)
     assert call_judge(judge, ["a b", "c"], ["yes", "no d"]) == pytest.approx(p_helpful(logits).numpy(), abs=1e-6)
 
 

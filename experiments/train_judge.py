@@ -16,7 +16,7 @@ from harness.config import devices
 from harness.data import as_a_program, check_labels, fail, is_test, read_json, read_rows, write_json
 from harness.report import calibration, markdown, show
 from model import best_dtype, check_body, check_tokenizer, first_line, load_tokenizer, save_tokenizer
-from reward import Judge, JudgeTraining, judge_score, train_judge
+from reward import Judge, JudgeTraining, classifier_inputs, judge_score, train_judge
 
 
 def _read_samples(path):
@@ -49,7 +49,8 @@ def measure_judge(judge: Judge, samples: list[tuple], seed: int = 0) -> tuple[np
 
     def scores(texts):  # (N,), in groups
         groups = [slice(i, i + 64) for i in range(0, len(texts), 64)]
-        return torch.cat([judge_score(judge, prompts[rows], texts[rows]) for rows in groups]).double().cpu()
+        inputs = classifier_inputs(judge.model, judge.tokenizer, prompts, texts)
+        return torch.cat([judge_score(judge, inputs[rows]) for rows in groups]).double().cpu()
 
     if not isinstance(second[0], str):
         return scores(first).sigmoid().numpy(), np.array(second)
