@@ -5133,9 +5133,21 @@ def test_a_step_without_a_verdict_on_an_attack_has_no_attack_success():
     exchanges.decided = ~np.isnan(exchanges.p_safe)
     game = types.SimpleNamespace(sampled_tokens=3, replay=train.ReplayBuffer())
     turn = train.Turn(0, "defender", True, False)
+    world = types.SimpleNamespace(toy=None)
     # the last rows are harmless requests: two, then one
-    assert train.game_metrics(game, turn, exchanges, {}, 2) == {"sampled_tokens": 3, "game/undecided": 2}
-    assert train.game_metrics(game, turn, exchanges, {}, 1)["game/attack_success"] == 0.75
+    assert train.game_metrics(world, game, turn, exchanges, {}, 2) == {"sampled_tokens": 3, "game/undecided": 2}
+    assert train.game_metrics(world, game, turn, exchanges, {}, 1)["game/attack_success"] == 0.75
+
+
+def test_the_metrics_of_a_step_count_its_different_attacks_and_in_the_toy_world_their_cells():
+    game = toy_game(0)
+    prompts = [game.prompt(cell) for cell in ((5, 0, 1, 2), (5, 1, 1, 3), (5, 1, 1, 3), (6, 0, 1, 2))] + ["a", "b"]
+    exchanges = types.SimpleNamespace(p_safe=np.ones(6), prompts=prompts, decided=np.ones(6, dtype=bool))
+    state = types.SimpleNamespace(sampled_tokens=3, replay=train.ReplayBuffer())
+    turn = train.Turn(0, "attacker", True, False)
+    found = train.game_metrics(types.SimpleNamespace(toy=game), state, turn, exchanges, {}, 0)
+    assert found["diversity/different"] == 5 / 6
+    assert found["diversity/cells"] == 2 / 6  # (topic, framing): another paraphrase or suffix is none, nor is no topic
 
 
 def test_a_round_without_a_verdict_has_a_line_in_the_report():

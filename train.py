@@ -97,7 +97,7 @@ def train(config: Config, world: World, game: "Game", folder: RunFolder) -> None
         metrics = ppo_update(mover, rollout, scores, new_seed(rng), extra)  # Eq. (3.3)
         metrics |= {"time/rollout": played - clock - exchanges.judge_seconds, "time/score": exchanges.judge_seconds,
                     "time/update": time.time() - played}
-        metrics |= game_metrics(game, turn, exchanges, similarity, n_harmless)
+        metrics |= game_metrics(world, game, turn, exchanges, similarity, n_harmless)
         if turn.ends_round:
             game.add_to_averages()  # Theorem 3.2
             metrics |= round_metrics(world)
@@ -410,7 +410,7 @@ def extra_losses(config: Config, world: World, game: Game, rng: np.random.Genera
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------
-def game_metrics(game: Game, turn: Turn, exchanges: Exchanges, similarity: dict[str, np.ndarray],
+def game_metrics(world: World, game: Game, turn: Turn, exchanges: Exchanges, similarity: dict[str, np.ndarray],
                  n_harmless: int) -> dict[str, float]:
     """Metrics of a step's exchanges, whichever player moves. similarity: {term: (B,)}, to earlier attacks. The last
     n_harmless rows are harmless requests."""
@@ -423,7 +423,10 @@ def game_metrics(game: Game, turn: Turn, exchanges: Exchanges, similarity: dict[
     if game.replay.likelihood:
         metrics["game/unsafe_likelihood"] = float(np.mean(game.replay.likelihood))
     if turn.player == "attacker":
-        metrics["diversity/different"] = len(set(exchanges.prompts)) / len(exchanges.prompts)
+        metrics["diversity/different"] = len(set(exchanges.prompts)) / n
+        if world.toy:
+            cells = {world.toy.cell_of(prompt) for prompt in exchanges.prompts} - {None}
+            metrics["diversity/cells"] = len(cells) / n
     for name, term in (("self_bleu", "bleu"), ("cosine", "embedding")):
         if term in similarity and np.isfinite(similarity[term]).all():
             metrics[f"diversity/{name}"] = float(similarity[term].mean())

@@ -242,6 +242,8 @@ def draw_curves(folder: Path, log: list[dict], before: dict) -> None:
         plot(success, since_the_start("over_refusal"), "--", "grey", "over-refusal")
     plot(alike, since_the_start("self_bleu"), "o-", ATTACKER, "SelfBLEU")
     plot(alike, since_the_start("cosine"), "o--", ATTACKER, "cosine of embeddings")
+    if any("diversity/cells" in m for m in log):
+        plot(alike, per_round("attacker", "diversity/cells"), "-.", "grey", "distinct cells in training")
     for player, style, color in (("attacker", "o-", ATTACKER), ("defender", "o--", DEFENDER)):
         plot(reward, per_round(player, f"{player}/objective/scores"), style, color, player)
         plot(kl, per_round(player, f"{player}/objective/kl"), style, color, player)
