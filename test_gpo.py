@@ -3483,6 +3483,12 @@ def gguf_model(tmp_path_factory):
     return file, lm, tokenizer
 
 
+def test_a_gguf_file_without_its_package_is_refused_in_a_line_that_names_it(gguf_model, monkeypatch):
+    monkeypatch.setattr("transformers.modeling_gguf_pytorch_utils.is_gguf_available", lambda: False)
+    with pytest.raises(ValueError, match="cannot load '.*tiny.gguf'.* install .*gguf>=[0-9.]+ to load a GGUF"):
+        load_policy(gguf_model[0])
+
+
 def test_a_gguf_file_is_a_policy_that_is_saved_as_an_ordinary_folder(gguf_model, tmp_path):
     file, lm, tokenizer = gguf_model
     policy = load_policy(file)
