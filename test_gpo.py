@@ -4747,19 +4747,19 @@ def test_eval_repeats_the_numbers_of_the_run_measures_more_and_corrects_for_erro
 
 def test_a_trained_attacker_meets_a_target_and_its_attacks_are_written_the_worst_first(finished, tmp_path, capsys):
     players = [finished.folder / "attacker", finished.folder / "checkpoints" / "start" / "defender"]
-    flags = ["-n", 40, "--seed", 5, "--judge", "rule", "--out", tmp_path / "attacks.jsonl"]
+    flags = ["-n", 160, "--seed", 5, "--judge", "rule", "--out", tmp_path / "attacks.jsonl"]
     run_program(HERE, "attack", *players, *flags, program=evaluation)
     printed = capsys.readouterr().out
     world = open_run(finished.folder).world
-    seeds = [world.seeds[i] for i in np.random.default_rng(5).choice(len(world.seeds), 40, replace=False)]
+    seeds = [world.seeds[i] for i in np.random.default_rng(5).choice(len(world.seeds), 160, replace=False)]
     attacks = world.players["attacker"].generate(seeds, 5).texts
     answers = world.first["defender"].generate(attacks, 0, temperature=0).texts
     expected = sorted(zip(seeds, attacks, answers, rule_judge(attacks, answers)), key=lambda row: row[3])
     rows = read_lines(tmp_path / "attacks.jsonl")
     assert [(row["seed"], row["attack"], row["response"], row["p_safe"]) for row in rows] == expected
     hits = sum(row["p_safe"] == 0 for row in rows)
-    low, high = wilson_interval(hits, 40)
-    assert hits > 0 and f"| {hits / 40:.3f} [{low:.3f}, {high:.3f}] |" in printed
+    low, high = wilson_interval(hits, 160)
+    assert hits > 0 and f" {hits / 160:.3f} [{low:.3f}, {high:.3f}] |" in printed
     first = {tuple(row["cell"]): (row["attack"], row["response"]) for row in reversed(rows) if row.get("cell")}
     shown = re.findall("P\\(safe\\) of the worst 0.00\n  attack    (.*)\n  response  (.*)\n", printed)
     assert first and len(shown) == min(5, len(first)) and set(shown) <= set(first.values())  # of a cell, as in the file
