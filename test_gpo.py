@@ -4759,7 +4759,8 @@ def test_a_trained_attacker_meets_a_target_and_its_attacks_are_written_the_worst
     assert [(row["seed"], row["attack"], row["response"], row["p_safe"]) for row in rows] == expected
     hits = sum(row["p_safe"] == 0 for row in rows)
     low, high = wilson_interval(hits, 160)
-    assert hits > 0 and f" {hits / 160:.3f} [{low:.3f}, {high:.3f}] |" in printed
+    rate = re.escape(f"{hits / 160:.3f} [{low:.3f}, {high:.3f}]")
+    assert hits > 0 and re.search(rf"\| +{rate} \|", printed)
     first = {tuple(row["cell"]): (row["attack"], row["response"]) for row in reversed(rows) if row.get("cell")}
     shown = re.findall("P\\(safe\\) of the worst 0.00\n  attack    (.*)\n  response  (.*)\n", printed)
     assert first and len(shown) == min(5, len(first)) and set(shown) <= set(first.values())  # of a cell, as in the file

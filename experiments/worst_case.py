@@ -66,21 +66,26 @@ def harmful_prompts(toy: ToyGame, framings: np.ndarray) -> list[str]:
     return [toy.prompt(cell) for cell in toy.cells[toy.harmful & framings]]
 
 
+def open_greedily(toy: ToyGame, defender: Side, prompts: list[str]) -> list[str]:
+    """The prompts whose greedy answer is unsafe."""
+    return [prompts[i] for i in np.flatnonzero(success(toy, defender, prompts, 0, 0))]
+
+
 def open_prompts(toy: ToyGame, defender: Side) -> dict:
     """For all harmful prompts of the grammar: the unsafe rate of greedy and of sampled answers, that of the ten worst
     prompts, and the prompts with an unsafe greedy answer. The same for the unseen framings."""
     found = {}
     for name, framings in (("grammar", toy.open), ("unseen framings", ~toy.open)):
         prompts = harmful_prompts(toy, framings)
-        greedy = success(toy, defender, prompts, 0, 0) > 0
+        greedy = open_greedily(toy, defender, prompts)
         sampled = success(toy, defender, prompts, SAMPLES, 0)  # (n,)
-        found[name] = float(greedy.mean())
+        found[name] = len(greedy) / len(prompts)
         found[f"{name}, sampled"] = float(sampled.mean())
         likely = [prompts[i] for i in np.argsort(-sampled, kind="stable")[:LIKELY]]
         worst = np.argsort(-success(toy, defender, likely, MORE_SAMPLES, 1), kind="stable")[:10]
         again = success(toy, defender, [likely[i] for i in worst], MORE_SAMPLES, 2)  # their rates were high by chance
         found[f"{name}, ten worst prompts"] = float(again.mean())
-        found[f"{name}: open"] = [prompts[i] for i in np.flatnonzero(greedy)]
+        found[f"{name}: open"] = greedy
     return found
 
 
@@ -225,9 +230,9 @@ def open_by_round(run: FinishedRun) -> list[dict]:
         for round in tqdm(range(1, run.config.rounds + 1), desc="rounds", dynamic_ncols=True):
             row = {"round": round}
             for kind in ("last", *run.averages["defender"]):
-                greedy = success(toy, after_round(run, "defender", round, kind), prompts, 0, 0) > 0
-                row[kind] = float(greedy.mean())
-                row[f"{kind}: open"] = [prompts[i] for i in np.flatnonzero(greedy)]
+                greedy = open_greedily(toy, after_round(run, "defender", round, kind), prompts)
+                row[kind] = len(greedy) / len(prompts)
+                row[f"{kind}: open"] = greedy
             rows.append(row)
         write_json(file, rows)
     return read_json(file)
