@@ -5032,6 +5032,17 @@ def test_the_worst_case_of_a_run_is_measured_once_and_shown(finished, monkeypatc
         assert expected in refusal(capsys, HERE, finished.folder, *arguments, program=worst_case)
 
 
+def test_only_runs_that_are_named_alike_but_for_the_seed_share_a_column():
+    found = []
+    for folder, seed, rate in (("results/SFT_s1", 1, 0.75), ("results/RLHF_s1", 1, 0.25), ("results/RLHF_s12", 12, 0.5),
+                               ("runs/default_12", 12, 0.0)):
+        run = types.SimpleNamespace(path=Path(folder), config=types.SimpleNamespace(seed=seed))
+        found.append((run, {"final": {"archive": rate, "grammar: open": ["a prompt"]}}))
+    head, _, *rows = [list(map(str.strip, line.split("|")[1:-1])) for line in worst_case.table(found).splitlines()]
+    assert head[1:] == ["SFT: final", "RLHF: final", "default: final"]
+    assert rows == [["archive", "0.750; 0.750", "0.375 ± 0.125; 0.500", "0.000; 0.000"]]
+
+
 def test_two_processes_measure_two_kinds_of_defender_of_one_run(finished, tmp_path, monkeypatch):
     run = open_run(shutil.copytree(finished.folder, tmp_path / "run"))
     file = run.path / "worst_case.json"

@@ -2,7 +2,9 @@
 (after "The Attacker Moves Second", arXiv 2510.09023). In training a defender has met its opponent; it has unlearned the
 initial defender's unsafe answers to the untrained attacker, and learned its helpful ones to harmless requests.
 
-    python -m experiments.worst_case RUN [RUN ...]           RUN/worst_case.json of each, and one table over all runs
+    python -m experiments.worst_case RUN [RUN ...]           RUN/worst_case.json of each, and one table, family by
+                                                             defender; runs named alike but for the seed (SFT_s0,
+                                                             SFT_s1) share a column
     python -m experiments.worst_case RUN [RUN ...] --rounds  the grammar alone, after every round: RUN/open.json
     python -m experiments.worst_case RUN --kinds mixture     one kind of defender; other processes may measure others
 
@@ -19,7 +21,6 @@ one is undone; the fraction of such edits is reported.
 
 import argparse
 from collections.abc import Sequence
-from itertools import chain
 
 import numpy as np
 from tqdm import tqdm
@@ -238,16 +239,21 @@ def open_by_round(run: FinishedRun) -> list[dict]:
     return read_json(file)
 
 
-def table(found: list[dict[str, dict]]) -> str:
-    """markdown: mean ± standard error over runs, and the largest; a column for each kind of defender."""
-    kinds = list(dict.fromkeys(chain.from_iterable(found)))  # in the order of the runs
-    first = next(iter(found[0].values()))
+def table(found: Sequence[tuple[FinishedRun, dict[str, dict]]]) -> str:
+    """markdown: mean ± standard error over seeds, and the largest; a row for each measure, a column for each defender.
+    found: runs, and {kind of defender: {measure: value}} of each."""
+    columns = {}  # {defender: its measures in each run}
+    for run, kinds in found:
+        seed = str(run.config.seed)
+        name = run.path.name.removesuffix(f"_s{seed}").removesuffix(f"_{seed}")
+        for kind, measures in kinds.items():
+            columns.setdefault(f"{name}: {kind}", []).append(measures)
     lines = []
-    for key, value in first.items():
+    for key, value in next(iter(columns.values()))[0].items():
         if not isinstance(value, list):
-            columns = [[run[kind][key] for run in found if kind in run] for kind in kinds]
-            lines.append([key, *(f"{mean_and_error(values)}; {max(values):.3f}" for values in columns)])
-    return markdown(["mean ± error; largest", *kinds], lines)
+            values = [[measures[key] for measures in column] for column in columns.values()]
+            lines.append([key, *(f"{mean_and_error(column)}; {max(column):.3f}" for column in values)])
+    return markdown(["mean ± error; largest", *columns], lines)
 
 
 def worst_case(args: argparse.Namespace) -> None:
@@ -268,7 +274,7 @@ def worst_case(args: argparse.Namespace) -> None:
             lines = [[row["round"], *(f"{row[kind]:.4f}" for kind in kinds)] for row in open_by_round(run)]
             print(f"{run.path}\n\n{markdown(['round', *kinds], lines)}\n")
         return
-    found = [measure(run, args.kinds) for run in tqdm(runs, desc="runs", dynamic_ncols=True)]
+    found = [(run, measure(run, args.kinds)) for run in tqdm(runs, desc="runs", dynamic_ncols=True)]
     print(table(found))
 
 
