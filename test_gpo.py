@@ -5412,6 +5412,39 @@ def test_scores_of_two_seeds_become_means_with_errors_and_paired_tests(tmp_path,
     assert (tmp_path / "trade_off.png").stat().st_size > 10_000
 
 
+def test_rates_in_a_file_become_tests_and_a_figure_of_the_seeds_that_have_all_policies(tmp_path, monkeypatch, capsys):
+    def row(seed, method, policy, unsafe, refused):
+        return {"seed": seed, "method": method, "policy": policy, "refused/harmless": refused,
+                "refused/look-alikes": refused, "held_out_judge/AdvBench": unsafe - 0.1,
+                "held_out_judge/other kinds": unsafe + 0.1, "complies, readers/AdvBench": unsafe / 2 + 0.1,
+                "complies, readers/other kinds": unsafe / 2 - 0.1}
+
+    rows = [{"seed": 1, "method": "GPO+Div, fresh attacker", "policy": None, "success": 0.4}]
+    for seed, methods in ((1, {"GPO+Div": 0.4, "RLHF": 0.6}), (2, {"GPO+Div": 0.2, "RLHF": 0.6}), (3, {"GPO+Div": 0})):
+        rows.append(row(seed, "start", "before", 0.8, 0))
+        for method, unsafe in methods.items():
+            rows += [row(seed, method, policy, unsafe, seed / 10)
+                     for policy in ("last", "mean of weights", "0.5 of the way")]
+    file = tmp_path / "rates.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures = []
+    monkeypatch.setattr(real_scores, "save_figure", lambda canvas, file: figures.append(canvas))
+    real_scores.main([str(file)])
+    printed = capsys.readouterr().out
+    assert re.search(r"complies, readers/AdvBench +\| +0.500 ± 0.000 ", printed)
+    # by readers, over both sets: .3 - .2 and .3 - .1 on the two pairs; before less GPO+Div .2, .3 and .4
+    assert re.search(r"by readers: RLHF above GPO\+Div +\| +2 \| 0.150 ± 0.050 ", printed)
+    assert re.search(r"by readers: before above GPO\+Div +\| +3 \| 0.300 ± 0.058 ", printed)
+    (axis,) = figures[0].axes
+    gpo_div, rlhf = [line.get_xydata() for line in axis.lines if line.get_label() in ("GPO+Div", "RLHF")]
+    assert gpo_div == pytest.approx(np.array([[0, 0.8], [0.15, 0.3], [0.15, 0.3]]))  # without seed 3
+    assert rlhf == pytest.approx(np.array([[0, 0.8], [0.15, 0.6], [0.15, 0.6]]))
+    for line, expected in (({"seed": 1}, "must have seed, method and policy, got {'seed': 1}"),
+                           (rows[2], "must have a row with the policy before")):
+        file.write_text(json.dumps(line) + "\n")
+        assert expected in refusal(capsys, HERE, file, program=real_scores)
+
+
 def test_a_prompt_is_of_the_kind_whose_questions_it_resembles():
     kinds = {real_models.KINDS[0]: ["steal a car", "steal a bag"], "other": ["bake a cake", "bake bread"]}
     beavertails = []

@@ -2,7 +2,9 @@
 
     python -m experiments.real_scores OUT SEED METHOD       OUT/seed_SEED/METHOD/scores.json: the run's defenders
     python -m experiments.real_scores OUT SEED attackers    OUT/seed_SEED/attackers.json: the attackers of all methods
-    python -m experiments.real_scores OUT                   the tables and the figure of all scores so far
+    python -m experiments.real_scores OUT                   the tables and the figure of all scores so far; OUT may be
+                                                            a file with a row of rates for each seed and policy, as
+                                                            docs/real_models.jsonl, which also has rates by readers
 
 A score names its measure and its test set: unsafe by either judge, refused (by a list of phrases), `answered` (neither
 refused nor empty nor repetitive). Most values are lists with a 0 or 1 for each prompt.
@@ -18,9 +20,9 @@ import numpy as np
 from diversity import load_embedder, set_similarity
 from eval import DEVICE, leaders, run_program
 from gpo import log_likelihoods, sample
-from harness.data import as_a_program, fail, read_json, write_json
+from harness.data import as_a_program, fail, read_json, read_lines, write_json
 from harness.options import PAPER_TEMPLATE
-from harness.report import LOOKS, figure, markdown, mean_and_error, paired_test, save_figure
+from harness.report import LOOKS, figure, markdown, mean_and_error, paired_test, save_figure, standard_error
 from model import Policy, Rollout, best_dtype, generate, load_policy
 from reward import Judge, answered, call_judge, load_judge, refusals
 
@@ -36,6 +38,7 @@ ATTACKER = {  # key of an attacker's scores -> heading; 0, 1 and 2 are third par
     "distinct successes": "distinct successes", "log-likelihood": "log-likelihood", "self_bleu": "SelfBLEU",
     "cosine": "cosine"}
 OTHER_KINDS = "held_out_judge/other kinds"
+READERS = "complies, readers"  # over the test sets of harmful questions
 CLAIMS = [  # (claim, key of the scores, the larger row, the smaller row)
     ("kinds that the fixed prompts miss: GPO+Div, mean of weights, below RLHF, last", OTHER_KINDS, "RLHF, last",
      "GPO+Div, mean of weights"),
@@ -46,7 +49,12 @@ CLAIMS = [  # (claim, key of the scores, the larger row, the smaller row)
     ("attack success, other kinds: GPO+Div, last above its mean of weights", OTHER_KINDS, "GPO+Div, last",
      "GPO+Div, mean of weights"),
     ("success of a fresh attacker: against RLHF's defender above GPO+Div's", 0,
-     "fresh, against RLHF's mean of weights", "fresh, against GPO+Div's mean of weights")]
+     "fresh, against RLHF's mean of weights", "fresh, against GPO+Div's mean of weights"),
+    ("begins to comply, by readers: before above GPO+Div", READERS, "before", "GPO+Div, last"),
+    ("begins to comply, by readers: before above RLHF", READERS, "before", "RLHF, last"),
+    ("begins to comply, by readers: RLHF above GPO+Div", READERS, "RLHF, last", "GPO+Div, last"),
+    ("kinds that the fixed prompts miss, by readers: RLHF above GPO+Div", f"{READERS}/other kinds", "RLHF, last",
+     "GPO+Div, last")]
 
 
 def load(folder: Path) -> Policy:
@@ -173,15 +181,29 @@ def score_attackers(out: Path, seed: int) -> None:
 Rows = dict[str, dict[str, dict]]  # {"before", "method, policy" or, of an attacker, its method: {seed: scores}}
 
 
+def defender_scores(out: Path) -> Iterator[tuple[str, str, str, dict]]:
+    """Yields (seed, method, policy, scores) of every defender in a folder or file."""
+    if out.is_file():
+        for row in read_lines(out):
+            if not isinstance(row, dict) or not {"seed", "method", "policy"} <= set(row):
+                raise ValueError(f"a row of {out} must have seed, method and policy, got {str(row)[:80]}")
+            seed, method, policy = (str(row.pop(name)) for name in ("seed", "method", "policy"))
+            if not method.endswith("attacker"):
+                yield seed, method, policy, row
+        return
+    for file in sorted(out.glob("seed_*/*/scores.json")):
+        for policy, scores in read_json(file).items():
+            yield file.parent.parent.name, file.parent.name, policy, scores
+
+
 def defender_rows(out: Path) -> Rows:
     """The rows of all scored defenders; those of last policies also have the hypervolume of the way there."""
     rows = {}
-    for file in sorted(out.glob("seed_*/*/scores.json")):
-        for policy, scores in read_json(file).items():
-            name = policy if policy == "before" else f"{file.parent.name}, {policy}"
-            rows.setdefault(name, {})[file.parent.parent.name] = scores
+    for seed, method, policy, scores in defender_scores(out):
+        name = policy if policy == "before" else f"{method}, {policy}"
+        rows.setdefault(name, {})[seed] = scores
     for method in scored_methods(rows):
-        way = [rows[name] for name in way_of(method)]
+        way = [rows.get(name, {}) for name in way_of(method)]
         for seed in set.intersection(*map(set, way)):
             way[-1][seed]["hypervolume"] = hypervolume([point(row[seed]) for row in way])
     return rows
@@ -227,8 +249,13 @@ def attacker_rows(out: Path) -> Rows:
 
 
 def per_seed(rows: Rows, name: str, key: str | int) -> dict[str, float]:
-    """{seed: mean of a row's scores under a key}, of the seeds that have it."""
-    return {seed: float(np.mean(scores[key])) for seed, scores in rows.get(name, {}).items() if key in scores}
+    """{seed: mean of a row's scores under a key, or of a measure over its test sets}, of the seeds that have it."""
+    found = {}
+    for seed, scores in rows.get(name, {}).items():
+        means = [np.mean(value) for other, value in scores.items() if other == key or f"{other}".startswith(f"{key}/")]
+        if means:
+            found[seed] = float(np.mean(means))
+    return found
 
 
 def cells(rows: Rows, name: str, keys: Iterable[str | int]) -> list[str]:
@@ -239,7 +266,7 @@ def cells(rows: Rows, name: str, keys: Iterable[str | int]) -> list[str]:
 def defender_table(rows: Rows) -> str:
     """markdown: a column for each defender except those on the way, with the number of its seeds."""
     names = [name for name in rows if not name.endswith("of the way")]
-    keys = list(next(iter(rows["before"].values())))
+    keys = dict.fromkeys(chain(*rows["before"].values()))  # of all seeds
     columns = [cells(rows, name, keys) for name in names]
     return markdown(["", *(f"{name} ({len(rows[name])})" for name in names)], list(zip(keys, *columns)))
 
@@ -258,21 +285,34 @@ def verdicts(rows: Rows) -> str:
 
 
 def draw(rows: Rows, file: Path) -> None:
-    """The trade-off: each method's way from the start to its last policy, and the mean of its weights, over seeds."""
+    """The trade-off: each method's way from the start to its last policy, and the mean of its weights: mean ± standard
+    error over the seeds that have all of them."""
+    policies = {method: [*way_of(method), f"{method}, mean of weights"] for method in scored_methods(rows)}
+    seeds = set.intersection(*(set(rows.get(name, {})) for name in chain(*policies.values())))
+    if not seeds:
+        print(f"no figure: no seed has a score of each of {', '.join(policies)}")
+        return
     canvas, (axis,) = figure(1, 4.8, 3.6)
-    for method, look in zip(scored_methods(rows), LOOKS):
-        way = np.array([np.mean([point(scores) for scores in rows[name].values()], 0) for name in way_of(method)])
-        axis.plot(*way.T, label=method, lw=1.2, ms=4, **look)
-        mean = np.mean([point(scores) for scores in rows[f"{method}, mean of weights"].values()], 0)
+    for (method, names), look in zip(policies.items(), LOOKS):
+        points = np.array([[point(rows[name][seed]) for seed in seeds] for name in names])  # (policies, seeds, 2)
+        *way, mean = points.mean(1)
+        axis.plot(*np.transpose(way), label=method, lw=1.2, ms=4, **look)
         axis.plot(*mean, ms=11, mfc="none", **{**look, "ls": ""})
+        if len(seeds) > 1:
+            x_error, y_error = standard_error(points.swapaxes(0, 1)).T
+            axis.errorbar(*points.mean(1).T, y_error, x_error, fmt="none", ecolor=look["color"], lw=0.7, capsize=2)
     axis.set(xlabel="harmless requests refused", ylabel="attack success, held-out judge")
-    axis.legend(frameon=False, fontsize=8, title="start to last; ring: mean of weights", title_fontsize=8)
+    title = f"start to last, mean over {len(seeds)} seed{'s' * (len(seeds) > 1)}; open mark: mean of weights"
+    axis.legend(frameon=False, fontsize=8, title=title, title_fontsize=8)
     save_figure(canvas, file)
+    print(f"written to {file}")
 
 
 def show(out: Path) -> None:
-    """Write and print tables.md, and draw trade_off.png, from all scores so far."""
+    """Write and print tables.md, and draw trade_off.png, from all scores so far; those of a file beside it."""
     rows = defender_rows(out)
+    if "before" not in rows:
+        raise ValueError(f"{out} must have a row with the policy before, to which the others are compared")
     attackers = attacker_rows(out)
     volumes = [[method, *cells(rows, f"{method}, last", ["hypervolume"])] for method in scored_methods(rows)]
     tables = [defender_table(rows), markdown(["trade-off", "hypervolume"], volumes)]
@@ -282,16 +322,16 @@ def show(out: Path) -> None:
     if len(rows["before"]) > 1:  # a paired test needs two seeds
         tables.append(verdicts(rows | attackers))
     text = "\n\n".join(tables)
-    (out / "tables.md").write_text(text + "\n", encoding="utf-8")
-    print("\n" + text)
-    draw(rows, out / "trade_off.png")
-    print(f"\nwritten to {out}/tables.md and {out}/trade_off.png")
+    folder = out.parent if out.is_file() else out
+    (folder / "tables.md").write_text(text + "\n", encoding="utf-8")
+    print(f"\n{text}\n\nwritten to {folder}/tables.md")
+    draw(rows, folder / "trade_off.png")
 
 
 def real_scores(args: argparse.Namespace) -> None:
     """Score a run or the attackers, or show what is scored. Raises ValueError if there is nothing to score or show."""
     if args.seed is None:
-        if not any(args.out.glob("seed_*/start/scores.json")):
+        if not args.out.is_file() and not any(args.out.glob("seed_*/start/scores.json")):
             raise ValueError(f"needs the folder of an experiment in which a run is scored, got {args.out}")
         show(args.out)
         return
