@@ -4965,6 +4965,12 @@ def test_the_token_search_accepts_what_opens_the_defender(monkeypatch):
     assert found["token search"] == found["token search, broken"] > 1 - (1 - 1 / 30) ** 5
 
 
+def test_the_token_search_edits_every_place_of_a_prompt_its_end_included():
+    rng = np.random.default_rng(0)
+    edits = {worst_case.edit("a b", ["x"], rng) for _ in range(200)}
+    assert edits == {"x a b", "a x b", "a b x", "a", "b", "x b", "a x"}  # inserted, removed, replaced
+
+
 def test_best_of_n_counts_the_tries_of_each_seed_at_each_temperature(monkeypatch):
     monkeypatch.setattr(worst_case, "TRIES", 4)
     monkeypatch.setattr(worst_case, "HITS", (1, 2))

@@ -171,13 +171,13 @@ def token_search(toy: ToyGame, defender: Side, seeds: list[str], seed: int) -> d
 
 
 def edit(prompt: str, vocabulary: list[str], rng: np.random.Generator) -> str:
-    """The prompt with a random token inserted before one of its own, removed or replaced."""
+    """The prompt with a random token inserted, removed or replaced."""
     tokens = prompt.split()
     at = rng.integers(len(tokens))
     kind = rng.integers(3)
     token = vocabulary[rng.integers(len(vocabulary))]
     if kind == 0:
-        tokens.insert(at, token)
+        tokens.insert(rng.integers(len(tokens) + 1), token)
     elif kind == 1 and len(tokens) > 1:
         del tokens[at]
     else:
