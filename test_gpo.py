@@ -3106,6 +3106,19 @@ def prompt_split(harmful, benign, **options):
     return split_prompts(resolve(Config(**options)), files, {"attacker": player, "defender": player})
 
 
+@pytest.mark.parametrize("safe", [True, False])
+def test_the_label_of_an_empty_response_says_nothing_of_its_prompt_beside_rows_with_responses(safe, tmp_path):
+    lines = ["prompt,response,is_safe", *(f"how to {i},answer {i},{i % 2}" for i in range(10)), "how to a,,1",
+             "how to b,,0"]
+    (tmp_path / "a.csv").write_text("\n".join(lines))  # as BeaverTails: labels are of responses
+    rows = read_rows(tmp_path / "a.csv", first_turn=True)
+    assert len(data.of_kind("a.csv", rows, "prompt", safe)[1]) == 12
+    merged = [{"prompt": "how to a", "response": "answer", "is_safe": 1}, {"prompt": "how to b", "label": "unsafe"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, merged)))  # the second row has no such column
+    rows = read_rows(tmp_path / "a.jsonl")
+    assert rows[1]["prompt_safe"] == 0 and "prompt_safe" not in rows[0]
+
+
 @pytest.mark.parametrize("header, safe, unsafe", [
     ("prompt,label", "safe", "unsafe"), ("prompt,prompt_harm_label", "unharmful", "harmful"),
     ("prompt,prompt_label,response,response_label", "safe,no,unsafe", "unsafe,no,safe"),

@@ -507,9 +507,9 @@ def _fields(row):
     return fields
 
 
-def _parse_row(row, first_turn):
-    """A row as {"prompt", ...} of stripped texts, and its label. Raises ValueError."""
-    fields = _fields(row)
+def _parse_row(fields, first_turn, has_responses):
+    """A row as {"prompt", ...} of stripped texts, and its label. has_responses: whether any row of the file has one,
+    so that the label beside an empty one is not of the prompt. Raises ValueError."""
     texts = _texts(fields, first_turn)
     for text in texts.values():
         if text.encode(errors="ignore").decode() != text:  # no file can hold it
@@ -517,7 +517,8 @@ def _parse_row(row, first_turn):
     label = _label(fields, LABELS)
     of_prompt = _label(fields, PROMPT_LABELS)
     is_alone = set(texts) == {"prompt"} and not _responses(fields)
-    if is_alone or OF_EITHER.match(str(label.get("label"))):
+    is_empty = has_responses and any(map(RESPONSE_LIKE.search, fields))
+    if is_alone and not is_empty or OF_EITHER.match(str(label.get("label"))):
         of_prompt = of_prompt or label
     return {**texts, **label, **{f"prompt_{key}": value for key, value in of_prompt.items()}}
 
@@ -589,6 +590,17 @@ def _numbered_rows(path):
                      "pandas.read_parquet(FILE).to_json('rows.json', orient='records')")
 
 
+def _each(parse, path, numbered):
+    """[(n, parse(row))] of [(n, row)]. Raises ValueError with file and line."""
+    parsed = []
+    for n, row in numbered:
+        try:
+            parsed.append((n, parse(row)))
+        except Exception as error:
+            raise ValueError(f"{path}, row {n}: {error}") from error
+    return parsed
+
+
 def read_rows(path: str | Path, first_turn: bool = False) -> list[dict]:
     """Rows of a .jsonl, .json, .csv, .tsv or .txt file (each also .gz) as dicts of stripped texts: "prompt" and, if
     present, "response" or "chosen" and "rejected"; and "safe", P(safe), or an ambiguous "label", of the prompt
@@ -605,12 +617,9 @@ def read_rows(path: str | Path, first_turn: bool = False) -> list[dict]:
     except Exception as error:  # a damaged archive, bytes that are not text, ...
         remedy = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
         raise ValueError(f"cannot read {path}: {first_line(error)}{remedy}") from error
-    rows = []
-    for n, row in numbered:
-        try:
-            rows.append(_parse_row(row, first_turn))
-        except Exception as error:
-            raise ValueError(f"{path}, row {n}: {error}") from error
+    fields = _each(_fields, path, numbered)
+    has_responses = any(_responses(row) for _, row in fields)
+    rows = [row for _, row in _each(lambda row: _parse_row(row, first_turn, has_responses), path, fields)]
     if not rows:
         raise ValueError(f"{path} must hold at least one row, got none")
     prompts = [row["prompt"] for row in rows if row["prompt"]]
