@@ -734,6 +734,7 @@ def load_model(kind: type, name: str | Path, trust_remote_code: bool = False,
     check_layers(model, info)
     tokenizer = load_tokenizer(source, **options)
     if str(name).endswith(".gguf"):
+        check_gguf(model, name)
         tokenizer.add_tokens(_gguf_control_tokens(name), special_tokens=True)
     check_tokenizer(model, tokenizer)
     return model, tokenizer
@@ -744,6 +745,24 @@ def _is_quantized(name):
     unpacks them where it loads them, and what it saves later is garbage."""
     config, _ = PretrainedConfig.get_config_dict(name)
     return any(part.get("quantization_config") for part in (config, config.get("text_config") or {}))
+
+
+def check_gguf(model: PreTrainedModel, file: str | Path) -> None:
+    """Raises ValueError if a .gguf file holds what transformers drops without a word: the scaling of rotary positions,
+    or weights for which the model has no place."""
+    from gguf import GGUFReader
+    reader = GGUFReader(file)
+    scalings = [field.contents() for name, field in reader.fields.items() if name.endswith(".rope.scaling.type")]
+    sizes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
+    factors = [name for name in sizes if name.startswith("rope_")]
+    if factors or scalings not in ([], ["none"]):
+        raise ValueError(f"its rotary positions are scaled ({(factors or scalings)[0]}), which transformers drops from "
+                         "a .gguf file; take the folder of the model it was made from")
+    loaded = {weight.data_ptr(): weight.numel() for weight in model.state_dict().values()}  # tied ones count once
+    n = sum(sizes.values())
+    if n > sum(loaded.values()):
+        raise ValueError(f"it holds {n:,} weights, of which transformers loads only {sum(loaded.values()):,}; take the "
+                         "folder of the model it was made from")
 
 
 def _gguf_control_tokens(file):

@@ -3458,8 +3458,9 @@ def test_an_adapter_that_cannot_be_merged_into_its_base_is_refused(tmp_path):
         load_policy(tmp_path / "adapter")
 
 
-def write_gguf(path, lm, tokenizer):
-    """A Llama with tied embeddings and heads of two numbers, which llama.cpp keeps in the same order."""
+def write_gguf(path, lm, tokenizer, scaling=None, tensor=None):
+    """A Llama with tied embeddings and heads of two numbers, which llama.cpp keeps in the same order. scaling: of its
+    rotary positions; tensor: the name of one more, of as many numbers as a layer is wide."""
     import gguf
     c = lm.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -3478,6 +3479,10 @@ def write_gguf(path, lm, tokenizer):
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
     for name, p in lm.named_parameters():
         writer.add_tensor(names.get_name(name, [".weight"]), p.detach().numpy())
+    if scaling:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
+    if tensor:
+        writer.add_tensor(tensor, np.ones(c.hidden_size, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -3512,6 +3517,22 @@ def test_a_gguf_file_is_a_policy_that_is_saved_as_an_ordinary_folder(gguf_model,
     assert policy.encode(["bake bread"]) == [tokenizer.apply_chat_template(chat, add_generation_prompt=True).input_ids]
     save_policy(policy, tmp_path)
     assert bytes_of(load_policy(tmp_path)) == bytes_of(policy)
+
+
+@pytest.mark.parametrize("more, message", [
+    ({"scaling": "linear"}, r"its rotary positions are scaled \(linear\)"),  # Gemma 3
+    ({"tensor": "rope_freqs.weight"}, r"scaled \(rope_freqs.weight\)"),  # Llama 3.1
+    ({"tensor": "blk.0.attn_q.bias"}, "it holds .* weights, of which transformers loads only "),
+    ({"tensor": "blk.7.attn_norm.weight"}, "it holds .* weights, of which transformers loads only "),
+    ({"scaling": "none"}, None)])
+def test_a_gguf_file_of_which_transformers_drops_a_part_is_refused(more, message, gguf_model, tmp_path):
+    _, lm, tokenizer = gguf_model
+    write_gguf(tmp_path / "a.gguf", lm, tokenizer, **more)
+    if message is None:
+        load_policy(tmp_path / "a.gguf")
+        return
+    with pytest.raises(ValueError, match=message):
+        load_policy(tmp_path / "a.gguf")
 
 
 # --- LoRA and gradient checkpointing ---------------------------------------------------------------------------------
