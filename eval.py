@@ -36,8 +36,8 @@ from harness.options import OPTIONS, PAPER_TEMPLATE
 from harness.report import LABELS, LOOKS, JudgeErrors, figure, markdown, mean_and_error, save_figure, show, write_page
 from harness.run import FinishedRun, open_run
 from harness.world import World, attacks_to_measure, evaluate, working_judge
-from model import best_dtype, generate, keep_freed_memory, load_policy
-from reward import Judge, call_judge, decided, unsafe_rate
+from model import best_dtype, first_line, generate, keep_freed_memory, load_policy
+from reward import Judge, JudgeError, call_judge, decided, unsafe_rate
 
 Side = Player | PolicyAverage  # what can generate
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -205,6 +205,10 @@ def tables(args: argparse.Namespace) -> None:
     check_each_once("eval.py", args.run)
     runs = [open_run(path) for path in args.run]
     others = [open_run(path) for path in args.third_parties]  # all are checked before any work
+    for run in runs:
+        if not os.access(run.path, os.W_OK):
+            raise ValueError(f"eval.md and eval.json are written into the run's folder, in which you must be allowed to "
+                             f"write, got {run.path}; copy it")
     third_parties = [other.world.players["defender"] for other in others]
     labelled = labelled_exchanges(args.judge_labels) if args.judge_labels else []
     of_method = {}
@@ -362,16 +366,22 @@ def attack(args: argparse.Namespace) -> None:
         raise ValueError("-n and --tries must be at least 1, and --seed at least 0 and below 2^31, got "
                          f"{args.n}, {args.tries} and {args.seed}")
     out = Path(args.out or (run.path if run else Path()) / f"attack_{Path(args.target).resolve().name}.jsonl")
-    if out.exists() or not out.parent.is_dir():
-        raise ValueError(f"--out must name a new file in a folder that exists, got {out}")
-    rows = attack_rows(run, args)
+    if out.exists() or not os.access(out.parent, os.W_OK):
+        raise ValueError(f"--out must name a new file in a folder in which you may write, got {out}")
+    judge, rows = attack_rows(run, args)
+    try:
+        p_safe = call_judge(judge, *([row[name] for row in rows] for name in ("attack", "response")))  # (n,)
+    except JudgeError as error:
+        data.write_text(out, data.json_lines(rows))
+        raise ValueError(f"{error}; the exchanges, not judged, are in {out}") from error
+    rows = [{**rows[i], "p_safe": float(p_safe[i])} for i in np.argsort(p_safe, kind="stable")]  # NaN, undecided, last
     print(attack_text(rows, run, args.tries))
     data.write_text(out, data.json_lines(rows))
     print(f"\nwritten to {out}, the worst first")
 
 
-def attack_rows(run: FinishedRun | None, args: argparse.Namespace) -> list[dict]:
-    """The exchanges [{"seed", "attack", "response", "p_safe"}], the least safe first, NaN (undecided) last."""
+def attack_rows(run: FinishedRun | None, args: argparse.Namespace) -> tuple[Judge, list[dict]]:
+    """(the judge, the exchanges [{"seed", "attack", "response"}])."""
     remote = args.trust_remote_code
     if run:
         config = run.config
@@ -379,7 +389,7 @@ def attack_rows(run: FinishedRun | None, args: argparse.Namespace) -> list[dict]
         seeds = run.world.seeds
         judge = run.world.held_out_judge
     else:
-        config = Config(template=PAPER_TEMPLATE, attack_tokens=48, response_tokens=64)
+        config = Config(template=PAPER_TEMPLATE, attack_tokens=48, response_tokens=64, micro_batch=16)
         print(f"{args.attacker} is not the attacker of a run: it writes 48 tokens after the prompt {PAPER_TEMPLATE!r}")
         attacker = load_policy(args.attacker, "shared", best_dtype(DEVICE), DEVICE, remote)
     if args.prompts:
@@ -402,13 +412,13 @@ def attack_rows(run: FinishedRun | None, args: argparse.Namespace) -> list[dict]
     chosen = sample(seeds, n, np.random.default_rng(args.seed))
     seeds = [seed for seed in chosen for _ in range(args.tries)]
     prompts = [config.template.format(seed) for seed in seeds]
+    batches = {"batch_size": 4 * config.micro_batch or 256, "clip_prompts": True}
     attacks = generate(attacker, prompts, config.attack_tokens, temperature, args.top_k, args.top_p, args.seed,
-                       clip_prompts=True).texts
+                       **batches).texts
     longest = config.response_tokens if args.response_tokens is None else args.response_tokens
-    responses = generate(target, attacks, longest, 0, clip_prompts=True).texts
-    p_safe = call_judge(judge, attacks, responses)  # (n,)
-    return [{"seed": seeds[i], "attack": attacks[i], "response": responses[i], "p_safe": float(p_safe[i])}
-            for i in np.argsort(p_safe, kind="stable")]
+    responses = generate(target, attacks, longest, 0, **batches).texts
+    exchanges = zip(seeds, attacks, responses)
+    return judge, [{"seed": seed, "attack": attack, "response": response} for seed, attack, response in exchanges]
 
 
 def attack_text(rows: list[dict], run: FinishedRun | None, tries: int) -> str:
@@ -532,6 +542,11 @@ def run_program(work: Callable, args: argparse.Namespace, hint: str = "") -> Non
         work(args)
     except (ValueError, OSError, SafetensorError) as error:
         data.fail(error)
+    except (RuntimeError, MemoryError) as error:
+        if not data.is_out_of_memory(error):
+            raise
+        data.fail(f"out of memory; name fewer runs in one call, or take a machine with more "
+                  f"({first_line(error)[:100]})")
     except KeyboardInterrupt as stop:
         data.interrupted(stop, hint)
 
@@ -562,7 +577,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     option("--top_k", type=int, default=0, help="the attacker samples from its k likeliest tokens; 0: from all")
     option("--top_p", type=float, default=1.0, help="the attacker samples from its likeliest tokens of this mass")
     option("--prompts", metavar="FILE", help="seeds; default: those of the attacker's run")
-    option("--judge", help="as of train.py; default: the run's held-out judge")
+    option("--judge", help="as of train.py, but toy and truth; default: the run's held-out judge")
     option("--unsafe_label", help="as of train.py, of --judge")
     option("--response_tokens", type=int, help="longest response; default: as in the run, else 64")
     option("--trust_remote_code", action="store_true", help="run Python files that come with a model")

@@ -4818,6 +4818,26 @@ def test_a_trained_attacker_meets_a_target_and_its_attacks_are_written_the_worst
     assert re.search(rf"hit@5.*{hit:.3f} \[", capsys.readouterr().out)
 
 
+def test_exchanges_that_a_judge_does_not_judge_are_kept(finished, tmp_path, capsys):
+    out = tmp_path / "attacks.jsonl"
+    arguments = ["attack", finished.folder, finished.folder, "-n", 4, "--judge", "rule", "--out", out]
+    with patch("eval.call_judge", side_effect=JudgeError("the judge raised ReadTimeout")):
+        line = refusal(capsys, HERE, *arguments, program=evaluation)
+    assert line == f"error: the judge raised ReadTimeout; the exchanges, not judged, are in {out}"
+    assert [set(row) for row in read_lines(out)] == [{"seed", "attack", "response"}] * 4
+
+
+def test_a_lack_of_memory_or_of_permission_is_told_in_one_line(finished, tmp_path, capsys):
+    arguments = ["attack", finished.folder, finished.folder, "-n", 4, "--out", tmp_path / "attacks.jsonl"]
+    with patch("eval.generate", side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")):
+        assert "out of memory; name fewer runs" in refusal(capsys, HERE, *arguments, program=evaluation)
+    with patch("eval.generate", side_effect=RuntimeError("a bug")), pytest.raises(RuntimeError, match="a bug"):
+        run_program(HERE, *arguments, program=evaluation)
+    with patch("os.access", return_value=False), patch("eval.measure", side_effect=AssertionError):  # before any work
+        assert "in which you may write, got " in refusal(capsys, HERE, *arguments, program=evaluation)
+        assert "you must be allowed to write, got " in refusal(capsys, HERE, finished.folder, program=evaluation)
+
+
 def test_a_full_disk_leaves_the_printed_table_of_an_attack_and_no_part_of_its_file(finished, tmp_path, capsys):
     with patch("harness.data.sync", side_effect=OSError(errno.ENOSPC, "No space left on device")):
         with pytest.raises(SystemExit):

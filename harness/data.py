@@ -40,6 +40,12 @@ def fail(message: object) -> NoReturn:
     sys.exit(2)
 
 
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether an error tells of a lack of memory."""
+    texts = ("out of memory", "not enough memory", "can't allocate memory")  # on CUDA, Windows, Linux
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
+
+
 def as_a_program(main: Callable[[list[str]], None]) -> None:
     """Run main(arguments) as a program: SIGTERM too raises KeyboardInterrupt, with the number of the signal, and a
     character that the terminal's encoding lacks is printed as its escape."""

@@ -80,8 +80,7 @@ def run_folder(config: Config) -> Iterator["RunFolder"]:
         raise  # a bug
     except (RuntimeError, MemoryError) as error:
         folder.leave_nothing()
-        texts = ("out of memory", "not enough memory", "can't allocate memory")  # on CUDA, Windows, Linux
-        if isinstance(error, RuntimeError) and not any(text in str(error) for text in texts):
+        if not data.is_out_of_memory(error):
             raise
         go_on = " or begin again with --lora or --gradient_checkpointing"
         if folder.is_playing and folder.has_config():
