@@ -198,7 +198,8 @@ def check_combinations(config: Config) -> None:
 
 
 def refuse_unused(config: Config) -> None:
-    """Reject options that the user gave and the run would not use, unless they turn something off."""
+    """Reject options that the user gave and `Option.only` says that the run would not use, unless they turn something
+    off."""
     conditions = {  # Option.only: (whether it holds, the message if it does not)
         "toy": (config.judge == "toy", f"--judge {config.judge} is not trained"),
         "labels": (config.judge != "toy", "the embedded game trains its judge"),
