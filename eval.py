@@ -207,8 +207,8 @@ def tables(args: argparse.Namespace) -> None:
     others = [open_run(path) for path in args.third_parties]  # all are checked before any work
     for run in runs:
         if not os.access(run.path, os.W_OK):
-            raise ValueError(f"eval.md and eval.json are written into the run's folder, in which you must be allowed to "
-                             f"write, got {run.path}; copy it")
+            raise ValueError(f"eval.md is written into the run's folder, which must be writable, got {run.path}; copy "
+                             "the run")
     third_parties = [other.world.players["defender"] for other in others]
     labelled = labelled_exchanges(args.judge_labels) if args.judge_labels else []
     of_method = {}
@@ -367,7 +367,7 @@ def attack(args: argparse.Namespace) -> None:
                          f"{args.n}, {args.tries} and {args.seed}")
     out = Path(args.out or (run.path if run else Path()) / f"attack_{Path(args.target).resolve().name}.jsonl")
     if out.exists() or not os.access(out.parent, os.W_OK):
-        raise ValueError(f"--out must name a new file in a folder in which you may write, got {out}")
+        raise ValueError(f"--out must name a new file in a writable folder, got {out}")
     judge, rows = attack_rows(run, args)
     try:
         p_safe = call_judge(judge, *([row[name] for row in rows] for name in ("attack", "response")))  # (n,)

@@ -4834,8 +4834,8 @@ def test_a_lack_of_memory_or_of_permission_is_told_in_one_line(finished, tmp_pat
     with patch("eval.generate", side_effect=RuntimeError("a bug")), pytest.raises(RuntimeError, match="a bug"):
         run_program(HERE, *arguments, program=evaluation)
     with patch("os.access", return_value=False), patch("eval.measure", side_effect=AssertionError):  # before any work
-        assert "in which you may write, got " in refusal(capsys, HERE, *arguments, program=evaluation)
-        assert "you must be allowed to write, got " in refusal(capsys, HERE, finished.folder, program=evaluation)
+        assert "in a writable folder, got " in refusal(capsys, HERE, *arguments, program=evaluation)
+        assert "which must be writable, got " in refusal(capsys, HERE, finished.folder, program=evaluation)
 
 
 def test_a_full_disk_leaves_the_printed_table_of_an_attack_and_no_part_of_its_file(finished, tmp_path, capsys):
