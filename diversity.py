@@ -140,13 +140,15 @@ def cosine_to_history(vectors: np.ndarray, history: np.ndarray) -> np.ndarray:
 
 def set_similarity(texts: Sequence[str], embedder: Embedder) -> dict[str, float]:
     """How alike the texts of a set are: the mean SelfBLEU and the mean cosine of each text to the others, as
-    {"self_bleu": ..., "cosine": ...}; NaN for fewer than two texts."""
+    {"self_bleu": ..., "cosine": ...}. A blank text has 1, as in `Diversity.score`; fewer than two texts have NaN."""
     n = len(texts)
     if n < 2:
         return {"self_bleu": float("nan"), "cosine": float("nan")}
     vectors = embedder(texts)  # (n, D)
-    cosine = (np.linalg.norm(vectors.sum(0)) ** 2 - (vectors**2).sum()) / (n * (n - 1))  # without the diagonal
-    return {"self_bleu": float(self_bleu(texts, texts).mean()), "cosine": float(cosine)}
+    cosine = (vectors @ vectors.sum(0) - (vectors**2).sum(1)) / (n - 1)  # (n,), to the others
+    is_blank = [not text.strip() for text in texts]
+    terms = {"self_bleu": self_bleu(texts, texts), "cosine": cosine}
+    return {name: float(np.where(is_blank, 1, values).mean()) for name, values in terms.items()}
 
 
 @functools.cache

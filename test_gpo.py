@@ -1698,6 +1698,10 @@ def test_set_similarity_leaves_each_text_out_of_its_own_comparison():
     cosines = [vectors[i] @ vectors[j] for i, j in itertools.permutations(range(3), 2)]
     assert set_similarity(texts, word_embedder)["cosine"] == pytest.approx(np.mean(cosines))
     assert set_similarity(["a b", "c d"], word_embedder)["self_bleu"] == 0.0
+    assert set_similarity(["", " \n"], word_embedder) == {"self_bleu": 1, "cosine": 1}  # nothing is not varied
+    found = set_similarity(["a b", "c d", ""], word_embedder)  # the others are like neither it nor each other
+    cosine = word_embedder(["a b"])[0] @ word_embedder(["c d"])[0]
+    assert found == {"self_bleu": pytest.approx(1 / 3), "cosine": pytest.approx((1 + cosine / 2 + cosine / 2) / 3)}
 
 
 def test_diversity_terms_can_be_chosen_and_wrong_ones_are_named():
