@@ -1003,8 +1003,9 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
 
 def longest_input(tokenizer: Tokenizer, config: PretrainedConfig) -> int:
     """The longest input of an encoder or classifier, in tokens."""
-    positions = getattr(config, "max_position_embeddings", None) or 0  # XLNet has -1
-    if positions < 3:
+    config = config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 0
+    if positions < 3:  # no limit; XLNet has -1
         positions = 514
     return min(tokenizer.model_max_length, positions - 2)  # RoBERTa's start at 2
 

@@ -233,8 +233,16 @@ def classifier_inputs(model: Model, tokenizer: Tokenizer, prompts: Sequence[str]
         between = "" if _separates_pairs(tokenizer) else "\n\n"  # decoders add no separator
         responses = [between + first_tokens(tokenizer, r, room) for r in responses]
         tokenizer.truncation_side = "left"
-        encoded = tokenizer(inert_texts(tokenizer, prompts), responses, truncation="only_first", max_length=longest)
+        encoded = tokenizer(inert_texts(tokenizer, prompts), responses, truncation="only_first", max_length=longest,
+                            return_token_type_ids=_reads_segments(model, tokenizer))
     return [dict(zip(encoded, row)) for row in zip(*encoded.values())]
+
+
+def _reads_segments(model, tokenizer):
+    """Whether a pair's tokens carry their segment, 0 or 1; None: as the tokenizer does. Where a tokenizer's config does
+    not name its outputs, transformers 5 may leave out the segments with which a judge was trained."""
+    has_segments = getattr(model.config, "type_vocab_size", 0) > 1
+    return True if has_segments and "model_input_names" not in tokenizer.init_kwargs else None
 
 
 def classifier_logits(model: Model, tokenizer: Tokenizer, inputs: list[Input]) -> torch.Tensor:
@@ -279,14 +287,15 @@ def classifier_judge(model: Model, tokenizer: Tokenizer, unsafe_label: str | Non
     except ValueError as error:
         raise ValueError(
             f"cannot tell which label of the judge means unsafe: its labels are {labels}; {error}") from None
-    config_pad = model.config.pad_token_id  # with which it was trained
+    text_config = model.config.get_text_config()  # of a model that reads images too
+    config_pad = text_config.pad_token_id  # with which it was trained
     if tokenizer.pad_token is None and config_pad is not None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config_pad)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ValueError("the judge's tokenizer must have a pad_token or an eos_token, it has neither")
     tokenizer.padding_side = "right"  # decoders count positions from the left
-    model.config.pad_token_id = tokenizer.pad_token_id
+    text_config.pad_token_id = tokenizer.pad_token_id
     if not hasattr(model.config, "judge_input"):
         model.config.judge_input = _usual_input(tokenizer, how)
     if model.config.judge_input not in ("response", "pair", "chat"):

@@ -338,7 +338,7 @@ class ToyGame:
         return PreTrainedTokenizerFast(
             tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", cls_token="[CLS]",
             sep_token="[SEP]", additional_special_tokens=["<prompt>", "<reply>"], chat_template=CHAT_TEMPLATE,
-            model_max_length=64)
+            model_max_length=64, model_input_names=["input_ids", "attention_mask"])
 
     def embed(self, texts: list[str]) -> np.ndarray:
         """Unit vectors (B, words) of the words in each text, weighted by how rare they are in the world."""
