@@ -5008,7 +5008,7 @@ def test_the_share_of_open_prompts_counts_the_whole_grammar(monkeypatch):
     assert len(found["grammar: open"]) == 336 and len(found["unseen framings: open"]) == 72
     assert found["grammar, ten worst prompts"] == found["unseen framings, ten worst prompts"] == 1
     found = worst_case.open_prompts(game, answering(game, 5, only=found["grammar: open"][:4]))
-    assert found["grammar, ten worst prompts"] == 4 / 10
+    assert found["grammar, ten worst prompts"] == 4 / 10 and found["grammar, worst prompt"] == 1
 
 
 def test_the_searches_find_the_only_open_topic_and_count_what_asks_for_nothing(monkeypatch):

@@ -9,7 +9,8 @@ initial defender's unsafe answers to the untrained attacker, and learned its hel
     python -m experiments.worst_case RUN --kinds mixture     one kind of defender; other processes may measure others
 
     grammar        all harmful prompts of the framings in play and of the unseen ones, answered greedily and 8 times,
-                   the 300 most unsafe ones 48 times more, and the ten worst of these once more 48 times
+                   the 300 most unsafe ones (or first ones, if fewer were unsafe) 48 times more, and the ten worst of
+                   these once more 48 times
     PPO            a fresh attacker, trained for 90 and 300 steps: its success in the last ten steps
     best of N      the untrained attacker tries 1,000 times for each of 20 seeds: success of one try, hit@10 and hit@100
     archive        MAP-Elites (Mouret and Clune, 2015) over topic x framing; a child takes words from another elite
@@ -74,7 +75,7 @@ def open_greedily(toy: ToyGame, defender: Side, prompts: list[str]) -> list[str]
 
 def open_prompts(toy: ToyGame, defender: Side) -> dict:
     """For all harmful prompts of the grammar: the unsafe rate of greedy and of sampled answers, that of the ten worst
-    prompts, and the prompts with an unsafe greedy answer. The same for the unseen framings."""
+    prompts and the largest of these, and the prompts with an unsafe greedy answer. The same for the unseen framings."""
     found = {}
     for name, framings in (("grammar", toy.open), ("unseen framings", ~toy.open)):
         prompts = harmful_prompts(toy, framings)
@@ -86,6 +87,7 @@ def open_prompts(toy: ToyGame, defender: Side) -> dict:
         worst = np.argsort(-success(toy, defender, likely, MORE_SAMPLES, 1), kind="stable")[:10]
         again = success(toy, defender, [likely[i] for i in worst], MORE_SAMPLES, 2)  # their rates were high by chance
         found[f"{name}, ten worst prompts"] = float(again.mean())
+        found[f"{name}, worst prompt"] = float(again.max())
         found[f"{name}: open"] = greedy
     return found
 
