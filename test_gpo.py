@@ -5198,24 +5198,28 @@ def test_reproduce_plays_every_row_on_every_seed_from_one_warm_start_and_nothing
     monkeypatch.setattr(reproduce, "METHODS", {"SFT": f"{reproduce.METHODS['SFT']} {sizes}", **methods})
     monkeypatch.setattr(reproduce, "command", command)
     for _ in range(2):
-        run_program(tmp_path, "--quick", "--out", "the results", program=reproduce)
+        run_program(tmp_path, "--quick", "--first_seed", 7, "--out", "the results", program=reproduce)
     assert calls.count("train") == calls.count("eval") == 8
     results = tmp_path / "the results"
     rows = read_json(results / "table.json")["rows"]
     assert {name: [row["updates"] for row in repeats] for name, repeats in rows.items()} == {
         "SFT": [0, 0], "RLHF": [2, 2], "GPO": [2, 2], "GPO+Div": [2, 2]}
-    for name, seed in itertools.product(rows, (108, 109)):  # paired: rows of a seed start from the very same players
+    for name, seed in itertools.product(rows, (7, 8)):  # paired: rows of a seed start from the very same players
         start = reproduce.run_folder(results, name, seed) / "checkpoints" / "start" / "defender" / "model.safetensors"
         warm_start = reproduce.run_folder(results, "SFT", seed) / "defender" / "model.safetensors"
         assert start.read_bytes() == warm_start.read_bytes()
     monkeypatch.setattr(reproduce, "run_suite", lambda out, rows, seeds, probes: dict.fromkeys(rows, [{}, {}]))
-    monkeypatch.setattr(reproduce, "suite_table", lambda *_: "")
+    for name in ("suite_table", "title"):
+        monkeypatch.setattr(reproduce, name, lambda *_: "")
     for rows in (["ablate"], ["ablate", "GPO"], ["ablate_recommended"], ["rounds", "T = 1", "T = 8"]):
         run_program(tmp_path, *rows, "--out", "the results", program=reproduce)
     assert {path.name: len(read_json(path)["commands"]) for path in results.glob("*.json")} == {
         "table.json": 4, "ablate.json": len(reproduce.ABLATIONS), "ablate_GPO.json": 1,
         "ablate_recommended.json": len(reproduce.RECIPE), "rounds_T_1_T_8.json": 2}
-    assert "| GPO+Div " in (results / "table.md").read_text() and (results / "methods.png").stat().st_size > 10_000
+    commit = read_json(results / "runs" / "GPO_s7" / "config.json")["versions"]["commit"]
+    table = (results / "table.md").read_text()
+    assert "| GPO+Div " in table and table.startswith(f"# 2 seeds (7 to 8), commit {commit}, mean ± ")
+    assert (results / "methods.png").stat().st_size > 10_000
 
 
 def test_a_table_of_variations_shows_best_responses_by_seed_beside_their_mean():

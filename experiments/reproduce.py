@@ -268,6 +268,13 @@ def suite_table(rows: dict[str, list[dict]], columns: dict[str, str], names: Ite
     return report.markdown(["", *columns.values()], lines)
 
 
+def title(out: str | Path, names: Iterable[str], seeds: Sequence[int]) -> str:
+    """The seeds of a table, and the commits at which its runs were made."""
+    configs = [data.read_json(run_folder(out, name, seed) / "config.json") for name in names for seed in seeds]
+    commits = ", ".join(sorted({config["versions"]["commit"] for config in configs}))
+    return f"{len(seeds)} seeds ({seeds[0]} to {seeds[-1]}), commit {commits}, mean ± standard error"
+
+
 def write_tables(out: str | Path, name: str, paragraphs: list[str], numbers: dict) -> None:
     """Write the paragraphs to OUT/name.md and print them; write the numbers to OUT/name.json."""
     text = "\n\n".join(paragraphs) + "\n"
@@ -292,8 +299,7 @@ def reproduce(args: argparse.Namespace) -> None:
                                        for seed, row in zip(seeds, rows["GPO+Div"])]
     attackers = attacker_rows(rows)
     tests = orderings(rows)
-    paragraphs = [f"# {len(seeds)} seeds ({seeds[0]} to {seeds[-1]}), mean ± standard error",
-                  *paper_tables(rows, attackers, tests)]
+    paragraphs = [f"# {title(out, methods, seeds)}", *paper_tables(rows, attackers, tests)]
     if not args.quick:
         paragraphs += ["## Best responses",
                        "Success of a fresh attacker after 90 PPO steps, and what it writes most often.",
@@ -445,9 +451,9 @@ def variations(args: argparse.Namespace) -> None:
     file = args.command
     if args.rows:  # they leave the table of all rows
         file = re.sub(r"\W+", "_", "_".join([file, *suite]))[:200]
-    title = f"# {args.command}: seeds {args.seeds[0]} to {args.seeds[-1]}, mean ± standard error"
+    head = f"# {args.command}: {title(args.out, suite, args.seeds)}"
     commands = {name: f"python train.py {flags}" for name, flags in suite.items()}
-    write_tables(args.out, file, [title, suite_table(rows, columns)], {"commands": commands, "rows": rows})
+    write_tables(args.out, file, [head, suite_table(rows, columns)], {"commands": commands, "rows": rows})
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
@@ -493,8 +499,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("rows", nargs="*", metavar="ROW", help="of any other command; default: all")
     parser.add_argument("--quick", action="store_true", help="reproduce: four methods, two seeds, two rounds")
     parser.add_argument("--seeds", type=int, help="how many, 2 to 20; default: 10 for reproduce, 5 for the others")
-    parser.add_argument("--first_seed", type=int, default=108,
-                        help="settings were chosen on 0 to 5; measured so far: 10 to 14, 20 to 117")
+    parser.add_argument("--first_seed", type=int, default=118,
+                        help="settings were chosen on 0 to 5; measured so far: 10 to 14, 20 to 127")
     parser.add_argument("--out", help="folder; default: results, with --quick results_quick")
     args = parser.parse_intermixed_args(argv)
     default = 5
