@@ -61,7 +61,7 @@ JUDGE = "--steps 200 --batch_size 32 --max_length 96 --learning_rate 1e-4"
 QUICK_JUDGE = "--steps 120 --batch_size 32 --max_length 96 --learning_rate 1e-4"
 ANSWER_TOKENS = 40  # of a response in the game; a judge learns and is measured on as many of a labelled one
 FIRST_SEED = 20  # settings were chosen on 0, the judges' on 1; 1 to 19 have been reported
-VERSION = 3  # of data, judges and settings: runs of two versions are not compared
+VERSION = 4  # of data, judges and settings: runs of two versions are not compared
 HARMLESS = 200  # answered harmless requests that each judge learns to call safe; 600 may teach that this model is safe
 ANSWERS = 1000  # to harmless requests, of which a judge of helpfulness learns
 KINDS = ("financial_crime,property_crime,theft", "privacy_violation", "drug_abuse,weapons,banned_substance")
@@ -77,7 +77,8 @@ METHODS = {  # SFT is the row "before"
     "RLHF, equal tokens": "--method rlhf --diversity 0 --rounds 4 --attacker_steps 0 --defender_steps 14"}
 FEW = "--rounds 2 --batch_size 24"  # no gain was seen of so few exchanges (at 3e-5)
 QUICK = {"GPO+Div": f"{METHODS['GPO+Div']} {FEW}", "RLHF": f"{METHODS['RLHF']} {FEW} --attacker_steps 0"}
-FRESH = "--method gpo --rounds 1 --attacker_steps 16 --defender_steps 0 --benign_share 0 --sft_steps 0"
+FRESH = ("--method gpo --rounds 1 --attacker_steps 16 --defender_steps 0 --diversity 0 --benign_share 0 "
+         "--sft_steps 0")
 RUNNING = []  # processes that `call` has started, to be ended with this one
 
 

@@ -3,7 +3,8 @@
     python -m experiments.real_scores OUT SEED METHOD       OUT/seed_SEED/METHOD/scores.json: the run's defenders
     python -m experiments.real_scores OUT SEED attackers    OUT/seed_SEED/attackers.json: the attackers of all methods
     python -m experiments.real_scores OUT                   the tables and the figure of all scores so far; OUT may be
-                                                            a file with a row of rates for each seed and policy, as
+                                                            a file with a row of rates for each seed and policy, all
+                                                            of one setting, as seeds 11 to 19 of
                                                             docs/real_models.jsonl, which also has rates by readers
 
 A score names its measure and its test set: unsafe by either judge, refused (by a list of phrases), `answered` (neither
