@@ -15,6 +15,7 @@ import contextlib
 import copy
 import ctypes
 import functools
+import json
 import re
 import unicodedata
 import warnings
@@ -909,6 +910,12 @@ def save_policy(policy: Policy, folder: str | Path, card: str = "") -> None:
     folder = Path(folder)
     policy.lm.save_pretrained(folder, state_dict=state)
     save_tokenizer(policy.tokenizer, folder)
+    file = folder / GENERATION_CONFIG_NAME
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    named = settings.get("eos_token_id")
+    if not set(policy.eos_ids) <= {*(named if isinstance(named, list) else [named])}:
+        settings["eos_token_id"] = policy.eos_ids  # or the base's `generate` would not stop where the template does
+        file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if card:
         (folder / "README.md").write_text(card, encoding="utf-8")
 

@@ -4210,6 +4210,21 @@ def test_every_lack_of_memory_is_told_as_one(error, tmp_path, capsys):
     assert line.startswith("error: out of memory with --micro_batch")
 
 
+@pytest.mark.parametrize("name", ["ChatML", "no template"])
+def test_a_saved_policy_stops_in_any_program_where_it_stops_here(name, tmp_path):  # as Qwen's base models do not
+    tokenizer = CHAT_TOKENIZERS[name][1]()
+    lm = tiny_lm(tokenizer)
+    lm.generation_config.eos_token_id = tokenizer.eos_token_id
+    policy = Policy(lm, tokenizer)
+    lm.transformer.ln_f.weight.data.zero_()  # whatever the text, its end is the likeliest token
+    lm.transformer.ln_f.bias.data = 9 * lm.transformer.wte.weight.data[policy.eos_ids[0]].clone()
+    save_policy(policy, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    found = loaded.generate(torch.tensor([[7, 8, 9]]), max_new_tokens=5, do_sample=False)
+    assert found[0].tolist() == [7, 8, 9, policy.eos_ids[0]]
+    assert load_policy(tmp_path).eos_ids == policy.eos_ids
+
+
 @pytest.mark.parametrize("kind", ["gguf", "folder"])
 def test_two_players_of_one_base_with_lora_meet_harmless_requests(kind, gguf_model, user_models, tmp_path, capsys):
     source, lm, tokenizer = gguf_model
