@@ -279,23 +279,30 @@ def _eos_ids(lm, tokenizer, render, V):
 
 
 def _end_of_turn(tokenizer, render):
-    """The first control token after the assistant's text in the chat template; None if the turn ends in plain text."""
+    """The first control token after the assistant's text in the chat template, if need be that of the next turn (GLM-4,
+    Qwen1.5); None if the turn ends in plain text."""
     text = render(*PROBE)
     if [text.count(words) for words in PROBE] != [1, 1]:
         raise ValueError("its chat template must render the words of the user and of the assistant once each, got "
                          f"{text[:200]!r}")
-    control = control_ids(tokenizer)
-    rest = tokenizer(text.partition(PROBE[1])[2], add_special_tokens=False).input_ids
-    return next((i for i in rest if i in control), None)
+    ends = control_ids(tokenizer)
+    for text in (text, render(*PROBE, "a")):
+        rest = tokenizer(text.partition(PROBE[1])[2], add_special_tokens=False).input_ids
+        found = [i for i in rest if i in ends]
+        if found:
+            return found[0]
+        ends = ends - {tokenizer.bos_token_id}  # which begins a turn
+    return None
 
 
 # --- no control tokens from texts -------------------------------------------------------------------------------
 def rendered_chat(tokenizer: Tokenizer, *texts: object, **options) -> str:
-    """The tokenizer's chat template of a user's turn and, if there are two texts, the assistant's. A model that can
-    answer without thoughts (Qwen3) is asked to, and one that is told the date is always told the same."""
+    """The tokenizer's chat template of a user's turn and, if there are more texts, the assistant's and the user's next.
+    A model that can answer without thoughts (Qwen3) is asked to, and one that is told the date is always told the
+    same."""
     if "strftime_now" in str(tokenizer.chat_template):
         options["chat_template"] = SAME_DATE + tokenizer.get_chat_template()
-    chat = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts)]
+    chat = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), texts)]
     try:
         return tokenizer.apply_chat_template(chat, tokenize=False, enable_thinking=False, **options)
     except Exception as error:  # a template may raise anything

@@ -576,6 +576,9 @@ INSTRUCTION = ("{% for m in messages %}{% if m['role'] == 'user' %}<s>[INST] {{ 
                "{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}")
 GEMMA = ("<bos>{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
          "{{ m['content'] }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")
+OPEN_END = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+            "{% if add_generation_prompt or not loop.last %}<|im_end|>\n{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 PLAIN_TURNS = "{% for m in messages %}### {{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
 
@@ -612,6 +615,8 @@ CHAT_TOKENIZERS = {  # name: (what ends a response, the tokenizer)
     "ChatML": ("<|im_end|>", lambda: byte_tokenizer(["<|im_start|>", "<|im_end|>"], CHATML, eos_token="<|endoftext|>")),
     "ChatML, marks not special": ("<|im_end|>", lambda: byte_tokenizer(
         ["<|im_start|>", "<|im_end|>"], CHATML, special=False, eos_token="<|endoftext|>")),
+    "the last turn open": ("<|im_end|>", lambda: byte_tokenizer(  # Qwen1.5
+        ["<|im_start|>", "<|im_end|>"], OPEN_END, eos_token="<|endoftext|>")),
     "Gemma": ("<end_of_turn>", lambda: byte_tokenizer(
         ["<start_of_turn>", "<end_of_turn>"], GEMMA, eos_token="<eos>", bos_token="<bos>")),
     "no template": ("<|endoftext|>", lambda: byte_tokenizer([], eos_token="<|endoftext|>")),
