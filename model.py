@@ -286,9 +286,9 @@ def _end_of_turn(tokenizer, render):
         raise ValueError("its chat template must render the words of the user and of the assistant once each, got "
                          f"{text[:200]!r}")
     ends = control_ids(tokenizer)
-    for text in (text, render(*PROBE, "a")):
-        rest = tokenizer(text.partition(PROBE[1])[2], add_special_tokens=False).input_ids
-        found = [i for i in rest if i in ends]
+    for texts in (PROBE, (*PROBE, "a")):
+        rest = render(*texts).partition(PROBE[1])[2]
+        found = [i for i in tokenizer(rest, add_special_tokens=False).input_ids if i in ends]
         if found:
             return found[0]
         ends = ends - {tokenizer.bos_token_id}  # which begins a turn
