@@ -4167,6 +4167,31 @@ def test_the_prompts_of_sft_are_its_attacks_and_none_is_measured_twice(user_mode
     assert sorted(world.attack_seeds) == sorted({*world.seeds})  # there are fewer than 300
     card = model_card("attacker", config, "the last policy")
     assert "Trained with" not in card and "--method sft" in card
+    for method, steps, trained in (("gpo", 1, {"attacker", "defender"}), ("gpo", 0, {"defender"}),
+                                   ("iterative", 1, {"defender"})):
+        config = Config(method=method, attacker_steps=steps, defender_steps=1, rounds=1)
+        assert {name for name in ("attacker", "defender") if "Trained with" in model_card(name, config, "")} == trained
+
+
+def test_the_curve_of_self_bleu_begins_with_the_first_sets_of_its_size(finished):
+    log = [m for m in read_lines(finished.folder / "metrics.jsonl") if "game/self_bleu" in m]
+    before = read_json(finished.folder / "summary.json")["before"]
+    alike = ast.literal_eval((finished.folder / "curves.png").read_text())[2]  # the points of each curve
+    assert alike[0] == [[m["round"] + 1, m["game/self_bleu"]] for m in log]  # the table's set is three times as large
+    assert alike[1] == [[0, before["cosine"]], *([m["round"] + 1, m["game/cosine"]] for m in log)]
+
+
+def test_a_finished_run_is_read_on_the_device_on_which_it_was_made(finished):
+    with patch("harness.config.devices", return_value=["cpu", "cuda"]), \
+            patch("harness.run.devices", return_value=["cpu", "cuda"]):
+        assert open_run(finished.folder).config.device == "cpu"
+
+
+def test_models_of_a_user_need_room_for_the_harmless_requests_that_they_get_by_default():
+    flags = ["--attacker", "gpt2", "--defender", "gpt2", "--batch_size", "2", "--minibatches", "2"]
+    with pytest.raises(ValueError, match="--benign_share must be 0 or at least 1 / --batch_size"):
+        resolve(parse(flags))
+    resolve(parse([*flags, "--benign_share", "0"]))
 
 
 def test_runs_whose_options_differ_are_not_repeats_of_one_row(tmp_path, capsys):

@@ -240,7 +240,7 @@ def draw_curves(folder: Path, log: list[dict], before: dict) -> None:
     plot(success, per_round("attacker", "game/attack_success"), "-.", ATTACKER, "attacker in training")
     if before["over_refusal"] is not None:
         plot(success, since_the_start("over_refusal"), "--", "grey", "over-refusal")
-    plot(alike, since_the_start("self_bleu"), "o-", ATTACKER, "SelfBLEU")
+    plot(alike, since_the_start("self_bleu")[1:], "o-", ATTACKER, "SelfBLEU")  # before, it was of more attacks
     plot(alike, since_the_start("cosine"), "o--", ATTACKER, "cosine of embeddings")
     if any("diversity/cells" in m for m in log):
         plot(alike, per_round("attacker", "diversity/cells"), "-.", "grey", "distinct cells in training")
