@@ -383,6 +383,7 @@ def attack(args: argparse.Namespace) -> None:
 def attack_rows(run: FinishedRun | None, args: argparse.Namespace) -> tuple[Judge, list[dict]]:
     """(the judge, the exchanges [{"seed", "attack", "response"}])."""
     remote = args.trust_remote_code
+    device = run.config.device if run else DEVICE
     if run:
         config = run.config
         attacker = run.world.players["attacker"].policy
@@ -391,7 +392,7 @@ def attack_rows(run: FinishedRun | None, args: argparse.Namespace) -> tuple[Judg
     else:
         config = Config(template=PAPER_TEMPLATE, attack_tokens=48, response_tokens=64, micro_batch=16)
         print(f"{args.attacker} is not the attacker of a run: it writes 48 tokens after the prompt {PAPER_TEMPLATE!r}")
-        attacker = load_policy(args.attacker, "shared", best_dtype(DEVICE), DEVICE, remote)
+        attacker = load_policy(args.attacker, "shared", best_dtype(device), device, remote)
     if args.prompts:
         name, rows = data.of_kind(args.prompts, data.read_rows(args.prompts, first_turn=True), "prompt", safe=False)
         seeds = [row["prompt"] for row in rows if row["prompt"]]
@@ -399,11 +400,11 @@ def attack_rows(run: FinishedRun | None, args: argparse.Namespace) -> tuple[Judg
         if not seeds:
             raise ValueError(f"--prompts needs rows with a prompt, got none in {args.prompts}")
     if args.judge:
-        judge = working_judge("judge", args.judge, args.unsafe_label, {}, DEVICE, remote)
+        judge = working_judge("judge", args.judge, args.unsafe_label, {}, device, remote)
     source = Path(args.target) / "defender"  # if the target is a run
     if not source.is_dir():
         source = args.target
-    target = load_policy(source, "shared", attacker.compute_dtype, DEVICE, remote)
+    target = load_policy(source, "shared", attacker.compute_dtype, device, remote)
     temperature = config.temperature if args.temperature is None else args.temperature
     n = args.n
     if args.tries > 1 or temperature == 0:  # hit@TRIES counts different seeds; a greedy attack is always the same
@@ -545,8 +546,7 @@ def run_program(work: Callable, args: argparse.Namespace, hint: str = "") -> Non
     except (RuntimeError, MemoryError) as error:
         if not data.is_out_of_memory(error):
             raise
-        data.fail(f"out of memory; name fewer runs in one call, or take a machine with more "
-                  f"({first_line(error)[:100]})")
+        data.fail(f"out of memory; take a machine with more, or fewer runs in one call ({first_line(error)[:100]})")
     except KeyboardInterrupt as stop:
         data.interrupted(stop, hint)
 

@@ -4915,7 +4915,7 @@ def test_exchanges_that_a_judge_does_not_judge_are_kept(finished, tmp_path, caps
 def test_a_lack_of_memory_or_of_permission_is_told_in_one_line(finished, tmp_path, capsys):
     arguments = ["attack", finished.folder, finished.folder, "-n", 4, "--out", tmp_path / "attacks.jsonl"]
     with patch("eval.generate", side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")):
-        assert "out of memory; name fewer runs" in refusal(capsys, HERE, *arguments, program=evaluation)
+        assert "out of memory; take a machine with more" in refusal(capsys, HERE, *arguments, program=evaluation)
     with patch("eval.generate", side_effect=RuntimeError("a bug")), pytest.raises(RuntimeError, match="a bug"):
         run_program(HERE, *arguments, program=evaluation)
     with patch("os.access", return_value=False), patch("eval.measure", side_effect=AssertionError):  # before any work

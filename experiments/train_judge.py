@@ -13,7 +13,16 @@ from transformers.utils import find_adapter_config_file
 
 from eval import DEVICE, run_program
 from harness.config import devices
-from harness.data import as_a_program, check_labels, fail, is_test, read_json, read_rows, write_json
+from harness.data import (
+    as_a_program,
+    check_labels,
+    fail,
+    is_out_of_memory,
+    is_test,
+    read_json,
+    read_rows,
+    write_json,
+)
 from harness.report import calibration, markdown, show
 from model import best_dtype, check_body, check_tokenizer, first_line, load_tokenizer, save_tokenizer
 from reward import Judge, JudgeTraining, classifier_inputs, judge_score, train_judge
@@ -129,8 +138,11 @@ def make_judge(args: argparse.Namespace) -> None:
     """Train and save a judge, and print accuracy and calibration on the held-out tenth."""
     try:
         p, y = _make_judge(args)
-    except RuntimeError as error:  # out of memory, for example
-        raise ValueError(error) from error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(f"out of memory with --batch_size {args.batch_size}; take a smaller one, or fewer tokens by "
+                         f"--max_length ({first_line(error)[:100]})") from error
     rows, ece, brier = calibration(p, y)
     print(f"held-out accuracy {show(np.mean((p > 0.5) == (y > 0.5)), len(p))}, expected calibration error {ece:.3f}, "
           f"Brier score {brier:.3f}\n")

@@ -185,7 +185,7 @@ def check_combinations(config: Config) -> None:
     movers = ["defender_steps"] if config.method == "iterative" else ["attacker_steps", "defender_steps"]
     if config.trains and not any(getattr(config, name) for name in movers):
         raise ValueError(f"--{' or --'.join(movers)} must be above 0, got 0; --method paraphrase or sft trains nobody")
-    has_requests = "benign_share" in config.given or config.benign_prompts or not config.attacker
+    has_requests = "benign_share" in config.given or config.benign_prompts or not (config.attacker and config.prompts)
     if config.trains and has_requests and 0 < config.benign_share * config.batch_size < 1:
         raise ValueError(f"--benign_share must be 0 or at least 1 / --batch_size, a row of each batch of "
                          f"{config.batch_size}, got {config.benign_share}")
@@ -224,7 +224,7 @@ def refuse_unused(config: Config) -> None:
 
 
 def check_start(config: Config, run: Path) -> None:
-    """Check that the run of `--start` was warm-started as this one would be."""
+    """Check that the run of `--start` has the same options of `Option.warm_start`."""
     try:
         other = read_config(run)
         read_json(run / "checkpoints" / "start" / "prompts.json")

@@ -310,9 +310,10 @@ def model_card(name: str, config: object, which: str, made_by: str | None = None
     """The README of a saved player ("attacker" or "defender"); config: the run's Config; which: of its policies;
     made_by: what trained it, if not the algorithm."""
     made = f"Trained with `{config.method}` for {config.rounds} rounds"
+    is_frozen = getattr(config, f"{name}_steps") == 0 or (name == "attacker" and config.method == "iterative")
     if made_by:
         made = f"Trained with {made_by}"
-    elif not config.trains:
+    elif is_frozen or not config.trains:
         made = f"Saved by a run with `--method {config.method}`"
     return f"""---
 library_name: transformers

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from gpo import Exchanges, NotFinite, PolicyAverage, rank
 from harness import data, parallel
-from harness.config import LEFT_ALONE, OPTIONS, Config, check_out, parse, resolve
+from harness.config import LEFT_ALONE, OPTIONS, Config, check_out, devices, parse, resolve
 from harness.report import draw_curves, model_card, summary_table, write_report
 from harness.world import World, evaluate, make_world
 from model import first_line, keep_freed_memory, save_policy, save_tokenizer
@@ -582,8 +582,8 @@ def open_run(path: str | Path, **options: object) -> FinishedRun:
         raise ValueError(f"a finished run folder with summary.json is needed, got {path}; "
                          "go on with an unfinished one by train.py --resume")
     try:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         known = {name: value for name, value in data.read_config(path).items() if name in OPTIONS}  # old runs had more
+        device = known["device"] if known["device"] in devices() else devices()[:2][-1]  # "cuda" if there is one
         config = replace(Config(**known), device=device, shard=False, dry_run=False, **options)
         world = make_world(config, path / "checkpoints" / "start")
         for name, player in world.players.items():
