@@ -279,20 +279,22 @@ def _eos_ids(lm, tokenizer, render, V):
 
 
 def _end_of_turn(tokenizer, render):
-    """The first control token after the assistant's text in the chat template, if need be that of the next turn (GLM-4,
-    Qwen1.5); None if the turn ends in plain text."""
+    """The first control token after the assistant's text in the chat template. If it leaves the last turn open
+    (Qwen1.5), the one that ends it before the user's next; None if a turn ends in plain text."""
     text = render(*PROBE)
     if [text.count(words) for words in PROBE] != [1, 1]:
         raise ValueError("its chat template must render the words of the user and of the assistant once each, got "
                          f"{text[:200]!r}")
-    ends = control_ids(tokenizer)
-    for texts in (PROBE, (*PROBE, "a")):
-        rest = render(*texts).partition(PROBE[1])[2]
-        found = [i for i in tokenizer(rest, add_special_tokens=False).input_ids if i in ends]
-        if found:
-            return found[0]
-        ends = ends - {tokenizer.bos_token_id}  # which begins a turn
-    return None
+    control = control_ids(tokenizer)
+
+    def marks(text):
+        return [i for i in tokenizer(text, add_special_tokens=False).input_ids if i in control]
+
+    ends = marks(text.partition(PROBE[1])[2])
+    if not ends:
+        between = marks(render(*PROBE, PROBE[0]).partition(PROBE[1])[2].partition(PROBE[0])[0])
+        ends = [i for i in between[:-1] if i != tokenizer.bos_token_id]  # the last one begins the user's turn
+    return ends[0] if ends else None
 
 
 # --- no control tokens from texts -------------------------------------------------------------------------------

@@ -579,6 +579,8 @@ GEMMA = ("<bos>{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 
 OPEN_END = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
             "{% if add_generation_prompt or not loop.last %}<|im_end|>\n{% endif %}{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+NO_END = ("{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{% endfor %}"
+          "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
 PLAIN_TURNS = "{% for m in messages %}### {{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
 
@@ -617,6 +619,8 @@ CHAT_TOKENIZERS = {  # name: (what ends a response, the tokenizer)
         ["<|im_start|>", "<|im_end|>"], CHATML, special=False, eos_token="<|endoftext|>")),
     "the last turn open": ("<|im_end|>", lambda: byte_tokenizer(  # Qwen1.5
         ["<|im_start|>", "<|im_end|>"], OPEN_END, eos_token="<|endoftext|>")),
+    "turns without an end": ("<|endoftext|>", lambda: byte_tokenizer(  # the toy world, GLM-4
+        ["<|user|>", "<|assistant|>"], NO_END, eos_token="<|endoftext|>")),
     "Gemma": ("<end_of_turn>", lambda: byte_tokenizer(
         ["<start_of_turn>", "<end_of_turn>"], GEMMA, eos_token="<eos>", bos_token="<bos>")),
     "no template": ("<|endoftext|>", lambda: byte_tokenizer([], eos_token="<|endoftext|>")),
