@@ -744,8 +744,10 @@ def load_model(kind: type, name: str | Path, trust_remote_code: bool = False,
     check_layers(model, info)
     tokenizer = load_tokenizer(source, **options)
     if str(name).endswith(".gguf"):
-        check_gguf(model, name)
-        tokenizer.add_tokens(_gguf_control_tokens(name), special_tokens=True)
+        from gguf import GGUFReader
+        reader = GGUFReader(name)
+        check_gguf(model, reader)
+        tokenizer.add_tokens(_gguf_control_tokens(reader), special_tokens=True)
     check_tokenizer(model, tokenizer)
     return model, tokenizer
 
@@ -757,11 +759,9 @@ def _is_quantized(name):
     return any(part.get("quantization_config") for part in (config, config.get("text_config") or {}))
 
 
-def check_gguf(model: PreTrainedModel, file: str | Path) -> None:
+def check_gguf(model: PreTrainedModel, reader: object) -> None:
     """Raises ValueError if a .gguf file holds what transformers drops without a word: the scaling of rotary positions,
-    or weights for which the model has no place."""
-    from gguf import GGUFReader
-    reader = GGUFReader(file)
+    or weights for which the model has no place. reader: a GGUFReader of it."""
     scalings = [field.contents() for name, field in reader.fields.items() if name.endswith(".rope.scaling.type")]
     sizes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
     factors = [name for name in sizes if name.startswith("rope_")]
@@ -775,12 +775,11 @@ def check_gguf(model: PreTrainedModel, file: str | Path) -> None:
                          "folder of the model it was made from")
 
 
-def _gguf_control_tokens(file):
+def _gguf_control_tokens(reader):
     """The tokens that the file marks as control tokens. transformers keeps their text, but drops the mark."""
-    from gguf import GGUFReader, TokenType
-    fields = GGUFReader(file).fields
-    words = fields["tokenizer.ggml.tokens"].contents()
-    types = fields["tokenizer.ggml.token_type"].contents()
+    from gguf import TokenType
+    words = reader.fields["tokenizer.ggml.tokens"].contents()
+    types = reader.fields["tokenizer.ggml.token_type"].contents()
     return [word for word, kind in zip(words, types) if kind == TokenType.CONTROL]
 
 
