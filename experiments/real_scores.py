@@ -223,8 +223,7 @@ def way_of(method: str) -> list[str]:
 def point(scores: dict) -> tuple[float, float]:
     """(over-refusal, attack success by the held-out judge) of a defender, over the test sets of each kind."""
     refused = [np.mean(scores[f"refused/{name}"]) for name in HARMLESS]
-    success = [np.mean(value) for key, value in scores.items() if key.startswith("held_out_judge/")]
-    return float(np.mean(refused)), float(np.mean(success))
+    return float(np.mean(refused)), mean_score(scores, "held_out_judge")
 
 
 def hypervolume(points: Sequence[tuple[float, float]]) -> float:
@@ -249,14 +248,16 @@ def attacker_rows(out: Path) -> Rows:
     return rows
 
 
+def mean_score(scores: dict, key: str | int) -> float | None:
+    """The mean of the scores under a key, or of a measure over its test sets; None without them."""
+    means = [np.mean(value) for other, value in scores.items() if other == key or f"{other}".startswith(f"{key}/")]
+    return float(np.mean(means)) if means else None
+
+
 def per_seed(rows: Rows, name: str, key: str | int) -> dict[str, float]:
-    """{seed: mean of a row's scores under a key, or of a measure over its test sets}, of the seeds that have it."""
-    found = {}
-    for seed, scores in rows.get(name, {}).items():
-        means = [np.mean(value) for other, value in scores.items() if other == key or f"{other}".startswith(f"{key}/")]
-        if means:
-            found[seed] = float(np.mean(means))
-    return found
+    """{seed: `mean_score` of a row}, of the seeds that have it."""
+    found = {seed: mean_score(scores, key) for seed, scores in rows.get(name, {}).items()}
+    return {seed: mean for seed, mean in found.items() if mean is not None}
 
 
 def cells(rows: Rows, name: str, keys: Iterable[str | int]) -> list[str]:
