@@ -583,7 +583,9 @@ def open_run(path: str | Path, **options: object) -> FinishedRun:
                          "go on with an unfinished one by train.py --resume")
     try:
         known = {name: value for name, value in data.read_config(path).items() if name in OPTIONS}  # old runs had more
-        device = known["device"] if known["device"] in devices() else devices()[:2][-1]  # "cuda" if there is one
+        device = known["device"]
+        if device not in devices():
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         config = replace(Config(**known), device=device, shard=False, dry_run=False, **options)
         world = make_world(config, path / "checkpoints" / "start")
         for name, player in world.players.items():
