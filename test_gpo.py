@@ -5258,7 +5258,7 @@ def test_reproduce_plays_every_row_on_every_seed_from_one_warm_start_and_nothing
         warm_start = reproduce.run_folder(results, "SFT", seed) / "defender" / "model.safetensors"
         assert start.read_bytes() == warm_start.read_bytes()
     monkeypatch.setattr(reproduce, "run_suite", lambda out, rows, seeds, probes: dict.fromkeys(rows, [{}, {}]))
-    for name in ("suite_table", "title"):
+    for name in ("suite_table", "differences_table", "title"):
         monkeypatch.setattr(reproduce, name, lambda *_: "")
     for rows in (["ablate"], ["ablate", "GPO"], ["ablate_recommended"], ["rounds", "T = 1", "T = 8"]):
         run_program(tmp_path, *rows, "--out", "the results", program=reproduce)
@@ -5275,6 +5275,27 @@ def test_a_table_of_variations_shows_best_responses_by_seed_beside_their_mean():
     rows = {"little mining": [{"best_response": 0.5}, {"best_response": 0.0}]}  # standard error .25
     table = reproduce.suite_table(rows, {"best_response": "best response", "by seed": "by seed"})
     assert table.splitlines()[-1] == "| little mining | 0.250 ± 0.250 | 0.50, 0.00 |"
+
+
+def test_a_row_of_variations_is_tested_against_its_baseline_on_both_sides(monkeypatch):
+    def row(values):
+        return [{"asr": value, "self_bleu": 1 - value} for value in values]
+
+    higher = [0.1 + 0.4, 0.2 + 0.5, 0.3 + 0.6]  # t = .5 / (.1 / sqrt(3)) with two degrees of freedom
+    rows = {"GPO": row([0.1, 0.2, 0.3]), "k = 1": row(higher), "k = 2": row([0.2, 0.1, 0.3]), "k = 3": row(higher)}
+    monkeypatch.setattr(reproduce, "BASELINES", {"k = 3": "k = 1"})
+    columns = {"asr": "ASR", "1 - self_bleu": "1 - SelfBLEU"}
+    text = reproduce.differences_table(rows, columns)
+    t = 0.5 * 3**0.5 / 0.1
+    p = 1 - t / (2 + t * t) ** 0.5  # Student's distribution with two degrees of freedom, both tails
+    assert text.startswith("Differences tested: 6.")  # k = 2 and k = 3 do not differ from theirs
+    cells = [re.split(r" *\| *", line.strip("| ")) for line in text.splitlines()[4:]]
+    assert cells == [[name, "k = 1", "GPO", "0.500 ± 0.058", "3 of 3", f"{p:.3f}", f"{3 * p:.3f}"]
+                     for name in columns.values()]
+    lower = reproduce.differences_table({"k = 1": rows["k = 1"], "GPO": rows["GPO"]}, {"asr": "ASR"})
+    assert "-0.500 ± 0.058" in lower and lower.startswith("Differences tested: 1.")
+    without_its_baseline = {"GPO": rows["GPO"], "k = 3": rows["k = 3"]}
+    assert reproduce.differences_table(without_its_baseline, columns).startswith("Differences tested: 0.")
 
 
 def test_the_effective_number_of_cells_is_n_for_n_equally_frequent_cells(tmp_path):

@@ -5,6 +5,8 @@
     python -m experiments.reproduce ablate_recommended   RECIPE: the same for the defaults, with best responses
     python -m experiments.reproduce rounds               ROUNDS: the defaults with another number of rounds T
 
+The last three also test each row against the first one, or against the one that is named in BASELINES.
+
 `train.py`, `eval.py RUN` and `experiments.probe RUN` are called as a user would call them, with one thread each and as
 many at once as there are cores (at most 8). Finished work is not repeated: after a stop, give the same command.
 """
@@ -79,6 +81,7 @@ HORIZONS = (1, 2, 8, 32)  # T, the number of rounds, with the same totals of upd
 ROUNDS = {f"T = {t}": f"--rounds {t} --defender_steps {64 // t} --attacker_steps {64 // t} --mine {7200 // t} "
                       "--average mixture" for t in HORIZONS}
 SUITES = {"ablate": ABLATIONS, "ablate_recommended": RECIPE, "rounds": ROUNDS}
+BASELINES = {"Iterative, no known answers": "no known answers", "Iterative, little mining": "little mining"}
 THIRD_PARTIES = ("SFT", "RLHF", "GPO+Div")  # every attacker is tried on their finished defenders
 PROBE_STEPS = 90  # PPO steps of a fresh attacker
 BEST_RESPONSE = f"best_0_{PROBE_STEPS}.json"  # by experiments.probe, in a run's folder
@@ -253,19 +256,44 @@ def suite_cells(repeats: list[dict], keys: Iterable[str]) -> list[str]:
     the best response on each."""
     cells = []
     for key in keys:
-        if key.startswith("1 - "):
-            cells.append(report.mean_and_error([1 - row[key.removeprefix("1 - ")] for row in repeats]))
-        elif key == "by seed":
+        if key == "by seed":
             cells.append(", ".join(f"{row['best_response']:.2f}" for row in repeats))
         else:
-            cells.append(report.mean_and_error([row.get(key) for row in repeats], 0 if key in COUNTS else 3))
+            cells.append(report.mean_and_error(values(repeats, key), 0 if key in COUNTS else 3))
     return cells
+
+
+def values(repeats: list[dict], key: str) -> list[float | None]:
+    """What the rows of several seeds have under a key, "1 - key": one minus that."""
+    if key.startswith("1 - "):
+        return [1 - row[key.removeprefix("1 - ")] for row in repeats]
+    return [row.get(key) for row in repeats]
 
 
 def suite_table(rows: dict[str, list[dict]], columns: dict[str, str], names: Iterable[str] = ()) -> str:
     """markdown: rows {name: row of each seed}, columns {key of a row: heading}; names: which rows, default all."""
     lines = [[name, *suite_cells(repeats, columns)] for name, repeats in rows.items() if not names or name in names]
     return report.markdown(["", *columns.values()], lines)
+
+
+def differences_table(rows: dict[str, list[dict]], columns: dict[str, str]) -> str:
+    """markdown: the columns in which a row differs from its baseline with p < .05 (two-sided paired t-test), and the p
+    corrected for the rows of that column (Holm). Baselines that are not among the rows: not tested."""
+    first = next(iter(rows))
+    baselines = {name: BASELINES.get(name, first) for name in rows if name != first}
+    pairs = [(name, baseline) for name, baseline in baselines.items() if baseline in rows]
+    lines = []
+    for key, heading in columns.items():
+        differences = [np.subtract(values(rows[name], key), values(rows[baseline], key)) for name, baseline in pairs]
+        tails = [min(report.paired_test(d)[0], report.paired_test(-d)[0]) for d in differences]
+        p = [min(1, 2 * tail) for tail in tails]
+        for (name, baseline), d, plain, corrected in zip(pairs, differences, p, report.holm(p)):
+            if plain < 0.05:
+                agree = f"{max((d > 0).sum(), (d < 0).sum())} of {len(d)}"
+                lines.append([heading, name, baseline, report.mean_and_error(d.tolist(), 0 if key in COUNTS else 3),
+                              agree, f"{plain:.3f}", f"{corrected:.3f}"])
+    head = ["", "row", "baseline", "difference", "seeds that agree", "p", "p, Holm"]
+    return f"Differences tested: {len(pairs) * len(columns)}. Those with p < .05:\n\n{report.markdown(head, lines)}"
 
 
 def title(out: str | Path, names: Iterable[str], seeds: Sequence[int]) -> str:
@@ -439,12 +467,13 @@ def variations(args: argparse.Namespace) -> None:
         raise ValueError(f"rows of {args.command} are {', '.join(suite)}; got {', '.join(wrong)}")
     suite = {name: flags for name, flags in suite.items() if name in (args.rows or suite)}
     columns = {ASR: "ASR", f"{ASR}/unseen framings": "unseen framings", **QUALITY}
+    shown = {}  # columns that are not tested
     probed = ()
     if args.command == "ablate":
         columns |= ATTACKER
     else:
-        columns |= {"best_response": f"best response, {PROBE_STEPS} steps", "by seed": "by seed",
-                    "mixture": "ASR, mixture", "tokens": "sampled tokens"}
+        columns["best_response"] = f"best response, {PROBE_STEPS} steps"
+        shown = {"by seed": "by seed", "mixture": "ASR, mixture", "tokens": "sampled tokens"}
         probed = suite
     rows = run_suite(args.out, NEIGHBOURS | suite, args.seeds, probed)
     rows = {name: rows[name] for name in suite}
@@ -453,7 +482,8 @@ def variations(args: argparse.Namespace) -> None:
         file = re.sub(r"\W+", "_", "_".join([file, *suite]))[:200]
     head = f"# {args.command}: {title(args.out, suite, args.seeds)}"
     commands = {name: f"python train.py {flags}" for name, flags in suite.items()}
-    write_tables(args.out, file, [head, suite_table(rows, columns)], {"commands": commands, "rows": rows})
+    tables = [suite_table(rows, columns | shown), differences_table(rows, columns)]
+    write_tables(args.out, file, [head, *tables], {"commands": commands, "rows": rows})
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
