@@ -3186,6 +3186,14 @@ def test_a_prompt_of_the_other_kind_by_its_label_is_left_out(header, safe, unsaf
     assert "b.csv without 100 rows labelled unsafe: 100 rows" in printed
 
 
+def test_over_refusal_is_measured_on_the_same_prompts_whatever_the_share_of_harmless_requests(capsys):
+    harmful, benign = ([{"prompt": f"{kind} {i}"} for i in range(100)] for kind in ("cruel", "kind"))
+    half, none = (prompt_split(harmful, benign, benign_share=share) for share in (0.5, 0.0))
+    assert half.benign_prompts == none.benign_prompts and 30 < len(none.benign_prompts) < 70  # 50 and deviation 5
+    assert half.benign_seeds == none.benign_seeds  # for runs that begin from there
+    assert "0 to train on" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_prompts_whose_labels_are_ambiguous_are_refused_and_the_label_of_a_response_does_not_matter(tmp_path):
     file = tmp_path / "x.csv"
     file.write_text("prompt,label\n" + "".join(f"q {i},1\n" for i in range(100)))

@@ -269,8 +269,7 @@ def _check_prompts(config, prompts):
         if "benign_share" in config.given:
             if config.start:
                 raise ValueError("--benign_share needs harmless requests to train on, which the run of --start has not "
-                                 f"set apart; begin that run with --benign_share and at least {LEAST_BENIGN} of them "
-                                 "by --benign_prompts")
+                                 f"set apart; begin that run with at least {LEAST_BENIGN} of them by --benign_prompts")
             raise ValueError(f"--benign_share needs at least {LEAST_BENIGN} harmless requests, of which it takes half, "
                              f"got {len(prompts.benign_prompts)}; pass as many by --benign_prompts")
         config.benign_share = 0.0
@@ -395,7 +394,7 @@ def _user_prompts(config, files, policies):
 def split_prompts(config: Config, files: dict, policies: dict[str, Policy]) -> Prompts:
     """First human turns that fit the contexts of both players, in disjoint sets: of --benign_prompts those that no
     label calls unsafe, of the other files those that none calls safe. Without --test_prompts a tenth of --prompts is
-    for testing, by hash; with --benign_share half of --benign_prompts is for training. Raises ValueError.
+    for testing, by hash; half of --benign_prompts, if these are enough, is for training. Raises ValueError.
     """
     _check_room(config, policies, [""], [])
     attack_room = policies["attacker"].context - config.attack_tokens
@@ -431,10 +430,11 @@ def split_prompts(config: Config, files: dict, policies: dict[str, Policy]) -> P
     benign_seeds = []
     if "benign_prompts" in files:
         benign, line = pick("benign_prompts", seeds + test)
-        if config.benign_share and len(benign) >= LEAST_BENIGN:
+        if len(benign) >= LEAST_BENIGN:  # whatever --benign_share is, the other half measures
             benign_seeds = [prompt for prompt in benign if data.is_test(prompt, 2)]
             benign = [prompt for prompt in benign if not data.is_test(prompt, 2)]
-        print(f"{line}, {len(benign_seeds)} to train on, {len(at_most(benign))} to measure over-refusal")
+        n_trained = len(benign_seeds) if config.benign_share else 0
+        print(f"{line}, {n_trained} to train on, {len(at_most(benign))} to measure over-refusal")
     if not seeds or not test:
         raise ValueError("--prompts must leave at least one prompt for training and one for testing, got "
                          f"{len(seeds)} and {len(test)}; add prompts or pass --test_prompts")
