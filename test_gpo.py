@@ -5805,6 +5805,8 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "a batch that does not divide": ("--batch_size 9", "--batch_size"),
     "a template of two seeds": ("--template {},{}", "--template must hold {} once"),
     "a mixture that is not kept": ("--opponent mixture --average none", "needs --average mixture"),
+    "an average over no earlier round": ("--opponent weights --rounds 1", "needs --rounds of at least 2"),
+    "unlearning without a defender's turn": ("--defender_steps 0 --mine 8", "--mine 8 would do nothing: it takes"),
     "shards for one process": ("--shard", "--shard needs several processes"),
     "demonstrations that nobody learns from": (f"{OWN} --sft_data x.jsonl --sft_steps 0 --ptx_coef 0",
                                                "--sft_data x.jsonl would do nothing: it takes"),

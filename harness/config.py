@@ -177,6 +177,9 @@ def check_combinations(config: Config) -> None:
         raise ValueError(f"--template must hold {{}} once, for the seed, or not at all, got {config.template!r}")
     if config.opponent != "last" and config.opponent not in config.average:
         raise ValueError(f"--opponent {config.opponent} needs --average {config.opponent}, got {config.average!r}")
+    if config.opponent != "last" and config.method == "gpo" and config.rounds == 1:
+        raise ValueError(f"--opponent {config.opponent} needs --rounds of at least 2, as it is an average over earlier "
+                         "rounds, got 1")
     unit = config.minibatches * world_size()
     if config.batch_size % unit:
         raise ValueError(f"--batch_size must be a multiple of --minibatches x processes ({config.minibatches} x "
@@ -208,7 +211,8 @@ def refuse_unused(config: Config) -> None:
                            "it takes --attacker and --defender, and --sft_steps or --ptx_coef above 0"),
         "training": (config.trains, f"--method {config.method} trains nobody"),
         "attacker": (config.method in ("gpo", "rlhf"), f"--method {config.method} trains no attacker"),
-        "unlearning": (config.unlearns, "it takes --method gpo or iterative, --mine and --unlikelihood_coef above 0"),
+        "unlearning": (config.unlearns,
+                       "it takes --method gpo or iterative, --mine, --unlikelihood_coef and --defender_steps above 0"),
         "gpo": (config.method == "gpo", f"it belongs to --method gpo, not to {config.method}"),
         "mixture": ("mixture" in config.average, "--average keeps no mixture"),
         "diversity": (config.diversity or config.method == "iterative", "--diversity is 0"),

@@ -61,9 +61,11 @@ class Config:
     attacker_steps: int | None = option("PPO steps per round (N_a)", 12, 10, only="attacker")  # the authors: 200
     first: str = option("who moves first in a round; defender_twice: the defender, in the first round with twice its "
                         "steps", "attacker", choices=("attacker", "defender", "defender_twice"), only="training")
-    batch_size: int = option("exchanges per PPO step, of all processes", 96, at_least=1, heading="PPO")
-    learning_rate: float | None = option("of the defender", 2.5e-4, 1e-5, above_0=True)  # TRL: 1.4e-5, trlx: 8e-6
-    attacker_learning_rate: float | None = option("of the attacker", 6e-4, 1e-5, above_0=True)
+    batch_size: int = option("exchanges per PPO step, of all processes; the warm start of user-supplied models takes "
+                             "at most 32 of them", 96, at_least=1, heading="PPO")
+    learning_rate: float | None = option("of the defender; the warm start of user-supplied models rises to five times "
+                                         "it", 2.5e-4, 1e-5, above_0=True)  # TRL: 1.4e-5, trlx: 8e-6
+    attacker_learning_rate: float | None = option("the same for the attacker", 6e-4, 1e-5, above_0=True)
     kl_coef: float = option("KL penalty of the defender", 0.02)
     attacker_kl_coef: float | None = option("KL penalty of the attacker", 0.01, 0.02)
     kl_anchor: str = option("KL reference: the initial policy, or that before the turn", "initial",
@@ -85,11 +87,12 @@ class Config:
     mine: int | None = option("attacks of the initial attacker before each defender turn, a third of them at twice "
                               "its temperature: the initial defender's unsafe answers are unlearned, and its helpful "
                               "ones to harmless requests learned (--benign_share)", 900, 0, only="unlearning")
-    opponent: str = option("the other's last policy, or the mixture, mean of the weights or exponential average of all",
-                           "last", choices=("last", "mixture", "weights", "ema"), only="gpo")
+    opponent: str = option("the other's last policy, or the mixture, mean of the weights or exponential average of "
+                           "those after all earlier rounds", "last", choices=("last", "mixture", "weights", "ema"), only="gpo")
     replay: float = option("fraction of earlier ones among the attacks in the defender's batch, by success", 0.6,
                            below=1, only="gpo")
-    diversity: float | None = option("weight k of the diversity reward; 0: off", 0.3, 1.0, only="training",
+    diversity: float | None = option("weight k of the diversity reward; 0: off; no effect on the choice of "
+                                     "prompts by iterative", 0.3, 1.0, only="training",
                                      heading="diversity")
     diversity_terms: str = option("terms of the diversity reward", "bleu,embedding", only="diversity",
                                   choices=("bleu,embedding", "embedding,bleu", "bleu", "embedding"))
@@ -138,7 +141,8 @@ class Config:
     @property
     def unlearns(self) -> bool:
         """Whether the defender unlearns unsafe answers."""
-        return bool(self.method in ("gpo", "iterative") and self.mine and self.unlikelihood_coef)
+        learns = self.method in ("gpo", "iterative") and self.defender_steps
+        return bool(learns and self.mine and self.unlikelihood_coef)
 
 
 OPTIONS = {entry.name: entry.metadata["option"] for entry in fields(Config)}
