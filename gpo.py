@@ -512,9 +512,11 @@ def optimizer_step(player: Player, stats: dict[str, float]) -> None:
 
 def clip_gradients(policy: Policy, max_norm: float) -> torch.Tensor:
     """Sum the gradients over processes, clip them by their global norm, and return it: shape ()."""
-    trained = [p for p in policy.parameters() if p.grad is not None]
-    if not policy.is_sharded:  # else its backward has summed them
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    if world_size() > 1 and not policy.is_sharded:  # else its backward has summed them
         for p in trained:
+            if p.grad is None:  # of an expert, say, that no token of this process has met
+                p.grad = torch.zeros_like(p)
             all_sum(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(trained, max_norm)
     return norm.full_tensor() if policy.is_sharded else norm

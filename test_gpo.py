@@ -3795,8 +3795,21 @@ def act_together(rank, folder):
         for name, kwargs in UPDATES.items():
             seen[mode, name] = one_update(mode == "FSDP2", **kwargs)[1:]
         seen[mode] = share_a_game(mode == "FSDP2", folder / mode)
+    seen["experts"] = gradients_of_experts(rank)
     torch.save(seen, folder / f"seen_{rank}")
     dist.destroy_process_group()
+
+
+def gradients_of_experts(rank):
+    """The gradients of two experts, of which each process has used another one, after they were summed and clipped."""
+    experts = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    experts[rank].grad = torch.tensor([3.0 + rank])
+    norm = gpo.clip_gradients(types.SimpleNamespace(parameters=lambda: experts, is_sharded=False), max_norm=100)
+    return [*(p.grad.item() for p in experts), norm.item()]
+
+
+def test_a_part_that_only_one_process_has_used_gets_its_gradient_in_all(together):
+    assert together[1]["experts"] == together[2]["experts"] == [3, 4, 5]
 
 
 def test_a_process_other_than_the_first_tells_of_its_own_error(monkeypatch):
