@@ -257,12 +257,14 @@ def _use_faster_operations(lm, dtype):
 
 def context_length(config: PretrainedConfig) -> int:
     """A model's context length in tokens. With longrope it is the original context: beyond it the states of all tokens
-    would depend on the longest text of the batch."""
+    would depend on the longest text of the batch. With sparse attention it is the length up to which all tokens are
+    attended: which of them are left out beyond it would depend on the padding."""
     config = config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         return rope["original_max_position_embeddings"]
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 2**30
+    names = ("max_position_embeddings", "max_seq_len", "keep_window_size", "index_topk")
+    return min(getattr(config, name, None) or 2**30 for name in names)
 
 
 def _eos_ids(lm, tokenizer, render, V):

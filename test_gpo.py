@@ -1882,6 +1882,7 @@ def test_a_guard_judge_keeps_each_verdict_in_its_row_and_leaves_open_what_it_can
 @pytest.mark.parametrize("config, tokens", [
     (transformers.GPT2Config(n_positions=48), 48), (transformers.MptConfig(max_seq_len=96), 96),
     (transformers.Gemma3Config(text_config={"max_position_embeddings": 64}), 64),  # text and images
+    (transformers.DogeConfig(max_position_embeddings=96, keep_window_size=32), 32),  # sparse beyond
     (transformers.Phi3Config(max_position_embeddings=512, original_max_position_embeddings=128, rope_parameters={
         "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 48, "long_factor": [1.0] * 48}), 128)])
 def test_the_context_of_a_player_and_of_a_guard_is_found_whatever_its_config_calls_it(config, tokens):
