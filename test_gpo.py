@@ -4815,6 +4815,20 @@ def test_weights_and_biases_gets_each_step_once_and_its_errors_do_not_end_a_run(
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
+STOP_THE_SECOND = f'''3 if not (here / f"sent_{{rank()}}").exists():
+    (here / f"sent_{{rank()}}").touch()
+    if rank():
+        {SIGTERM}
+    else:  # torchrun ends it, while it writes the checkpoint, as the other one has ended; so does a service manager
+        import harness.run
+        def interrupted(*args, write=harness.run.save_states, os=os, signal=signal):
+            for _ in range(2):
+                {SIGTERM}
+            write(*args)
+        harness.run.save_states = interrupted
+'''
+
+
 def test_a_sharded_run_of_two_processes_stops_as_one_and_goes_on_with_two_or_one(tmp_path):
     (tmp_path / "for_two.py").write_text(SCRIPTED)
     (tmp_path / "fault.txt").write_text("-2 none")
@@ -4829,8 +4843,7 @@ def test_a_sharded_run_of_two_processes_stops_as_one_and_goes_on_with_two_or_one
     assert printed.count("attack success on held-out prompts, held-out judge") == 1
     assert len(read_lines(tmp_path / "run" / "games.jsonl")) == 4 * 8 + 2 * 3  # all exchanges, three probes a round
     faulty = stopped_copy(tmp_path / "run", tmp_path / "faulty", "step_000004")  # after three of its four steps
-    to_the_second = "if rank() and not (here / 'sent').exists(): (here / 'sent').touch(); "
-    (tmp_path / "fault.txt").write_text(f"3 {to_the_second}{SIGTERM}")
+    (tmp_path / "fault.txt").write_text(STOP_THE_SECOND)
     assert two_processes(train_together, tmp_path / "said", "--resume", faulty) == [143, 143]
     last_line = f"interrupted; go on with: python train.py --resume {faulty}"
     assert (tmp_path / "said_0.txt").read_text().splitlines()[-1] == last_line

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from gpo import Exchanges, NotFinite, PolicyAverage, rank
+from gpo import Exchanges, NotFinite, PolicyAverage, rank, world_size
 from harness import data, parallel
 from harness.config import LEFT_ALONE, OPTIONS, Config, check_out, devices, parse, resolve
 from harness.report import draw_curves, model_card, summary_table, write_report
@@ -320,6 +320,7 @@ class RunFolder:
         if stop or done % self.config.save_every == 0 or done == self.total_steps:
             self.write_checkpoint(done, game)
         if stop:
+            parallel.gather_results(lambda: None)  # torchrun ends the first process when another one has ended
             raise KeyboardInterrupt(stop)
 
     def write_checkpoint(self, done: int, game: object) -> None:
@@ -390,12 +391,16 @@ class RunFolder:
 
     @contextlib.contextmanager
     def stop_after_a_step(self) -> Iterator[None]:
-        """In this context the first Ctrl-C or SIGTERM lets the current PPO step end; a second one stops at once."""
+        """In this context the first Ctrl-C or SIGTERM lets the current PPO step end; a second one stops at once. Of
+        several processes each may get a signal twice, also from torchrun, which kills what goes on for too long."""
         def ask(number, frame):
-            restore()
+            one_process = world_size() == 1
+            if one_process:
+                restore()
+            if not rank() and not self.stop_signal:  # print may be running
+                once_more = b"; once more stops at once" * one_process
+                os.write(2, b"\nfinishing this PPO step and saving" + once_more + b"\n")
             self.stop_signal = number
-            if not rank():
-                os.write(2, b"\nfinishing this PPO step and saving; once more stops at once\n")  # print may be running
 
         def restore():
             for number, handler in before.items():
