@@ -88,7 +88,8 @@ class Config:
                               "its temperature: the initial defender's unsafe answers are unlearned, and its helpful "
                               "ones to harmless requests learned (--benign_share)", 900, 0, only="unlearning")
     opponent: str = option("the other's last policy, or the mixture, mean of the weights or exponential average of "
-                           "those after all earlier rounds", "last", choices=("last", "mixture", "weights", "ema"), only="gpo")
+                           "those after all earlier rounds", "last", only="gpo",
+                           choices=("last", "mixture", "weights", "ema"))
     replay: float = option("fraction of earlier ones among the attacks in the defender's batch, by success", 0.6,
                            below=1, only="gpo")
     diversity: float | None = option("weight k of the diversity reward; 0: off; no effect on the choice of "
