@@ -101,7 +101,7 @@ class NgramTable:
         for start in range(len(tokens)):
             for end in range(start + 1, min(start + max_order, len(tokens)) + 1):
                 gram = tokens[start:end]
-                if self.counts.get(gram, 0) <= left_out:  # then no longer one matches either
+                if self.counts.get(gram, 0) <= left_out:  # then no n-gram that begins with it does either
                     break
                 if self.counts.get(_numbered(gram, seen), 0) > left_out:
                     matches[end - start - 1] += 1
@@ -128,14 +128,6 @@ def self_bleu(texts: Sequence[str], history: Sequence[str], orders: Sequence[int
 # --- cosines and embedders --------------------------------------------------------------------------------------
 def _unit(vectors):
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-
-
-def cosine_to_history(vectors: np.ndarray, history: np.ndarray) -> np.ndarray:
-    """Mean cosine of each vector (B, D) to those of the history (H, D): (B,), minus Eq. (3.5); 0 without a history.
-    `Diversity` computes it from a running sum, in the same time for any history."""
-    if not len(history):
-        return np.zeros(len(vectors))
-    return _unit(vectors) @ _unit(history).mean(0)
 
 
 def set_similarity(texts: Sequence[str], embedder: Embedder) -> dict[str, float]:

@@ -146,7 +146,7 @@ def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Te
 def supervised_loss(policy: Policy, demos: Rollout) -> torch.Tensor:
     """Mean negative log-likelihood per response token of demonstrations (a Rollout of B rows), in nats: shape ()."""
     logprobs, _, _ = logprobs_and_values(policy, demos, with_values=False)
-    return -(logprobs * demos.response_mask).sum() / demos.response_lengths.sum().clamp(min=1)
+    return -logprobs.sum() / demos.response_lengths.sum().clamp(min=1)
 
 
 RARE = 0.01  # likelihood relative to the initial policy's: below it unlearning an answer follows its probability
@@ -164,7 +164,7 @@ def unlikelihood_loss(policy: Policy, answers: Rollout, initial: Policy) -> torc
     with torch.no_grad():
         before, _, _ = logprobs_and_values(initial, answers, with_values=False)
     logprobs, _, _ = logprobs_and_values(policy, answers, with_values=False)
-    log_p = ((logprobs - before) * answers.response_mask).sum(1)  # (B,) nats
+    log_p = (logprobs - before).sum(1)  # (B,) nats
     losses = 1 + torch.nn.functional.elu(log_p - math.log(RARE))  # elu(x): exp(x) - 1 where x < 0, else x
     return losses.sum() / answers.response_lengths.sum().clamp(min=1)
 
@@ -196,7 +196,7 @@ class Player:
     kl_anchor: str = "initial"  # or "previous": the KL penalty is measured from the policy at the last `anchor`
     epochs: int = 2
     minibatches: int = 2
-    micro_batch: int = 0  # rows per forward and backward; 0 is the whole minibatch
+    micro_batch: int = 0  # rows per forward and backward; 0: the whole minibatch
     clip: float = 0.2
     value_clip: float = 0.2
     value_coef: float = 0.5
@@ -331,7 +331,7 @@ MAX_SKIPPED = 10  # consecutive skipped steps that end a run: one bad batch may 
 
 
 class NotFinite(ValueError):
-    """Too many steps in a row had to be skipped; the message says whose and why."""
+    """Training cannot go on, as its numbers are not finite; the message says whose and why."""
 
 
 def skip(player: Player, what: str) -> None:
@@ -411,7 +411,7 @@ def rollout_metrics(old: Experience, rollout: Rollout, scores: torch.Tensor) -> 
     """Metrics of the rollout before the update; means leave out rows with an empty response mask."""
     mask = rollout.response_mask
     rows = mask.any(1)  # (B,)
-    kl = ((old.logprobs - old.ref_logprobs) * mask).sum(1)  # (B,) nats per response
+    kl = (old.logprobs - old.ref_logprobs).sum(1)  # (B,) nats per response
     return {"objective/kl": kl[rows].mean().item(),
             "objective/entropy": masked_mean(old.entropy, mask).item(),  # nats per token
             "objective/scores": scores[rows].mean().item(),
@@ -430,7 +430,7 @@ def experience(player: Player, rollout: Rollout, scores: torch.Tensor,
     for minibatch in first_epoch:
         same_batches += my_rows(minibatch).split(player.micro_batch or len(rollout))
     logprobs, values, entropy = forward_rows(player.policy, rollout, same_batches)
-    # the reference is compared with nothing bit by bit: larger groups of similar length, which have little padding
+    # the reference is compared with nothing bit by bit: its groups are of similar length, which have little padding
     by_length = my_rows(rollout.lengths.argsort(stable=True)).split(4 * player.micro_batch or 32)
     ref_logprobs, _, _ = forward_rows(player.reference, rollout, by_length, with_values=False)
     mask = rollout.response_mask  # (B, T), True on sampled tokens
@@ -538,12 +538,10 @@ def forward_rows(policy: Policy, rollout: Rollout, groups: list[torch.Tensor],
 
 def log_likelihoods(policy: Policy, rollout: Rollout, micro_batch: int = 0) -> torch.Tensor:
     """(B, 2): mean and least log-prob of each response's tokens under a policy, without gradients, in nats."""
-    mask = rollout.response_mask
     groups = my_rows(torch.arange(len(rollout))).split(4 * micro_batch or 256)
-    logprobs, _, _ = forward_rows(policy, rollout, groups, with_values=False)
-    mean = (logprobs * mask).sum(1) / mask.sum(1)
-    least = logprobs.masked_fill(~mask, 0).amin(1)
-    return torch.stack([mean, least], 1).cpu()
+    logprobs, _, _ = forward_rows(policy, rollout, groups, with_values=False)  # 0 outside the responses
+    mean = logprobs.sum(1) / rollout.response_lengths
+    return torch.stack([mean, logprobs.amin(1)], 1).cpu()
 
 
 # --- supervised training --------------------------------------------------------------------------------------------
@@ -593,7 +591,7 @@ def sft(policy: Policy, pairs: list[tuple[str, str]], settings: SFTSettings) -> 
 class Exchanges:
     """A batch of exchanges: seed -> attack -> response -> P(safe)."""
 
-    seeds: list[str]
+    seeds: list[str]  # where the prompts were given: the prompts
     attacks: Rollout | None  # None if the prompts were given
     prompts: list[str]
     responses: Rollout
@@ -621,14 +619,14 @@ def play(attacker: "Player | PolicyAverage | None", defender: "Player | PolicyAv
         attacks = attacker.generate(seeds, 2 * seed)  # the players' random numbers differ
         prompts = attacks.texts
     responses = defender.generate(prompts, 2 * seed + 1)
-    rollouts = [rollout for rollout in (attacks, responses) if rollout is not None]
-    tokens = sum(int(rollout.response_lengths.sum()) for rollout in rollouts)
+    tokens = int(responses.response_lengths.sum())
     clock = time.time()
     p_safe = call_judge(judge, prompts, responses.texts)
     seconds = time.time() - clock
     undecided = torch.from_numpy(~decided(p_safe, at_least))
     responses = responses.without_responses(undecided)
     if attacks is not None:
+        tokens += int(attacks.response_lengths.sum())
         attacks = attacks.without_responses(undecided)
     return Exchanges(list(seeds), attacks, prompts, responses, p_safe, seconds, tokens)
 
@@ -681,13 +679,13 @@ class PolicyAverage:
     def generate(self, prompts: list[str], seed: int, temperature: float | None = None) -> Rollout:
         """As `Player.generate`, each prompt by a uniformly sampled member; one member's policy at a time is loaded."""
         rng = np.random.default_rng([seed, 1])  # not the stream by which a caller may have sampled the prompts
-        drawn = rng.integers(len(self.members), size=len(prompts))  # (B,)
+        member_of = rng.integers(len(self.members), size=len(prompts))  # (B,)
         rows = [None] * len(prompts)
-        for member in np.unique(drawn):
-            places = np.flatnonzero(drawn == member)
+        for member in np.unique(member_of):
+            indices = np.flatnonzero(member_of == member)
             player = self.player.with_policy(self.policy(member))
-            rollout = player.generate([prompts[i] for i in places], new_seed(rng), temperature)  # independent rows
-            for i, row in zip(places, rollout.rows()):
+            rollout = player.generate([prompts[i] for i in indices], new_seed(rng), temperature)  # independent rows
+            for i, row in zip(indices, rollout.rows()):
                 rows[i] = row
         prompts = [self.player.template.format(prompt) for prompt in prompts]
         return pack(self.player.policy, prompts, *zip(*rows), rollout.temperature)

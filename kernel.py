@@ -256,7 +256,7 @@ class _LinearLogProb(torch.autograd.Function):
         h, w, targets, bias, logprobs, lse, entropy = ctx.saved_tensors
         needs_h, needs_w, _, needs_bias, *_ = ctx.needs_input_grad
         dh = torch.empty_like(h) if needs_h else None  # (N, D)
-        dw = torch.zeros_like(w) if needs_w and not len(h) else None  # (V, D) in fp32, from the first chunk
+        dw = torch.zeros_like(w) if needs_w and not len(h) else None  # (V, D): else made by the first chunk, in fp32
         db = torch.zeros_like(bias, dtype=lse.dtype) if needs_bias else None  # (V,)
         for rows in _chunks(h, w, first=len(ctx.saved_p)):
             dz = _logits_gradient(ctx, rows, g, e if ctx.entropy_grad else None)  # (n, V)
@@ -284,7 +284,7 @@ def _logits_gradient(ctx, rows, g, e):
 
 
 def _add_product(total, dz, h):
-    """total + dz.T @ h, (V, D) in fp32, in place: a second (V, D) would cost more than the chunk."""
+    """total + dz.T @ h, (V, D) in fp32, in place; for fp32 without a second (V, D), which would be larger than dz."""
     if total is None:
         return _upcast(dz.T @ h)
     return total.addmm_(dz.T, h) if total.dtype == dz.dtype else total.add_(dz.T @ h)
@@ -309,5 +309,5 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
         raise ValueError(f"linear_logprob needs temperature > 0, got {temperature}")
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    keep = torch.is_grad_enabled() and not entropy_grad
+    keep = torch.is_grad_enabled() and not entropy_grad  # read here: inside an autograd function it is always False
     return _LinearLogProb.apply(hidden, weight, targets, bias, temperature, entropy_grad, keep, dtype)

@@ -197,7 +197,7 @@ class Policy(nn.Module):
         """Token ids of each prompt in the model's own chat format, up to where the response begins. render: a cached
         `_render`."""
         rows = encode_rendered(self.tokenizer, render or self._render, [[prompt] for prompt in prompts])
-        return [ids or self.eos_ids[:1] for ids in rows]
+        return [ids or self.eos_ids[:1] for ids in rows]  # never empty: the first response token needs a state
 
     def encode_pairs(self, pairs: list[tuple[str, str]]) -> tuple[list[list[int]], list[list[int]]]:
         """(prompt ids, response ids) of (prompt, response) pairs: the rendered conversation's tokens up to the one that
@@ -616,6 +616,7 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: no memory is returned
 
 
+# --- supervised training: learning rate and batches -----------------------------------------------------------
 def one_cycle(optimizer: torch.optim.Optimizer, peak: float, steps: int) -> torch.optim.lr_scheduler.OneCycleLR:
     """The learning rate of supervised training: up to its peak in a tenth of the steps, then down to almost zero."""
     total = max(2, steps)
@@ -629,7 +630,7 @@ GROUP = 32  # steps whose rows are sorted together
 
 def sample_batches(n: int, steps: int, batch_size: int, rng: np.random.Generator) -> np.ndarray:
     """Row numbers of each supervised step's batch, (steps, batch_size), sampled uniformly from n rows."""
-    return np.array([rng.integers(n, size=batch_size) for _ in range(steps)]).reshape(steps, batch_size)
+    return rng.integers(n, size=(steps, batch_size))
 
 
 def group_by_length(batches: np.ndarray, lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -66,7 +66,7 @@ import kernel
 import model
 import reward
 import train
-from diversity import Diversity, NgramTable, cosine_to_history, load_embedder, self_bleu, set_similarity, word_embedder
+from diversity import Diversity, NgramTable, load_embedder, self_bleu, set_similarity, word_embedder
 from experiments import bench, mart, probe, real_models, real_scores, reproduce, train_judge, worst_case
 from experiments.soak import outcome
 from gpo import ExtraLoss, Player, PolicyAverage, SFTSettings, nash_gap, play, ppo_update, sft, solve_matrix_game
@@ -1455,8 +1455,9 @@ def test_diversity_reward_is_minus_the_mean_of_both_terms_and_a_repetition_score
     score = diversity.score(NEW)
     vectors, history = word_embedder(NEW), word_embedder(HISTORY)
     assert np.allclose(score["embedding"], [np.mean([v @ h for h in history]) for v in vectors], atol=1e-8)
-    assert np.allclose(score["embedding"], cosine_to_history(3 * vectors, 2 * history), atol=1e-8)
-    assert (cosine_to_history(vectors, history[:0]) == 0).all()
+    scaled = Diversity(embedder=lambda texts: 3 * word_embedder(texts))  # a cosine does not depend on lengths
+    scaled.add(HISTORY)
+    assert np.allclose(score["embedding"], scaled.score(NEW)["embedding"], atol=1e-8)
     assert np.allclose(score["bleu"], [mean_bleu(text, HISTORY) for text in NEW])
     assert np.allclose(score["reward"], -(score["bleu"] + score["embedding"]) / 2)
     assert diversity.score(HISTORY[4:5])["bleu"][0] == pytest.approx(1.0)  # a newcomer, written before
@@ -2584,8 +2585,8 @@ def test_of_the_idle_player_no_bit_changes_and_a_turn_begins_with_its_anchor(anc
 
 
 @pytest.mark.parametrize("options, word", [
-    ({"method": "rlhf"}, "f"), ({}, "l"), ({"opponent": "mixture"}, "m"), ({"opponent": "weights"}, "m"),
-    ({"opponent": "ema", "average": "ema"}, "m")])
+    ({"method": "rlhf"}, "f"), ({}, "l"), ({"opponent": "mixture", "rounds": 2}, "m"),
+    ({"opponent": "weights", "rounds": 2}, "m"), ({"opponent": "ema", "average": "ema", "rounds": 2}, "m")])
 def test_the_opponent_is_the_last_policy_or_an_average_of_all_rounds_or_in_rlhf_the_first_defender(options, word):
     config, world, game = new_match(response_tokens=1, **options)
     assert train.opponent(config, game, "attacker") is game.players["attacker"]  # at first there is no average
@@ -2593,7 +2594,7 @@ def test_the_opponent_is_the_last_policy_or_an_average_of_all_rounds_or_in_rlhf_
     for average in game.averages["defender"].values():
         average.add(member.policy)
     for turn, exchanges, *_ in played(config, world, game):
-        if turn.player == "attacker":
+        if turn.player == "attacker" and turn.round == 0:
             assert set(exchanges.responses.texts) == {word}
         elif "method" in options:  # rlhf's defender meets the fixed prompts alone
             assert set(exchanges.prompts) <= set(world.seeds)
@@ -2667,7 +2668,7 @@ def test_mining_keeps_the_initial_defenders_unsafe_answers_and_no_test_prompt():
     attacker.generate = Mock(wraps=attacker.generate)
     train.mine(config, world, game, np.random.default_rng(0))
     asked = [(len(call.args[0]), call.args[2]) for call in attacker.generate.call_args_list]
-    assert asked == [(14, attacker.temperature), (7, 2 * attacker.temperature)]
+    assert asked == [(14, None), (7, 2 * attacker.temperature)]  # None: its own
     found = game.replay.answers
     assert found and all("a" in text for _, text, _, _ in found)  # what the judge of `new_match` calls unsafe
     assert len(game.replay.likelihood) == len(found) and min(game.replay.likelihood) < 0.9

@@ -266,7 +266,7 @@ class ToyGame:
 
     def attacker_sft(self, n: int, rng: np.random.Generator) -> list[tuple[str, str]]:
         """n pairs (seed prompt, another prompt): 30% have the same topic, the others mostly a harmless one, so that an
-        untrained attacker asks for harm in less than half of its prompts. More successful framings are rarer."""
+        attacker asks at first for harm in less than half of its prompts. More successful framings are rarer."""
         weight = np.exp([-0.4 * offset for _, offset in list(FRAMINGS.values())[:N_OPEN]])  # (N_OPEN,)
         seeds = np.array(self._sample_cells(n, rng, harmful_fraction=0.9))
         targets = np.array(self._sample_cells(n, rng, harmful_fraction=0.2))

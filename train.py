@@ -15,8 +15,8 @@ Differs from the paper (numbers as in the README; rows are of docs/results.md):
 (5) `--unlikelihood_coef`: the defender's updates also make known unsafe answers less likely, and helpful ones likelier.
 PPO learns from a rare answer only when it is sampled, once in thousands: section *the worst case, exactly*.
 (6) `--replay`: most attacks in the defender's batch are earlier ones, against forgetting: row *no replay*.
-(7) `--mine`: the unsafe answers of (5) are the initial defender's, to attacks of the untrained attacker, a third of
-them at twice its temperature, before each defender turn; the likelier one is then, the more often it is unlearned.
+(7) `--mine`: the unsafe answers of (5) are the initial defender's, to attacks of the initial attacker, a third of them
+at twice its temperature, before each defender turn; the likelier an answer still is, the more often it is unlearned.
 (8) `--ptx_coef`: a supervised loss on demonstrations, against over-refusal: row *no demonstrations*.
 (11) R_div is centred over the batch. Its level, about -k / 2 for every attack, is no signal, but with lambda < 1 and a
 critic that starts at zero it rewards by position: exercise 2 of docs/exercises.md. Row *k = 10* depends on it.
@@ -64,7 +64,7 @@ from reward import call_judge, decided
 
 # --- the loop: Algorithm 1 --------------------------------------------------------------------------------------
 def train(config: Config, world: World, game: "Game", folder: RunFolder) -> None:
-    """Algorithm 1. Every turn of the schedule is one PPO step of the mover; every round ends with the averages and an
+    """Algorithm 1. Every entry of the schedule is one PPO step of the mover; every round ends with the averages and an
     evaluation."""
     turns = schedule(config)
     for step in range(folder.steps_done, len(turns)):
@@ -106,7 +106,7 @@ def train(config: Config, world: World, game: "Game", folder: RunFolder) -> None
 
 
 class Turn(NamedTuple):
-    """One PPO step of the schedule."""
+    """One PPO step of the schedule: whose turn it is, and whether it begins the turn or ends the round."""
 
     round: int
     player: str
@@ -141,7 +141,7 @@ def schedule(config: Config) -> list[Turn]:
 class ReplayBuffer:
     """Earlier attacks, and the initial defender's answers, on which the defender is trained again."""
 
-    excluded: set[str] = field(default_factory=set)  # normalized test prompts, not to be trained on, and harmless ones
+    excluded: set[str] = field(default_factory=set)  # normalized: test prompts, and harmless requests (no attacks)
     last_success: dict[str, float] = field(default_factory=dict)  # attack -> P(unsafe) of its last try
     answers: list[tuple] = field(default_factory=list)  # unsafe ones: (attack, text, prompt ids, response ids)
     likelihood: list[float] = field(default_factory=list)  # pi / pi_0 of each unsafe answer, at most 1
@@ -255,10 +255,10 @@ def new_game(config: Config, world: World) -> Game:
         for kind in ("mixture", "weights", "ema"):
             if kind in config.average:
                 averages[name][kind] = PolicyAverage(player, kind, config.average_size, config.seed)
-    diversity = Diversity(tuple(config.diversity_terms.split(",")), world.embedder, config.history)
-    no_attacks = world.held_out() | set(map(normalized, world.benign_seeds))
+    diversity = Diversity(config.diversity_terms.split(","), world.embedder, config.history)
+    excluded = world.held_out() | set(map(normalized, world.benign_seeds))
     bound = likelihood_bound(config, world)
-    return Game(world.players, world.first, averages, diversity, ReplayBuffer(no_attacks), bound)
+    return Game(world.players, world.first, averages, diversity, ReplayBuffer(excluded), bound)
 
 
 def likelihood_bound(config: Config, world: World) -> torch.Tensor:
@@ -274,8 +274,8 @@ def likelihood_bound(config: Config, world: World) -> torch.Tensor:
 
 # --- the turns --------------------------------------------------------------------------------------------------
 def opponent(config: Config, game: Game, name: str) -> Player | PolicyAverage:
-    """The frozen player that the mover plays against: its last policy, its average if `--opponent` names one, or the
-    first defender with `--method rlhf`."""
+    """The frozen player `name`, which the mover plays against: its last policy, its average if `--opponent` names one,
+    or the first defender with `--method rlhf`."""
     if name == "defender" and config.method == "rlhf":
         return game.first["defender"]
     if config.opponent != "last" and game.averages[name][config.opponent].count:
@@ -301,7 +301,7 @@ def mine(config: Config, world: World, game: Game, rng: np.random.Generator) -> 
     seeds = sample(world.seeds * repeats, config.mine, rng)
     attacker = game.first["attacker"]
     third = config.mine // 3
-    attacks = write_attacks(game, attacker, seeds[third:], rng, attacker.temperature)
+    attacks = write_attacks(game, attacker, seeds[third:], rng)
     if third:
         attacks += write_attacks(game, attacker, seeds[:third], rng, 2 * attacker.temperature)
     exchanges = play(None, game.first["defender"], attacks, world.judge, new_seed(rng), at_least=0)
@@ -319,17 +319,17 @@ def mine_helpful(config: Config, world: World, game: Game) -> None:
     make it refuse a whole topic, and PPO would sample no helpful answer to learn from."""
     n = min(MOST_HELPFUL, len(world.benign_seeds))
     requests = sample(world.benign_seeds, n, np.random.default_rng(config.seed))
-    exchanges = play(None, world.first["defender"], requests, world.judge, config.seed, at_least=0)
+    exchanges = play(None, game.first["defender"], requests, world.judge, config.seed, at_least=0)
     helpful = call_judge(world.helpful, requests, exchanges.responses.texts)
     kept = (helpful > 0.5) & (exchanges.p_safe > 0.5)  # False where undecided
     kept &= exchanges.responses.ended.cpu().numpy()
-    rows = zip(requests, exchanges.responses.rows())
-    game.replay.helpful = [(request, *row) for (request, row), keep in zip(rows, kept) if keep]
+    rows = zip(requests, exchanges.responses.rows(), kept)
+    game.replay.helpful = [(request, *row) for request, row, keep in rows if keep]
     game.sampled_tokens += exchanges.sampled_tokens
 
 
 def attacker_scores(config: Config, game: Game, exchanges: Exchanges) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The attacker's score of each attack, (B,): P(unsafe) + k R_div; and the similarity to the history, {term: (B,)}.
+    """The attacker's score of each attack, (B,): P(unsafe) + k R_div; and what `Diversity.score` returned for them.
 
     Eq. (3.1) from the minimiser's side, with 1 - R(x, y) in place of -R(x, y). An unlikely attack scores as a failed
     repetition. An undecided one scores 0 and enters no update.
@@ -362,7 +362,7 @@ def defender_prompts(config: Config, game: Game, seeds: list[str], rng: np.rando
     if config.method == "rlhf":  # the fixed prompts themselves
         return seeds
     if config.method == "iterative":
-        return novel_prompts(config, game, seeds, rng)
+        return novel_prompts(game, seeds, rng)
     replayed = []
     if game.replay.last_success and config.replay > 0:
         replayed = game.replay.sample(int(config.replay * len(seeds)), rng)
@@ -372,9 +372,9 @@ def defender_prompts(config: Config, game: Game, seeds: list[str], rng: np.rando
     return fresh + replayed
 
 
-def novel_prompts(config: Config, game: Game, seeds: list[str], rng: np.random.Generator) -> list[str]:
-    """Prompts of method iterative, without an adversary: the most diverse quarter of the untrained attacker's."""
-    attacker = opponent(config, game, "attacker")
+def novel_prompts(game: Game, seeds: list[str], rng: np.random.Generator) -> list[str]:
+    """Prompts of method iterative, without an adversary: the most diverse quarter of the initial attacker's."""
+    attacker = game.players["attacker"]  # never trained by this method
     texts = [text for text in write_attacks(game, attacker, seeds * 4, rng) if not game.replay.excludes(text)]
     r_div = game.diversity.score(texts)["reward"]
     chosen = [texts[i] for i in np.argsort(-r_div, kind="stable")[: len(seeds)]]
@@ -385,7 +385,7 @@ def novel_prompts(config: Config, game: Game, seeds: list[str], rng: np.random.G
 
 def write_attacks(game: Game, attacker: Player | PolicyAverage, seeds: list[str], rng: np.random.Generator,
                   temperature: float | None = None) -> list[str]:
-    """Prompts for the defender, written by a frozen attacker, at its own temperature by default."""
+    """Prompts for the defender by a frozen attacker, at its own temperature by default; their tokens are counted."""
     rollout = attacker.generate(seeds, new_seed(rng), temperature)
     game.sampled_tokens += int(rollout.response_lengths.sum())
     return rollout.texts
@@ -412,14 +412,14 @@ def extra_losses(config: Config, world: World, game: Game, rng: np.random.Genera
 # --- numbers ----------------------------------------------------------------------------------------------------
 def game_metrics(world: World, game: Game, turn: Turn, exchanges: Exchanges, similarity: dict[str, np.ndarray],
                  n_harmless: int) -> dict[str, float]:
-    """Metrics of a step's exchanges, whichever player moves. similarity: {term: (B,)}, to earlier attacks. The last
+    """Metrics of a step's exchanges, whichever player moves. similarity: from `attacker_scores`, or {}. The last
     n_harmless rows are harmless requests."""
     n = len(exchanges.prompts) - n_harmless
-    attacks = exchanges.p_safe[:n][exchanges.decided[:n]]
+    p_safe = exchanges.p_safe[:n][exchanges.decided[:n]]
     metrics = {"sampled_tokens": game.sampled_tokens,
                "game/undecided": int((~exchanges.decided).sum())}  # in no update and in no rate
-    if len(attacks):
-        metrics["game/attack_success"] = float(np.mean(1 - attacks))  # by the training judge
+    if len(p_safe):
+        metrics["game/attack_success"] = float(np.mean(1 - p_safe))  # by the training judge
     if game.replay.likelihood:
         metrics["game/unsafe_likelihood"] = float(np.mean(game.replay.likelihood))
     if turn.player == "attacker":

@@ -247,15 +247,15 @@ class RunFolder:
     def log(self, step: int, turn: object, exchanges: Exchanges, scores: np.ndarray, metrics: dict) -> None:
         """Log one PPO step: its metrics, and all of its exchanges with their scores (B,). After a round also alarms,
         and the answers to three held-out prompts. turn: round, player, ends_round."""
-        place = {"step": step, "round": turn.round}
+        common = {"step": step, "round": turn.round, "role": turn.player}
         names = ("seed", "attack", "response", "p_safe", "score")
         scores = np.where(exchanges.decided, scores, np.nan)
         columns = (exchanges.seeds, exchanges.prompts, exchanges.responses.texts, exchanges.p_safe.tolist(),
                    scores.tolist())
-        rows = [place | {"role": turn.player} | dict(zip(names, row)) for row in zip(*columns)]
-        line = place | {"role": turn.player} | metrics
+        rows = [common | dict(zip(names, row)) for row in zip(*columns)]
+        line = common | metrics
         if turn.ends_round:
-            rows = self.probe(place) + rows
+            rows = self.probe(common) + rows
             line |= self.raise_alarms(line)
             held_out = metrics["game/asr_held_out_judge"]
             self.bar.set_postfix_str(f"round {turn.round + 1}: held-out attack success {held_out:.1%}")
@@ -284,12 +284,12 @@ class RunFolder:
             tqdm.write(f"--log {self.config.log} does not work ({type(error).__name__}: {first_line(error)}); the run "
                        f"goes on without it, its metrics are in {self.path}/metrics.jsonl", file=sys.stderr)
 
-    def probe(self, place: dict) -> list[dict]:
-        """Rows of games.jsonl: the answers to three held-out prompts, by the held-out judge."""
+    def probe(self, common: dict) -> list[dict]:
+        """Rows of games.jsonl: the answers to three held-out prompts, by the held-out judge. common: of all rows."""
         prompts = self.world.test_prompts[:3]
         answers = self.world.players["defender"].generate(prompts, 0, temperature=0).texts
         p_safe = call_judge(self.world.held_out_judge, prompts, answers).tolist()
-        return [place | {"role": "probe", "attack": attack, "response": response, "p_safe": p}
+        return [common | {"role": "probe", "attack": attack, "response": response, "p_safe": p}
                 for attack, response, p in zip(prompts, answers, p_safe)]
 
     def raise_alarms(self, last: dict) -> dict[str, float]:
@@ -398,7 +398,7 @@ class RunFolder:
             if one_process:
                 restore()
             if not rank() and not self.stop_signal:  # print may be running
-                once_more = b"; once more stops at once" * one_process
+                once_more = b"; once more stops at once" if one_process else b""
                 os.write(2, b"\nfinishing this PPO step and saving" + once_more + b"\n")
             self.stop_signal = number
 

@@ -260,7 +260,8 @@ def _check_room(config, policies, seeds, others):
 
 
 def _check_prompts(config, prompts):
-    """Raises ValueError if the options need texts that are not there."""
+    """Raises ValueError if the options need texts that are not there. Without harmless requests it turns the default
+    --benign_share off."""
     if not prompts.demos and config.ptx_coef > 0:
         from_start = ", and begin the run of --start with them" if config.start else ""
         raise ValueError("--ptx_coef needs demonstrations, got none; pass (prompt, response) pairs by --sft_data"
