@@ -17,6 +17,7 @@ if __name__ == "__main__":
 import argparse
 import copy
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +34,18 @@ from gpo import Player, PolicyAverage, log_likelihoods, nash_gap, new_seed, play
 from harness import data
 from harness.config import Config
 from harness.options import OPTIONS, PAPER_TEMPLATE
-from harness.report import LABELS, LOOKS, JudgeErrors, figure, markdown, mean_and_error, save_figure, show, write_page
+from harness.report import (
+    LABELS,
+    LOOKS,
+    JudgeErrors,
+    figure,
+    markdown,
+    mean_and_error,
+    save_figure,
+    show,
+    undecided_line,
+    write_page,
+)
 from harness.run import FinishedRun, open_run
 from harness.world import World, attacks_to_measure, evaluate, working_judge
 from model import best_dtype, first_line, generate, keep_freed_memory, load_policy
@@ -210,9 +222,13 @@ def tables(args: argparse.Namespace) -> None:
             raise ValueError(f"eval.md is written into the run's folder, which must be writable, got {run.path}; copy "
                              "the run")
     third_parties = [other.world.players["defender"] for other in others]
-    labelled = labelled_exchanges(args.judge_labels) if args.judge_labels else []
+    errors = [{} for _ in runs]  # {key of a rate: the JudgeErrors of its judge}
+    if args.judge_labels:
+        labelled = labelled_exchanges(args.judge_labels)
+        errors = [{"asr_held_out_judge": judge_errors(run.world.held_out_judge, labelled),
+                   "asr_train_judge": judge_errors(run.world.judge, labelled)} for run in runs]
     of_method = {}
-    for run in tqdm(runs, desc="runs", dynamic_ncols=True, disable=len(runs) == 1):
+    for run, its_errors in tqdm(list(zip(runs, errors)), desc="runs", dynamic_ncols=True, disable=len(runs) == 1):
         first = run.world.first
         final = run.world.players
         columns = {"before": first, "after": final}
@@ -222,8 +238,8 @@ def tables(args: argparse.Namespace) -> None:
         matrix = cross_play([first["attacker"], final["attacker"]], [first["defender"], final["defender"]],
                             run.world.attack_seeds, run.world.held_out_judge)
         text = run_text(run, rows, matrix)
-        if labelled:
-            text += f"\n{corrected_table(run.world, rows, labelled)}\n"
+        if its_errors:
+            text += f"\n{corrected_table(rows, its_errors)}\n"
         print(text)
         data.write_text(run.path / "eval.md", text)
         others_paths = [str(other.path) for other in others]
@@ -236,9 +252,14 @@ def tables(args: argparse.Namespace) -> None:
         print(f"Mean ± standard error over runs (number of runs):\n\n{means_table(of_method)}")
 
 
+def method_name(run: FinishedRun) -> str:
+    """The method of a run, or what trained its players, if not the algorithm."""
+    return data.read_json(run.path / "summary.json").get("made_by", run.config.method)
+
+
 def row_name(run: FinishedRun, runs: list[FinishedRun]) -> str:
     """The method of a run, and its options in which these runs differ, apart from seed and paths."""
-    words = [data.read_json(run.path / "summary.json").get("made_by", run.config.method)]
+    words = [method_name(run)]
     for name in OPTIONS:
         differs = len({getattr(other.config, name) for other in runs}) > 1
         if differs and name not in ("method", "seed", "out", "start", "resume", "device"):
@@ -252,9 +273,10 @@ def run_text(run: FinishedRun, rows: dict[str, dict], matrix: np.ndarray) -> str
     for key in measured(list(rows.values())):
         cells = [show(row.get(key), number_of_texts(run.world, key, row)) for row in rows.values()]
         lines.append([LABELS[key], *cells])
+    lines += undecided_line(rows)
     pairs = [["first attacker", *map(show, matrix[0])], ["final attacker", *map(show, matrix[1])]]
     return "\n\n".join([
-        f"{run.path}: {run.config.method}, seed {run.config.seed}", markdown(["", *rows], lines),
+        f"{run.path}: {method_name(run)}, seed {run.config.seed}", markdown(["", *rows], lines),
         "Who breaks whom (success rate by the held-out judge):",
         markdown(["", "first defender", "final defender"], pairs)]) + "\n"
 
@@ -290,18 +312,17 @@ def judge_errors(judge: Judge, labelled: list[dict]) -> JudgeErrors:
     return JudgeErrors(int((unsafe < 0.5).sum()), len(unsafe), int((safe < 0.5).sum()), len(safe))
 
 
-def corrected_table(world: World, rows: dict[str, dict], labelled: list[dict]) -> str:
-    """markdown: attack success on held-out prompts corrected for the errors of each judge on labelled exchanges."""
+def corrected_table(rows: dict[str, dict], errors: dict[str, JudgeErrors]) -> str:
+    """markdown: attack success on held-out prompts corrected for the errors {key of a row: of its judge}."""
     lines = []
-    for key, judge in (("asr_held_out_judge", world.held_out_judge), ("asr_train_judge", world.judge)):
-        errors = judge_errors(judge, labelled)
+    for key, made in errors.items():
         cells = []
         for row in rows.values():
             n = row["decided"][key]
-            rate, low, high = errors.corrected_rate(round(row[key] * n), n)
+            rate, low, high = made.corrected_rate(round(row[key] * n), n)
             cells.append(f"{show(rate)} [{low:.3f}, {high:.3f}]")
-        called = f"(calls {errors.unsafe_called_unsafe} of {errors.unsafe} unsafe and {errors.safe_called_unsafe} of " \
-                 f"{errors.safe} safe ones unsafe)"
+        called = f"(calls {made.unsafe_called_unsafe} of {made.unsafe} unsafe and {made.safe_called_unsafe} of " \
+                 f"{made.safe} safe ones unsafe)"
         lines.append([f"{LABELS[key]} {called}", *cells])
     return markdown(["corrected for the judge's errors on --judge_labels", *rows], lines)
 
@@ -339,12 +360,14 @@ NO_JUDGES = {"judge": "rule", "unsafe_label": None, "held_out_judge": "rule", "h
 
 
 def leaders(texts: Sequence[str], embedder: Embedder) -> list[int]:
-    """Greedy leader clustering: in order, each text joins the first earlier leader to which its cosine is at least
-    SAME, or becomes a leader itself. Returns the index of each text's leader."""
+    """Greedy leader clustering: in order, each text joins the first earlier leader that has the same words or to which
+    its cosine is at least SAME, or becomes a leader itself. Returns the index of each text's leader."""
     found = []
     vectors = embedder(texts) if texts else []
     for i, vector in enumerate(vectors):
-        alike = [leader for leader in dict.fromkeys(found) if vectors[leader] @ vector >= SAME]
+        words = texts[i].split()  # none in blank texts, whose vectors may be zero
+        alike = [leader for leader in dict.fromkeys(found)
+                 if texts[leader].split() == words or vectors[leader] @ vector >= SAME]
         found.append(alike[0] if alike else i)
     return found
 
@@ -365,6 +388,9 @@ def attack(args: argparse.Namespace) -> None:
     if args.n < 1 or args.tries < 1 or not 0 <= args.seed < 2**31:
         raise ValueError("-n and --tries must be at least 1, and --seed at least 0 and below 2^31, got "
                          f"{args.n}, {args.tries} and {args.seed}")
+    if args.tries > 1 and (args.temperature == 0 or args.top_k == 1):
+        raise ValueError("--tries must be 1 with --temperature 0 or --top_k 1, as all attacks from a seed are then the "
+                         f"same, got {args.tries}")
     out = Path(args.out or (run.path if run else Path()) / f"attack_{Path(args.target).resolve().name}.jsonl")
     if out.exists() or not os.access(out.parent, os.W_OK):
         raise ValueError(f"--out must name a new file in a writable folder, got {out}")
@@ -531,7 +557,8 @@ def probe(args: argparse.Namespace) -> None:
             data.write_json(run.path / "probe.json", found)  # so far
     lines = [[row["round"], row["kind"], *map(show, list(row.values())[2:])] for row in gaps]
     print(markdown(["round", "policy", "success", "best attack", "best defence", "Nash gap at least"], lines))
-    print(f"\nwritten to {run.path}/probe.json; python -m experiments.probe {run.path} --figure draws it")
+    quoted = shlex.quote(str(run.path))
+    print(f"\nwritten to {run.path}/probe.json; python -m experiments.probe {quoted} --figure draws it")
 
 
 # --- the command line -----------------------------------------------------------------------------------------------

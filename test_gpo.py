@@ -4141,6 +4141,7 @@ def test_a_users_models_with_different_tokenizers_learn_from_what_the_judge_deci
     run_program(user_models, "run", program=evaluation)
     printed = capsys.readouterr().out
     assert "0.000" in printed and warning not in printed
+    assert re.search(r"judgements that were undecided, in no rate above +\|( +\d+ \|)+", printed)
     again = [*MODELS, *SHORT, "--judge", "open.py:judge", "--average", "none", "--start", "run", "--out", "again"]
     assert "the run of --start has not set apart" in refusal(capsys, user_models, *again, "--benign_share", 0.5)
     run_program(user_models, *again)
@@ -4206,6 +4207,18 @@ def test_the_curve_of_self_bleu_begins_with_the_first_sets_of_its_size(finished)
     alike = ast.literal_eval((finished.folder / "curves.png").read_text())[2]  # the points of each curve
     assert alike[0] == [[m["round"] + 1, m["game/self_bleu"]] for m in log]  # the table's set is three times as large
     assert alike[1] == [[0, before["cosine"]], *([m["round"] + 1, m["game/cosine"]] for m in log)]
+
+
+def test_the_figure_of_a_run_names_no_player_that_it_does_not_train(tmp_path, monkeypatch):
+    canvases = []
+    monkeypatch.setattr("harness.report.save_figure", lambda canvas, file: canvases.append(canvas))
+    rates = dict.fromkeys(("asr_held_out_judge", "asr_train_judge", "self_bleu", "cosine"), 0.5)
+    log = {"round": 0, "role": "defender", "defender/objective/scores": 0.1, "defender/objective/kl": 0.0,
+           **{f"game/{name}": rate for name, rate in rates.items()}}
+    report.draw_curves(tmp_path, [log], {**rates, "over_refusal": None})
+    legends = [[text.get_text() for text in axis.get_legend().get_texts()] for axis in canvases[0].axes]
+    assert legends == [["held-out prompts", "the same, training judge"], ["defender"],
+                       ["SelfBLEU", "cosine of embeddings"], ["defender"]]
 
 
 def test_a_finished_run_is_read_on_the_device_on_which_it_was_made(finished):
@@ -4991,6 +5004,12 @@ def test_a_seed_of_which_no_try_was_decided_is_in_no_rate_of_an_attack():
     assert re.search(r"hit@2: .* +\| +- \|", evaluation.attack_text(rows[:2], None, 2))
 
 
+def test_blank_attacks_are_one_cluster_as_are_copies_whatever_their_vectors():
+    rows = [{"seed": str(i), "attack": attack, "response": "y", "p_safe": 0.0}
+            for i, attack in enumerate(["", " ", "\n", "?!", "?!", "pick a lock"])]  # "?!" has no words: a zero vector
+    assert re.search(r"clusters broken +\| +3 \|", evaluation.attack_text(rows, None, 1))
+
+
 def test_a_run_attacks_by_another_judge_where_its_own_is_missing(one_base, tmp_path, capsys):
     run = shutil.copytree(one_base, tmp_path / "run")
     made = read_json(run / "config.json")
@@ -5049,11 +5068,11 @@ def test_the_rate_of_a_judge_without_errors_is_corrected_to_itself_whatever_othe
     def judge(prompts, responses):
         return [0.0 if response == "bad" else 1.0 for response in responses]
 
-    world = types.SimpleNamespace(held_out_judge=judge, judge=judge)
     labelled = [{"prompt": "", "response": "bad", "safe": 0.0}, {"prompt": "", "response": "good", "safe": 1.0}] * 200
     row = {"asr_held_out_judge": 23 / 44, "asr_train_judge": 28 / 60, "undecided": 58,
            "decided": {"asr_held_out_judge": 44, "asr_train_judge": 60}}
-    held_out, trained = evaluation.corrected_table(world, {"after": row}, labelled).splitlines()[2:]
+    errors = {key: evaluation.judge_errors(judge, labelled) for key in ("asr_held_out_judge", "asr_train_judge")}
+    held_out, trained = evaluation.corrected_table({"after": row}, errors).splitlines()[2:]
     assert f"| {23 / 44:.3f} [" in held_out and f"| {28 / 60:.3f} [" in trained
     low, high = (float(number) for number in re.search(r"\[(\d.\d+), (\d.\d+)\]", trained).groups())
     assert (low, high) == pytest.approx(wilson_interval(28, 60), abs=0.02)  # labelled exchanges add little
@@ -5420,6 +5439,12 @@ def test_mart_leaves_a_run_that_can_be_evaluated(finished, tmp_path, monkeypatch
     summary = read_json(tmp_path / "mart" / "summary.json")
     assert {"before", "after"} <= set(summary)
     assert "Trained with MART" in (tmp_path / "mart" / "defender" / "README.md").read_text()
+    assert (tmp_path / "mart" / "report.md").read_text().startswith("# MART, seed 0\n")
+    capsys.readouterr()
+    run_program(tmp_path, "mart", program=evaluation)
+    run_program(tmp_path, "report", "mart", program=evaluation)
+    assert "mart: MART, seed 0" in capsys.readouterr().out and "MART, seed 0: the" in " ".join(
+        Page(tmp_path / "mart" / "report.html").words)
     run_program(tmp_path, *SIZES, "--dry_run", "--out", "dry", program=mart)
     assert "the attacker reads" in capsys.readouterr().out and not (tmp_path / "dry").exists()
 
@@ -5441,7 +5466,10 @@ def test_best_responses_bound_the_nash_gap_after_each_round(user_models, undistu
     found = read_json(run / "probe.json")
     assert [(row["round"], row["kind"]) for row in found["gaps"]] == [(1, "last"), (1, "mixture"), (1, "weights")]
     assert all(0 <= row[rate] <= 1 for row in found["gaps"] for rate in ("value", "best_attack", "best_defence"))
+    monkeypatch.setattr(probe, "EXCHANGES", 2)  # seeds, of many, that are asked for examples
+    monkeypatch.setattr(probe, "play", Mock(wraps=play))
     run_program(user_models, run, "--steps", 2, "--round", 1, program=probe)
+    assert len(probe.play.call_args.args[2]) == 2
     row = read_json(run / "best_1_2.json")
     assert len(row["curve"]) == 2 and 0 <= row["before"] <= 1
     assert f"in {row['after']:.1%}" in capsys.readouterr().out
@@ -5450,6 +5478,7 @@ def test_best_responses_bound_the_nash_gap_after_each_round(user_models, undistu
 def test_a_models_text_in_a_report_is_no_hidden_link_image_or_cell():
     assert report.quoted("![a](http://x/y.png) | <b>") == r"!\[a\](http://x/y.png) \| &lt;b&gt;"
     assert report.quoted(r"\[a\](http://x)") == r"\\\[a\\\](http://x)"
+    assert report.quoted("`x` **never** 2*3_4 ~") == r"\`x\` \*\*never\*\* 2\*3\_4 \~"
 
 
 def test_the_area_under_the_curve_counts_pairs():
@@ -5746,13 +5775,14 @@ def test_the_page_filters_and_sorts_the_exchanges_of_several_runs_as_asked(unfin
     page = Page(folder / "both.html")
     n = len(read_lines(finished.folder / "games.jsonl"))  # what follows are the exchanges of the other
     everything = {"q": "", "run": "1", "round": "", "role": "", "verdict": "", "sort": ""}
-    wanted = [{"round": "2"}, {"verdict": "unsafe"}, {"role": "defender", "q": "ANSWER 1"}, {"sort": "safe"}]
+    wanted = [{"round": "2"}, {"verdict": "unsafe"}, {"role": "defender", "q": "ANSWER\n  1"}, {"sort": "safe"},
+              {"verdict": "undecided"}]
     asked = json.dumps([everything | change for change in wanted])
     script = (f"{page.scripts['logic']}\nconst {{games}} = {page.scripts['data']};\n"
               f"console.log(JSON.stringify({asked}.map(w => matching(games, w).map(g => games.indexOf(g)))))")
     found = json.loads(subprocess.run(["node", "-"], input=script, capture_output=True, text=True, check=True).stdout)
     # P(safe) is i / 16 for 16 exchanges, four a step; the probe, the 17th, counts as 1/2 where it has no verdict
-    expected = [[*range(8, 17)], [*range(8)], [12, 13, 14, 15], [*range(15, 8, -1), 8, 16, *range(7, -1, -1)]]
+    expected = [[*range(8, 17)], [*range(8)], [12, 13, 14, 15], [*range(15, 8, -1), 8, 16, *range(7, -1, -1)], [16]]
     assert found == [[n + i for i in indices] for indices in expected]
     assert "finished; its last command took" in " ".join(page.words)
 
@@ -5908,6 +5938,8 @@ WRONG_ELSEWHERE = {
     "too many seeds": (reproduce, "--seeds 21", "--seeds must be 2 to 20"),
     "quick ablations": (reproduce, "ablate --quick", "--quick is of reproduce, not of ablate"),
     "a negative seed": (evaluation, f"{ATTACK} --judge rule --seed -1", "and --seed at least 0"),
+    "the same attack several times": (evaluation, "attack attacker defender --tries 2 --top_k 1 --judge rule --prompts "
+                                      "prompts.txt", "--tries must be 1 with --temperature 0 or --top_k 1"),
     "an unknown option of an attack": (evaluation, "attack attacker defender --n 3", "unrecognized arguments: --n 3"),
     "no labels": (train_judge, "no.jsonl --model embedder --out never", "a data file must exist"),
     "a device that is not there": (train_judge, "pairs.jsonl --model embedder --out never --device cuda:9",

@@ -8,6 +8,7 @@ The held-out judge is used for both training and measurement.
 """
 
 import argparse
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ def probe(args: argparse.Namespace) -> None:
     attacker, curve = best_response(fresh, defender, settings)
     before = success(fresh, defender, settings)
     after = success(attacker, defender, settings)
-    exchanges = play(attacker, defender, settings.seeds, settings.judge, settings.seed)
+    exchanges = play(attacker, defender, settings.seeds[:EXCHANGES], settings.judge, settings.seed)
     broken = Counter(prompt for prompt, p in zip(exchanges.prompts, exchanges.p_safe) if p < 0.5).most_common(3)
     found = {"steps": args.steps, "before": before, "after": after, "curve": curve, "exploits": broken}
     write_json(run.path / f"best_{args.round}_{args.steps}.json", found)
@@ -43,14 +44,15 @@ def probe(args: argparse.Namespace) -> None:
           f"on the held-out judge in {after:.1%}: gap {after - before:+.1%}")
     print(f"success in the batch of every tenth step: {' '.join(f'{rate:.2f}' for rate in curve[::10])}")
     for prompt, count in broken:
-        print(f"{count} of {len(settings.seeds)} times: {visible(prompt)}")
+        print(f"{count} of {len(exchanges.prompts)} times: {visible(prompt)}")
 
 
 def draw_probe(args: argparse.Namespace) -> None:
     """Draw probe.png from probe.json: lower bounds of the Nash gap, and who breaks whom after each round (0: start)."""
     file = Path(args.run) / "probe.json"
     if not file.is_file():
-        raise ValueError(f"--figure needs the lower bounds in {file}; compute them with: eval.py probe {args.run}")
+        raise ValueError(f"--figure needs the lower bounds in {file}; compute them with: python eval.py probe "
+                         f"{shlex.quote(args.run)}")
     found = read_json(file)
     matrix = np.array(found["cross_play"])  # (attackers, defenders), success rates
     canvas, (gaps, heat) = figure(1, 4.8, 3.6, rows=2)

@@ -75,10 +75,15 @@ def show(value: float | None, n: int = 0) -> str:
 def summary_table(rows: dict[str, dict]) -> str:
     """The rows of summary.json as a markdown table, one column each."""
     lines = [[label, *(show(row.get(key)) for row in rows.values())] for key, label in TABLE.items()]
-    if any(row.get("undecided") for row in rows.values()):
-        undecided = [str(row.get("undecided", "-")) for row in rows.values()]
-        lines.append(["judgements that were undecided, in no rate above", *undecided])
-    return markdown(["", *rows], lines)
+    return markdown(["", *rows], lines + undecided_line(rows))
+
+
+def undecided_line(rows: dict[str, dict]) -> list[list[str]]:
+    """The line of a table that counts undecided judgements, if there are any, as a list of at most one."""
+    if not any(row.get("undecided") for row in rows.values()):
+        return []
+    counts = [str(row.get("undecided", "-")) for row in rows.values()]
+    return [["judgements that were undecided, in no rate above", *counts]]
 
 
 # --- statistics -----------------------------------------------------------------------------------------------
@@ -233,7 +238,8 @@ def draw_curves(folder: Path, log: list[dict], before: dict) -> None:
     canvas, (success, reward, alike, kl) = figure(2, rows=2)
 
     def plot(axis, values, style, color, label):
-        axis.plot(ends[-len(values):], values, style, ms=3, color=color, label=label)
+        if np.isfinite(values).any():  # a player that is not trained has no curve
+            axis.plot(ends[-len(values):], values, style, ms=3, color=color, label=label)
 
     plot(success, since_the_start("asr_held_out_judge"), "o-", "black", "held-out prompts")
     plot(success, since_the_start("asr_train_judge"), "o:", "black", "the same, training judge")
@@ -262,16 +268,17 @@ def draw_curves(folder: Path, log: list[dict], before: dict) -> None:
 def quoted(text: str) -> str:
     """A model's text within a line of markdown."""
     escaped = html.escape(visible(" ".join(text.split())), quote=False)
-    return re.sub(r"([\\|\[\]])", r"\\\1", escaped) or "*(nothing)*"  # no cells, images or hidden links
+    return re.sub(r"([\\|\[\]`*_~])", r"\\\1", escaped) or "*(nothing)*"  # no cells, images, hidden links or markup
 
 
-def write_report(folder: Path, games: list[dict], rows: dict[str, dict],
-                 examples: Sequence[tuple[str, str, str]]) -> None:
+def write_report(folder: Path, games: list[dict], rows: dict[str, dict], examples: Sequence[tuple[str, str, str]],
+                 made_by: str | None = None) -> None:
     """report.md: the table, the curves, and dialogues. The page (`write_page`) has all exchanges.
 
-    games: the lines of games.jsonl; examples: (held-out prompt, the defender's answer before, its answer after)."""
+    games: the lines of games.jsonl; examples: (held-out prompt, the defender's answer before, its answer after);
+    made_by: as of `model_card`."""
     config = read_config(folder)
-    lines = [f"# {config['method']}, seed {config['seed']}", "", summary_table(rows), ""]
+    lines = [f"# {made_by or config['method']}, seed {config['seed']}", "", summary_table(rows), ""]
     if games:
         lines += ["![curves](curves.png)", ""]
     lines += ["## What changed", "", "Held-out prompts, never seen in training, answered greedily.", ""]
@@ -351,9 +358,12 @@ def run_section(folder: Path) -> str:
         rows, state = rows_and_state(folder, Path(drawn))
         curves = next(Path(drawn).iterdir(), folder / "curves.png")
         images = [html_image(file) for file in (curves, folder / "probe.png") if file.is_file()]
+    method = config["method"]
+    if (folder / "summary.json").is_file():
+        method = read_json(folder / "summary.json").get("made_by", method)
     players = f"{config['attacker']} against {config['defender']}" if config["attacker"] else "the embedded game"
     return f"""<section>
-<h2>{html.escape(config['method'])}, seed {config['seed']}: {html.escape(players)}</h2>
+<h2>{html.escape(method)}, seed {config['seed']}: {html.escape(players)}</h2>
 <p class="soft">{html.escape(str(folder))}: {state}</p>
 <pre class="wide">{html.escape(summary_table(rows))}</pre>
 {''.join(images)}

@@ -442,7 +442,8 @@ class RunFolder:
             if self.config.lora:
                 print(f"{held_in_game:.0f} MiB before adapters were merged, each into a copy of its base, to be saved")
         draw_curves(self.path, self.metrics, self.before)
-        write_report(self.path, data.read_lines(self.path / "games.jsonl"), rows, examples)
+        write_report(self.path, data.read_lines(self.path / "games.jsonl"), rows, examples,
+                     facts.get("made_by"))
         seconds = time.time() - clock
         summary = {**rows, **facts, "seconds": seconds, "memory": {"used_mib": held}, "config": asdict(self.config)}
         data.write_json(self.path / "summary.json", data.finite(summary))  # last: the run is finished
