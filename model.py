@@ -209,16 +209,8 @@ class Policy(nn.Module):
         conversations = encode_rendered(self.tokenizer, render, pairs)
         response_ids = []
         for start, ids, (prompt, response) in zip(prompt_ids, conversations, pairs):
-            text = render(prompt, response)
             same_tokens = ids[:len(start)] == start
-            begins = same_tokens or text.startswith(EMPTY_THOUGHT.sub("", render(prompt)))
-            thinks = not same_tokens and THOUGHTS.match(response)
-            if not begins and not thinks:
-                raise ValueError("a chat template's conversations must begin as its prompts do, which end in "
-                                 f"{render(prompt)[-20:]!r}")
-            if thinks or response.strip() not in text:
-                raise ValueError("a demonstration must be a response as its chat template writes it; the template "
-                                 f"changes {response[:60]!r}: drop it, or the reasoning in it")
+            _check_conversation(render(prompt, response), render(prompt), response, same_tokens)
             rest = ids[len(start):]
             if not same_tokens:  # first letters merged into the prompt's last token, or no empty thought
                 text, = inert_texts(self.tokenizer, [response])
@@ -238,6 +230,19 @@ class Policy(nn.Module):
         write, and the token that ended it, which need not be a special one."""
         ids = [i for i in ids if i not in self.eos_ids]
         return THOUGHTS.sub("", self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def _check_conversation(text, opening, response, same_tokens):
+    """Raises ValueError unless a rendered conversation is the rendered prompt, `opening`, and the response as it was
+    given. same_tokens: its tokens begin with those of the opening."""
+    begins = same_tokens or text.startswith(EMPTY_THOUGHT.sub("", opening))
+    thinks = not same_tokens and THOUGHTS.match(response)
+    if not begins and not thinks:
+        raise ValueError("a chat template's conversations must begin as its prompts do, which end in "
+                         f"{opening[-20:]!r}")
+    if thinks or response.strip() not in text:
+        raise ValueError("a demonstration must be a response as its chat template writes it; the template "
+                         f"changes {response[:60]!r}: drop it, or the reasoning in it")
 
 
 def _scatter(x, mask):
