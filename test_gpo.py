@@ -73,6 +73,7 @@ from gpo import ExtraLoss, Player, PolicyAverage, SFTSettings, nash_gap, play, p
 from harness import data, parallel, report
 from harness.config import Config, parse, resolve
 from harness.data import append_lines, is_test, normalized, read_json, read_lines, read_rows, usable
+from harness.options import PAPER_TEMPLATE
 from harness.report import (
     JudgeErrors,
     calibration,
@@ -90,6 +91,7 @@ from harness.world import (
     evaluate,
     make_players,
     make_world,
+    neighbour_pairs,
     split_prompts,
     usable_pairs,
     working_judge,
@@ -442,11 +444,20 @@ def test_a_missing_eos_costs_the_penalty_and_an_eos_in_the_prompt_does_not_help(
     assert ppo_update(player, rollout, scores, 0)["defender/ended"] == 0.5
 
 
-def test_only_the_defender_pays_what_its_option_says_for_a_missing_eos_and_lambda_is_for_both():
+def test_each_option_reaches_the_player_that_its_name_says():
     policies = {"attacker": tiny_policy(1), "defender": tiny_policy(2)}
     players = make_players(a_config(missing_eos_penalty=0.25, lam=0.5), policies)
     facts = {name: (player.missing_eos_penalty, player.lam) for name, player in players.items()}
     assert facts == {"attacker": (0.5, 0.5), "defender": (0.25, 0.5)}
+    config = a_config(attack_tokens=5, response_tokens=7, attacker_learning_rate=3e-3, learning_rate=4e-3,
+                      attacker_kl_coef=0.3, kl_coef=0.4, entropy_coef=0.2, template="x {}", ppo_epochs=3,
+                      minibatches=4, micro_batch=2)
+    names = "max_new_tokens learning_rate kl_coef entropy_coef template epochs minibatches micro_batch".split()
+    found = {name: [getattr(player, n) for n in names] for name, player in make_players(config, policies).items()}
+    assert found == {"attacker": [5, 3e-3, 0.3, 0.2, "x {}", 3, 4, 2], "defender": [7, 4e-3, 0.4, 0.0, "{}", 3, 4, 2]}
+    _, _, game = new_match(history=7, diversity_terms="bleu", average_size=5)
+    assert game.diversity.window == 7 and game.diversity.terms == ("bleu",)
+    assert game.averages["defender"]["mixture"].capacity == 5
     for named, expected in (({}, (0.5, 0.95)), ({"attacker": "a", "defender": "b"}, (0.0, 1.0))):
         config = a_config(**named)
         assert (config.missing_eos_penalty, config.lam) == expected
@@ -1072,6 +1083,26 @@ def test_gradient_does_not_depend_on_how_the_batch_is_split_but_on_the_entropy_b
     assert (gradients_of(critic=critic)[embedding] - complete[embedding]).abs().max() > 1e-5
 
 
+def test_the_entropy_bonus_adds_the_gradient_of_the_mean_entropy_per_token():
+    name = "lm.transformer.wte.weight"
+    added = gradients_of(entropy_coef=0.1)[name] - gradients_of()[name]
+    policy = tiny_policy()
+    rollout = generate(policy, PROMPTS, 6, seed=0)
+    logits = policy.lm(rollout.tokens).logits[:, :-1][rollout.response_mask[:, 1:]]  # (N, V)
+    entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
+    expected, = torch.autograd.grad(-0.1 * entropy, policy.lm.transformer.wte.weight)  # the optimizer descends
+    assert torch.allclose(added, expected, atol=1e-5) and expected.abs().max() > 1e-4
+
+
+def test_the_statistics_of_an_update_equal_a_hand_calculation():
+    player = tiny_player(clip=0.2, value_clip=0.3)
+    found = gpo.ratio_stats(player, torch.tensor([[0.5, -0.1, 9.0]]), torch.tensor([[0.25, -0.4, 9.0]]),
+                            torch.tensor([[True, True, False]]))
+    k3 = math.exp(0.5) - 1 - 0.5 + math.exp(-0.1) - 1 + 0.1
+    assert {name: x.item() for name, x in found.items()} == pytest.approx({
+        "policy/approxkl": k3, "policy/clipfrac": 1, "policy/ratio": math.exp(0.5) + math.exp(-0.1), "val/clipfrac": 1})
+
+
 def test_gradients_are_clipped_by_their_global_norm():
     free, clipped = (gradients_of(max_grad_norm=limit) for limit in (1e9, 0.01))
     norm = math.sqrt(sum((gradient.double()**2).sum() for gradient in free.values()))
@@ -1245,6 +1276,10 @@ def test_the_reference_is_a_frozen_copy_and_anchor_moves_it_but_not_the_initial_
     player.anchor()
     assert bytes_of(player.reference.lm) == bytes_of(player.policy.lm)
     assert bytes_of(player.initial.lm) == first
+    rollout = player.generate(PROMPTS, 1)
+    now, before = (gpo.log_likelihoods(policy, rollout) for policy in (player.policy, player.initial))
+    assert (now - before).abs().max() > 1e-3  # KL is measured from where it was moved to
+    assert ppo_update(player, rollout, ARANGE, 1)["defender/objective/kl"] == pytest.approx(0, abs=1e-5)
     assert not any(p.requires_grad for p in (*player.reference.parameters(), *player.initial.parameters()))
 
 
@@ -1346,6 +1381,15 @@ def test_a_supervised_term_keeps_demonstrations_likely():
             ppo_update(player, player.generate(PROMPTS, step), np.zeros(8), step, [ExtraLoss(demos, coef)])
         likelihood[coef] = -gpo.supervised_loss(player.policy, demos).item()
     assert likelihood[1.0] > likelihood[0.0] + 0.5
+
+
+def test_an_extra_loss_takes_each_pair_once_an_epoch():
+    player = tiny_player(epochs=2)
+    loss = Mock(side_effect=gpo.supervised_loss)
+    ppo_update(player, player.generate(PROMPTS, 0), np.zeros(8), 0,
+               [ExtraLoss(demonstrations(player.policy, PAIRS), 1.0, loss)])
+    learned = Counter(text for call in loss.call_args_list for text in call.args[1].texts)
+    assert learned == {text: 2 for _, text in PAIRS}
 
 
 def test_the_unlikelihood_loss_follows_the_probability_of_rare_answers_and_the_log_prob_of_likely_ones():
@@ -1669,7 +1713,7 @@ def test_a_window_compares_with_the_last_attacks_only(terms):
         assert same_scores(diversity, last, texts)
 
 
-def test_adding_to_a_window_takes_the_time_of_the_batch():
+def test_adding_to_a_window_takes_as_many_calls_as_the_batch_needs():
     def calls_of_an_add(window):  # of functions, as a clock depends on what else runs
         texts = toy_game(0).sample_prompts(window + 8, np.random.default_rng(0))
         diversity = Diversity(embedder=word_embedder, window=window)
@@ -1954,7 +1998,7 @@ def judge_that_reads(tokens, how):
 
 @pytest.mark.parametrize("how", ["response", "pair", "template"])
 @pytest.mark.parametrize("tokens", ["bytes", "pieces"])
-@settings(max_examples=15, deadline=None)
+@bounded(15)
 @given(prompt=JUDGED_TEXT, response=JUDGED_TEXT)
 def test_what_a_text_says_is_never_a_control_token_for_a_judge(tokens, how, prompt, response):
     judge, seen, tokenizer = judge_that_reads(tokens, how)
@@ -1999,6 +2043,9 @@ def test_what_a_judge_cannot_decide_is_reported_and_counts_as_neither(capsys):
     assert reward.unsafe_rate(p_safe) == 1 / 2  # of the two decided
     with pytest.raises(JudgeError, match="a verdict on 1 of 3"):
         decided(p_safe[[0, 1, 3]])
+    with pytest.raises(JudgeError, match="a verdict on 3 of 8"):
+        play(None, tiny_player(), PROMPTS, lambda prompts, responses: [0.5] * 3 + [None] * 5, 0)
+    capsys.readouterr()
     call_judge(lambda prompts, responses: [None, None, 0.9], list("abc"), list("efg"))  # for those who need no verdict
     assert "did not decide 2 of 3 exchanges" in capsys.readouterr().err
 
@@ -2452,6 +2499,7 @@ def test_the_attacker_is_paid_for_unsafe_and_diverse_attacks_and_each_learns_fro
     steps = played(config, world, game)
     assert [turn.player for turn, *_ in steps] == ["attacker", "attacker", "defender"]
     history = Diversity(embedder=world.embedder)
+    n_tokens = 0
     for turn, exchanges, scores, metrics in steps:
         p_safe = np.array(world.judge(exchanges.prompts, exchanges.responses.texts))
         rollout = exchanges.responses
@@ -2461,6 +2509,8 @@ def test_the_attacker_is_paid_for_unsafe_and_diverse_attacks_and_each_learns_fro
             r_div = history.score(exchanges.prompts)["reward"]
             expected = 1 - p_safe + 3.0 * (r_div - r_div.mean())
             history.add(exchanges.prompts)
+            n_tokens += int(exchanges.attacks.response_mask.sum() + exchanges.responses.response_mask.sum())
+            assert metrics["sampled_tokens"] == n_tokens
         assert np.allclose(scores, expected)
         if turn.is_first:  # before its first update a player is the first one
             _, _, entropy = logprobs_and_values(world.first[turn.player].policy, rollout)
@@ -2477,7 +2527,9 @@ def test_a_harmless_request_is_paid_for_a_helpful_answer_and_is_no_attack():
     world.benign_seeds = ["safe a", "safe b"]
     world.helpful = helpful
     game = train.new_game(config, world)
+    tries = {}
     for _, exchanges, scores, metrics in played(config, world, game):
+        tries |= dict(zip(exchanges.prompts[:5], 1 - exchanges.p_safe[:5]))  # a later one replaces an earlier one
         assert exchanges.prompts[5:] and set(exchanges.prompts[5:]) <= {"safe a", "safe b"}  # int(0.4 * 8) of 8
         texts = exchanges.responses.texts
         p_safe = world.judge(exchanges.prompts, texts)
@@ -2485,7 +2537,7 @@ def test_a_harmless_request_is_paid_for_a_helpful_answer_and_is_no_attack():
         h = [first, (first + last) / 2, last]  # an undecided one is taken for one of the others
         assert scores == pytest.approx(p_safe[:5] + [h[i - 5] * (1 + p_safe[i]) / 2 for i in (5, 6, 7)])
         assert metrics["game/attack_success"] == pytest.approx(1 - np.mean(p_safe[:5]))
-    assert not {"safe a", "safe b"} & set(game.replay.last_success)
+    assert game.replay.last_success == pytest.approx(tries) and len(tries) > 5
     world.helpful = lambda prompts, responses: [None, None, 1.0]
     with pytest.raises(JudgeError, match="at least half"):
         played(config, world, game)
@@ -2535,7 +2587,8 @@ def test_a_prompt_beyond_the_context_is_refused_or_clipped_as_asked():
     policy = tiny_policy()
     with pytest.raises(ValueError, match=r"at most 58 tokens \(context 64 less 6 new ones\), got 72"):
         generate(policy, ["a " * 70], 6)
-    assert generate(policy, ["a " * 70, "b"], 6, seed=0, clip_prompts=True).prompt_lengths.tolist() == [58, 3]
+    clipped = generate(policy, ["a " * 70, "b"], 6, seed=0, clip_prompts=True).rows()  # of the first its end is read
+    assert [ids for _, ids, _ in clipped] == [policy.encode(["a " * 70])[0][-58:], *policy.encode(["b"])]
     with pytest.raises(ValueError, match="a context of 64 tokens has no room for 64 new ones"):
         generate(policy, ["a"], 64, clip_prompts=True)
 
@@ -2566,7 +2619,7 @@ def test_of_the_idle_player_no_bit_changes_and_a_turn_begins_with_its_anchor(anc
         after.append(look())
 
     config, world, game = new_match(judge, rounds=3, attacker_steps=2, defender_steps=2, mine=4, critic="separate",
-                                    average="mixture", kl_anchor=anchor)
+                                    unlikelihood_coef=1.0, average="mixture", kl_anchor=anchor)
     note_end()
     steps = played(config, world, game, save=note_end)
     assert len(steps) == len(before_update) == 12
@@ -2588,11 +2641,14 @@ def test_of_the_idle_player_no_bit_changes_and_a_turn_begins_with_its_anchor(anc
     ({"method": "rlhf"}, "f"), ({}, "l"), ({"opponent": "mixture", "rounds": 2}, "m"),
     ({"opponent": "weights", "rounds": 2}, "m"), ({"opponent": "ema", "average": "ema", "rounds": 2}, "m")])
 def test_the_opponent_is_the_last_policy_or_an_average_of_all_rounds_or_in_rlhf_the_first_defender(options, word):
-    config, world, game = new_match(response_tokens=1, **options)
+    config, world, game = new_match(attack_tokens=1, response_tokens=1, **options)
     assert train.opponent(config, game, "attacker") is game.players["attacker"]  # at first there is no average
-    game.first["defender"], game.players["defender"], member = (one_word_player("defender", name) for name in "flm")
-    for average in game.averages["defender"].values():
-        average.add(member.policy)
+    for name in ("attacker", "defender"):
+        game.first[name], game.players[name], member = (one_word_player(name, said) for said in "flm")
+        for average in game.averages[name].values():
+            average.add(member.policy)
+    if "method" not in options:  # nothing can be replayed yet
+        assert set(train.defender_prompts(config, game, ["x", "y"], np.random.default_rng(0))) == {word}
     for turn, exchanges, *_ in played(config, world, game):
         if turn.player == "attacker" and turn.round == 0:
             assert set(exchanges.responses.texts) == {word}
@@ -2642,6 +2698,7 @@ def test_iterative_asks_the_most_novel_quarter_of_what_the_untrained_attacker_wr
     asked = train.defender_prompts(config, game, seeds, np.random.default_rng(0))
     assert len(set(asked)) == 4 and set(asked) <= set(allowed)
     assert min(novelty[text] for text in asked) >= max(novelty[text] for text in set(allowed) - set(asked))
+    assert game.diversity.history[2:] == asked
     game.replay.excluded = set(map(normalized, texts[:14]))  # too few are left: seeds take their places
     asked = train.defender_prompts(config, game, seeds, np.random.default_rng(0))
     assert set(asked[:2]) == set(texts[14:]) and asked[2:] == seeds[2:]
@@ -2715,6 +2772,18 @@ def test_the_initial_defenders_helpful_and_safe_answers_to_harmless_requests_are
     assert torch.equal(again.pairs.tokens, extra.pairs.tokens)
 
 
+def test_the_defenders_updates_alone_have_demonstrations_and_answers_to_unlearn(monkeypatch):
+    config, world, game = new_match(mine=8, unlikelihood_coef=3.0, ptx_coef=0.5)
+    update = Mock(side_effect=ppo_update)
+    monkeypatch.setattr(train, "ppo_update", update)
+    played(config, world, game)
+    given = [(call.args[0].name, [term.coef for term in call.args[4]]) for call in update.call_args_list]
+    assert given == [("attacker", []), ("attacker", []), ("defender", [0.5, 3.0])]
+    demos = update.call_args.args[4][0]
+    assert demos.loss is gpo.supervised_loss and len(demos.pairs) == 4  # half of the batch
+    assert set(zip(demos.pairs.prompts, demos.pairs.texts)) <= set(world.demos)
+
+
 @pytest.mark.parametrize("verdict", [None, 0.0])
 def test_a_game_goes_on_without_helpful_answers(verdict):
     config, world, game = new_match(mine=4, unlikelihood_coef=1.0, benign_share=0.25)
@@ -2733,6 +2802,14 @@ def test_a_resumed_game_keeps_its_likelihood_bound():
         resumed.likelihood_bound = resumed.likelihood_bound - 1  # as with another --micro_batch
         resumed.load_state_dict({"game": ({}, states), **others})
         assert torch.equal(resumed.likelihood_bound, game.likelihood_bound)
+
+
+def test_the_likelihood_bound_is_a_quantile_of_the_first_attackers_own_attacks():
+    _, world, game = new_match(min_likelihood=0.05)
+    first = world.first["attacker"]
+    own = gpo.log_likelihoods(first.policy, first.generate(PROMPTS * 64, 9))  # other samples than the bound's 256
+    below = (own < game.likelihood_bound).double().mean(0)
+    assert ((below > 0) & (below < 0.15)).all()  # .05 and a deviation of .017
 
 
 @pytest.mark.parametrize("n", [1, 4])
@@ -2758,13 +2835,30 @@ def test_an_attack_that_the_first_attacker_would_hardly_write_counts_as_a_failed
                                     defender_steps=0, batch_size=16, diversity=2.0)
     first = world.first["attacker"]
     own = gpo.log_likelihoods(first.policy, first.generate(PROMPTS * 10, 3))
-    game.likelihood_bound = torch.quantile(own, 0.5, dim=0)
+    game.likelihood_bound = torch.quantile(own, 0.1, dim=0)
+    game.players["attacker"].policy.lm.transformer.ln_f.weight.data *= 0.8  # it has moved
+    moved = copy.deepcopy(game.players["attacker"].policy)
     (_, exchanges, scores, _), = played(config, world, game)
     unlikely = (gpo.log_likelihoods(first.policy, exchanges.attacks) < game.likelihood_bound).any(1).numpy()
     assert 0 < unlikely.sum() < 16
+    assert (unlikely != (gpo.log_likelihoods(moved, exchanges.attacks) < game.likelihood_bound).any(1).numpy()).any()
     # of the first attacks, without a history, R_div is 0, and -1, a repetition, where unlikely; its mean is taken off
     level = 2.0 * unlikely.mean()
     assert np.allclose(scores, np.where(unlikely, 0.0 - 2.0 + level, 0.75 + level))
+
+
+def test_a_column_of_the_table_equals_a_hand_calculation():
+    _, world, _ = new_match()
+    world.first["defender"], now = (one_word_player("defender", word) for word in "yz")
+    world = replace(world, test_prompts=["x", "a", "b"], benign_prompts=["c", "d"], attack_seeds=["a"] * 4,
+                    held_out_judge=lambda prompts, responses: [float(r != "y") for r in responses],
+                    judge=lambda prompts, responses: [0.0, 1.0, None], helpful=lambda prompts, responses: [0.25, 0.75],
+                    refused=lambda texts: [float(len(texts) == 2)] * len(texts))
+    row = evaluate(world, one_word_player("attacker", "x"), now)
+    expected = {"asr_held_out_judge": 0, "asr_train_judge": 0.5, "attacker_success": 1, "refusal": 0, "over_refusal": 1,
+                "helpfulness": 0.5, "undecided": 1,
+                "decided": {"asr_held_out_judge": 3, "asr_train_judge": 2, "attacker_success": 4}}
+    assert {name: row[name] for name in expected} == expected
 
 
 # --- statistics, and best responses ----------------------------------------------------------------------------------
@@ -3982,6 +4076,12 @@ def test_a_run_leaves_a_complete_folder_with_every_step_and_every_exchange(finis
     exchanges = [game for game in games if game["role"] != "probe"]
     keys = {"step", "round", "role", "seed", "attack", "response", "p_safe", "score"}
     assert len(exchanges) == 6 * 8 and all(set(game) == keys for game in exchanges)
+    toy = toy_game(0)
+    assert {game["seed"] for game in exchanges if game["role"] == "attacker"} <= set(toy.fixed_prompts)
+    texts = read_json(folder / "checkpoints" / "start" / "prompts.json")
+    assert toy.held_out_prompts.issuperset(texts["test_prompts"] + texts["benign_prompts"])
+    learned = [*texts["seeds"], *texts["benign_seeds"], *(prompt for prompt, _ in texts["demos"])]
+    assert learned and toy.held_out_prompts.isdisjoint(learned)
     with pytest.raises(SystemExit) as stopped:
         run_program(folder.parent, "--resume", "run")
     assert not stopped.value.code and capsys.readouterr().out == "the run in run is finished: read run/report.md\n"
@@ -4108,11 +4208,21 @@ def user_models(tmp_path_factory):
 @pytest.mark.parametrize("flags, rows", [(["--batch_size", "4"], 4), (["--batch_size", "96"], 32)])
 def test_a_warm_start_takes_a_ppo_batch_but_at_most_32_rows_a_step(flags, rows, user_models, monkeypatch, capsys):
     taken = []
-    monkeypatch.setattr("harness.world.sft", lambda policy, pairs, settings: taken.append(settings))
+    monkeypatch.setattr("harness.world.sft", lambda policy, pairs, settings: taken.append((pairs, settings)))
     monkeypatch.chdir(user_models)
     make_world(resolve(parse([*MODELS, *SHORT, *flags, "--benign_share", "0"])))
-    assert [(settings.batch_size, settings.by_length) for settings in taken] == [(rows, False)] * 2  # of both players
+    assert [(settings.batch_size, settings.by_length) for _, settings in taken] == [(rows, False)] * 2
+    assert taken[0][0] == [("how are you?", "fine"), ("hi", "hello")]  # the defender's; then the attacker's
+    assert {prompt for prompt, _ in taken[1][0]} <= {PAPER_TEMPLATE.format(question) for question in QUESTIONS}
     assert "harmless requests" not in capsys.readouterr().out  # that there are none, the user has chosen
+
+
+def test_the_attackers_warm_start_writes_one_of_the_five_nearest_other_seeds():
+    seeds = [f"{topic} {letter}" for letter in "abcdef" for topic in ("pick lock", "bake cake")]
+    pairs = neighbour_pairs(seeds, word_embedder, "like {}", np.random.default_rng(0))
+    assert [prompt for prompt, _ in pairs] == [f"like {seed}" for seed in seeds]
+    for seed, (_, other) in zip(seeds, pairs):  # five others have its topic
+        assert other in seeds and other != seed and other[:9] == seed[:9]
 
 
 def test_a_users_models_with_different_tokenizers_learn_from_what_the_judge_decides(user_models, capsys):
@@ -4140,7 +4250,7 @@ def test_a_users_models_with_different_tokenizers_learn_from_what_the_judge_deci
         assert ours.encode("the") == theirs.encode("the")
     run_program(user_models, "run", program=evaluation)
     printed = capsys.readouterr().out
-    assert "0.000" in printed and warning not in printed
+    assert warning not in printed
     assert re.search(r"judgements that were undecided, in no rate above +\|( +\d+ \|)+", printed)
     again = [*MODELS, *SHORT, "--judge", "open.py:judge", "--average", "none", "--start", "run", "--out", "again"]
     assert "the run of --start has not set apart" in refusal(capsys, user_models, *again, "--benign_share", 0.5)
@@ -4360,7 +4470,8 @@ def test_a_warm_started_adapter_is_the_anchor_of_its_player(one_base):
     start = one_base / "checkpoints" / "start"
     steps = read_lines(one_base / "metrics.jsonl")
     for name, step in zip(("attacker", "defender"), steps[:2]):
-        assert step[f"{name}/objective/kl"] == 0 and steps[-1].get(f"{name}/objective/kl") != 0
+        assert step[f"{name}/objective/kl"] == 0
+        assert [m[f"{name}/objective/kl"] for m in steps if m["role"] == name][-1] != 0
         adapter = load_file(start / name / "adapter_model.safetensors")
         assert any(tensor.any() for key, tensor in adapter.items() if "lora_B" in key)  # of the warm start
         player = open_run(one_base).world.first[name]
@@ -4877,14 +4988,14 @@ def test_eval_repeats_the_numbers_of_the_run_measures_more_and_corrects_for_erro
               for prompt, tool in zip(harmful, tools)]
     safe = [{"prompt": prompt, "response": "no, that would be wrong.", "label": "safe"} for prompt in harmful[:20]]
     labels = tmp_path / "labels.jsonl"
-    again = shutil.copytree(finished.folder, tmp_path / "again")
-    arguments = [finished.folder, again, "--third_parties", finished.folder, "--judge_labels", labels]
+    folder, again = (shutil.copytree(finished.folder, tmp_path / name) for name in ("run", "again"))
+    arguments = [folder, again, "--third_parties", finished.folder, "--judge_labels", labels]
     append_lines(labels, unsafe)
     assert "safe and unsafe" in refusal(capsys, HERE, *arguments, program=evaluation)
     append_lines(labels, safe)
     run_program(HERE, *arguments, program=evaluation)
     printed = capsys.readouterr().out
-    columns = read_json(finished.folder / "eval.json")
+    columns = read_json(folder / "eval.json")
     summary = read_json(finished.folder / "summary.json")
     for name in ("before", "after", "average (mixture)", "average (weights)"):
         assert summary[name].pop("decided").items() < columns[name]["decided"].items()
@@ -5209,17 +5320,18 @@ def test_the_open_prompts_of_a_round_are_those_of_its_policies(finished, tmp_pat
     assert f"| {expected:.4f} |" in capsys.readouterr().out
 
 
-def test_the_worst_case_of_a_run_is_measured_once_and_shown(finished, monkeypatch, capsys):
+def test_the_worst_case_of_a_run_is_measured_once_and_shown(finished, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(finished.folder, tmp_path / "run")
     for name, small in {"SAMPLES": 1, "STEPS": (1, 2), "TRIES": 4, "SEEDS": 3, "HITS": (1, 2), "GENERATIONS": 1,
                         "CHILDREN": 8, "CHAINS": 4, "EDITS": 2, "LIKELY": 12, "MORE_SAMPLES": 2}.items():
         monkeypatch.setattr(worst_case, name, small)
     all_prompts = worst_case.harmful_prompts
     monkeypatch.setattr(worst_case, "harmful_prompts", lambda *args: all_prompts(*args)[::40])
-    run_program(HERE, finished.folder, "--kinds", "final", program=worst_case)
+    run_program(HERE, folder, "--kinds", "final", program=worst_case)
     table = capsys.readouterr().out
-    found = read_json(finished.folder / "worst_case.json")
+    found = read_json(folder / "worst_case.json")
     assert set(found) == {"final"}
-    defender = open_run(finished.folder).world.players["defender"]
+    defender = open_run(folder).world.players["defender"]
     game = toy_game(0)
     prompts = [game.prompt(cell) for cell in game.cells[game.harmful & game.open]][::40]
     answers = defender.generate(prompts, 0, temperature=0).texts
@@ -5227,13 +5339,13 @@ def test_the_worst_case_of_a_run_is_measured_once_and_shown(finished, monkeypatc
     for family in ("grammar", "PPO, 2 steps", "best of N at 1.5: hit@2", "archive", "token search"):
         assert f"{found['final'][family]:.3f}; {found['final'][family]:.3f}" in table, family
     found["final"]["archive"] = 0.123
-    (finished.folder / "worst_case.json").write_text(json.dumps(found))
-    run_program(HERE, finished.folder, "--kinds", "final", program=worst_case)
+    (folder / "worst_case.json").write_text(json.dumps(found))
+    run_program(HERE, folder, "--kinds", "final", program=worst_case)
     assert "0.123; 0.123" in capsys.readouterr().out  # what is measured is not measured again
     for arguments, expected in ((["--kinds", "fianl"], "are final, mixture, weights, got fianl"),
                                 (["--kinds", "final", "--rounds"], "--rounds measures every kind of defender"),
-                                ([f"{finished.folder}/"], "experiments.worst_case takes each run once, got ")):
-        assert expected in refusal(capsys, HERE, finished.folder, *arguments, program=worst_case)
+                                ([f"{folder}/"], "experiments.worst_case takes each run once, got ")):
+        assert expected in refusal(capsys, HERE, folder, *arguments, program=worst_case)
 
 
 def test_only_runs_that_are_named_alike_but_for_the_seed_share_a_column():
@@ -5250,7 +5362,6 @@ def test_only_runs_that_are_named_alike_but_for_the_seed_share_a_column():
 def test_two_processes_measure_two_kinds_of_defender_of_one_run(finished, tmp_path, monkeypatch):
     run = open_run(shutil.copytree(finished.folder, tmp_path / "run"))
     file = run.path / "worst_case.json"
-    file.unlink(missing_ok=True)  # another test may have measured this run
     newest = {"grammar, ten worst prompts": 0.5}
 
     def meanwhile(run, defender):  # the other process ends first
@@ -5267,7 +5378,7 @@ def test_two_processes_measure_two_kinds_of_defender_of_one_run(finished, tmp_pa
 def test_nash_prints_the_slopes_of_the_theory(tmp_path, capsys):
     run_program(tmp_path, "nash", "--out", "nash", program=evaluation)
     slopes = [float(slope) for slope in re.findall(r"slope of the average's gap (-?[\d.]+)", capsys.readouterr().out)]
-    assert len(slopes) == 3 and all(-1.1 < slope < -0.4 for slope in slopes)
+    assert len(slopes) == 3 and all(-0.6 < slope < -0.4 for slope in slopes)
 
 
 # --- experiments -----------------------------------------------------------------------------------------------------
