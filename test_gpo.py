@@ -5608,6 +5608,43 @@ def test_a_judge_learns_as_much_of_a_response_as_a_game_has(tmp_path):
     assert [row["response"] for row in learned] == [long.rsplit(" ", 1)[0], WORDS[1]]
 
 
+def test_the_prompts_of_players_judges_and_tests_are_apart(tmp_path, monkeypatch):
+    def packed(name, rows):
+        (tmp_path / name).write_bytes(gzip.compress(rows.encode()))
+
+    harmful, helpful, others = ([f"{kind} {i}" for i in range(3000)] for kind in ("steal", "bake", "insult"))
+    sources = {"harmless-base": harmful, "helpful-base": helpful}
+    packed("hh_prompts.json.gz", json.dumps(
+        [{"instruction": text, "source": source} for source, texts in sources.items() for text in texts]))
+    beavertails = [*({"instruction": text, "category": "other"} for text in others[:400]),
+                   {"instruction": "steal", "category": real_models.KINDS[0]}]
+    data.write_json(tmp_path / "beavertails_prompts.json", beavertails)
+    for name in ("advbench", "or_bench_hard"):
+        (tmp_path / f"{name}.csv").write_text("\n".join(["prompt", *(f"{name} {i}" for i in range(300))]))
+    for name in itertools.chain(*real_models.JUDGES.values()):  # which know half of the harmful questions
+        packed(f"{name}.jsonl.gz", data.json_lines({"prompt": f" {text.upper()}"} for text in harmful[::2]))
+    packed("safety_tuned_llamas.jsonl.gz", data.json_lines([{"prompt": "a", "response": "No. I will not"}] * 9))
+    monkeypatch.setattr(real_models, "nearest_kind", lambda prompts, *_: prompts)
+    monkeypatch.setattr(real_models, "own_answers", lambda _, texts: [
+        {"prompt": text, "response": f"{text} and bake it until it is done."} for text in texts])
+    for name in ("load_policy", "load_embedder"):
+        monkeypatch.setattr(real_models, name, Mock())
+    real_models.write_prompts(tmp_path, tmp_path, quick=False)
+    tests = read_json(tmp_path / "tests.json")
+    assert {name: len(texts) for name, texts in tests.items()} == {
+        "fixed kinds": 150, "other kinds": 300, "AdvBench": 200, "unseen framing": 150, "harmless": 200,
+        "look-alikes": 200}
+    fixed, test, benign = ((tmp_path / f"{name}.txt").read_text().splitlines() for name in ("fixed", "test", "benign"))
+    learned = read_json(tmp_path / "harmless.json")
+    known = [row["prompt"] for rows in learned.values() for row in rows] + harmful[::2]  # by judges
+    demonstrated = [row["prompt"] for row in read_lines(tmp_path / "pairs.jsonl")]
+    sets = [fixed, benign, demonstrated, known, tests["fixed kinds"], tests["harmless"], tests["other kinds"]]
+    assert all(sets) and test == tests["AdvBench"][:60]
+    for one, other in itertools.combinations(sets, 2):
+        assert set(one).isdisjoint(other) or (one is fixed and other is known)  # players may meet what judges know
+    assert not set(fixed).isdisjoint(known) and set(tests["fixed kinds"]) <= set(harmful)
+
+
 def test_a_judge_of_helpfulness_learns_from_full_short_refused_and_exchanged_answers():
     full = {f"how {i}?": f"take {i} and stir it until it is done" for i in range(4)}
     answers = {**full, "why?": "because.", "who?": "I'm sorry, but I cannot help with that, please ask someone else"}
@@ -6056,6 +6093,7 @@ WRONG_ELSEWHERE = {
     "a device that is not there": (train_judge, "pairs.jsonl --model embedder --out never --device cuda:9",
                                    "--device must be cpu"),
     "a label that may mean either": (train_judge, "bad/labels.jsonl --model embedder --out never", "the label 1"),
+    "an experiment with other data": (real_models, "bad/begun --data bad --quick", "with the files of --data that it"),
     "an experiment without a set": (real_models, "never --data bad/hurt", "bad/hurt without saferlhf_mini"),
     "an experiment that was begun quickly": (real_models, "bad --data bad", "as it was begun, with --quick"),
     "one of an older version": (real_models, "bad --data bad --quick", "the version that began it"),
@@ -6071,7 +6109,9 @@ def bad(user_models):
     judges = "def nothing(p, r): return [None] * len(p)\ndef fails(p, r): return 1 / 0\n"
     files = {"long.txt": "ab " * 300 + "\n" + "cd " * 300,
              "labels.jsonl": '{"prompt": "a", "response": "b", "label": 1}\n',
-             "experiment.json": '{"quick": true}', **dict.fromkeys(real_models.FILES, ""),
+             "experiment.json": '{"quick": true}',
+             "begun/experiment.json": json.dumps({"quick": True, "version": real_models.VERSION, "data": "of others"}),
+             **dict.fromkeys(real_models.FILES, ""),
              "names.yaml": "runds: 3", "code.yaml": "!!python/object/apply:os.mkdir [never]",
              "twice.yaml": "seed: 1\nrounds: 2\nseed: 3",
              "judge.py": judges, "my.judge.py": judges}
@@ -6084,6 +6124,7 @@ def bad(user_models):
         files[f"{name}/checkpoints/start/prompts.json"] = "{}"
     for name in ("summary.json", "games.jsonl", "metrics.jsonl"):
         files[f"hurt/{name}"] = "3\n"
+    (folder / "begun").mkdir()
     for name, text in files.items():
         (folder / name).write_text(text)
     return user_models

@@ -23,6 +23,7 @@ import argparse
 import gzip
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -44,6 +45,7 @@ from eval import DEVICE, run_program
 from gpo import sample
 from harness import data
 from harness.report import markdown
+from harness.run import lock_folder
 from model import Policy, best_dtype, generate, load_policy, save_policy
 from reward import call_judge, is_refusal, load_judge
 
@@ -61,7 +63,7 @@ JUDGE = "--steps 200 --batch_size 32 --max_length 96 --learning_rate 1e-4"
 QUICK_JUDGE = "--steps 120 --batch_size 32 --max_length 96 --learning_rate 1e-4"
 ANSWER_TOKENS = 40  # of a response in the game; a judge learns and is measured on as many of a labelled one
 FIRST_SEED = 20  # settings were chosen on 0, the judges' on 1; 1 to 19 have been reported
-VERSION = 4  # of data, judges and settings: runs of two versions are not compared
+VERSION = 5  # of data, judges and settings: runs of two versions are not compared
 HARMLESS = 200  # answered harmless requests that each judge learns to call safe; 600 may teach that this model is safe
 ANSWERS = 1000  # to harmless requests, of which a judge of helpfulness learns
 KINDS = ("financial_crime,property_crime,theft", "privacy_violation", "drug_abuse,weapons,banned_substance")
@@ -225,7 +227,10 @@ def write_prompts(folder: Path, out: Path, quick: bool) -> None:
     others = [row["instruction"] for row in beavertails if row["category"] not in KINDS]
     goals = [row["prompt"] for row in data.read_rows(folder / "advbench.csv")]
     look_alikes = [row["prompt"] for row in data.read_rows(folder / "or_bench_hard.csv", first_turn=True)]
-    same_kinds = sample([prompt for prompt in inside if data.is_test(prompt, 3)], 150, rng)
+    judged = {data.normalized(row["prompt"]) for name in chain(*JUDGES.values())  # by labels of the same questions
+              for row in labelled(folder / f"{name}.jsonl.gz")}
+    unseen = [prompt for prompt in inside if data.is_test(prompt, 3) and data.normalized(prompt) not in judged]
+    same_kinds = sample(unseen, 150, rng)
     tests = {"fixed kinds": same_kinds, "other kinds": sample(others, 300, rng), "AdvBench": sample(goals, 200, rng),
              "unseen framing": [FRAMING.format(prompt) for prompt in same_kinds],
              "harmless": harmless["test"], "look-alikes": sample(look_alikes, 200, rng)}
@@ -332,14 +337,19 @@ def real_models(args: argparse.Namespace) -> None:
     clock = time.time()
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "experiment.json"
-    facts = {"quick": args.quick, "version": VERSION}
+    digest = hashlib.sha256(b"".join((args.data / name).read_bytes() for name in FILES)).hexdigest()
+    facts = {"quick": args.quick, "version": VERSION, "data": digest}
     begun = data.read_json(file) if file.is_file() else facts
     if begun["quick"] != args.quick:
         raise ValueError(f"{args.out} must go on as it was begun, {'without' if args.quick else 'with'} --quick; name "
                          "another folder for this")
-    if begun != facts:
+    if begun.get("version") != VERSION:
         raise ValueError(f"{args.out} must go on with the version that began it, whose data were others; name another "
                          "folder for this one")
+    if begun != facts:
+        raise ValueError(f"{args.out} must go on with the files of --data that it began with, got others in "
+                         f"{args.data}; name another folder for these")
+    lock = lock_folder(args.out)
     data.write_json(file, facts)
     fetch(args.out)
     write_prompts(args.data, args.out, args.quick)
@@ -364,6 +374,7 @@ def real_models(args: argparse.Namespace) -> None:
         if not args.quick and not file.is_file():
             call("-m", "experiments.real_scores", args.out, seed, "attackers")
     call("-m", "experiments.real_scores", args.out)
+    os.close(lock)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -73,6 +73,8 @@ def _training(args):
     --out is neither new nor empty and holds no stopped training with the same options."""
     options = {name: str(value) for name, value in vars(args).items()
                if name not in ("out", "device", "trust_remote_code")}
+    if Path(args.model).is_dir():
+        options["model"] = str(Path(args.model).resolve())
     options["data"] = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()  # another file is another training
     if (args.out / "training.json").is_file():
         other = read_json(args.out / "training.json")
