@@ -6075,7 +6075,7 @@ WRONG_ELSEWHERE = {
     "a report in place of another file": (evaluation, "report bad/hurt --out bad/hurt/games.jsonl",
                                           "--out of a report must end in .html"),
     "a report of one run twice": (evaluation, "report bad/hurt ./bad/hurt", "eval.py report takes each run once"),
-    "a figure of nothing": (probe, "bad/hurt --figure", "compute them with: eval.py probe bad/hurt"),
+    "a figure of nothing": (probe, "bad/hurt --figure", "compute them with: python eval.py probe bad/hurt"),
     "a resumed MART run": (mart, "--resume bad/hurt", "a MART run cannot be resumed"),
     "a report of damaged games": (evaluation, "report bad/hurt", "bad/hurt"),
     "an attacker without a run": (evaluation, "attack attacker defender", "needs --prompts and --judge"),
