@@ -2684,7 +2684,7 @@ def test_replay_takes_three_quarters_by_the_last_success_and_one_quarter_evenly(
     assert max(Counter(game.replay.sample(400, np.random.default_rng(0))).values()) < 400 / 3 + 40
 
 
-def test_iterative_asks_the_most_novel_quarter_of_what_the_untrained_attacker_writes():
+def test_iterative_asks_the_most_novel_quarter_of_what_the_initial_attacker_writes():
     config, _, game = new_match(method="iterative")
     seeds = ["a", "b", "z", "y"]
     texts = [f"{seed} {'c' * i}" for i, seed in enumerate(seeds * 4)]

@@ -3,7 +3,7 @@
     python -m experiments.probe RUN [--steps S] [--round R]      RUN/best_R_S.json; R = 0: the finished defender
     python -m experiments.probe RUN --figure                     draws what `eval.py probe RUN` has measured
 
-The gain in its success is a lower bound of what the untrained attacker could gain: its part of the Nash gap, Eq. (3.6).
+The gain in its success is a lower bound of what the initial attacker could gain: its part of the Nash gap, Eq. (3.6).
 The held-out judge is used for both training and measurement.
 """
 

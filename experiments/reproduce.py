@@ -410,11 +410,11 @@ def best_responses(out: str | Path, seeds: Iterable[int], names: Iterable[str]) 
 
 
 def corrected_table(out: str | Path, seeds: Iterable[int], names: Iterable[str]) -> str:
-    """markdown: attack success by the training judge, corrected for its errors on LABELLED exchanges of the untrained
+    """markdown: attack success by the training judge, corrected for its errors on LABELLED exchanges of the initial
     players, beside the truth; on how many seeds the 95% interval covers it."""
     found = {name: [] for name in names}  # {method: [(raw, corrected, truth, covered) of each seed]}
     for seed in seeds:
-        run = open_run(run_folder(out, "SFT", seed))  # all methods of a seed have its judge and its untrained players
+        run = open_run(run_folder(out, "SFT", seed))  # all methods of a seed have its judge and its initial players
         errors = judge_errors(run.world.judge, labelled_by_truth(run))
         n = len(run.world.test_prompts)
         for name, values in found.items():
