@@ -2181,10 +2181,14 @@ def test_a_pair_has_segments_if_its_tokenizer_names_them_or_else_its_model_has_t
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tiny_tokenizer().backend_tokenizer, pad_token="<pad>", **more)
     classifier = tiny_classifier(tokenizer, judge_input="pair", type_vocab_size=segments)
+    torch.nn.init.normal_(classifier.bert.embeddings.token_type_embeddings.weight)
     saved(tmp_path, classifier, tokenizer)
     (read,) = reward.classifier_inputs(classifier, model.load_tokenizer(tmp_path), ["a b"], ["c"])
     assert read.get("token_type_ids") == expected
-    assert load_judge(str(tmp_path))(["a b"], ["c"])[0] is not None  # it reads them
+    segments = {} if expected is None else {"token_type_ids": torch.tensor([expected])}
+    with torch.no_grad():
+        p = classifier(torch.tensor([read["input_ids"]]), **segments).logits.softmax(1)[0]
+    assert load_judge(str(tmp_path))(["a b"], ["c"])[0] == pytest.approx(p[0].item(), abs=1e-4)  # it reads them
 
 
 @pytest.mark.parametrize("config, tokens", [
