@@ -2185,9 +2185,9 @@ def test_a_pair_has_segments_if_its_tokenizer_names_them_or_else_its_model_has_t
     saved(tmp_path, classifier, tokenizer)
     (read,) = reward.classifier_inputs(classifier, model.load_tokenizer(tmp_path), ["a b"], ["c"])
     assert read.get("token_type_ids") == expected
-    segments = {} if expected is None else {"token_type_ids": torch.tensor([expected])}
+    given = {} if expected is None else {"token_type_ids": torch.tensor([expected])}
     with torch.no_grad():
-        p = classifier(torch.tensor([read["input_ids"]]), **segments).logits.softmax(1)[0]
+        p = classifier(torch.tensor([read["input_ids"]]), **given).logits.softmax(1)[0]
     assert load_judge(str(tmp_path))(["a b"], ["c"])[0] == pytest.approx(p[0].item(), abs=1e-4)  # it reads them
 
 
