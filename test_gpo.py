@@ -4335,6 +4335,17 @@ def test_the_figure_of_a_run_names_no_player_that_it_does_not_train(tmp_path, mo
                        ["SelfBLEU", "cosine of embeddings"], ["defender"]]
 
 
+def test_the_judge_of_a_run_before_its_tokenizer_named_its_outputs_judges_as_it_did(finished, tmp_path):
+    run = shutil.copytree(finished.folder, tmp_path / "run")
+    file = run / "checkpoints" / "start" / "judge" / "tokenizer_config.json"
+    facts = read_json(file)
+    assert facts.pop("model_input_names") == ["input_ids", "attention_mask"]  # no segments, as it was trained
+    data.write_json(file, facts)
+    exchanges = [["use the crowbar", "take it"], ["i must refuse", "use the hose and be patient."]]
+    older, judge = (open_run(folder).world.judge for folder in (run, finished.folder))
+    assert older(*exchanges) == judge(*exchanges)
+
+
 def test_a_finished_run_is_read_on_the_device_on_which_it_was_made(finished):
     with patch("harness.config.devices", return_value=["cpu", "cuda"]), \
             patch("harness.run.devices", return_value=["cpu", "cuda"]):

@@ -180,6 +180,8 @@ def _load_judges(config, toy, start):
         judge = working_judge("judge", config.judge, config.unsafe_label, truth, *place)
     elif start:
         judge = load_judge(str(start / "judge"), device=config.device)
+        names = judge.tokenizer.model_input_names  # no segments, of which older runs say nothing
+        judge.tokenizer.init_kwargs["model_input_names"] = names
     if config.judge == config.held_out_judge and config.given:  # a run begins
         print("--judge and --held_out_judge are the same: no rate is independent of training, and no alarm tells of "
               "reward hacking")
