@@ -41,6 +41,7 @@ from harness.report import (
     figure,
     markdown,
     mean_and_error,
+    method_name,
     save_figure,
     show,
     undecided_line,
@@ -252,14 +253,9 @@ def tables(args: argparse.Namespace) -> None:
         print(f"Mean ± standard error over runs (number of runs):\n\n{means_table(of_method)}")
 
 
-def method_name(run: FinishedRun) -> str:
-    """The method of a run, or what trained its players, if not the algorithm."""
-    return data.read_json(run.path / "summary.json").get("made_by", run.config.method)
-
-
 def row_name(run: FinishedRun, runs: list[FinishedRun]) -> str:
     """The method of a run, and its options in which these runs differ, apart from seed and paths."""
-    words = [method_name(run)]
+    words = [method_name(run.path, run.config.method)]
     for name in OPTIONS:
         differs = len({getattr(other.config, name) for other in runs}) > 1
         if differs and name not in ("method", "seed", "out", "start", "resume", "device"):
@@ -276,7 +272,7 @@ def run_text(run: FinishedRun, rows: dict[str, dict], matrix: np.ndarray) -> str
     lines += undecided_line(rows)
     pairs = [["first attacker", *map(show, matrix[0])], ["final attacker", *map(show, matrix[1])]]
     return "\n\n".join([
-        f"{run.path}: {method_name(run)}, seed {run.config.seed}", markdown(["", *rows], lines),
+        f"{run.path}: {method_name(run.path, run.config.method)}, seed {run.config.seed}", markdown(["", *rows], lines),
         "Who breaks whom (success rate by the held-out judge):",
         markdown(["", "first defender", "final defender"], pairs)]) + "\n"
 

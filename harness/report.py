@@ -358,18 +358,21 @@ def run_section(folder: Path) -> str:
         rows, state = rows_and_state(folder, Path(drawn))
         curves = next(Path(drawn).iterdir(), folder / "curves.png")
         images = [html_image(file) for file in (curves, folder / "probe.png") if file.is_file()]
-    method = config["method"]
-    if (folder / "summary.json").is_file():
-        method = read_json(folder / "summary.json").get("made_by", method)
     players = f"{config['attacker']} against {config['defender']}" if config["attacker"] else "the embedded game"
     return f"""<section>
-<h2>{html.escape(method)}, seed {config['seed']}: {html.escape(players)}</h2>
+<h2>{html.escape(method_name(folder, config["method"]))}, seed {config['seed']}: {html.escape(players)}</h2>
 <p class="soft">{html.escape(str(folder))}: {state}</p>
 <pre class="wide">{html.escape(summary_table(rows))}</pre>
 {''.join(images)}
 <details><summary>Configuration and versions</summary><pre>\
 {html.escape(json.dumps(made, indent=1, ensure_ascii=False))}</pre></details>
 </section>"""
+
+
+def method_name(folder: Path, method: str) -> str:
+    """The method of a run, or what trained its players, if not the algorithm."""
+    summary = folder / "summary.json"  # none in an unfinished run
+    return read_json(summary).get("made_by", method) if summary.is_file() else method
 
 
 def rows_and_state(folder: Path, drawn: Path) -> tuple[dict[str, dict], str]:
