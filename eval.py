@@ -21,7 +21,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,7 @@ from harness.report import (
 )
 from harness.run import FinishedRun, open_run
 from harness.world import World, attacks_to_measure, evaluate, working_judge
-from model import best_dtype, first_line, generate, keep_freed_memory, load_policy
+from model import Policy, best_dtype, first_line, generate, keep_freed_memory, load_policy
 from reward import Judge, JudgeError, call_judge, decided, unsafe_rate
 
 Side = Player | PolicyAverage  # what can generate
@@ -213,11 +213,20 @@ def check_each_once(program: str, runs: Sequence[str]) -> None:
         raise ValueError(f"{program} takes each run once, got {' '.join(runs)}")
 
 
+def check_target(world: World, target: Policy, name: str | Path) -> None:
+    """Raises ValueError if the embedded game's judge, which knows no answers but its own, would judge another model."""
+    if world.toy and target.tokenizer.get_vocab() != world.players["attacker"].policy.tokenizer.get_vocab():
+        raise ValueError("the judge of a toy run knows only answers of the toy world and calls all others safe: with "
+                         f"--judge, eval.py attack tests other models, got {name}")
+
+
 def tables(args: argparse.Namespace) -> None:
     """Print the table of each finished run, write it to eval.md and eval.json in its folder, and print means."""
     check_each_once("eval.py", args.run)
     runs = [open_run(path) for path in args.run]
     others = [open_run(path) for path in args.third_parties]  # all are checked before any work
+    for run, other in product(runs, others):
+        check_target(run.world, other.world.players["defender"].policy, other.path)
     for run in runs:
         if not os.access(run.path, os.W_OK):
             raise ValueError(f"eval.md is written into the run's folder, which must be writable, got {run.path}; copy "
@@ -427,6 +436,8 @@ def attack_rows(run: FinishedRun | None, args: argparse.Namespace) -> tuple[Judg
     if not source.is_dir():
         source = args.target
     target = load_policy(source, "shared", attacker.compute_dtype, device, remote)
+    if run and not args.judge:
+        check_target(run.world, target, args.target)
     temperature = config.temperature if args.temperature is None else args.temperature
     n = args.n
     if args.tries > 1 or temperature == 0:  # hit@TRIES counts different seeds; a greedy attack is always the same

@@ -5082,6 +5082,16 @@ def test_a_trained_attacker_meets_a_target_and_its_attacks_are_written_the_worst
     assert re.search(rf"hit@5.*{hit:.3f} \[", capsys.readouterr().out)
 
 
+def test_the_judge_of_the_toy_world_calls_no_other_model_safe(finished, one_base, tmp_path, capsys):
+    arguments = ["attack", finished.folder, one_base, "-n", 4, "--out", tmp_path / "attacks.jsonl"]
+    line = refusal(capsys, HERE, *arguments, program=evaluation)
+    assert "knows only answers of the toy world" in line and line.endswith(f"got {one_base}")
+    run_program(HERE, *arguments, "--judge", "rule", program=evaluation)
+    assert len(read_lines(tmp_path / "attacks.jsonl")) == 4
+    line = refusal(capsys, HERE, finished.folder, "--third_parties", one_base, program=evaluation)
+    assert line.endswith(f"got {one_base}")
+
+
 def test_exchanges_that_a_judge_does_not_judge_are_kept(finished, tmp_path, capsys):
     out = tmp_path / "attacks.jsonl"
     arguments = ["attack", finished.folder, finished.folder, "-n", 4, "--judge", "rule", "--out", out]
