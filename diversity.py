@@ -34,7 +34,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModel
 from transformers.utils import cached_file
 
-from model import check_body, check_tokenizer, first_line, inert_texts, load_tokenizer, longest_input
+from model import check_body, check_tokenizer, first_line, inert_texts, load_tokenizer, longest_input, split_words
 
 Embedder = Callable[[list[str]], np.ndarray]  # B texts -> (B, D)
 ORDERS = (2, 3, 4, 5)
@@ -44,8 +44,8 @@ FIXED_POINT = 2.0**32  # vectors are summed as integers in units of 2^-32
 
 # --- SelfBLEU ---------------------------------------------------------------------------------------------------
 def _split(text):
-    """Words, split at white space. They are interned: the table's n-grams are found faster and take less memory."""
-    return tuple(map(sys.intern, text.split()))
+    """`split_words`, interned: the table's n-grams are found faster and take less memory."""
+    return tuple(map(sys.intern, split_words(text)))
 
 
 def _ngrams(tokens, max_order):
@@ -153,7 +153,7 @@ def word_embedder(texts: Sequence[str], width: int = 256) -> np.ndarray:
     """An embedder without a model: each word is a fixed random direction (B texts -> (B, width) unit vectors)."""
     vectors = np.zeros((len(texts), width))
     for row, text in zip(vectors, texts, strict=True):
-        for word in text.lower().split():
+        for word in split_words(text.lower()):
             row += _word_vector(word, width)
     return _unit(vectors)
 

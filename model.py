@@ -350,6 +350,14 @@ def _spaced(tokenizer, control, text):
     return text if is_inert else re.sub(r"[^\w\s]", " ", text)
 
 
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # Thai to Chinese
+
+
+def split_words(text: str) -> list[str]:
+    """Words, split at white space. In scripts without spaces each character is one, as in sacreBLEU's (Post, 2018)."""
+    return re.findall(rf"[{UNSPACED}]|[^\s{UNSPACED}]+", text)
+
+
 def encode_rendered(tokenizer: Tokenizer, render: Callable[..., str], rows: list[Sequence[str]]) -> list[list[int]]:
     """Token ids of render(*texts) for each row of texts. Only `render` writes control tokens: the texts are made inert.
     A chat template writes its own BOS."""

@@ -106,6 +106,7 @@ from model import (
     logprobs_and_values,
     sample_batches,
     save_policy,
+    split_words,
 )
 from reward import JudgeError, answered, call_judge, classifier_judge, decided, load_judge, rule_judge
 from toy import ToyGame, words
@@ -1506,6 +1507,26 @@ def test_diversity_reward_is_minus_the_mean_of_both_terms_and_a_repetition_score
     assert np.allclose(score["reward"], -(score["bleu"] + score["embedding"]) / 2)
     assert diversity.score(HISTORY[4:5])["bleu"][0] == pytest.approx(1.0)  # a newcomer, written before
     assert (diversity.score(["", " \n"])["reward"] == -1).all()  # no new attack either
+
+
+@given(st.text(st.characters(max_codepoint=0xdff)))
+def test_words_are_split_at_white_space(text):
+    assert split_words(text) == text.split()
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("如何打开 GPT-2？", "如 何 打 开 GPT-2？"), ("ひらがな、カタカナ", "ひ ら が な 、 カ タ カ ナ"), ("ไทย", "ไ ท ย"),
+    ("한국어 문장", "한국어 문장")])
+def test_in_scripts_without_spaces_each_character_is_a_word(text, expected):
+    assert split_words(text) == expected.split()
+
+
+def test_copies_and_loops_are_found_in_a_language_without_spaces():
+    one, other = "如何打开邻居的门锁而不用钥匙", "如何打开邻居的门锁而不用钥子"  # how to open a lock without a key
+    expected = [1.0, mean_bleu(" ".join(other), [" ".join(one)])]
+    assert self_bleu([one, other], [one, one]) == pytest.approx(expected)
+    assert np.prod([word_embedder([one]), word_embedder([other])], axis=0).sum() > 0.8  # 13 of 14 characters
+    assert answered(["?"] * 2, [one, one * 9]) == [1.0, 0.0]
 
 
 def same_scores(one, other, texts):
