@@ -4336,6 +4336,14 @@ def test_the_prompts_of_sft_are_its_attacks_and_none_is_measured_twice(user_mode
         assert {name for name in ("attacker", "defender") if "Trained with" in model_card(name, config, "")} == trained
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+def test_whoever_may_read_a_run_folder_may_read_its_models(finished):
+    files = [path for path in finished.folder.rglob("*") if path.is_file()]
+    assert len({path.suffix for path in files} & {".safetensors", ".json", ".jsonl"}) == 3
+    mode = finished.folder.stat().st_mode & 0o666  # by the umask
+    assert {path.stat().st_mode & 0o777 for path in files if path.name != ".lock"} == {mode}
+
+
 def test_the_curve_of_self_bleu_begins_with_the_first_sets_of_its_size(finished):
     log = [m for m in read_lines(finished.folder / "metrics.jsonl") if "game/self_bleu" in m]
     before = read_json(finished.folder / "summary.json")["before"]

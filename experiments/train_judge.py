@@ -21,6 +21,7 @@ from harness.data import (
     is_test,
     read_json,
     read_rows,
+    share,
     write_json,
 )
 from harness.report import calibration, markdown, show
@@ -130,6 +131,7 @@ def _make_judge(args):
         raise
     judge.model.save_pretrained(args.out)
     save_tokenizer(judge.tokenizer, args.out)
+    share(args.out)
     measured = measure_judge(judge, held_out, args.seed)
     settings.checkpoint.unlink(missing_ok=True)
     (args.out / "training.json").unlink()

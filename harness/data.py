@@ -191,6 +191,13 @@ def write_json(path: str | Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 
+def share(folder: Path) -> None:
+    """Give the files in a folder its own permissions: safetensors writes files that only their owner can read."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(folder.stat().st_mode & 0o666)
+
+
 @contextlib.contextmanager
 def complete_folder(target: Path, writes: bool = True) -> Iterator[Path]:
     """Yields a temporary folder, which then replaces `target`, flushed to the disk. After an error it is deleted."""
@@ -202,6 +209,7 @@ def complete_folder(target: Path, writes: bool = True) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        share(temporary)
         for path in (*temporary.rglob("*"), temporary):
             sync(path)
         shutil.rmtree(target, ignore_errors=True)
