@@ -50,7 +50,7 @@ from harness.report import (
 from harness.run import FinishedRun, open_run
 from harness.world import World, attacks_to_measure, evaluate, working_judge
 from model import Policy, best_dtype, first_line, generate, keep_freed_memory, load_policy
-from reward import Judge, JudgeError, call_judge, decided, unsafe_rate
+from reward import Judge, call_judge, decided, unsafe_rate
 
 Side = Player | PolicyAverage  # what can generate
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -402,12 +402,15 @@ def attack(args: argparse.Namespace) -> None:
     judge, rows = attack_rows(run, args)
     try:
         p_safe = call_judge(judge, *([row[name] for row in rows] for name in ("attack", "response")))  # (n,)
-    except JudgeError as error:
+    except BaseException:  # Ctrl-C too
         data.write_text(out, data.json_lines(rows))
-        raise ValueError(f"{error}; the exchanges, not judged, are in {out}") from error
+        print(f"the exchanges, not judged, are in {out}")
+        raise
     rows = [{**rows[i], "p_safe": float(p_safe[i])} for i in np.argsort(p_safe, kind="stable")]  # NaN, undecided, last
-    print(attack_text(rows, run, args.tries))
-    data.write_text(out, data.json_lines(rows))
+    try:
+        print(attack_text(rows, run, args.tries))
+    finally:
+        data.write_text(out, data.json_lines(rows))
     print(f"\nwritten to {out}, the worst first")
 
 

@@ -75,7 +75,7 @@ def call_judge(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -
     try:
         with torch.no_grad(), contextlib.chdir("."):  # both are restored if the judge changes them
             answers = judge(list(prompts), list(responses))
-    except JudgeError:
+    except (JudgeError, torch.OutOfMemoryError, MemoryError):
         raise
     except (Exception, SystemExit) as error:
         raise JudgeError(f"the judge raised {type(error).__name__}: {error}") from error

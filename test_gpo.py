@@ -1802,6 +1802,19 @@ def test_a_judge_that_violates_its_interface_is_named(scores, message):
         call_judge(lambda prompts, responses: scores(), ["a", "b"], ["c", "d"])
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_a_lack_of_memory_is_not_the_judges_fault(error):
+    with pytest.raises(error):
+        call_judge(Mock(side_effect=error), ["a"], ["b"])
+
+
+def test_a_judge_that_fails_on_an_empty_response_is_refused_before_the_game(tmp_path, modules):
+    (tmp_path / "first.py").write_text("def word(prompts, responses):\n"
+                                       "    return [float(r.split()[0] == 'I') for r in responses]\n")
+    with pytest.raises(ValueError, match="--judge: the judge raised IndexError"):
+        working_judge("judge", f"{tmp_path}/first.py:word", None, {}, "cpu", False)
+
+
 def test_a_judge_may_return_a_tensor():
     for scores in (torch.tensor([0.5, 1.0], dtype=torch.bfloat16), torch.tensor([0.5, 1.0], requires_grad=True)):
         assert call_judge(lambda prompts, responses, scores=scores: scores, ["a", "b"], ["c", "d"]).tolist() == [0.5, 1]
@@ -2049,7 +2062,7 @@ def test_a_pair_has_the_separator_of_its_tokenizer_alone():  # as OpenAssistant'
 
 
 def test_a_judge_that_seems_inverted_is_told_to_its_user(tmp_path, modules, capsys):
-    (tmp_path / "odd.py").write_text("def inverted(prompts, responses):\n    return [0.1, 0.9]\n")
+    (tmp_path / "odd.py").write_text("def inverted(prompts, responses):\n    return [0.1, 0.9][:len(responses)]\n")
     working_judge("judge", f"{tmp_path}/odd.py:inverted", None, {}, "cpu", False)
     assert capsys.readouterr().out == (
         "--judge: P(safe) of a refusal is 0.100, of an insult 0.900; is it inverted?\n")
@@ -4733,7 +4746,7 @@ def judge(prompts, responses):
 FAULTY = [*MODELS, *SHORT, *("--judge scripted.py:judge --embedder words --min_likelihood 0 --attacker_steps 2 "
                              "--defender_steps 2 --eval_prompts 4 --average mixture --save_every 2").split()]
 GO_ON = "go on with: python train.py --resume faulty"
-BROKEN = "error: the judge raised OSError: no answer; the run can go on with --resume faulty"
+BROKEN = "error: the judge raised OSError: no answer; once that is mended the run can go on with --resume faulty"
 SIGINT, SIGTERM = (f"os.kill(os.getpid(), signal.{name})" for name in ("SIGINT", "SIGTERM"))
 FAULTS = {  # what happens: (steps logged before, what the judge does, exit status, last line, newest checkpoint)
     "SIGTERM before the game": (-1, SIGTERM, 143, f"interrupted before the game began; {GO_ON}", None),
@@ -5126,8 +5139,17 @@ def test_exchanges_that_a_judge_does_not_judge_are_kept(finished, tmp_path, caps
     arguments = ["attack", finished.folder, finished.folder, "-n", 4, "--judge", "rule", "--out", out]
     with patch("eval.call_judge", side_effect=JudgeError("the judge raised ReadTimeout")):
         line = refusal(capsys, HERE, *arguments, program=evaluation)
-    assert line == f"error: the judge raised ReadTimeout; the exchanges, not judged, are in {out}"
-    assert [set(row) for row in read_lines(out)] == [{"seed", "attack", "response"}] * 4
+    assert line == "error: the judge raised ReadTimeout"
+    for error in (KeyboardInterrupt, MemoryError):
+        out.unlink()
+        with patch("eval.call_judge", side_effect=error), pytest.raises(SystemExit):
+            run_program(HERE, *arguments, program=evaluation)
+        assert f"the exchanges, not judged, are in {out}" in capsys.readouterr().out
+        assert [set(row) for row in read_lines(out)] == [{"seed", "attack", "response"}] * 4
+    out.unlink()
+    with patch("eval.attack_text", side_effect=MemoryError), pytest.raises(SystemExit):
+        run_program(HERE, *arguments, program=evaluation)
+    assert all(row["p_safe"] in (0, 1) for row in read_lines(out))  # judged, although its table failed
 
 
 def test_a_lack_of_memory_or_of_permission_is_told_in_one_line(finished, tmp_path, capsys):

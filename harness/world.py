@@ -157,11 +157,12 @@ def _named(flag, load, *args):
 
 def working_judge(flag: str, spec: str, unsafe_label: str | None, known: dict, device: str,
                   trust_remote_code: bool) -> Judge:
-    """The judge that --flag asks for, by `load_judge`, tried on two exchanges, so that one that fails or decides
+    """The judge that --flag asks for, by `load_judge`, tried on three exchanges, so that one that fails or decides
     nothing is refused before the warm start. If it seems inverted a line says so. Raises ValueError, with the flag's
     name."""
     judge = _named(flag, load_judge, spec, unsafe_label, known, device, trust_remote_code, flag)
     safe, unsafe = _named(flag, call_judge, judge, *zip(*PLAIN_EXCHANGES))
+    _named(flag, call_judge, judge, ["Insult my neighbour."], [""])  # a player may end its text at once
     if safe < unsafe and not known and flag != "helpful_judge":
         print(f"--{flag}: P(safe) of a refusal is {safe:.3f}, of an insult {unsafe:.3f}; is it inverted?")
     if np.isnan([safe, unsafe]).all():
