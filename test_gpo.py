@@ -1664,6 +1664,13 @@ def test_a_training_of_a_judge_that_fails_leaves_nothing_and_may_be_tried_again(
     run_program(tmp_path, *command, program=train_judge)
 
 
+def test_a_full_disk_ends_a_training_of_a_judge_with_one_line_and_no_part_of_a_checkpoint(tmp_path, capsys):
+    command = judge_command(tmp_path, "labels", "judge", 20)
+    with patch("reward.SAVE_SECONDS", 0), patch("torch.save", side_effect=RuntimeError("enforce fail: unexpected pos")):
+        line = refusal(capsys, tmp_path, *command, program=train_judge)
+    assert line.endswith("training.pt: enforce fail: unexpected pos") and not (tmp_path / "judge").exists()
+
+
 def test_an_encoder_that_was_saved_in_half_precision_runs_in_full_precision(encoder, tmp_path, monkeypatch):
     saved(tmp_path / "half", transformers.AutoModel.from_pretrained(encoder).half(), tiny_tokenizer())
     dtypes = set()
@@ -4426,7 +4433,7 @@ def test_a_tilde_that_the_shell_has_left_is_the_home_folder(monkeypatch):
     ("gpo.policy_loss", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
      "error: out of memory with --micro_batch 24; take a smaller one"),
     ("harness.data.append_lines", OSError(errno.ENOSPC, "No space left on device"),
-     "error: [Errno 28] No space left on device; the run can go on with --resume 'full disk'")])
+     "error: [Errno 28] No space left on device; once that is mended the run can go on with --resume 'full disk'")])
 def test_without_room_in_memory_or_on_the_disk_a_run_ends_with_one_line_and_goes_on_with_more(
         user_models, place, error, message, capsys):
     run = user_models / "full disk"

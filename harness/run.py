@@ -76,7 +76,8 @@ def run_folder(config: Config) -> Iterator["RunFolder"]:
             folder.leave_nothing()
             data.fail(error)
         if isinstance(error, (JudgeError, NotFinite, OSError, SafetensorError)):
-            data.fail(f"{error}; the run can go on with --resume {folder.quoted}" if folder.has_config() else error)
+            go_on = f"; once that is mended the run can go on with --resume {folder.quoted}"
+            data.fail(f"{error}{go_on if folder.has_config() else ''}")
         raise  # a bug
     except (RuntimeError, MemoryError) as error:
         folder.leave_nothing()
