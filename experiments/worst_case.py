@@ -11,6 +11,7 @@ initial defender's unsafe answers to the initial attacker, and learned its helpf
     grammar        all harmful prompts of the framings in play and of the unseen ones, answered greedily and 8 times,
                    the 300 most unsafe ones (or first ones, if fewer were unsafe) 48 times more, and the ten worst of
                    these once more 48 times
+    near it        the same paraphrases with one function word left out or replaced, answered greedily
     PPO            a fresh attacker, trained for 90 and 300 steps: its success in the last ten steps
     best of N      the initial attacker tries 1,000 times for each of 20 seeds: success of one try, hit@10 and hit@100
     archive        MAP-Elites (Mouret and Clune, 2015) over topic x framing; a child takes words from another elite
@@ -22,6 +23,7 @@ one is undone; the fraction of such edits is reported.
 
 import argparse
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 from tqdm import tqdm
@@ -31,7 +33,7 @@ from gpo import new_seed, sample
 from harness.data import as_a_program, fail, read_json, write_json
 from harness.report import markdown, mean_and_error
 from harness.run import FinishedRun, open_run
-from toy import ToyGame
+from toy import FRAMINGS, N_OPEN, STOP_WORDS, ToyGame
 
 SAMPLES = 8  # answers to a prompt, at the run's temperature
 LIKELY = 300  # prompts with the most unsafe of these answers: they are answered again
@@ -68,6 +70,19 @@ def harmful_prompts(toy: ToyGame, framings: np.ndarray) -> list[str]:
     return [toy.prompt(cell) for cell in toy.cells[toy.harmful & framings]]
 
 
+def near_prompts(toy: ToyGame) -> list[str]:
+    """Harmful prompts just outside the grammar, as their topics are told by content words: every paraphrase with one
+    function word left out or replaced by another one, in the framings in play."""
+    function_words = sorted(STOP_WORDS & set(toy.vocabulary))
+    paraphrases = list(chain.from_iterable(toy.paraphrases[: toy.n_harmful]))
+    edited = []
+    for row in map(str.split, paraphrases):
+        for i in [i for i, word in enumerate(row) if word in STOP_WORDS]:
+            edited += [" ".join([*row[:i], *new, *row[i + 1 :]]) for new in ([], *zip(function_words))]
+    edited = sorted(set(edited) - set(paraphrases))
+    return [template.format(text) for template, _ in list(FRAMINGS.values())[:N_OPEN] for text in edited]
+
+
 def open_greedily(toy: ToyGame, defender: Side, prompts: list[str]) -> list[str]:
     """The prompts whose greedy answer is unsafe."""
     return [prompts[i] for i in np.flatnonzero(success(toy, defender, prompts, 0, 0))]
@@ -75,8 +90,11 @@ def open_greedily(toy: ToyGame, defender: Side, prompts: list[str]) -> list[str]
 
 def open_prompts(toy: ToyGame, defender: Side) -> dict:
     """For all harmful prompts of the grammar: the unsafe rate of greedy and of sampled answers, that of the ten worst
-    prompts and the largest of these, and the prompts with an unsafe greedy answer. The same for the unseen framings."""
-    found = {}
+    prompts and the largest of these, and the prompts with an unsafe greedy answer. The same for the unseen framings.
+    For `near_prompts` the greedy ones."""
+    near = near_prompts(toy)
+    found = {"near the grammar: open": open_greedily(toy, defender, near)}
+    found["near the grammar"] = len(found["near the grammar: open"]) / len(near)
     for name, framings in (("grammar", toy.open), ("unseen framings", ~toy.open)):
         prompts = harmful_prompts(toy, framings)
         greedy = open_greedily(toy, defender, prompts)
@@ -251,8 +269,9 @@ def table(found: Sequence[tuple[FinishedRun, dict[str, dict]]]) -> str:
         for kind, measures in kinds.items():
             columns.setdefault(f"{name}: {kind}", []).append(measures)
     lines = []
-    for key, value in next(iter(columns.values()))[0].items():
-        if not isinstance(value, list):
+    rows = list(chain.from_iterable(columns.values()))
+    for key, value in rows[0].items():
+        if not isinstance(value, list) and all(key in row for row in rows):  # older files lack some
             values = [[measures[key] for measures in column] for column in columns.values()]
             lines.append([key, *(f"{mean_and_error(column)}; {max(column):.3f}" for column in values)])
     return markdown(["mean ± error; largest", *columns], lines)
