@@ -73,12 +73,13 @@ def harmful_prompts(toy: ToyGame, framings: np.ndarray) -> list[str]:
 def near_prompts(toy: ToyGame) -> list[str]:
     """Harmful prompts just outside the grammar, as their topics are told by content words: every paraphrase with one
     function word left out or replaced by another one, in the framings in play."""
-    function_words = sorted(STOP_WORDS & set(toy.vocabulary))
+    in_place = [[], *([word] for word in sorted(STOP_WORDS & set(toy.vocabulary)))]
     paraphrases = list(chain.from_iterable(toy.paraphrases[: toy.n_harmful]))
     edited = []
     for row in map(str.split, paraphrases):
-        for i in [i for i, word in enumerate(row) if word in STOP_WORDS]:
-            edited += [" ".join([*row[:i], *new, *row[i + 1 :]]) for new in ([], *zip(function_words))]
+        for i, word in enumerate(row):
+            if word in STOP_WORDS:
+                edited += [" ".join(row[:i] + new + row[i + 1 :]) for new in in_place]
     edited = sorted(set(edited) - set(paraphrases))
     return [template.format(text) for template, _ in list(FRAMINGS.values())[:N_OPEN] for text in edited]
 
