@@ -4963,8 +4963,8 @@ def test_variables_of_torchrun_that_are_not_torchruns_are_ignored_or_an_error(va
 
 
 def test_a_run_that_collapses_and_hacks_its_judge_says_so_after_the_round_and_in_its_metrics(user_models, capsys):
-    (user_models / "bribed.py").write_text(  # all unsafe when it is loaded and before the game, all safe after
-        "calls = []\ndef judge(p, r):\n    calls.append(1)\n    return [float(len(calls) > 2)] * len(p)\n")
+    (user_models / "bribed.py").write_text(  # all unsafe when it is tried, twice, and before the game, then all safe
+        "calls = []\ndef judge(p, r):\n    calls.append(1)\n    return [float(len(calls) > 3)] * len(p)\n")
     (user_models / "thirty.txt").write_text("\n".join(f"what is {'very ' * i}good?" for i in range(30)))
     bribed = "--judge bribed.py:judge --template anything --temperature 1e-3 --rounds 2 --batch_size 8 --out bribed"
     run_program(user_models, *FAULTY, *bribed.split(), "--test_prompts", "thirty.txt", "--eval_prompts", 30)
