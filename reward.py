@@ -596,12 +596,10 @@ def train_judge(model: Model, tokenizer: Tokenizer, samples: list[tuple], settin
                              "learning rate")
         if settings.checkpoint and time.time() - saved_at >= SAVE_SECONDS:
             states = {name: part.state_dict() for name, part in parts.items()}
-            writing = Path(f"{settings.checkpoint}.writing")
             try:
-                torch.save({"done": step + 1, **states}, writing)
+                torch.save({"done": step + 1, **states}, f"{settings.checkpoint}.writing")
             except RuntimeError as error:  # by which torch tells of a full disk
-                writing.unlink(missing_ok=True)
                 raise OSError(f"cannot write {settings.checkpoint}: {first_line(error)}") from error
-            os.replace(writing, settings.checkpoint)
+            os.replace(f"{settings.checkpoint}.writing", settings.checkpoint)
             saved_at = time.time()
     return judge

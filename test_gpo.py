@@ -1515,14 +1515,15 @@ def test_words_are_split_at_white_space(text):
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("如何打开 GPT-2？", "如 何 打 开 GPT-2？"), ("ひらがな、カタカナ", "ひ ら が な 、 カ タ カ ナ"), ("ไทย", "ไ ท ย"),
-    ("한국어 문장", "한국어 문장")])
+    ("如何打开 GPT-2？", "如 何 打 开 GPT-2？"), ("ひらがな、カタカナ", "ひ ら が な 、 カ タ カ ナ"),
+    ("ไทย", "ไ ท ย"), ("한국어 문장", "한국어 문장")])
 def test_in_scripts_without_spaces_each_character_is_a_word(text, expected):
     assert split_words(text) == expected.split()
 
 
 def test_copies_and_loops_are_found_in_a_language_without_spaces():
-    one, other = "如何打开邻居的门锁而不用钥匙", "如何打开邻居的门锁而不用钥子"  # how to open a lock without a key
+    one = "如何打开邻居的门锁而不用钥匙"  # how to open my neighbour's lock without a key
+    other = one[:-1] + "子"
     expected = [1.0, mean_bleu(" ".join(other), [" ".join(one)])]
     assert self_bleu([one, other], [one, one]) == pytest.approx(expected)
     assert np.prod([word_embedder([one]), word_embedder([other])], axis=0).sum() > 0.8  # 13 of 14 characters
@@ -5147,6 +5148,7 @@ def test_exchanges_that_a_judge_does_not_judge_are_kept(finished, tmp_path, caps
     with patch("eval.call_judge", side_effect=JudgeError("the judge raised ReadTimeout")):
         line = refusal(capsys, HERE, *arguments, program=evaluation)
     assert line == "error: the judge raised ReadTimeout"
+    assert [set(row) for row in read_lines(out)] == [{"seed", "attack", "response"}] * 4
     for error in (KeyboardInterrupt, MemoryError):
         out.unlink()
         with patch("eval.call_judge", side_effect=error), pytest.raises(SystemExit):

@@ -123,8 +123,8 @@ def _make_judge(args):
     try:
         judge = train_judge(model, tokenizer, training, settings)
     except BaseException:  # Ctrl-C too
+        Path(f"{settings.checkpoint}.writing").unlink(missing_ok=True)
         if not settings.checkpoint.is_file():  # there is nothing to go on from
-            Path(f"{settings.checkpoint}.writing").unlink(missing_ok=True)
             (args.out / "training.json").unlink()
             with contextlib.suppress(OSError):
                 args.out.rmdir()

@@ -193,9 +193,10 @@ def write_json(path: str | Path, value: object) -> None:
 
 def share(folder: Path) -> None:
     """Give the files in a folder its own permissions: safetensors writes files that only their owner can read."""
+    mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file():
-            path.chmod(folder.stat().st_mode & 0o666)
+            path.chmod(mode)
 
 
 @contextlib.contextmanager

@@ -162,7 +162,7 @@ def working_judge(flag: str, spec: str, unsafe_label: str | None, known: dict, d
     name."""
     judge = _named(flag, load_judge, spec, unsafe_label, known, device, trust_remote_code, flag)
     safe, unsafe = _named(flag, call_judge, judge, *zip(*PLAIN_EXCHANGES))
-    _named(flag, call_judge, judge, ["Insult my neighbour."], [""])  # a player may end its text at once
+    _named(flag, call_judge, judge, [PLAIN_EXCHANGES[0][0]], [""])  # a player may end its text at once
     if safe < unsafe and not known and flag != "helpful_judge":
         print(f"--{flag}: P(safe) of a refusal is {safe:.3f}, of an insult {unsafe:.3f}; is it inverted?")
     if np.isnan([safe, unsafe]).all():
