@@ -17,10 +17,8 @@ run ends (`decided`). No row measures this: the toy world's judges decide everyt
 import contextlib
 import importlib
 import math
-import os
 import re
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -61,7 +59,6 @@ UNSAFE = ("toxic(?:ity)?|hate|hateful|hatred|hatespeech|offensive(?:language)?|o
           "identity(?:hate|attack)|sexual(?:ly)?explicit|violence|violent|racis[mt]|sexis[mt]|selfharm|dangerous")
 SAFE = "safe|benign|harmless|sfw"
 NEUTRAL = set("neutral normal ok okay clean acceptable neither none".split())
-SAVE_SECONDS = 60  # between checkpoints of `train_judge`
 GENERAL = ("toxic", "toxicity", "unsafe", "harmful")
 
 
@@ -276,6 +273,43 @@ def _usual_input(tokenizer, how):
                      "file.py:function")
 
 
+def _set_padding(model, tokenizer):
+    """Give tokenizer and model one pad token, on the right. Returns the id of the model's own, with which it was
+    trained; None if it has none. Raises ValueError if there is no token for it."""
+    text_config = model.config.get_text_config()  # of a model that reads images too
+    config_pad = text_config.pad_token_id
+    if tokenizer.pad_token is None and config_pad is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config_pad)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ValueError("the judge's tokenizer must have a pad_token or an eos_token, it has neither")
+    tokenizer.padding_side = "right"  # decoders count positions from the left
+    text_config.pad_token_id = tokenizer.pad_token_id
+    return config_pad
+
+
+def _check_chat(tokenizer, config_pad):
+    """Raise ValueError if the chat template hides a text, or if the end of a conversation would be padding."""
+    fault = _template_fault(partial(rendered_chat, tokenizer))
+    if fault:
+        raise ValueError(f"the judge's chat template must show it the prompt and the response, but it {fault}")
+    if config_pad != tokenizer.pad_token_id and rendered_chat(tokenizer, "a", "b").endswith(tokenizer.pad_token):
+        raise ValueError("the judge must read the end of a conversation, which would be taken for padding: set a "
+                         f"pad_token other than {tokenizer.pad_token!r} in the tokenizer of a local copy")
+
+
+@torch.no_grad()
+def _check_padding(model, tokenizer):
+    """Raise ValueError if the logits of a short exchange depend on a long one beside it."""
+    texts = ["a", "a b " * 9]
+    inputs = classifier_inputs(model, tokenizer, texts, texts)
+    alone = classifier_logits(model, tokenizer, inputs[:1])[0]
+    together = classifier_logits(model, tokenizer, inputs)[0]
+    if not torch.allclose(alone, together, atol=1e-3):
+        raise ValueError(f"a judge must not be changed by padding; {type(model).__name__} is with the pad token "
+                         f"{tokenizer.pad_token!r}: set another pad_token in its tokenizer, or take another judge")
+
+
 def classifier_judge(model: Model, tokenizer: Tokenizer, unsafe_label: str | None = None,
                      flag: str = "unsafe_label") -> Judge:
     """A judge from a sequence classifier. Exclusive labels: P(unsafe) is the softmax's sum over the unsafe ones
@@ -288,36 +322,15 @@ def classifier_judge(model: Model, tokenizer: Tokenizer, unsafe_label: str | Non
     except ValueError as error:
         raise ValueError(
             f"cannot tell which label of the judge means unsafe: its labels are {labels}; {error}") from None
-    text_config = model.config.get_text_config()  # of a model that reads images too
-    config_pad = text_config.pad_token_id  # with which it was trained
-    if tokenizer.pad_token is None and config_pad is not None:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config_pad)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    if tokenizer.pad_token is None:
-        raise ValueError("the judge's tokenizer must have a pad_token or an eos_token, it has neither")
-    tokenizer.padding_side = "right"  # decoders count positions from the left
-    text_config.pad_token_id = tokenizer.pad_token_id
+    config_pad = _set_padding(model, tokenizer)
     if not hasattr(model.config, "judge_input"):
         model.config.judge_input = _usual_input(tokenizer, how)
     if model.config.judge_input not in ("response", "pair", "chat"):
         raise ValueError("judge_input in the judge's config must be response, pair or chat, got "
                          f"{model.config.judge_input!r}")
     if model.config.judge_input == "chat":
-        fault = _template_fault(partial(rendered_chat, tokenizer))
-        if fault:
-            raise ValueError(f"the judge's chat template must show it the prompt and the response, but it {fault}")
-        if config_pad != tokenizer.pad_token_id and rendered_chat(tokenizer, "a", "b").endswith(tokenizer.pad_token):
-            raise ValueError("the judge must read the end of a conversation, which would be taken for padding: set a "
-                             f"pad_token other than {tokenizer.pad_token!r} in the tokenizer of a local copy")
-
-    with torch.no_grad():
-        texts = ["a", "a b " * 9]
-        inputs = classifier_inputs(model, tokenizer, texts, texts)
-        alone = classifier_logits(model, tokenizer, inputs[:1])[0]
-        together = classifier_logits(model, tokenizer, inputs)[0]
-    if not torch.allclose(alone, together, atol=1e-3):
-        raise ValueError(f"a judge must not be changed by padding; {type(model).__name__} is with the pad token "
-                         f"{tokenizer.pad_token!r}: set another pad_token in its tokenizer, or take another judge")
+        _check_chat(tokenizer, config_pad)
+    _check_padding(model, tokenizer)
 
     @torch.no_grad()
     def judge(prompts, responses):
@@ -542,7 +555,7 @@ class JudgeTraining:
     seed: int = 0
     dtype: torch.dtype = torch.float32  # for matrix products
     by_length: bool = False  # samples of similar length share a batch: less padding
-    checkpoint: Path | None = None  # written every minute; training continues from it if the file exists
+    checkpoint: object = None  # load(parts) returns the steps already done; save(steps done, parts) comes after each
 
 
 def train_judge(model: Model, tokenizer: Tokenizer, samples: list[tuple], settings: JudgeTraining) -> Judge:
@@ -560,17 +573,7 @@ def train_judge(model: Model, tokenizer: Tokenizer, samples: list[tuple], settin
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
     schedule = one_cycle(optimizer, settings.learning_rate, settings.steps)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    done = 0
-    saved_at = time.time()
-    if settings.checkpoint and settings.checkpoint.exists():
-        try:
-            saved = torch.load(settings.checkpoint, map_location="cpu")  # AdamW counts steps on the CPU
-            done = saved.pop("done")
-            for name, state in saved.items():
-                parts[name].load_state_dict(state)
-        except Exception as error:
-            raise ValueError(f"cannot go on from {settings.checkpoint}: {first_line(error)}; remove it to begin the "
-                             "training again") from error
+    done = settings.checkpoint.load(parts) if settings.checkpoint else 0
     rng = np.random.default_rng(settings.seed)
     batches = sample_batches(len(samples), settings.steps, settings.batch_size, rng)
     used = np.unique(batches).tolist()
@@ -594,12 +597,6 @@ def train_judge(model: Model, tokenizer: Tokenizer, samples: list[tuple], settin
         if not math.isfinite(loss.item()):
             raise ValueError(f"the judge's training stopped at step {step + 1}: its loss is not finite; lower the "
                              "learning rate")
-        if settings.checkpoint and time.time() - saved_at >= SAVE_SECONDS:
-            states = {name: part.state_dict() for name, part in parts.items()}
-            try:
-                torch.save({"done": step + 1, **states}, f"{settings.checkpoint}.writing")
-            except RuntimeError as error:  # by which torch tells of a full disk
-                raise OSError(f"cannot write {settings.checkpoint}: {first_line(error)}") from error
-            os.replace(f"{settings.checkpoint}.writing", settings.checkpoint)
-            saved_at = time.time()
+        if settings.checkpoint:
+            settings.checkpoint.save(step + 1, parts)
     return judge

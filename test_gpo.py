@@ -1668,7 +1668,8 @@ def test_a_training_of_a_judge_that_fails_leaves_nothing_and_may_be_tried_again(
 
 def test_a_full_disk_ends_a_training_of_a_judge_with_one_line_and_no_part_of_a_checkpoint(tmp_path, capsys):
     command = judge_command(tmp_path, "labels", "judge", 20)
-    with patch("reward.SAVE_SECONDS", 0), patch("torch.save", side_effect=RuntimeError("enforce fail: unexpected pos")):
+    full = patch("torch.save", side_effect=RuntimeError("enforce fail: unexpected pos"))
+    with patch.object(train_judge, "SAVE_SECONDS", 0), full:
         line = refusal(capsys, tmp_path, *command, program=train_judge)
     assert line.endswith("training.pt: enforce fail: unexpected pos") and not (tmp_path / "judge").exists()
 
@@ -2338,7 +2339,7 @@ def test_a_judge_whose_training_was_stopped_goes_on_to_the_same_weights(tmp_path
             raise KeyboardInterrupt
         return score(*args)
 
-    monkeypatch.setattr(reward, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(train_judge, "SAVE_SECONDS", 0)
     monkeypatch.setattr(reward, "judge_score", score_of_a_step)
     whole, stopped = (judge_command(tmp_path, "labels", out, 8) for out in ("whole", "stopped"))
     run_program(tmp_path, *whole, program=train_judge)

@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import hashlib
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,6 +71,46 @@ def measure_judge(judge: Judge, samples: list[tuple], seed: int = 0) -> tuple[np
     return difference.sigmoid().numpy(), y.astype(float)
 
 
+SAVE_SECONDS = 60  # between checkpoints
+
+
+class Checkpoint:
+    """The state of a training, kept in a file."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.saved_at = time.time()
+
+    def load(self, parts: dict[str, object]) -> int:
+        """Restore {name: model, optimizer or schedule}. Returns the steps that were done, 0 without a file; raises
+        ValueError if it is damaged."""
+        if not self.file.exists():
+            return 0
+        try:
+            saved = torch.load(self.file, map_location="cpu")  # AdamW counts steps on the CPU
+            done = saved.pop("done")
+            for name, state in saved.items():
+                parts[name].load_state_dict(state)
+        except Exception as error:
+            raise ValueError(f"cannot go on from {self.file}: {first_line(error)}; remove it to begin the training "
+                             "again") from error
+        return done
+
+    def save(self, done: int, parts: dict[str, object]) -> None:
+        """Write the state after `done` steps, at most every SAVE_SECONDS. Raises OSError."""
+        if time.time() - self.saved_at < SAVE_SECONDS:
+            return
+        writing = Path(f"{self.file}.writing")
+        try:
+            torch.save({"done": done, **{name: part.state_dict() for name, part in parts.items()}}, writing)
+            os.replace(writing, self.file)
+        except RuntimeError as error:  # by which torch tells of a full disk
+            raise OSError(f"cannot write {self.file}: {first_line(error)}") from error
+        finally:
+            writing.unlink(missing_ok=True)
+        self.saved_at = time.time()
+
+
 def _training(args):
     """What the training depends on, for training.json in --out, by which a stopped one is resumed. Raises ValueError if
     --out is neither new nor empty and holds no stopped training with the same options."""
@@ -89,16 +131,17 @@ def _training(args):
     return options
 
 
-def _make_judge(args):
-    """Train, measure and save as the flags say; returns `measure_judge`'s (p, y). Raises ValueError or OSError."""
+def _check_arguments(args):
     sizes = args.steps >= 2 and args.batch_size >= 1 and args.max_length >= 16
     if not (sizes and 0 < args.learning_rate < float("inf") and 0 <= args.seed < 2**31):
         raise ValueError("needs --steps >= 2, --max_length >= 16, --batch_size >= 1, --learning_rate > 0, --seed >= 0 "
                          "and below 2^31")
     if args.device not in devices():
         raise ValueError(f"--device must be {' or '.join(devices())} on this machine, got {args.device!r}")
-    training, held_out = _read_samples(args.data)
-    options = _training(args)
+
+
+def _load_classifier(args):
+    """(model, tokenizer) with a head of two labels. Raises ValueError."""
     torch.manual_seed(args.seed)  # for a new head
     try:
         if find_adapter_config_file(args.model):  # of which only the adapter would be saved, without our labels
@@ -112,19 +155,28 @@ def _make_judge(args):
     except Exception as e:
         raise ValueError(f"--model must be a model's folder or hub id, got {args.model!r}: {first_line(e)}") from e
     model.to(args.device)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, args.max_length)
+    return model, tokenizer
+
+
+def _make_judge(args):
+    """Train, measure and save as the flags say; returns `measure_judge`'s (p, y). Raises ValueError or OSError."""
+    _check_arguments(args)
+    training, held_out = _read_samples(args.data)
+    options = _training(args)
+    model, tokenizer = _load_classifier(args)
     args.out.mkdir(parents=True, exist_ok=True)  # fail now if it cannot be written
     write_json(args.out / "training.json", options)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, args.max_length)
     dtype = best_dtype(args.device)
     if dtype != torch.float32 and args.device == "cpu":
         model.set_attn_implementation("eager")  # faster in bf16, as for policies
+    checkpoint = Checkpoint(args.out / "training.pt")
     settings = JudgeTraining(args.steps, args.batch_size, args.learning_rate, args.seed, dtype, by_length=True,
-                             checkpoint=args.out / "training.pt")
+                             checkpoint=checkpoint)
     try:
         judge = train_judge(model, tokenizer, training, settings)
     except BaseException:  # Ctrl-C too
-        Path(f"{settings.checkpoint}.writing").unlink(missing_ok=True)
-        if not settings.checkpoint.is_file():  # there is nothing to go on from
+        if not checkpoint.file.is_file():  # there is nothing to go on from
             (args.out / "training.json").unlink()
             with contextlib.suppress(OSError):
                 args.out.rmdir()
@@ -133,7 +185,7 @@ def _make_judge(args):
     save_tokenizer(judge.tokenizer, args.out)
     share(args.out)
     measured = measure_judge(judge, held_out, args.seed)
-    settings.checkpoint.unlink(missing_ok=True)
+    checkpoint.file.unlink(missing_ok=True)
     (args.out / "training.json").unlink()
     return measured
 
