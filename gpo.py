@@ -586,51 +586,6 @@ def sft(policy: Policy, pairs: list[tuple[str, str]], settings: SFTSettings) -> 
     return loss
 
 
-# --- exchanges ------------------------------------------------------------------------------------------------
-@dataclass
-class Exchanges:
-    """A batch of exchanges: seed -> attack -> response -> P(safe)."""
-
-    seeds: list[str]  # where the prompts were given: the prompts
-    attacks: Rollout | None  # None if the prompts were given
-    prompts: list[str]
-    responses: Rollout
-    p_safe: np.ndarray  # (B,), NaN where the judge is undecided: these rows have an empty response mask
-    judge_seconds: float
-    sampled_tokens: int
-
-    @property
-    def decided(self) -> np.ndarray:
-        """(B,) bool, True where there is a verdict."""
-        return ~np.isnan(self.p_safe)
-
-
-def play(attacker: "Player | PolicyAverage | None", defender: "Player | PolicyAverage", seeds: list[str], judge: Judge,
-         seed: int, at_least: float = 0.5) -> Exchanges:
-    """The attacker rewrites each seed, the defender answers, the judge scores: x ~ mu, y ~ pi(.|x), R(x, y).
-
-    With attacker None the seeds themselves are the prompts. An exchange that the judge does not decide keeps its row
-    with an empty response mask, so it enters no update. Raises JudgeError if a smaller fraction than at_least is
-    decided.
-    """
-    attacks = None
-    prompts = list(seeds)
-    if attacker is not None:
-        attacks = attacker.generate(seeds, 2 * seed)  # the players' random numbers differ
-        prompts = attacks.texts
-    responses = defender.generate(prompts, 2 * seed + 1)
-    tokens = int(responses.response_lengths.sum())
-    clock = time.time()
-    p_safe = call_judge(judge, prompts, responses.texts)
-    seconds = time.time() - clock
-    undecided = torch.from_numpy(~decided(p_safe, at_least))
-    responses = responses.without_responses(undecided)
-    if attacks is not None:
-        tokens += int(attacks.response_lengths.sum())
-        attacks = attacks.without_responses(undecided)
-    return Exchanges(list(seeds), attacks, prompts, responses, p_safe, seconds, tokens)
-
-
 # --- averages of policies ---------------------------------------------------------------------------------------
 class PolicyAverage:
     """An average of policies: Theorem 3.2's, or a cheaper one. Like a player it can `generate`.
@@ -704,6 +659,54 @@ class PolicyAverage:
         for key, tensor in tensors.items():
             member, name = key.split(".", 1)
             self.members[int(member)][name] = tensor
+
+
+Side = Player | PolicyAverage  # what can generate: one side of the game
+
+
+# --- exchanges ------------------------------------------------------------------------------------------------
+@dataclass
+class Exchanges:
+    """A batch of exchanges: seed -> attack -> response -> P(safe)."""
+
+    seeds: list[str]  # where the prompts were given: the prompts
+    attacks: Rollout | None  # None if the prompts were given
+    prompts: list[str]
+    responses: Rollout
+    p_safe: np.ndarray  # (B,), NaN where the judge is undecided: these rows have an empty response mask
+    judge_seconds: float
+    sampled_tokens: int
+
+    @property
+    def decided(self) -> np.ndarray:
+        """(B,) bool, True where there is a verdict."""
+        return ~np.isnan(self.p_safe)
+
+
+def play(attacker: Side | None, defender: Side, seeds: list[str], judge: Judge, seed: int,
+         at_least: float = 0.5) -> Exchanges:
+    """The attacker rewrites each seed, the defender answers, the judge scores: x ~ mu, y ~ pi(.|x), R(x, y).
+
+    With attacker None the seeds themselves are the prompts. An exchange that the judge does not decide keeps its row
+    with an empty response mask, so it enters no update. Raises JudgeError if a smaller fraction than at_least is
+    decided.
+    """
+    attacks = None
+    prompts = list(seeds)
+    if attacker is not None:
+        attacks = attacker.generate(seeds, 2 * seed)  # the players' random numbers differ
+        prompts = attacks.texts
+    responses = defender.generate(prompts, 2 * seed + 1)
+    tokens = int(responses.response_lengths.sum())
+    clock = time.time()
+    p_safe = call_judge(judge, prompts, responses.texts)
+    seconds = time.time() - clock
+    undecided = torch.from_numpy(~decided(p_safe, at_least))
+    responses = responses.without_responses(undecided)
+    if attacks is not None:
+        tokens += int(attacks.response_lengths.sum())
+        attacks = attacks.without_responses(undecided)
+    return Exchanges(list(seeds), attacks, prompts, responses, p_safe, seconds, tokens)
 
 
 # --- the theory on tables: Algorithms 2 and 3 --------------------------------------------------------------------

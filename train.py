@@ -46,6 +46,7 @@ from gpo import (
     ExtraLoss,
     Player,
     PolicyAverage,
+    Side,
     log_likelihoods,
     new_seed,
     play,
@@ -273,7 +274,7 @@ def likelihood_bound(config: Config, world: World) -> torch.Tensor:
 
 
 # --- the turns --------------------------------------------------------------------------------------------------
-def opponent(config: Config, game: Game, name: str) -> Player | PolicyAverage:
+def opponent(config: Config, game: Game, name: str) -> Side:
     """The frozen player `name`, which the mover plays against: its last policy, its average if `--opponent` names one,
     or the first defender with `--method rlhf`."""
     if name == "defender" and config.method == "rlhf":
@@ -375,7 +376,8 @@ def defender_prompts(config: Config, game: Game, seeds: list[str], rng: np.rando
 def novel_prompts(game: Game, seeds: list[str], rng: np.random.Generator) -> list[str]:
     """Prompts of method iterative, without an adversary: the most diverse quarter of the initial attacker's."""
     attacker = game.players["attacker"]  # never trained by this method
-    texts = [text for text in write_attacks(game, attacker, seeds * 4, rng) if not game.replay.excludes(text)]
+    written = write_attacks(game, attacker, seeds * 4, rng)
+    texts = [text for text in written if not game.replay.excludes(text)]
     r_div = game.diversity.score(texts)["reward"]
     chosen = [texts[i] for i in np.argsort(-r_div, kind="stable")[: len(seeds)]]
     chosen += seeds[len(chosen) :]  # where nearly all were test prompts or harmless
@@ -383,7 +385,7 @@ def novel_prompts(game: Game, seeds: list[str], rng: np.random.Generator) -> lis
     return chosen
 
 
-def write_attacks(game: Game, attacker: Player | PolicyAverage, seeds: list[str], rng: np.random.Generator,
+def write_attacks(game: Game, attacker: Side, seeds: list[str], rng: np.random.Generator,
                   temperature: float | None = None) -> list[str]:
     """Prompts for the defender by a frozen attacker, at its own temperature by default; their tokens are counted."""
     rollout = attacker.generate(seeds, new_seed(rng), temperature)

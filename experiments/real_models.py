@@ -326,15 +326,8 @@ def attack_afresh(args: argparse.Namespace, seed: int, method: str) -> None:
     train(args, seed, run.with_name(f"{method}, fresh attacker"), players, FRESH.split())
 
 
-def real_models(args: argparse.Namespace) -> None:
-    """Do all steps that are not finished."""
-    if args.seeds < 1 or args.jobs < 1:
-        raise ValueError(f"--seeds and --jobs must be at least 1, got {args.seeds} and {args.jobs}")
-    missing = [name for name in FILES if not (args.data / name).is_file()]
-    if missing:
-        raise ValueError(f"--data must be a folder with the sets that --help names, got {args.data} without "
-                         f"{', '.join(missing)}")
-    clock = time.time()
+def begin(args: argparse.Namespace) -> int:
+    """Check that the folder is new or was begun with these data and this version; returns its lock."""
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "experiment.json"
     digest = hashlib.sha256(b"".join((args.data / name).read_bytes() for name in FILES)).hexdigest()
@@ -351,6 +344,19 @@ def real_models(args: argparse.Namespace) -> None:
                          f"{args.data}; name another folder for these")
     lock = lock_folder(args.out)
     data.write_json(file, facts)
+    return lock
+
+
+def real_models(args: argparse.Namespace) -> None:
+    """Do all steps that are not finished."""
+    if args.seeds < 1 or args.jobs < 1:
+        raise ValueError(f"--seeds and --jobs must be at least 1, got {args.seeds} and {args.jobs}")
+    missing = [name for name in FILES if not (args.data / name).is_file()]
+    if missing:
+        raise ValueError(f"--data must be a folder with the sets that --help names, got {args.data} without "
+                         f"{', '.join(missing)}")
+    clock = time.time()
+    lock = begin(args)
     fetch(args.out)
     write_prompts(args.data, args.out, args.quick)
     train_judges(args.data, args.out, args.quick)

@@ -108,7 +108,8 @@ def initial_attacks(out: Path, start: Path) -> list[str]:
     file = start / "attacks.json"
     if not file.exists():
         seeds = (out / "fixed.txt").read_text(encoding="utf-8").splitlines()[:SEEDS]
-        write_json(file, write_attacks(load(start / "attacker"), [s for s in seeds for _ in range(TRIES)]).texts)
+        tries = np.repeat(np.array(seeds, dtype=object), TRIES).tolist()
+        write_json(file, write_attacks(load(start / "attacker"), tries).texts)
     return read_json(file)
 
 
@@ -304,7 +305,8 @@ def draw(rows: Rows, file: Path) -> None:
             x_error, y_error = standard_error(points.swapaxes(0, 1)).T
             axis.errorbar(*points.mean(1).T, y_error, x_error, fmt="none", ecolor=look["color"], lw=0.7, capsize=2)
     axis.set(xlabel="harmless requests refused", ylabel="attack success, held-out judge")
-    title = f"start to last, mean over {len(seeds)} seed{'s' * (len(seeds) > 1)}; open mark: mean of weights"
+    of_seeds = "1 seed" if len(seeds) == 1 else f"mean over {len(seeds)} seeds"
+    title = f"start to last, {of_seeds}; open mark: mean of weights"
     axis.legend(frameon=False, fontsize=8, title=title, title_fontsize=8)
     save_figure(canvas, file)
     print(f"written to {file}")

@@ -270,9 +270,9 @@ def values(repeats: list[dict], key: str) -> list[float | None]:
     return [row.get(key) for row in repeats]
 
 
-def suite_table(rows: dict[str, list[dict]], columns: dict[str, str], names: Iterable[str] = ()) -> str:
-    """markdown: rows {name: row of each seed}, columns {key of a row: heading}; names: which rows, default all."""
-    lines = [[name, *suite_cells(repeats, columns)] for name, repeats in rows.items() if not names or name in names]
+def suite_table(rows: dict[str, list[dict]], columns: dict[str, str]) -> str:
+    """markdown: rows {name: row of each seed}, columns {key of a row: heading}."""
+    lines = [[name, *suite_cells(repeats, columns)] for name, repeats in rows.items()]
     return report.markdown(["", *columns.values()], lines)
 
 
@@ -373,7 +373,7 @@ def orderings(rows: dict[str, list[dict]]) -> list[dict]:
 
 def paper_tables(rows: dict, attackers: dict, tests: list[dict]) -> list[str]:
     """Paragraphs of markdown: Tables 1, 2 and 4 of the paper, and its orderings."""
-    defenders = [name for name in rows if name != "Paraphrase"]
+    defenders = {name: repeats for name, repeats in rows.items() if name != "Paraphrase"}
     lines = []
     for test in tests:
         differences = test["differences"]
@@ -386,11 +386,11 @@ def paper_tables(rows: dict, attackers: dict, tests: list[dict]) -> list[str]:
     return [
         "## Table 1: the defender",
         "Attack success on 1,000 held-out prompts of each set, by the held-out judge.",
-        suite_table(rows, DEFENDER | {"best_response": "best response"} | COST, defenders),
+        suite_table(defenders, DEFENDER | {"best_response": "best response"} | COST),
         "## Table 2: the attacker",
         "Against the finished SFT, RLHF and GPO+Div defenders of another seed, 300 attacks (SFT: its 200 fixed "
         "prompts).",
-        suite_table(attackers, ATTACKER), "## Table 4: quality", suite_table(rows, QUALITY, defenders),
+        suite_table(attackers, ATTACKER), "## Table 4: quality", suite_table(defenders, QUALITY),
         "## Orderings", "Paired over seeds, one-sided; effect size: mean over standard deviation of the differences; "
         "the last column is the t-test's p corrected for the number of claims (Holm).",
         report.markdown(["", "difference", "effect size", "seeds that agree", "p, t-test", "p, sign flips", "p, Holm"],

@@ -23,13 +23,13 @@ one is undone; the fraction of such edits is reported.
 
 import argparse
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, product
 
 import numpy as np
 from tqdm import tqdm
 
-from eval import BestResponseSettings, Side, after_round, best_response, check_each_once, fresh_player, run_program
-from gpo import new_seed, sample
+from eval import BestResponseSettings, after_round, best_response, check_each_once, fresh_player, run_program
+from gpo import Side, new_seed, sample
 from harness.data import as_a_program, fail, read_json, write_json
 from harness.report import markdown, mean_and_error
 from harness.run import FinishedRun, open_run
@@ -81,7 +81,8 @@ def near_prompts(toy: ToyGame) -> list[str]:
             if word in STOP_WORDS:
                 edited += [" ".join(row[:i] + new + row[i + 1 :]) for new in in_place]
     edited = sorted(set(edited) - set(paraphrases))
-    return [template.format(text) for template, _ in list(FRAMINGS.values())[:N_OPEN] for text in edited]
+    templates = [template for template, _ in list(FRAMINGS.values())[:N_OPEN]]
+    return [template.format(text) for template, text in product(templates, edited)]
 
 
 def open_greedily(toy: ToyGame, defender: Side, prompts: list[str]) -> list[str]:
@@ -221,7 +222,7 @@ def measure(run: FinishedRun, kinds: Sequence[str]) -> dict[str, dict]:
         return found
     toy = run.world.toy
     seeds = sample(run.world.seeds, SEEDS, np.random.default_rng(run.config.seed))
-    asked = [seed for seed in seeds for _ in range(TRIES)]
+    asked = np.repeat(np.array(seeds, dtype=object), TRIES).tolist()
     first = run.world.first["attacker"]
     attacks = {temperature: first.generate(asked, 0, temperature=temperature).texts for temperature in TEMPERATURES}
     some = sample(attacks[1.0], 4 * CHILDREN, np.random.default_rng(run.config.seed))

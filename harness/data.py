@@ -533,7 +533,7 @@ def _parse_row(fields, first_turn, has_responses):
     of_prompt = _label(fields, PROMPT_LABELS)
     is_alone = set(texts) == {"prompt"} and not _responses(fields)
     is_empty = has_responses and any(map(RESPONSE_LIKE.search, fields))
-    if is_alone and not is_empty or OF_EITHER.match(str(label.get("label"))):
+    if (is_alone and not is_empty) or OF_EITHER.match(str(label.get("label"))):
         of_prompt = of_prompt or label
     return {**texts, **label, **{f"prompt_{key}": value for key, value in of_prompt.items()}}
 
@@ -645,13 +645,6 @@ def read_rows(path: str | Path, first_turn: bool = False) -> list[dict]:
 
 
 # --- which rows may be used ---------------------------------------------------------------------------------------
-def first_turn(prompt: str) -> str:
-    """The first human turn of a prompt from `read_rows`, without an AI turn before it."""
-    turns = prompt.split("\n\nHuman: ")
-    turn = turns[1] if prompt.startswith("AI: ") and len(turns) > 1 else turns[0]
-    return turn.split("\n\nAI: ")[0]
-
-
 def normalized(text: str) -> str:
     """A text for comparisons that ignore case and white space."""
     return " ".join(text.casefold().split())
@@ -663,7 +656,8 @@ def human_parts(prompts: Iterable[str]) -> set[str]:
     texts = []
     for prompt in prompts:
         turns = [turn.split("\n\nAI: ")[0] for turn in prompt.split("\n\nHuman: ")]
-        paragraphs = first_turn(prompt).split("\n\n")
+        first = turns[1] if prompt.startswith("AI: ") and len(turns) > 1 else turns[0]
+        paragraphs = first.split("\n\n")
         ends = ["\n\n".join(paragraphs[i:]) for i in range(min(len(paragraphs), 51))]
         texts += [prompt, *turns, *ends]
     return set(map(normalized, texts))

@@ -194,17 +194,17 @@ def sharing_base(policy: Policy) -> Policy:
 
 
 @torch.no_grad()
-def merged(module: nn.Module, device: str | None = None, with_adapters: bool = True) -> nn.Module:
-    """The same module without adapters: each is added, in fp32, to its matrix, and all other weights are shared. If
-    not with_adapters: the base alone."""
+def merged(module: nn.Module, with_adapters: bool = True) -> nn.Module:
+    """The same module without adapters: each is added, in fp32 and on the CPU, to its matrix, and all other weights are
+    shared. If not with_adapters: the base alone."""
     if not _lora_layers(module):
         return module
     plain = copy.deepcopy(module, {id(p): p for p in module.parameters()})
     for name, layer in _lora_layers(plain).items():
         base = layer.get_base_layer()
-        weight = base.weight.to(device, torch.float32)
+        weight = base.weight.to("cpu", torch.float32)
         if with_adapters:
-            weight = weight + layer.get_delta_weight("default").to(device)
+            weight = weight + layer.get_delta_weight("default").to("cpu")
         base.weight = nn.Parameter(weight)
         plain.set_submodule(name, base)
     return plain
@@ -241,7 +241,7 @@ def save_start(policies: dict[str, Policy], folder: Path) -> None:
             continue
         base = bases.setdefault(id(policy.head.weight), f"{name}_base")
         if base == f"{name}_base":
-            save_policy(merged(policy, "cpu", with_adapters=False), folder / base)
+            save_policy(merged(policy, with_adapters=False), folder / base)
         save_adapter(policy, folder / name, f"../{base}")
 
 

@@ -204,8 +204,9 @@ def save_figure(canvas: object, file: Path) -> None:
     """A PNG of at most 128 colours: a third of the bytes."""
     from PIL import Image  # comes with matplotlib
 
-    picture, smaller = io.BytesIO(), io.BytesIO()
+    picture = io.BytesIO()
     canvas.savefig(picture, dpi=150)
+    smaller = io.BytesIO()
     Image.open(picture).convert("RGB").quantize(128).save(smaller, "PNG", optimize=True)
     write_bytes(file, smaller.getvalue())
 

@@ -358,7 +358,7 @@ class RunFolder:
             game.load_state_dict(states)
             print(f"going on after step {self.steps_done} of {self.total_steps}")
         if self.own_start.exists():
-            self.metrics, _ = parallel.first_decides(lambda: [self.trim(self.path / name) for name in LOGS])
+            self.metrics = parallel.first_decides(lambda: [self.trim(self.path / name) for name in LOGS][0])
 
     def trim(self, log: Path) -> list[dict]:
         """The lines of a log up to the checkpoint; those after it are dropped. Reports steps that are missing."""
@@ -430,7 +430,7 @@ class RunFolder:
         held_in_game = self.held_mib()
         for name, player in self.world.players.items():
             with data.complete_folder(self.path / name, not rank()) as temporary:
-                save_policy(parallel.merged(player.policy, "cpu"), temporary,
+                save_policy(parallel.merged(player.policy), temporary,
                             model_card(name, self.config, "the last policy", facts.get("made_by")))
                 base = parallel.base_in_start(self.own_start / name, self.config.lora)
                 parallel.save_adapter(player.policy, temporary / "adapter", f"../../checkpoints/start/{base.name}")
@@ -471,7 +471,7 @@ class RunFolder:
             for name, kinds in averages.items():
                 if "weights" in kinds:
                     card = model_card(name, self.config, "the mean of its weights")
-                    save_policy(parallel.merged(kinds["weights"].policy(), "cpu"), temporary / name, card)
+                    save_policy(parallel.merged(kinds["weights"].policy()), temporary / name, card)
             if rank():
                 return
             save_states(states, temporary)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from diversity import Embedder, load_embedder, set_similarity
-from gpo import Player, PolicyAverage, SFTSettings, sample, sft
+from gpo import Player, SFTSettings, Side, sample, sft
 from harness import data, parallel
 from harness.config import Config
 from model import DTYPES, Policy, first_line, load_policy
@@ -110,13 +110,12 @@ def make_world(config: Config, start: Path | None = None) -> World:
     return _finish_world(config, toy, policies, prompts, judges, embedder)
 
 
-def attacks_to_measure(world: World, attacker: Player | PolicyAverage) -> list[str]:
+def attacks_to_measure(world: World, attacker: Side) -> list[str]:
     """The attacks of the attacker's part of the table."""
     return attacker.generate(world.attack_seeds, 0).texts if world.has_attacker else world.attack_seeds
 
 
-def evaluate(world: World, attacker: Player | PolicyAverage,
-             defender: Player | PolicyAverage) -> dict[str, float | None]:
+def evaluate(world: World, attacker: Side, defender: Side) -> dict[str, float | None]:
     """A column of the table. The defender answers greedily.
 
     Attack success rates on the test prompts by both judges, and refusals of them: a safe answer need not refuse;
@@ -131,7 +130,8 @@ def evaluate(world: World, attacker: Player | PolicyAverage,
     p_safe = {"asr_held_out_judge": call_judge(world.held_out_judge, world.test_prompts, answers),
               "asr_train_judge": call_judge(world.judge, world.test_prompts, answers),
               "attacker_success": call_judge(world.held_out_judge, attacks, responses)}
-    over_refusal = helpfulness = None
+    over_refusal = None
+    helpfulness = None
     helpful = []
     if world.benign_prompts:
         benign = defender.generate(world.benign_prompts, 0, temperature=0).texts
@@ -225,8 +225,9 @@ def _load_policies(config, start=None):
         if config.lora and base in of_base:
             policies[name] = parallel.sharing_base(of_base[base])
         else:
-            policies[name] = of_base[base] = _named(name, load_policy, base, config.critic, DTYPES[config.dtype],
-                                                    config.device, config.trust_remote_code)
+            policies[name] = _named(name, load_policy, base, config.critic, DTYPES[config.dtype], config.device,
+                                    config.trust_remote_code)
+            of_base[base] = policies[name]
             _save_memory(policies[name], config)
             _shard(config, policies[name])
         if base != source:
@@ -356,7 +357,8 @@ def _toy_judge(config, toy, attacker, rng):
         return train_judge(classifier, tokenizer, [], JudgeTraining(steps=0))
     seeds = sample(toy.fixed_prompts, 3000, rng)
     player = Player("attacker", attacker, config.attack_tokens, template=config.template)
-    attacks = [attack for attack in player.generate(seeds, config.seed).texts if attack not in toy.held_out_prompts]
+    written = player.generate(seeds, config.seed).texts
+    attacks = [attack for attack in written if attack not in toy.held_out_prompts]
     triples = list(zip(*toy.judge_samples(min(30_000, 64 * config.judge_steps), rng, attacks)))
     settings = JudgeTraining(config.judge_steps, learning_rate=2e-3, seed=config.seed, by_length=True)
     judge = train_judge(classifier, tokenizer, triples, settings)
