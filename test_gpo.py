@@ -48,7 +48,7 @@ import unicodedata
 from dataclasses import asdict, replace
 from difflib import SequenceMatcher
 from html.parser import HTMLParser
-from unittest.mock import Mock, patch
+from unittest.mock import DEFAULT, Mock, patch
 
 import torch.distributed as dist
 from hypothesis import given, settings
@@ -331,27 +331,24 @@ SPANS = st.lists(st.tuples(st.integers(1, 4), st.integers(0, 5)), min_size=1, ma
 SENTENCE = st.lists(st.sampled_from(["a", "b", "the", "lock"]), max_size=9).map(" ".join)
 
 
-def bleu_by_definition(text, references, n):
-    """BLEU-n with smoothing method1, written from the definition (Papineni et al. 2002; Chen and Cherry 2014)."""
+def mean_bleu(text, references):
+    """Eq. (3.4): the mean of BLEU-n over n = 2..5, with smoothing method1, written from the definition (Papineni et al.
+    2002; Chen and Cherry 2014)."""
     def grams(words, k):
         return Counter(zip(*(words[i:] for i in range(k))))
 
     hypothesis = text.split()
     references = [reference.split() for reference in references]
     logs = []
-    for k in range(1, n + 1):
+    for k in range(1, 6):
         counts = grams(hypothesis, k)
         clipped = sum(min(c, max(grams(r, k)[gram] for r in references)) for gram, c in counts.items())
         if k == 1 and clipped == 0:
             return 0.0
         logs.append(math.log((clipped if clipped else 0.1) / max(1, sum(counts.values()))))
     length = min((abs(len(r) - len(hypothesis)), len(r)) for r in references)[1]
-    return min(1.0, math.exp(1 - length / len(hypothesis))) * math.exp(sum(logs) / n)
-
-
-def mean_bleu(text, references):
-    """Eq. (3.4): the mean over n = 2..5."""
-    return np.mean([bleu_by_definition(text, references, n) for n in (2, 3, 4, 5)])
+    brevity = min(1.0, math.exp(1 - length / len(hypothesis)))
+    return brevity * np.mean([math.exp(np.mean(logs[:n])) for n in (2, 3, 4, 5)])
 
 
 def test_a_text_that_was_removed_counts_in_nothing():
@@ -801,14 +798,25 @@ def with_config(folder, file="config.json", **changes):
     return folder
 
 
-@pytest.mark.parametrize("kept, changes, dropped", [
-    ({}, {"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight"),
-    ({"attention_bias": True}, {"attention_bias": False}, "model.layers.0.self_attn.k_proj.bias")])
-def test_weights_that_a_config_leaves_out_are_an_error(kept, changes, dropped, tmp_path):
+def with_options(run, **changes):
+    """A run's folder whose options have been changed."""
+    return with_config(run, config=read_json(run / "config.json")["config"] | changes)
+
+
+LEFT_OUT = "its files hold {}, which its config.json leaves out; take the"
+QUANTIZED = "weights must not be quantized, .* take the model it was made from"
+BNB = {"quantization_config": {"quant_method": "bitsandbytes"}}  # of which the package is not here
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"num_hidden_layers": 1}, LEFT_OUT.format("model.layers.1.input_layernorm.weight")),
+    ({"attention_bias": False}, LEFT_OUT.format("model.layers.0.self_attn.k_proj.bias")),
+    ({"quantization_config": {"quant_method": "fp8"}}, QUANTIZED), (BNB, QUANTIZED), ({"text_config": BNB}, QUANTIZED)])
+def test_a_player_whose_config_leaves_out_or_quantizes_its_weights_is_refused(changes, message, tmp_path):
     tokenizer = byte_tokenizer([], eos_token="</s>")
-    folder = saved(tmp_path / "player", tiny_llama(tokenizer, **kept), tokenizer)
-    load_policy(folder)
-    with pytest.raises(ValueError, match=f"its files hold {dropped}, which its config.json leaves out; take the"):
+    folder = saved(tmp_path / "player", tiny_llama(tokenizer, attention_bias=True), tokenizer)
+    load_policy(with_config(folder, quantization_config=None))
+    with pytest.raises(ValueError, match=message):
         load_policy(with_config(folder, **changes))
 
 
@@ -833,18 +841,6 @@ def test_buffers_and_another_tasks_head_in_a_models_files_do_not_matter(tmp_path
     weights |= {"h.0.attn.masked_bias": torch.ones(1), "v_head.summary.weight": torch.ones(1, 32)}  # the last: by TRL
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     assert torch.equal(load_policy(folder).head.weight, tiny_lm(tokenizer).lm_head.weight)
-
-
-BNB = {"quantization_config": {"quant_method": "bitsandbytes"}}  # of which the package is not here
-
-
-@pytest.mark.parametrize("entries", [{"quantization_config": {"quant_method": "fp8"}}, BNB, {"text_config": BNB}])
-def test_a_player_of_quantized_weights_is_refused(entries, tmp_path):
-    tokenizer = byte_tokenizer([], eos_token="</s>")
-    folder = saved(tmp_path / "lm", tiny_lm(tokenizer), tokenizer)
-    load_policy(with_config(folder, quantization_config=None))
-    with pytest.raises(ValueError, match="weights must not be quantized, .* take the model it was made from"):
-        load_policy(with_config(folder, **entries))
 
 
 def test_the_thoughts_that_a_template_or_a_model_writes_before_an_answer_are_not_exchanged():
@@ -1315,27 +1311,19 @@ def test_with_policy_generates_as_the_first_player_did_and_reset_to_keeps_the_cr
 @pytest.mark.parametrize("kwargs", [{}, {"critic": "separate"}, {"kl_anchor": "previous"}, {"unused": True}])
 def test_a_player_restored_from_its_state_dict_continues_bit_for_bit(kwargs):
     player, restored = tiny_player(**kwargs), tiny_player(**kwargs)
-    ppo_update(player, player.generate(PROMPTS, 0), np.full(8, math.nan), 0)  # one skipped
     ppo_update(player, player.generate(PROMPTS, 0), ARANGE, 0)
+    ppo_update(player, player.generate(PROMPTS, 0), np.full(8, math.nan), 0)  # skipped
     if kwargs.get("kl_anchor"):
         player.anchor()
     tensors, numbers = copy.deepcopy(player.state_dict())
     ppo_update(restored, restored.generate(PROMPTS, 5), -ARANGE, 5)  # a past of its own, which goes
     restored.load_state_dict(tensors, json.loads(json.dumps(numbers)))
+    assert restored.skipped_in_a_row == 1  # of the ten that end a run
     one, two = (ppo_update(p, p.generate(PROMPTS, 1), ARANGE, 1) for p in (player, restored))
     assert one == two
     assert one["defender/skipped_steps"] == 1
     assert bytes_of(restored.policy) == bytes_of(player.policy) != bytes_of(tiny_player(**kwargs).policy)
     assert bytes_of(restored.reference) == bytes_of(player.reference)
-
-
-def test_ten_skipped_steps_in_a_row_end_a_run_that_was_stopped_between_them_too():
-    player, restored = tiny_player(), tiny_player()
-    for step in range(gpo.MAX_SKIPPED - 1):
-        ppo_update(player, player.generate(PROMPTS, 0), np.full(8, math.nan), step)
-    restored.load_state_dict(*player.state_dict())
-    with pytest.raises(gpo.NotFinite, match="10 in a row"):
-        ppo_update(restored, restored.generate(PROMPTS, 0), np.full(8, math.nan), 0)
 
 
 def test_an_average_answers_each_prompt_by_one_of_its_members_and_keeps_the_order_of_the_prompts():
@@ -1500,9 +1488,6 @@ def test_diversity_reward_is_minus_the_mean_of_both_terms_and_a_repetition_score
     score = diversity.score(NEW)
     vectors, history = word_embedder(NEW), word_embedder(HISTORY)
     assert np.allclose(score["embedding"], [np.mean([v @ h for h in history]) for v in vectors], atol=1e-8)
-    scaled = Diversity(embedder=lambda texts: 3 * word_embedder(texts))  # a cosine does not depend on lengths
-    scaled.add(HISTORY)
-    assert np.allclose(score["embedding"], scaled.score(NEW)["embedding"], atol=1e-8)
     assert np.allclose(score["bleu"], [mean_bleu(text, HISTORY) for text in NEW])
     assert np.allclose(score["reward"], -(score["bleu"] + score["embedding"]) / 2)
     assert diversity.score(HISTORY[4:5])["bleu"][0] == pytest.approx(1.0)  # a newcomer, written before
@@ -1547,8 +1532,10 @@ MEAN, FIRST = ({f"pooling_mode_{what}": True} for what in ("mean_tokens", "cls_t
 
 @pytest.mark.parametrize("pooling, last, prompt, expected", [
     (None, None, "", "mean"), (MEAN, "Normalize", "", "mean"), (FIRST, "Normalize", "", "first"),
-    ({"pooling_mode": "cls"}, "Normalize", "", "first"), (MEAN, "Dense", "", None),
-    (MEAN | FIRST, "Normalize", "", None), (MEAN, "Normalize", "query: ", None), (None, "Normalize", "", None)])
+    ({"pooling_mode": "cls"}, "Normalize", "", "first"), (MEAN, "Dense", "", "it has a module Dense"),
+    ({"pooling_mode": "lasttoken"}, "Normalize", "", "it asks for lasttoken"),
+    (MEAN | FIRST, "Normalize", "", "only the mean or the first"),
+    (MEAN, "Normalize", "query: ", "it asks for the prompt"), (None, "Normalize", "", "which is missing")])
 def test_an_encoder_is_pooled_by_the_mean_or_as_sentence_transformers_files_say_or_refused(
         pooling, last, prompt, expected, encoder, tmp_path):
     folder = Path(shutil.copytree(encoder, tmp_path / "encoder"))
@@ -1561,8 +1548,9 @@ def test_an_encoder_is_pooled_by_the_mean_or_as_sentence_transformers_files_say_
         data.write_json(folder / "Pooling" / "config.json", {"word_embedding_dimension": 16, **pooling})
     data.write_json(folder / "config_sentence_transformers.json",
                     {"prompts": {"query": prompt}, "default_prompt_name": "query"})
-    if expected is None:
-        with pytest.raises(ValueError, match="Dense|only the mean or the first|asks for the prompt|which is missing"):
+    if expected not in ("mean", "first"):
+        (folder / "model.safetensors").write_text("gigabytes")  # it is refused before they are read
+        with pytest.raises(ValueError, match=expected):
             load_embedder(str(folder))
         return
     body = transformers.BertModel.from_pretrained(folder)
@@ -1572,19 +1560,6 @@ def test_an_encoder_is_pooled_by_the_mean_or_as_sentence_transformers_files_say_
             states = body(torch.tensor([tiny_tokenizer().encode(text)])).last_hidden_state[0]
         pooled = states.mean(0) if expected == "mean" else states[0]
         assert np.allclose(vector, (pooled / pooled.norm()).numpy(), atol=1e-5)
-
-
-@pytest.mark.parametrize("changes, message", [
-    (("Dense", None), "it has a module Dense"), (("Pooling", {"pooling_mode": "lasttoken"}), "it asks for lasttoken")])
-def test_what_an_embedder_asks_for_is_refused_before_its_weights_are_read(changes, message, encoder, tmp_path):
-    folder = Path(shutil.copytree(encoder, tmp_path / "encoder"))
-    (folder / "model.safetensors").write_text("gigabytes")
-    kind, settings = changes
-    data.write_json(folder / "modules.json", [{"path": kind, "type": f"sentence_transformers.models.{kind}"}])
-    (folder / kind).mkdir()
-    data.write_json(folder / kind / "config.json", settings)
-    with pytest.raises(ValueError, match=message):
-        load_embedder(str(folder))
 
 
 def test_a_decoder_is_an_embedder_only_if_its_files_say_how_it_pools(tmp_path):
@@ -1770,7 +1745,7 @@ def test_attacks_that_are_scored_and_then_added_are_embedded_once():
 
 
 def test_an_embedding_that_is_not_finite_does_not_stay_in_the_history():
-    vectors = {"a b": [3.0, 4], "c": [1.0, 0], "d": [math.nan, 0]}
+    vectors = {"a b": [3.0, 4], "c": [5.0, 0], "d": [math.nan, 0]}  # a cosine does not depend on lengths
     diversity = Diversity(("embedding",), lambda texts: np.array([vectors[text] for text in texts]))
     diversity.add(["c", "d", "c"])
     assert np.isnan(diversity.score(["d"])["reward"]).all()  # an update with it is skipped
@@ -1830,19 +1805,16 @@ def test_a_judge_may_return_a_tensor():
         assert call_judge(lambda prompts, responses, scores=scores: scores, ["a", "b"], ["c", "d"]).tolist() == [0.5, 1]
 
 
-def test_a_judge_that_changes_the_folder_does_so_for_itself_alone(tmp_path):
-    code = "import os\n\nos.chdir('/')\n\ndef judge(p, r):\n    os.chdir('/')\n    return [0.5] * len(r)\n"
-    (tmp_path / "walker.py").write_text(code)
-    here = os.getcwd()
-    assert call_judge(load_judge(f"{tmp_path}/walker.py:judge"), ["a"], ["b"]) == [0.5] and os.getcwd() == here
-
-
-def test_a_judge_that_turns_gradients_off_does_so_for_itself_alone(tmp_path):
-    code = "import torch\ntorch.set_grad_enabled(False)\n\ndef judge(p, r):\n    torch.set_grad_enabled(False)\n"
-    (tmp_path / "grad_off.py").write_text(f"{code}    return [0.5] * len(r)\n")
-    judge = load_judge(f"{tmp_path}/grad_off.py:judge")
-    assert torch.is_grad_enabled()
-    assert call_judge(judge, ["a"], ["b"]) == [0.5] and torch.is_grad_enabled()
+@pytest.mark.parametrize("line, state", [
+    ("import os; os.chdir('/')", os.getcwd),
+    ("import torch; torch.set_grad_enabled(False)", torch.is_grad_enabled)], ids=["folder", "gradients"])
+def test_what_a_judge_changes_in_its_process_it_changes_for_itself_alone(line, state, tmp_path):
+    file = tmp_path / f"changes_{state.__name__}.py"
+    file.write_text(f"{line}\n\ndef judge(p, r):\n    {line}\n    return [0.5] * len(r)\n")
+    before = state()
+    judge = load_judge(f"{file}:judge")
+    assert state() == before
+    assert call_judge(judge, ["a"], ["b"]) == [0.5] and state() == before
 
 
 def test_a_request_is_answered_by_words_that_neither_refuse_nor_go_round_in_circles():
@@ -2330,17 +2302,10 @@ def test_the_command_trains_a_judge_on_batches_of_similar_length_in_the_fastest_
 
 
 def test_a_judge_whose_training_was_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch, capsys):
-    calls = []  # one a step
-    score = reward.judge_score
-
-    def score_of_a_step(*args):
-        calls.append(args)
-        if len(calls) == 8 + 6:
-            raise KeyboardInterrupt
-        return score(*args)
-
+    interrupted = [DEFAULT] * (8 + 5) + [KeyboardInterrupt] + [DEFAULT] * 3  # one a step
+    steps = Mock(wraps=reward.judge_score, side_effect=interrupted)
     monkeypatch.setattr(train_judge, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(reward, "judge_score", score_of_a_step)
+    monkeypatch.setattr(reward, "judge_score", steps)
     whole, stopped = (judge_command(tmp_path, "labels", out, 8) for out in ("whole", "stopped"))
     run_program(tmp_path, *whole, program=train_judge)
     status, line = ending(capsys, tmp_path, *stopped, program=train_judge)
@@ -2359,7 +2324,7 @@ def test_a_judge_whose_training_was_stopped_goes_on_to_the_same_weights(tmp_path
         status, line = ending(capsys, tmp_path, *stopped, program=train_judge)
     assert status == 130 and "the same command goes on" in line
     run_program(tmp_path, *stopped, program=train_judge)
-    assert len(calls) == 8 + 6 + 3
+    assert steps.call_count == 8 + 6 + 3
     files = [{path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} for out in ("whole", "stopped")]
     assert files[0] == files[1] and "training.pt" not in files[0]
 
@@ -2704,11 +2669,10 @@ def test_the_opponent_is_the_last_policy_or_an_average_of_all_rounds_or_in_rlhf_
             assert set(exchanges.prompts) <= set(world.seeds)
 
 
-def order(**options):
-    return [(turn.round, turn.player) for turn in train.schedule(a_config(**options))]
-
-
 def test_the_players_take_turns_as_algorithm_1_says():
+    def order(**options):
+        return [(turn.round, turn.player) for turn in train.schedule(a_config(**options))]
+
     two_rounds = [(0, "defender"), (0, "defender"), (0, "attacker"), (1, "defender"), (1, "defender"), (1, "attacker")]
     assert order(rounds=2, defender_steps=2, attacker_steps=1, first="defender") == two_rounds
     authors = [(0, "defender"), (0, "defender"), (0, "attacker"), (1, "defender"), (1, "attacker")]  # 400, 200, 200
@@ -2778,12 +2742,6 @@ def test_mining_keeps_the_initial_defenders_unsafe_answers_and_no_test_prompt():
     assert found and all("a" in text for _, text, _, _ in found)  # what the judge of `new_match` calls unsafe
     assert len(game.replay.likelihood) == len(found) and min(game.replay.likelihood) < 0.9
     assert not game.replay.last_success and game.sampled_tokens > 0
-    states = json.loads(json.dumps(game.state_dict()["game"][1]))
-    resumed = train.new_game(config, world)
-    resumed.load_state_dict({"game": ({}, states), **{k: v for k, v in game.state_dict().items() if k != "game"}})
-    assert resumed.replay.likelihood == game.replay.likelihood
-    rollouts = [of.replay.sample_answers(8, defender, np.random.default_rng(0)) for of in (game, resumed)]
-    assert torch.equal(*(rollout.tokens for rollout in rollouts))
     game.replay = train.ReplayBuffer(excluded={normalized(attack) for attack, *_ in found})
     train.mine(config, world, game, np.random.default_rng(0))
     assert not game.replay.answers
@@ -2813,11 +2771,6 @@ def test_the_initial_defenders_helpful_and_safe_answers_to_harmless_requests_are
     extra, = train.extra_losses(config, world, game, np.random.default_rng(0))
     assert extra.coef == 3.0 and extra.loss is gpo.supervised_loss
     assert set(zip(extra.pairs.prompts, extra.pairs.texts)) <= set(zip(answers.prompts, answers.texts))
-    states = json.loads(json.dumps(game.state_dict()["game"][1]))
-    resumed = train.new_game(config, world)
-    resumed.load_state_dict({"game": ({}, states), **{k: v for k, v in game.state_dict().items() if k != "game"}})
-    again, = train.extra_losses(config, world, resumed, np.random.default_rng(0))
-    assert torch.equal(again.pairs.tokens, extra.pairs.tokens)
 
 
 def test_the_defenders_updates_alone_have_demonstrations_and_answers_to_unlearn(monkeypatch):
@@ -2841,14 +2794,17 @@ def test_a_game_goes_on_without_helpful_answers(verdict):
     assert not game.replay.helpful and not train.extra_losses(config, world, game, np.random.default_rng(0))
 
 
-def test_a_resumed_game_keeps_its_likelihood_bound():
+def test_a_resumed_game_keeps_its_answers_and_its_likelihood_bound():
     for options in ({}, {"min_likelihood": 0.01}):
         config, world, game = new_match(**options)
-        states = json.loads(json.dumps(game.state_dict()["game"][1]))
-        others = {file: state for file, state in game.state_dict().items() if file != "game"}
+        answers = [["a", "b", [1, 2], [3]], ["c", "d", [4], [5, 0]]]
+        game.replay = train.ReplayBuffer(set(), {"f": 0.5}, answers, [0.5, 0.25], answers[:1])
+        states = game.state_dict()
+        states["game"] = ({}, json.loads(json.dumps(states["game"][1])))  # as its file keeps it
         resumed = train.new_game(config, world)
         resumed.likelihood_bound = resumed.likelihood_bound - 1  # as with another --micro_batch
-        resumed.load_state_dict({"game": ({}, states), **others})
+        resumed.load_state_dict(states)
+        assert resumed.state_dict()["game"] == game.state_dict()["game"]
         assert torch.equal(resumed.likelihood_bound, game.likelihood_bound)
 
 
@@ -3235,6 +3191,9 @@ def test_a_row_that_is_not_understood_is_refused_by_file_and_line(tmp_path, row,
     assert str(error.value).startswith(f"{tmp_path}/a.jsonl, row 3: ")
 
 
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n"  # instead of a file
+
+
 @pytest.mark.parametrize("name, text, message", [
     ("a.parquet", "PAR1", "of Parquet: pandas.read_parquet(FILE)"),
     ("a.txt", "<!DOCTYPE html>", "must hold a prompt a line"),
@@ -3252,21 +3211,15 @@ def test_a_row_that_is_not_understood_is_refused_by_file_and_line(tmp_path, row,
     ("a.txt", '[\n"q",\n"p"\n]\n', "its name must end in .jsonl or .json"),
     ("a.jsonl", '{"prompt": "q", "prompt": "p"}', "the name 'prompt' must occur once"),
     ("a.json", '{\n"data": ["q"]}', "got the keys 'data'; write one list of rows"),
-    ("a.json", '["q",\n"p" "r"]', "line 2 column 5")])
+    ("a.json", '["q",\n"p" "r"]', "line 2 column 5"),
+    *((name, LFS_POINTER, "run git lfs pull") for name in ("a.txt", "a.csv", "a.jsonl", "a.jsonl.gz"))])
 def test_a_file_that_would_be_read_wrongly_is_refused(tmp_path, name, text, message):
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         read_rows(tmp_path / name)
     assert str(tmp_path / name) in str(error.value)
     (tmp_path / name).write_text(text, encoding="utf-16")
-    with pytest.raises(ValueError, match="save it as UTF-8|the name must end in"):
-        read_rows(tmp_path / name)
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl", "a.jsonl.gz"])
-def test_a_pointer_of_git_lfs_is_not_read_as_rows(name, tmp_path):
-    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n")
-    with pytest.raises(ValueError, match="run git lfs pull"):
+    with pytest.raises(ValueError, match="save it as UTF-8|the name must end in|Not a gzipped file"):
         read_rows(tmp_path / name)
 
 
@@ -4180,6 +4133,8 @@ def test_a_run_is_made_in_an_empty_folder_and_a_start_that_fails_leaves_it_empty
     assert (here / out / "summary.json").is_file() and (here / "link").is_symlink()
     expected = f"error: --out must name a new or empty folder, got {out}; continue the run in it with --resume {out}"
     assert refusal(capsys, here, *arguments) == expected
+    player = finished.folder / "attacker"  # no run: nobody is told to resume it
+    assert refusal(capsys, here, *arguments[:-1], player) == expected.split(",")[0] + f", got {player}"
 
 
 def test_what_a_terminal_cannot_show_is_escaped(monkeypatch):
@@ -4327,21 +4282,16 @@ def test_alarms_see_a_rounds_last_step_and_what_cannot_be_measured_is_left_out_o
 
 def test_the_evaluation_after_a_round_follows_eval_prompts_and_both_judges_share_its_answers(finished):
     run = open_run(finished.folder)
-    calls = []
-
-    def judge(prompts, responses):
-        calls.append((list(prompts), list(responses)))
-        return [1.0] * len(prompts)
-
+    judge = Mock(side_effect=lambda prompts, responses: [1.0] * len(prompts))
     n = run.config.eval_prompts
     world = replace(run.world, judge=judge, held_out_judge=judge)
     train.round_metrics(world)
-    held_out, trained, attacks = calls  # three calls, of two sets of answers
+    held_out, trained, _ = calls = [call.args for call in judge.call_args_list]  # three, of two sets of answers
     assert held_out == trained and held_out[0] == world.test_prompts[::3]
     assert [len(prompts) for prompts, _ in calls] == [math.ceil(n / 3)] * 3
-    calls.clear()
+    judge.reset_mock()
     evaluate(world, world.players["attacker"], world.players["defender"])
-    assert [len(prompts) for prompts, _ in calls] == [n] * 3
+    assert [len(call.args[0]) for call in judge.call_args_list] == [n] * 3
 
 
 def test_the_prompts_of_sft_are_its_attacks_and_none_is_measured_twice(user_models, monkeypatch, capsys):
@@ -4402,13 +4352,6 @@ def test_a_finished_run_is_read_on_the_device_on_which_it_was_made(finished):
     with patch("harness.config.devices", return_value=["cpu", "cuda"]), \
             patch("harness.run.devices", return_value=["cpu", "cuda"]):
         assert open_run(finished.folder).config.device == "cpu"
-
-
-def test_models_of_a_user_need_room_for_the_harmless_requests_that_they_get_by_default():
-    flags = ["--attacker", "gpt2", "--defender", "gpt2", "--batch_size", "2", "--minibatches", "2"]
-    with pytest.raises(ValueError, match="--benign_share must be 0 or at least 1 / --batch_size"):
-        resolve(parse(flags))
-    resolve(parse([*flags, "--benign_share", "0"]))
 
 
 def test_runs_whose_options_differ_are_not_repeats_of_one_row(tmp_path, capsys):
@@ -4859,14 +4802,11 @@ def test_all_state_of_a_game_survives_a_stop_in_mid_turn(user_models, faulty, mo
 
 
 def test_a_run_of_other_options_is_read_with_the_values_that_were_built_in(finished, tmp_path):
-    shutil.copytree(finished.folder, tmp_path / "run")
-    file = tmp_path / "run" / "config.json"
-    whole = read_json(file)
+    folder = shutil.copytree(finished.folder, tmp_path / "run")
+    options = read_json(folder / "config.json")["config"]
     for name in ("lam", "missing_eos_penalty"):
-        del whole["config"][name]
-    whole["config"]["restart"] = 3  # has left
-    file.write_text(json.dumps(whole))
-    defender = open_run(tmp_path / "run").world.players["defender"]
+        del options[name]
+    defender = open_run(with_config(folder, config=options | {"restart": 3})).world.players["defender"]
     assert (defender.lam, defender.missing_eos_penalty) == (0.95, 0.5)
 
 
@@ -5209,10 +5149,7 @@ def test_blank_attacks_are_one_cluster_as_are_copies_whatever_their_vectors():
 
 
 def test_a_run_attacks_by_another_judge_where_its_own_is_missing(one_base, tmp_path, capsys):
-    run = shutil.copytree(one_base, tmp_path / "run")
-    made = read_json(run / "config.json")
-    made["config"] |= {"judge": "/elsewhere/judge", "unsafe_label": "bad"}
-    data.write_json(run / "config.json", made)
+    run = with_options(shutil.copytree(one_base, tmp_path / "run"), judge="/elsewhere/judge", unsafe_label="bad")
     arguments = ["attack", run, run, "-n", 4, "--out", tmp_path / "attacks.jsonl"]
     assert "cannot load the judge '/elsewhere/judge'" in refusal(capsys, HERE, *arguments, program=evaluation)
     run_program(HERE, *arguments, "--judge", "rule", program=evaluation)
@@ -5980,9 +5917,7 @@ NASTY = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)> & <
 def unfinished(finished, tmp_path):
     """The folder of a run that is still being played, by models whose names and texts are ugly, and its exchanges."""
     folder = stopped_copy(finished.folder, tmp_path / "<i>run & co")
-    config = read_json(folder / "config.json")
-    config["config"] |= {"attacker": "<b>me</b>", "defender": "you", "template": "</pre><b>{}</b>"}
-    (folder / "config.json").write_text(json.dumps(config))
+    with_options(folder, attacker="<b>me</b>", defender="you", template="</pre><b>{}</b>")
     games = [{"step": i // 4, "round": i // 8, "role": ("attacker", "defender")[i // 4 % 2], "seed": f"<u>seed {i % 3}",
               "attack": NASTY[i % 5], "response": f"<svg onload=alert(3)>answer {i}", "p_safe": i / 16, "score": -i / 2}
              for i in range(16)]
@@ -6072,14 +6007,10 @@ def test_code_that_comes_with_a_model_runs_by_its_flag_only(user_models, tmp_pat
 
 def test_a_finished_run_is_read_with_the_trust_that_it_was_made_with(finished, tmp_path, monkeypatch):
     folder = shutil.copytree(finished.folder, tmp_path / "run")
-    file = folder / "config.json"
     load = Mock(side_effect=load_policy)
     monkeypatch.setattr(parallel, "load_policy", load)
     for trust in (False, True):
-        facts = read_json(file)
-        facts["config"]["trust_remote_code"] = trust
-        file.write_text(json.dumps(facts))
-        open_run(folder)
+        open_run(with_options(folder, trust_remote_code=trust))
         assert [call.args[4] for call in load.call_args_list] == [trust, trust]
         load.reset_mock()
 
@@ -6103,6 +6034,9 @@ WRONG = {  # arguments of train.py: what the one line must hold
     "one player alone": ("--attacker attacker", "pass both"),
     "all of the batch replayed": ("--replay 1", "--replay"),
     "a lambda above one": ("--lam 1.01", "--lam must be at most 1, got 1.01"),
+    "a user's batch without room for harmless requests": (
+        "--attacker gpt2 --defender gpt2 --batch_size 2 --minibatches 2",
+        "--benign_share must be 0 or at least 1 / --batch_size"),
     "a batch that does not divide": ("--batch_size 9", "--batch_size"),
     "a template of two seeds": ("--template {},{}", "--template must hold {} once"),
     "a mixture that is not kept": ("--opponent mixture --average none", "needs --average mixture"),
@@ -6223,11 +6157,6 @@ def bad(user_models):
     for name, text in files.items():
         (folder / name).write_text(text)
     return user_models
-
-
-def test_nobody_is_told_to_resume_a_model(user_models, capsys):
-    line = refusal(capsys, user_models, "--out", "attacker")
-    assert line == "error: --out must name a new or empty folder, got attacker"
 
 
 @pytest.mark.parametrize("kind", ["attacker", "judge", "embedder"])
