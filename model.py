@@ -631,7 +631,8 @@ def keep_freed_memory() -> None:
 
 # --- supervised training: learning rate and batches -----------------------------------------------------------
 def one_cycle(optimizer: torch.optim.Optimizer, peak: float, steps: int) -> torch.optim.lr_scheduler.OneCycleLR:
-    """The learning rate of supervised training: up to its peak in a tenth of the steps, then down to almost zero."""
+    """The learning rate of supervised training: up to its peak in a tenth of the steps, then down to almost zero. As
+    OneCycleLR does by default, AdamW's first beta goes the other way: .95, .85 at the peak, .95."""
     total = max(2, steps)
     if total == 10:
         total = 11  # for 10, OneCycleLR would divide by 0.1 * 10 - 1
