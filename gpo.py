@@ -44,6 +44,7 @@ from model import (
     one_cycle,
     pack,
     sample_batches,
+    split_words,
 )
 from reward import Judge, call_judge, decided
 
@@ -81,6 +82,20 @@ def new_seed(rng: np.random.Generator) -> int:
 def sample(items: list, n: int, rng: np.random.Generator) -> list:
     """n random items, without replacement if there are enough."""
     return [items[i] for i in rng.choice(len(items), n, replace=n > len(items))]
+
+
+def edit(text: str, words: Sequence[str], rng: np.random.Generator) -> str:
+    """The text with a random one of `words` inserted, or with one of its own removed or replaced by it."""
+    edited = split_words(text)
+    word = words[rng.integers(len(words))]
+    kind = rng.integers(3)
+    if kind == 0 or not edited:
+        edited.insert(rng.integers(len(edited) + 1), word)
+    elif kind == 1 and len(edited) > 1:
+        del edited[rng.integers(len(edited))]
+    else:
+        edited[rng.integers(len(edited))] = word
+    return " ".join(edited)
 
 
 # --- PPO, the mathematics: everything is (B, T), and only response tokens count ------------------------

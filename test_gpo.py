@@ -1445,6 +1445,33 @@ def test_unlearned_answers_become_unlikely_and_the_likely_ones_are_unlearned_fir
     assert Counter(sampled.texts)["yes no"] == pytest.approx(900, abs=40) and sampled.temperature == 2.0
 
 
+def test_unsafe_answers_are_unlearned_for_attacks_with_one_word_changed_too_but_not_for_excluded_ones():
+    config, _, game = new_match(unlikelihood_coef=3.0, batch_size=8)
+    defender = game.players["defender"]
+    attacks = ["a b", "c"]
+    rollout = rollout_of(defender.policy, ["no", "yes"], attacks)
+    game.replay = train.ReplayBuffer({"a h b"}, helpful=[("h", "x", [1], [2])])
+    game.replay.add_answers(gpo.Exchanges(attacks, None, attacks, rollout, np.array([0.1, 0.2]), 0.0, 0))
+    game.replay.edit_attacks(300, defender, np.random.default_rng(0))
+    changed = {"a", "b"} | {text.format(w) for w in "abch" for text in ("{} a b", "a {} b", "a b {}", "{} b", "a {}")}
+    edited = game.replay.edited
+    assert {attack for attack, text, *_ in edited if text == "no"} == changed - {"a h b"}  # in its place "a b"
+    assert {attack for attack, text, *_ in edited if text == "yes"} == {*"abch", *map("c {}".format, "abch"),
+                                                                       *map("{} c".format, "abch")}
+    prompts, texts, prompt_ids, responses = zip(*edited)
+    assert list(prompt_ids) == defender.policy.encode(prompts)
+    assert set(zip(texts, map(tuple, responses))) == {(row[0], tuple(row[2])) for row in rollout.rows()}
+    defender.policy = tiny_policy(4)  # it has moved
+    game.replay.measure(defender)
+    now = gpo.log_likelihoods(defender.policy, model.pack(defender.policy, prompts, texts, prompt_ids, responses))[:, 0]
+    before = gpo.log_likelihoods(defender.initial, rollout)[:, 0]
+    change = torch.tensor([len(row) * (x - before[i % 2]) for i, (row, x) in enumerate(zip(responses, now))])
+    assert 0 < (change < 0).sum() < len(edited)
+    assert game.replay.likelihood[2:] == pytest.approx(change.clamp(max=0).exp().tolist(), rel=1e-4)
+    game.replay.likelihood = [float(attack == "c h") for attack in [*attacks, *prompts]]
+    assert set(game.replay.sample_answers(100, defender, np.random.default_rng(0)).prompts) == {"c h"}
+
+
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 def test_a_warm_start_ends_with_a_new_critic_a_copy_of_the_body_and_a_value_head_of_zeros(critic):
     policy = tiny_policy(critic=critic)
@@ -2740,7 +2767,8 @@ def test_mining_keeps_the_initial_defenders_unsafe_answers_and_no_test_prompt():
     assert asked == [(14, None), (7, 2 * attacker.temperature)]  # None: its own
     found = game.replay.answers
     assert found and all("a" in text for _, text, _, _ in found)  # what the judge of `new_match` calls unsafe
-    assert len(game.replay.likelihood) == len(found) and min(game.replay.likelihood) < 0.9
+    assert len(game.replay.likelihood) == len(found + game.replay.edited) == (1 + config.edits) * len(found)
+    assert min(game.replay.likelihood[:len(found)]) < 0.9
     assert not game.replay.last_success and game.sampled_tokens > 0
     game.replay = train.ReplayBuffer(excluded={normalized(attack) for attack, *_ in found})
     train.mine(config, world, game, np.random.default_rng(0))
@@ -2798,7 +2826,8 @@ def test_a_resumed_game_keeps_its_answers_and_its_likelihood_bound():
     for options in ({}, {"min_likelihood": 0.01}):
         config, world, game = new_match(**options)
         answers = [["a", "b", [1, 2], [3]], ["c", "d", [4], [5, 0]]]
-        game.replay = train.ReplayBuffer(set(), {"f": 0.5}, answers, [0.5, 0.25], answers[:1])
+        edited = [["a b", "b", [1, 6, 2], [3]], ["d", "d", [7], [5, 0]]]
+        game.replay = train.ReplayBuffer(set(), {"f": 0.5}, answers, edited, [0.5, 0.25, 1.0, 0.0], answers[:1])
         states = game.state_dict()
         states["game"] = ({}, json.loads(json.dumps(states["game"][1])))  # as its file keeps it
         resumed = train.new_game(config, world)
@@ -5272,7 +5301,7 @@ def test_the_searches_find_the_only_open_topic_and_count_what_asks_for_nothing(m
     rng = np.random.default_rng(0)
     for prompt in seeds:
         tokens = prompt.split()
-        edited = worst_case.edit(prompt, game.vocabulary, rng).split()
+        edited = gpo.edit(prompt, game.vocabulary, rng).split()
         blocks = SequenceMatcher(None, tokens, edited, autojunk=False).get_matching_blocks()
         assert max(len(tokens), len(edited)) - sum(block.size for block in blocks) <= 1  # one token at most
         swapped = worst_case.swap_words(prompt, "x y z", rng).split()
@@ -5305,10 +5334,11 @@ def test_the_token_search_accepts_what_opens_the_defender(monkeypatch):
     assert found["token search"] == found["token search, broken"] > 1 - (1 - 1 / 30) ** 5
 
 
-def test_the_token_search_edits_every_place_of_a_prompt_its_end_included():
+def test_edits_are_of_every_place_of_a_text_its_end_included():
     rng = np.random.default_rng(0)
-    edits = {worst_case.edit("a b", ["x"], rng) for _ in range(200)}
+    edits = {gpo.edit("a b", ["x"], rng) for _ in range(200)}
     assert edits == {"x a b", "a x b", "a b x", "a", "b", "x b", "a x"}  # inserted, removed, replaced
+    assert {gpo.edit("a", ["x"], rng) for _ in range(200)} == {"x a", "a x", "x"} and gpo.edit(" ", ["x"], rng) == "x"
 
 
 def test_best_of_n_counts_the_tries_of_each_seed_at_each_temperature(monkeypatch):

@@ -16,7 +16,8 @@ Differs from the paper (numbers as in the README; rows are of docs/results.md):
 PPO learns from a rare answer only when it is sampled, once in thousands: section *the worst case, exactly*.
 (6) `--replay`: most attacks in the defender's batch are earlier ones, against forgetting: row *no replay*.
 (7) `--mine`: the unsafe answers of (5) are the initial defender's, to attacks of the initial attacker, a third of them
-at twice its temperature, before each defender turn; the likelier an answer still is, the more often it is unlearned.
+at twice its temperature, before each defender turn; `--edits`: they are unlearned for edited attacks too, in which one
+word differs. The likelier an answer still is, the more often it is unlearned.
 (8) `--ptx_coef`: a supervised loss on demonstrations, against over-refusal: row *no demonstrations*.
 (11) R_div is centred over the batch. Its level, about -k / 2 for every attack, is no signal, but with lambda < 1 and a
 critic that starts at zero it rewards by position: exercise 2 of docs/exercises.md. Row *k = 10* depends on it.
@@ -47,6 +48,7 @@ from gpo import (
     Player,
     PolicyAverage,
     Side,
+    edit,
     log_likelihoods,
     new_seed,
     play,
@@ -59,7 +61,7 @@ from harness.config import Config
 from harness.data import as_a_program, finite, normalized
 from harness.run import RunFolder, run_folder, start_program
 from harness.world import World, evaluate, make_world, show_prompts
-from model import Rollout, demonstrations, pack
+from model import Policy, Rollout, demonstrations, pack, split_words
 from reward import call_judge, decided
 
 
@@ -145,7 +147,8 @@ class ReplayBuffer:
     excluded: set[str] = field(default_factory=set)  # normalized: test prompts, and harmless requests (no attacks)
     last_success: dict[str, float] = field(default_factory=dict)  # attack -> P(unsafe) of its last try
     answers: list[tuple] = field(default_factory=list)  # unsafe ones: (attack, text, prompt ids, response ids)
-    likelihood: list[float] = field(default_factory=list)  # pi / pi_0 of each unsafe answer, at most 1
+    edited: list[tuple] = field(default_factory=list)  # the same answers, to edited attacks
+    likelihood: list[float] = field(default_factory=list)  # pi / pi_0 of `answers`, then of `edited`, at most 1
     helpful: list[tuple] = field(default_factory=list)  # safe and helpful ones: (request, text, prompt ids, ...)
 
     def add(self, exchanges: Exchanges) -> None:
@@ -166,21 +169,33 @@ class ReplayBuffer:
                 known.add((attack, row[0]))
                 self.answers.append((attack, *row))
 
+    def edit_attacks(self, edits: int, defender: Player, rng: np.random.Generator) -> None:
+        """Pair each unsafe answer with `edits` versions of its attack: with a word more, with one less, or with another
+        one in its place. Words of all attacks and helpful requests are equally likely."""
+        words = sorted(set(split_words(" ".join(prompt for prompt, *_ in self.answers + self.helpful))))
+        answers = self.answers * edits
+        attacks = [edit(attack, words or [""], rng) for attack, *_ in answers]
+        attacks = [first if self.excludes(attack) else attack for attack, (first, *_) in zip(attacks, answers)]
+        prompts = [defender.template.format(attack) for attack in attacks]
+        room = defender.policy.context - defender.max_new_tokens
+        prompt_ids = [ids[-room:] for ids in defender.policy.encode(prompts)]
+        rows = zip(attacks, prompt_ids, answers)
+        self.edited = [(attack, text, ids, response_ids) for attack, ids, (_, text, _, response_ids) in rows]
+
     def measure(self, defender: Player) -> None:
-        """Compute how likely each unsafe answer is under the current defender, relative to the initial one."""
-        padded = self.answers + self.answers[:1] * (-len(self.answers) % world_size())  # as many for every process
-        rollout = as_rollout(padded, defender)
-        n_tokens = rollout.response_lengths.cpu()  # (B,)
-        now = log_likelihoods(defender.policy, rollout, defender.micro_batch)[:, 0] * n_tokens  # (B,) nats
-        before = log_likelihoods(defender.initial, rollout, defender.micro_batch)[:, 0] * n_tokens
-        relative = (now - before).clamp(max=0).exp().nan_to_num()  # NaN: the defender has diverged
-        self.likelihood = relative.tolist()[: len(self.answers)]
+        """Compute how likely each unsafe answer is under the current defender, to its attack and to each edited one,
+        relative to the initial defender's likelihood of it to the attack."""
+        now = answer_likelihoods(self.answers + self.edited, defender, defender.policy)
+        before = answer_likelihoods(self.answers, defender, defender.initial)
+        relative = now - before.repeat(len(now) // len(before))
+        self.likelihood = relative.clamp(max=0).exp().nan_to_num().tolist()  # NaN: the defender has diverged
 
     def sample_answers(self, n: int, defender: Player, rng: np.random.Generator) -> Rollout:
-        """n unsafe answers, in proportion to their likelihood when it was measured."""
+        """n unsafe answers, to attacks or edited ones, in proportion to their likelihood when it was measured."""
+        answers = self.answers + self.edited
         chance = np.array(self.likelihood) + 1e-6  # for the case that all are 0
         rows = rng.choice(len(chance), n, p=chance / chance.sum())
-        return as_rollout([self.answers[i] for i in rows], defender)
+        return as_rollout([answers[i] for i in rows], defender)
 
     def sample_helpful(self, n: int, defender: Player, rng: np.random.Generator) -> Rollout:
         """n helpful answers."""
@@ -200,6 +215,14 @@ def as_rollout(answers: list[tuple], defender: Player) -> Rollout:
     """Answers of the ReplayBuffer as a Rollout."""
     prompts, *responses = zip(*answers)
     return pack(defender.policy, prompts, *responses, defender.temperature)
+
+
+def answer_likelihoods(answers: list[tuple], defender: Player, policy: Policy) -> torch.Tensor:
+    """(n,): the log-likelihood of each answer under a policy of the defender, in nats."""
+    padded = answers + answers[:1] * (-len(answers) % world_size())  # as many for every process
+    rollout = as_rollout(padded, defender)
+    mean = log_likelihoods(policy, rollout, defender.micro_batch)[:, 0]
+    return (mean * rollout.response_lengths.cpu())[: len(answers)]
 
 
 @dataclass
@@ -224,8 +247,9 @@ class Game:
         """{file: (tensors, numbers)} of a checkpoint; all processes must call it."""
         states = {"game": ({}, {
             "diversity": self.diversity.state_dict(), "last_success": self.replay.last_success,
-            "answers": self.replay.answers, "likelihood": self.replay.likelihood, "helpful": self.replay.helpful,
-            "sampled_tokens": self.sampled_tokens, "likelihood_bound": finite(self.likelihood_bound.tolist())})}
+            "answers": self.replay.answers, "edited": self.replay.edited, "likelihood": self.replay.likelihood,
+            "helpful": self.replay.helpful, "sampled_tokens": self.sampled_tokens,
+            "likelihood_bound": finite(self.likelihood_bound.tolist())})}
         for name, player in self.players.items():
             states[name] = player.state_dict()
             for kind, average in self.averages[name].items():
@@ -238,6 +262,7 @@ class Game:
         self.diversity.load_state_dict(numbers["diversity"])
         self.replay.last_success = numbers["last_success"]
         self.replay.answers = numbers["answers"]
+        self.replay.edited = numbers["edited"]
         self.replay.likelihood = numbers["likelihood"]
         self.replay.helpful = numbers["helpful"]
         self.sampled_tokens = numbers["sampled_tokens"]
@@ -296,8 +321,9 @@ def begin_turn(config: Config, world: World, game: Game, turn: Turn, rng: np.ran
 
 def mine(config: Config, world: World, game: Game, rng: np.random.Generator) -> None:
     """Add the initial defender's unsafe answers to `--mine` attacks of the initial attacker, and measure how likely all
-    of them still are. A third of the attacks are sampled at twice the temperature: heaps of words that name a harmful
-    topic, to which the defender would otherwise learn little."""
+    of them still are, also to edited attacks: a refusal may hang on one word. A third of the attacks are sampled at
+    twice the temperature: heaps of words that name a harmful topic, to which the defender would otherwise learn little.
+    """
     repeats = config.mine // len(world.seeds) + 1  # so that there are enough to sample without replacement
     seeds = sample(world.seeds * repeats, config.mine, rng)
     attacker = game.first["attacker"]
@@ -309,7 +335,10 @@ def mine(config: Config, world: World, game: Game, rng: np.random.Generator) -> 
     game.replay.add_answers(exchanges)
     game.sampled_tokens += exchanges.sampled_tokens
     if game.replay.answers:
-        game.replay.measure(game.players["defender"])
+        defender = game.players["defender"]
+        if config.edits:
+            game.replay.edit_attacks(config.edits, defender, rng)
+        game.replay.measure(defender)
 
 
 MOST_HELPFUL = 600  # harmless requests that the initial defender answers

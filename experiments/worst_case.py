@@ -29,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from eval import BestResponseSettings, after_round, best_response, check_each_once, fresh_player, run_program
-from gpo import Side, new_seed, sample
+from gpo import Side, edit, new_seed, sample
 from harness.data import as_a_program, fail, read_json, write_json
 from harness.report import markdown, mean_and_error
 from harness.run import FinishedRun, open_run
@@ -190,21 +190,6 @@ def token_search(toy: ToyGame, defender: Side, seeds: list[str], seed: int) -> d
     rates = success(toy, defender, prompts, SAMPLES, new_seed(rng))
     return {"token search": float(rates.mean()), "token search, broken": float((rates > 0.5).mean()),
             "token search, proposals without a topic": float(lost / (EDITS * len(prompts)))}
-
-
-def edit(prompt: str, vocabulary: list[str], rng: np.random.Generator) -> str:
-    """The prompt with a random token inserted, removed or replaced."""
-    tokens = prompt.split()
-    at = rng.integers(len(tokens))
-    kind = rng.integers(3)
-    token = vocabulary[rng.integers(len(vocabulary))]
-    if kind == 0:
-        tokens.insert(rng.integers(len(tokens) + 1), token)
-    elif kind == 1 and len(tokens) > 1:
-        del tokens[at]
-    else:
-        tokens[at] = token
-    return " ".join(tokens)
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------

@@ -87,6 +87,8 @@ class Config:
     mine: int | None = option("attacks of the initial attacker before each defender turn, a third of them at twice "
                               "its temperature: the initial defender's unsafe answers are unlearned, and its helpful "
                               "ones to harmless requests learned (--benign_share)", 900, 0, only="unlearning")
+    edits: int = option("versions of each of these attacks with one word added, removed or replaced, for which its "
+                        "unsafe answer is unlearned too", 3, only="unlearning")
     opponent: str = option("the other's last policy, or the mixture, mean of the weights or exponential average of "
                            "those after all earlier rounds", "last", only="gpo",
                            choices=("last", "mixture", "weights", "ema"))
