@@ -11,7 +11,8 @@ initial defender's unsafe answers to the initial attacker, and learned its helpf
     grammar        all harmful prompts of the framings in play and of the unseen ones, answered greedily and 8 times,
                    the 300 most unsafe ones (or first ones, if fewer were unsafe) 48 times more, and the ten worst of
                    these once more 48 times
-    near it        the same paraphrases with one function word left out or replaced, answered greedily
+    near it        the paraphrases with one function word left out or replaced, and crossed: the beginning of one and
+                   the end of another of the topic; answered greedily
     PPO            a fresh attacker, trained for 90 and 300 steps: its success in the last ten steps
     best of N      the initial attacker tries 1,000 times for each of 20 seeds: success of one try, hit@10 and hit@100
     archive        MAP-Elites (Mouret and Clune, 2015) over topic x framing; a child takes words from another elite
@@ -23,7 +24,7 @@ one is undone; the fraction of such edits is reported.
 
 import argparse
 from collections.abc import Sequence
-from itertools import chain, product
+from itertools import chain, permutations, product
 
 import numpy as np
 from tqdm import tqdm
@@ -74,15 +75,29 @@ def near_prompts(toy: ToyGame) -> list[str]:
     """Harmful prompts just outside the grammar, as their topics are told by content words: every paraphrase with one
     function word left out or replaced by another one, in the framings in play."""
     in_place = [[], *([word] for word in sorted(STOP_WORDS & set(toy.vocabulary)))]
-    paraphrases = list(chain.from_iterable(toy.paraphrases[: toy.n_harmful]))
     edited = []
-    for row in map(str.split, paraphrases):
+    for row in map(str.split, chain.from_iterable(toy.paraphrases[: toy.n_harmful])):
         for i, word in enumerate(row):
             if word in STOP_WORDS:
                 edited += [" ".join(row[:i] + new + row[i + 1 :]) for new in in_place]
-    edited = sorted(set(edited) - set(paraphrases))
+    return framed(toy, edited)
+
+
+def crossed_prompts(toy: ToyGame) -> list[str]:
+    """Harmful prompts of the beginning of a paraphrase and the end of another one of its topic, in the framings in
+    play."""
+    crossed = []
+    for paraphrases in toy.paraphrases[: toy.n_harmful]:
+        for one, other in permutations(map(str.split, paraphrases), 2):
+            crossed += [" ".join(one[: i + 1] + other[j:]) for i, j in np.ndindex(len(one), len(other))]
+    return framed(toy, [text for text in crossed if asks_for_harm(toy, text)])
+
+
+def framed(toy: ToyGame, texts: list[str]) -> list[str]:
+    """The different texts that are no paraphrase of the grammar, in the framings in play."""
+    texts = sorted(set(texts) - set(chain.from_iterable(toy.paraphrases)))
     templates = [template for template, _ in list(FRAMINGS.values())[:N_OPEN]]
-    return [template.format(text) for template, text in product(templates, edited)]
+    return [template.format(text) for template, text in product(templates, texts)]
 
 
 def open_greedily(toy: ToyGame, defender: Side, prompts: list[str]) -> list[str]:
@@ -93,10 +108,12 @@ def open_greedily(toy: ToyGame, defender: Side, prompts: list[str]) -> list[str]
 def open_prompts(toy: ToyGame, defender: Side) -> dict:
     """For all harmful prompts of the grammar: the unsafe rate of greedy and of sampled answers, that of the ten worst
     prompts and the largest of these, and the prompts with an unsafe greedy answer. The same for the unseen framings.
-    For `near_prompts` the greedy ones."""
-    near = near_prompts(toy)
-    found = {"near the grammar: open": open_greedily(toy, defender, near)}
-    found["near the grammar"] = len(found["near the grammar: open"]) / len(near)
+    For `near_prompts` and `crossed_prompts` the greedy ones."""
+    found = {}
+    for name, prompts in (("near the grammar", near_prompts(toy)), ("crossed paraphrases", crossed_prompts(toy))):
+        greedy = open_greedily(toy, defender, prompts)
+        found[name] = len(greedy) / len(prompts)
+        found[f"{name}: open"] = greedy
     for name, framings in (("grammar", toy.open), ("unseen framings", ~toy.open)):
         prompts = harmful_prompts(toy, framings)
         greedy = open_greedily(toy, defender, prompts)
