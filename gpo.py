@@ -553,8 +553,8 @@ def forward_rows(policy: Policy, rollout: Rollout, groups: list[torch.Tensor],
 
 def log_likelihoods(policy: Policy, rollout: Rollout, micro_batch: int = 0) -> torch.Tensor:
     """(B, 2): mean and least log-prob of each response's tokens under a policy, without gradients, in nats."""
-    groups = my_rows(torch.arange(len(rollout))).split(4 * micro_batch or 256)
-    logprobs, _, _ = forward_rows(policy, rollout, groups, with_values=False)  # 0 outside the responses
+    by_length = my_rows(rollout.lengths.argsort(stable=True)).split(4 * micro_batch or 256)  # little padding
+    logprobs, _, _ = forward_rows(policy, rollout, by_length, with_values=False)  # 0 outside the responses
     mean = logprobs.sum(1) / rollout.response_lengths
     return torch.stack([mean, logprobs.amin(1)], 1).cpu()
 
