@@ -69,7 +69,7 @@ ABLATIONS = {"GPO+Div": METHODS["GPO+Div"], "GPO": METHODS["GPO"],
              **{name: f"{PAPER} --average none {flag}" for name, flag in FLAGS.items()}}
 RECIPE = {
     "recommended": METHODS["recommended"], "no known answers": "--unlikelihood_coef 0 --average mixture",
-    "no replay": "--replay 0 --average mixture",
+    "no edits": "--edits 0 --average mixture", "no replay": "--replay 0 --average mixture",
     "no harmless requests": "--benign_share 0 --average mixture",
     "against mixtures": "--opponent mixture --average mixture", "against the mean of weights": "--opponent weights",
     "against an exponential average": "--opponent ema --average mixture,ema",
@@ -530,7 +530,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--quick", action="store_true", help="reproduce: four methods, two seeds, two rounds")
     parser.add_argument("--seeds", type=int, help="how many, 2 to 20; default: 10 for reproduce, 5 for the others")
     parser.add_argument("--first_seed", type=int, default=118,
-                        help="settings were chosen on 0 to 5; measured so far: 10 to 14, 20 to 127")
+                        help="settings were chosen on 0 to 5; measured so far: 10 to 14, 20 to 145")
     parser.add_argument("--out", help="folder; default: results, with --quick results_quick")
     args = parser.parse_intermixed_args(argv)
     default = 5
