@@ -1,7 +1,7 @@
 """Train an attacker and a defender against each other: Algorithm 1 of "Toward Optimal LLM Alignments Using
 Two-Player Games" (arXiv 2406.10977), from an empty folder to a report.
 
-    python train.py                                            the embedded game, on a CPU, 3 to 5 minutes
+    python train.py                                            the embedded game, on a CPU, 2 to 5 minutes
     python train.py --attacker gpt2 --defender gpt2            your own models: hub ids or local folders
     python train.py config.yaml --seed 3                       options from a file; flags after it override it
     python train.py --resume runs/...                          continue a stopped run (Ctrl-C ends a step and saves)

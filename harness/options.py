@@ -154,7 +154,7 @@ OPTIONS = {entry.name: entry.metadata["option"] for entry in fields(Config)}
 USAGE = """usage: python train.py [FILE.yaml | FILE.json] [--OPTION VALUE ...]
 
 Train an attacker and a defender against each other: Algorithm 1 of arXiv 2406.10977.
-Without options: the embedded game, on a CPU, 3 to 5 minutes.
+Without options: the embedded game, on a CPU, 2 to 5 minutes.
 Of two defaults the first is for the embedded game, the second for user-supplied models. Names in a file have no dashes.
 """
 
