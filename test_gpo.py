@@ -1470,6 +1470,9 @@ def test_unsafe_answers_are_unlearned_for_attacks_with_one_word_changed_too_but_
     assert game.replay.likelihood[2:] == pytest.approx(change.clamp(max=0).exp().tolist(), rel=1e-4)
     game.replay.likelihood = [float(attack == "c h") for attack in [*attacks, *prompts]]
     assert set(game.replay.sample_answers(100, defender, np.random.default_rng(0)).prompts) == {"c h"}
+    blank = train.ReplayBuffer(answers=[("", *rollout.rows()[0])])
+    blank.edit_attacks(2, defender, np.random.default_rng(0))
+    assert [attack for attack, *_ in blank.edited] == ["", ""]
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])

@@ -147,7 +147,7 @@ class ReplayBuffer:
     excluded: set[str] = field(default_factory=set)  # normalized: test prompts, and harmless requests (no attacks)
     last_success: dict[str, float] = field(default_factory=dict)  # attack -> P(unsafe) of its last try
     answers: list[tuple] = field(default_factory=list)  # unsafe ones: (attack, text, prompt ids, response ids)
-    edited: list[tuple] = field(default_factory=list)  # the same answers, to edited attacks
+    edited: list[tuple] = field(default_factory=list)  # the same answers, for edited attacks
     likelihood: list[float] = field(default_factory=list)  # pi / pi_0 of `answers`, then of `edited`, at most 1
     helpful: list[tuple] = field(default_factory=list)  # safe and helpful ones: (request, text, prompt ids, ...)
 
@@ -173,8 +173,9 @@ class ReplayBuffer:
         """Pair each unsafe answer with `edits` versions of its attack: with a word more, with one less, or with another
         one in its place. Words of all attacks and helpful requests are equally likely."""
         words = sorted(set(split_words(" ".join(prompt for prompt, *_ in self.answers + self.helpful))))
+        words = words or [""]  # all attacks are blank
         answers = self.answers * edits
-        attacks = [edit(attack, words or [""], rng) for attack, *_ in answers]
+        attacks = [edit(attack, words, rng) for attack, *_ in answers]
         attacks = [first if self.excludes(attack) else attack for attack, (first, *_) in zip(attacks, answers)]
         prompts = [defender.template.format(attack) for attack in attacks]
         room = defender.policy.context - defender.max_new_tokens
@@ -183,15 +184,15 @@ class ReplayBuffer:
         self.edited = [(attack, text, ids, response_ids) for attack, ids, (_, text, _, response_ids) in rows]
 
     def measure(self, defender: Player) -> None:
-        """Compute how likely each unsafe answer is under the current defender, to its attack and to each edited one,
-        relative to the initial defender's likelihood of it to the attack."""
+        """Compute how likely each unsafe answer is under the current defender, for its attack and for each edited one,
+        relative to what it was for the attack under the initial defender."""
         now = answer_likelihoods(self.answers + self.edited, defender, defender.policy)
         before = answer_likelihoods(self.answers, defender, defender.initial)
         relative = now - before.repeat(len(now) // len(before))
         self.likelihood = relative.clamp(max=0).exp().nan_to_num().tolist()  # NaN: the defender has diverged
 
     def sample_answers(self, n: int, defender: Player, rng: np.random.Generator) -> Rollout:
-        """n unsafe answers, to attacks or edited ones, in proportion to their likelihood when it was measured."""
+        """n unsafe answers, for attacks or edited ones, in proportion to their likelihood when it was measured."""
         answers = self.answers + self.edited
         chance = np.array(self.likelihood) + 1e-6  # for the case that all are 0
         rows = rng.choice(len(chance), n, p=chance / chance.sum())
@@ -321,7 +322,7 @@ def begin_turn(config: Config, world: World, game: Game, turn: Turn, rng: np.ran
 
 def mine(config: Config, world: World, game: Game, rng: np.random.Generator) -> None:
     """Add the initial defender's unsafe answers to `--mine` attacks of the initial attacker, and measure how likely all
-    of them still are, also to edited attacks: a refusal may hang on one word. A third of the attacks are sampled at
+    of them still are, also for edited attacks: a refusal may hang on one word. A third of the attacks are sampled at
     twice the temperature: heaps of words that name a harmful topic, to which the defender would otherwise learn little.
     """
     repeats = config.mine // len(world.seeds) + 1  # so that there are enough to sample without replacement

@@ -1,6 +1,7 @@
 """The worst case of finished defenders in the embedded game: every prompt of its grammar, and four families of attacker
 (after "The Attacker Moves Second", arXiv 2510.09023). In training a defender has met its opponent; it has unlearned the
-initial defender's unsafe answers to the initial attacker, and learned its helpful ones to harmless requests.
+initial defender's unsafe answers to the initial attacker, for its attacks and for these with one word changed (as in
+token search), and learned its helpful ones to harmless requests.
 
     python -m experiments.worst_case RUN [RUN ...]           RUN/worst_case.json of each, and one table, family by
                                                              defender; runs named alike but for the seed (SFT_s0,
