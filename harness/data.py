@@ -645,6 +645,13 @@ def read_rows(path: str | Path, first_turn: bool = False) -> list[dict]:
 
 
 # --- which rows may be used ---------------------------------------------------------------------------------------
+def first_turn(prompt: str) -> str:
+    """The first human turn of a prompt from `read_rows`, without an AI turn before it."""
+    turns = prompt.split("\n\nHuman: ")
+    turn = turns[1] if prompt.startswith("AI: ") and len(turns) > 1 else turns[0]
+    return turn.split("\n\nAI: ")[0]
+
+
 def normalized(text: str) -> str:
     """A text for comparisons that ignore case and white space."""
     return " ".join(text.casefold().split())
@@ -656,8 +663,7 @@ def human_parts(prompts: Iterable[str]) -> set[str]:
     texts = []
     for prompt in prompts:
         turns = [turn.split("\n\nAI: ")[0] for turn in prompt.split("\n\nHuman: ")]
-        first = turns[1] if prompt.startswith("AI: ") and len(turns) > 1 else turns[0]
-        paragraphs = first.split("\n\n")
+        paragraphs = first_turn(prompt).split("\n\n")
         ends = ["\n\n".join(paragraphs[i:]) for i in range(min(len(paragraphs), 51))]
         texts += [prompt, *turns, *ends]
     return set(map(normalized, texts))
